@@ -1,0 +1,25 @@
+"""Users' mistakes become one line and exit code 2; everything else keeps its traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """A mistake in the user's input: one line that says what, where, and what would be right."""
+
+
+def run_entry_point(main: Callable[[], int | None]) -> None:
+    """Run ``main`` and exit the process with its code; an InputError prints one line on stderr and exits with 2."""
+    try:
+        code = main()
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader (head, less) went away: nothing is wrong, and flushing again would raise once more.
+        sys.stderr.close()
+        code = 0
+    sys.exit(code or 0)
