@@ -1,0 +1,185 @@
+"""Every setting of a run as one typed, validated object; the command line is derived from it (modules/flags.py)."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from modules.errors import InputError
+
+DATASETS = ("iu_xray", "mimic_cxr")
+MONITORED = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr", "nll")
+
+
+def flag(default: Any, group: str, help: str, *, choices: tuple | None = None, low: float | None = None,
+         high: float | None = None) -> Any:
+    """A Config field that becomes the flag of the same name; ``low`` and ``high`` are inclusive bounds."""
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The resolved settings of one run; construction validates them and raises InputError naming flag and value."""
+
+    # ---- data
+    image_dir: str = flag("data/iu_xray/images/", "data", "folder that the image paths of the annotation start from")
+    ann_path: str = flag("data/iu_xray/annotation.json", "data", "annotation.json in R2Gen's schema")
+    dataset_name: str = flag("iu_xray", "data", "decides report cleaning, default views and the name of the record",
+                             choices=DATASETS)
+    views: str = flag("paired", "data", "paired: a study's views together (R2GenCMN); separate: each image is a "
+                      "sample with the study's report (the ITHN paper)", choices=("paired", "separate"))
+    max_seq_length: int = flag(60, "data", "longest report in tokens, begin and end included", low=3)
+    threshold: int = flag(3, "data", "a token enters the vocabulary from this training count on", low=1)
+    num_workers: int = flag(2, "data", "processes that read images", low=0)
+    batch_size: int = flag(16, "data", "samples per step", low=1)
+    image_size: int = flag(224, "data", "side of the network's input in pixels", low=32)
+    flip: bool = flag(True, "data", "random horizontal flip in training, as R2GenCMN does; it mirrors left and right")
+    on_bad_image: str = flag("stop", "data", "what an unreadable image does: stop the run, or be replaced by another "
+                             "sample (the run stops above 1 %%)", choices=("stop", "skip"))
+
+    # ---- backbone
+    model_name: str = flag("r2gencmn", "backbone", "backbone that writes the reports")
+    visual_extractor: str = flag("resnet101", "backbone", "torchvision or timm model that gives patch features")
+    visual_extractor_pretrained: bool = flag(True, "backbone", "start from ImageNet weights")
+    visual_extractor_weights: str = flag("", "backbone", "start the visual extractor from this file instead")
+    freeze_visual_extractor: bool = flag(False, "backbone", "keep the visual extractor's weights as they are")
+    batch_norm: str = flag("joint", "backbone", "joint: one call for all views; per_view: each view normalised by its "
+                           "own statistics, as the published code does", choices=("joint", "per_view"))
+    d_model: int = flag(512, "backbone", "width of the transformer", low=1)
+    d_ff: int = flag(512, "backbone", "hidden width of the feed-forward layers", low=1)
+    num_heads: int = flag(8, "backbone", "attention heads", low=1)
+    num_layers: int = flag(3, "backbone", "layers of encoder and decoder, each", low=1)
+    dropout: float = flag(0.1, "backbone", "dropout of the transformer", low=0.0, high=0.999)
+    drop_prob_lm: float = flag(0.5, "backbone", "dropout after the patch embedding", low=0.0, high=0.999)
+    use_bn: int = flag(0, "backbone", "batch normalisation of the patch embedding: 0 none, 1 before, 2 around",
+                       choices=(0, 1, 2))
+    topk: int = flag(32, "backbone", "memory rows that a query reads", low=1)
+    cmm_size: int = flag(2048, "backbone", "rows of the cross-modal memory", low=1)
+    cmm_dim: int = flag(512, "backbone", "width of the cross-modal memory; must equal --d_model", low=1)
+
+    # ---- ITHN
+    ithn: str = flag("auto", "ITHN", "auto: on where hard negatives are given (--negative_index, or neg_report in the "
+                     "annotation), else the plain backbone", choices=("auto", "on", "off"))
+    negative_index: str = flag("", "ITHN", "index written by scripts/mine_hard_negatives.py")
+    strategy: str = flag("ithn", "ITHN", "how the harder negative is made; contrastive: none, S is S1 alone",
+                         choices=("ithn", "mochi", "prior", "unconstrained", "contrastive"))
+    ithn_variant: str = flag("paper", "ITHN", "the paper's equations, or the released code's departures from them",
+                             choices=("paper", "released"))
+    alpha: float = flag(0.01, "ITHN", "hardness is 1 - exp(-alpha * epoch)", low=0.0)
+    num_neighbours: int = flag(5, "ITHN", "neighbours that --strategy mochi draws from", low=1)
+    embedding_dim: int = flag(512, "ITHN", "width of the joint embedding", low=1)
+    ce_weight: float | None = flag(None, "ITHN", "weight of the cross entropy; default 1 (released: 0.7)", low=0.0)
+    contrastive_weight: float = flag(0.1, "ITHN", "beta, weight of the contrastive loss; 0 leaves it out", low=0.0)
+    cosine_weight: float = flag(0.2, "ITHN", "gamma of Eq. 13, weight of the cosine loss; 0 leaves it out", low=0.0)
+    contrastive_form: str = flag("standard", "ITHN", "decoupled: Eq. 8 as printed, positive not in the denominator",
+                                 choices=("standard", "decoupled"))
+    detach_negative: bool | None = flag(None, "ITHN", "hold the synthesised negative constant; default true "
+                                        "(released: false)")
+    renormalise_negative: bool | None = flag(None, "ITHN", "divide the synthesised negative by its norm; default true "
+                                             "(released: false)")
+    previous_epoch_start: bool = flag(False, "ITHN", "start the synthesis from the previous epoch's negative")
+    clamp_segment: bool = flag(False, "ITHN", "keep the projection between the negative and the positive")
+    mask_identical: bool = flag(False, "ITHN", "leave out off-diagonal pairs of the same study or the same text")
+
+    # ---- decoding
+    sample_method: str = flag("beam_search", "decoding", "how reports are decoded",
+                              choices=("beam_search", "greedy", "sample"))
+    beam_size: int = flag(3, "decoding", "beams", low=1)
+    group_size: int = flag(1, "decoding", "groups of diverse beam search", low=1)
+    diversity_lambda: float = flag(0.5, "decoding", "penalty of diverse beam search", low=0.0)
+    temperature: float = flag(1.0, "decoding", "divides the log-probabilities", low=1e-6)
+    sample_n: int = flag(1, "decoding", "reports drawn per study with --sample_method sample; the likeliest is kept",
+                         low=1)
+    block_trigrams: int = flag(1, "decoding", "penalise repeated trigrams in greedy decoding and sampling",
+                               choices=(0, 1))
+
+    # ---- optimisation
+    epochs: int = flag(100, "optimisation", "training epochs", low=1)
+    optim: str = flag("Adam", "optimisation", "optimiser", choices=("Adam", "AdamW", "RAdam", "SGD"))
+    lr_ve: float = flag(5e-5, "optimisation", "learning rate of the visual extractor", low=0.0)
+    lr_ed: float = flag(7e-4, "optimisation", "learning rate of everything else", low=0.0)
+    weight_decay: float = flag(5e-5, "optimisation", "weight decay", low=0.0)
+    adam_betas: tuple[float, float] = flag((0.9, 0.98), "optimisation", "betas of Adam: two values")
+    adam_eps: float = flag(1e-9, "optimisation", "epsilon of Adam", low=0.0)
+    amsgrad: bool = flag(True, "optimisation", "the AMSGrad variant of Adam")
+    lr_scheduler: str = flag("StepLR", "optimisation", "learning-rate schedule, stepped once per epoch; "
+                             "ReduceLROnPlateau waits for validation BLEU-3 and BLEU-4",
+                             choices=("StepLR", "ReduceLROnPlateau", "CosineAnnealingLR", "constant"))
+    step_size: int = flag(50, "optimisation", "epochs between the steps of StepLR", low=1)
+    gamma: float = flag(0.1, "optimisation", "factor of StepLR and ReduceLROnPlateau", low=0.0)
+    plateau_patience: int = flag(1, "optimisation", "epochs without a better BLEU-3 or BLEU-4 that are borne", low=0)
+    grad_accumulation: int = flag(1, "optimisation", "batches per optimiser step", low=1)
+    clip_norm: float = flag(0.0, "optimisation", "clip the gradient's norm; 0 is off", low=0.0)
+    clip_value: float = flag(0.0, "optimisation", "clip gradient values; 0 is off (R2Gen: 0.1)", low=0.0)
+
+    # ---- run
+    n_gpu: int = flag(1, "run", "GPUs; 0 trains on the CPU", low=0)
+    device: str = flag("auto", "run", "auto, cpu, cuda or cuda:N")
+    precision: str = flag("float32", "run", "autocast type on the GPU or CPU",
+                          choices=("float32", "bfloat16", "float16"))
+    compile: bool = flag(False, "run", "compile the objective with torch.compile")
+    deterministic: bool = flag(False, "run", "deterministic kernels only: equal runs on one machine, slower")
+    seed: int = flag(9233, "run", "seed of weights, order and augmentation", low=0)
+    resume: str = flag("", "run", "go on from this checkpoint")
+    load: str = flag("", "run", "main_test.py: the checkpoint to test; our own brings its settings along")
+
+    # ---- results
+    save_dir: str = flag("results/iu_xray", "results", "folder of checkpoints and results")
+    record_dir: str = flag("records/", "results", "folder of <dataset>.csv, one line per run")
+    exp_name: str = flag("", "results", "name of the run in records and report")
+    save_period: int = flag(1, "results", "epochs between checkpoints; the best model is always kept", low=1)
+    log_period: int = flag(1000, "results", "steps between lines in the log", low=1)
+    monitor_metric: str = flag("BLEU_4", "results", "validation metric that chooses the best model", choices=MONITORED)
+    monitor_mode: str = flag("max", "results", "whether the metric should grow or fall", choices=("min", "max"))
+    early_stop: int = flag(50, "results", "stop after more than this many epochs without improvement", low=1)
+    start_eval_epoch: int = flag(0, "results", "no validation before this epoch", low=0)
+    meteor: bool = flag(True, "results", "METEOR (needs Java); false leaves it out")
+    floors: bool = flag(True, "results", "score the commonest report and the nearest training image's beside the model")
+    tensorboard: bool = flag(True, "results", "write TensorBoard curves (numbers only) into --save_dir")
+    report_samples: int = flag(40, "results", "studies shown in report.html", low=0)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check_field(item.name, getattr(self, item.name), item.metadata)
+        _check_together(self)
+
+    @property
+    def released(self) -> bool:
+        """Whether the released code's departures from the paper are asked for."""
+        return self.ithn_variant == "released"
+
+    def variant_default(self, name: str, paper: Any, released: Any) -> Any:
+        """The value of a flag whose default depends on --ithn_variant."""
+        value = getattr(self, name)
+        return (released if self.released else paper) if value is None else value
+
+
+def _check_field(name: str, value: Any, metadata: Any) -> None:
+    choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
+    if choices is not None and value not in choices:
+        raise InputError(f"--{name} {value}: must be one of {', '.join(map(str, choices))}")
+    if value is None or (low is None and high is None):
+        return
+    if not (value == value and abs(value) != float("inf")):
+        raise InputError(f"--{name} {value}: must be a finite number")
+    if low is not None and value < low:
+        raise InputError(f"--{name} {value}: must be at least {low}")
+    if high is not None and value > high:
+        raise InputError(f"--{name} {value}: must be at most {high}")
+
+
+def _check_together(config: Config) -> None:
+    if config.d_model % config.num_heads:
+        raise InputError(f"--d_model {config.d_model} cannot be divided by --num_heads {config.num_heads}")
+    if config.d_model % 2:
+        raise InputError(f"--d_model {config.d_model}: must be even (sinusoidal positions come in pairs)")
+    if config.model_name == "r2gencmn" and config.cmm_dim != config.d_model:
+        raise InputError(f"--cmm_dim {config.cmm_dim}: must equal --d_model {config.d_model}")
+    if config.model_name == "r2gencmn" and config.topk > config.cmm_size:
+        raise InputError(f"--topk {config.topk}: the memory has only --cmm_size {config.cmm_size} rows")
+    if config.beam_size % config.group_size:
+        raise InputError(f"--beam_size {config.beam_size} cannot be divided by --group_size {config.group_size}")
+    if not all(0.0 <= beta < 1.0 for beta in config.adam_betas):
+        raise InputError(f"--adam_betas {config.adam_betas}: both must be in [0, 1)")
+    if config.n_gpu > 1:
+        raise InputError(f"--n_gpu {config.n_gpu}: this version trains in one process; use --n_gpu 1")
+    if config.ithn == "off" and config.released:
+        raise InputError("--ithn_variant released has no effect with --ithn off; leave one of them out")

@@ -1,0 +1,129 @@
+"""The command line: every Config field is a flag; flags of the public codes that did nothing are accepted too."""
+
+import argparse
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from modules.config import Config
+from modules.errors import InputError
+
+# Declared by R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN, but without effect on their results, or
+# decided here in another way. Number of values each takes: 0 (a switch) or 1.
+IGNORED = {
+    "logit_layers": 1, "bos_idx": 1, "eos_idx": 1, "pad_idx": 1, "output_logsoftmax": 1, "decoding_constraint": 1,
+    "noamopt_warmup": 1, "noamopt_factor": 1, "d_vf": 1, "sample": 1, "local_rank": 1, "img_num_protype": 1,
+    "text_num_protype": 1, "gbl_num_protype": 1, "weight_img_bce_loss": 1, "weight_txt_bce_loss": 1,
+    "img_init_protypes_path": 1, "text_init_protypes_path": 1, "trained_model_path": 1, "output": 1, "test_after": 0,
+    "split_train_data": 0, "log_file": 1, "logs_folder": 1,
+}
+WHY_IGNORED = {"d_vf": "inferred from the visual extractor"}
+# VisualGPT's names for settings that have another name here.
+ALIASES = {"workers": "num_workers", "random_seed": "seed", "gradient_accumulation_steps": "grad_accumulation",
+           "num_train_epochs": "epochs", "max_grad_norm": "clip_norm", "optimizer_type": "optim"}
+
+
+def boolean(text: str) -> bool:
+    """``true``/``false`` in the spellings people type; argparse's type=bool takes any text for true."""
+    lowered = text.lower()
+    if lowered in ("true", "t", "yes", "y", "1", "on"):
+        return True
+    if lowered in ("false", "f", "no", "n", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The parser of main_train.py and main_test.py; flags that were not given are absent from its result."""
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
+    parser = _Parser(prog=prog, description=description, formatter_class=layout, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS)
+    groups: dict[str, Any] = {}
+    for item in dataclasses.fields(Config):
+        group = item.metadata["group"]
+        groups.setdefault(group, parser.add_argument_group(group))
+        groups[group].add_argument(f"--{item.name}", **_argument(item))
+    for name, count in IGNORED.items():
+        how = {"nargs": "?"} if count else {"action": "store_true"}
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **how)
+    for name in ALIASES:
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    parser.add_argument("--use_amp", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _argument(item: dataclasses.Field) -> dict[str, Any]:
+    kind, choices, default = _kind(item.type), item.metadata["choices"], item.default
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    text = item.metadata["help"] + ("" if shown in ("", None) else f" (default: {str(shown).replace('%', '%%')})")
+    argument: dict[str, Any] = {"help": text, "metavar": "{" + ",".join(map(str, choices)) + "}" if choices else None}
+    if typing.get_origin(item.type) is tuple:
+        return argument | {"nargs": "+", "metavar": "X"}
+    if kind is bool:
+        return argument | {"type": boolean, "metavar": "{true,false}"}
+    return argument | {"type": kind, "metavar": argument["metavar"] or kind.__name__.upper()}
+
+
+def _kind(annotation: Any) -> type:
+    if isinstance(annotation, types.UnionType):
+        return next(part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def _pair(name: str, parts: Sequence[Any]) -> tuple[float, float]:
+    text = " ".join(map(str, parts)).replace("(", " ").replace(")", " ").replace(",", " ")
+    try:
+        values = tuple(float(part) for part in text.split())
+    except ValueError:
+        values = ()
+    if len(values) != 2:
+        raise InputError(f"--{name} {text.strip()}: must be two numbers, as in --{name} 0.9 0.98")
+    return values
+
+
+def parse_flags(argv: Sequence[str], prog: str, description: str) -> tuple[dict[str, Any], list[str]]:
+    """The flags that were given, by name, and one line for each given flag that is ignored."""
+    given = vars(build_parser(prog, description).parse_args(list(argv)))
+    ignored = [f"--{name} is accepted and ignored" + (f": {WHY_IGNORED[name]}" if name in WHY_IGNORED else "")
+               for name in IGNORED if name in given]
+    given = {name: value for name, value in given.items() if name not in IGNORED}
+    given = _apply_aliases(given)
+    if given.pop("use_amp", False):
+        given.setdefault("precision", "float16")
+    if "adam_betas" in given:
+        given["adam_betas"] = _pair("adam_betas", given["adam_betas"])
+    if "model_name" in given:
+        given["model_name"] = given["model_name"].lower()
+    return given, ignored
+
+
+def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:
+    """Translate VisualGPT's names; the value is checked as the target flag's own would be."""
+    kinds = {item.name: _kind(item.type) for item in dataclasses.fields(Config)}
+    spelled = {name.lower(): name for name in Config.__dataclass_fields__["optim"].metadata["choices"]}
+    for alias in [name for name in ALIASES if name in given]:
+        target, text = ALIASES[alias], given.pop(alias)
+        try:
+            # --num_train_epochs 3.0 was a float there.
+            value = spelled[text.lower()] if target == "optim" else kinds[target](float(text))
+        except (ValueError, KeyError, OverflowError) as error:
+            raise InputError(f"--{alias} {text}: not a value for --{target}") from error
+        given.setdefault(target, value)
+    return given
+
+
+def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Config:
+    """Config from the flags given, over the settings ``saved`` in a checkpoint, over the defaults."""
+    names = {item.name for item in dataclasses.fields(Config)}
+    values = {name: value for name, value in (saved or {}).items() if name in names}
+    if "adam_betas" in values:
+        values["adam_betas"] = tuple(values["adam_betas"])
+    return Config(**(values | dict(given)))
