@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets the project up and runs the tests; arguments go to pytest: bash run_tests.sh -m slow, -k mining, -n 0, ...
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+bash setup.sh --dev
+
+cores=$(nproc 2>/dev/null || echo 2)
+workers=$((cores < 8 ? cores : 8))
+# One worker per core leaves no core for a second thread of torch or BLAS.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+# No test may reach for a model hub.
+export HF_HUB_OFFLINE=1
+exec .venv/bin/python -m pytest -n "$workers" --verbosity=-1 "$@"
