@@ -55,7 +55,7 @@ find_python() {
             return
         fi
     done
-    fail "no Python of version 3.11 to 3.14 found (python3 here: $(python3 -V 2>&1 | head -n 1 || true))" \
+    fail "no Python of version 3.11 to 3.14 found (python3 here: $(python3 -V 2>/dev/null || echo none))" \
         "Debian, Ubuntu: sudo apt-get install python3 python3-venv      Fedora: sudo dnf install python3.12" \
         "conda: conda create -n ithn python=3.12 && conda activate ithn, then run this again" \
         "A Python that is not on the PATH: PYTHON=/path/to/python3.12 bash setup.sh"
@@ -137,7 +137,8 @@ PY
 
 # The folder is part of it because the environment's scripts carry their absolute path.
 fingerprint() {
-    { printf '%s\n' "$root" && "$venv/bin/python" -V && cat "$@" ${constraints:+"$constraints"}; } | cksum
+    printf '%s\n' "$root"
+    { "$venv/bin/python" -V && cat "$@" ${constraints:+"$constraints"}; } | cksum
 }
 
 is_ready() {
@@ -195,6 +196,9 @@ set_up() {
     if [[ ! -w $root ]]; then fail "no permission to write in $root, where .venv is to be"; fi
     if [[ -e $unfinished ]]; then
         say "an earlier run was interrupted: starting .venv anew"
+        rm -rf "$venv"
+    elif [[ -f $stamp && $(head -n 1 "$stamp") != "$root" ]]; then
+        say "the folder was moved or copied: starting .venv anew"
         rm -rf "$venv"
     fi
     if ! python_at_least_311 "$venv/bin/python"; then
