@@ -1,4 +1,4 @@
-"""Checkpoints: self-contained, written so that a crash leaves the previous one intact, read without executing pickles."""
+"""Checkpoints: self-contained, written so that a crash leaves the previous one intact, read without running pickles."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ CURRENT, BEST = "current_checkpoint.pth", "model_best.pth"
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write ``state`` (tensors and plain Python values) to ``path``: temporary file, fsync, rename, fsync of the folder.
+    """Write ``state`` (tensors, plain values) to ``path``: temporary file, fsync, rename, fsync of the folder.
 
     A crash or a full disk at any moment leaves the file that was there before. Raises InputError when it cannot write.
     """

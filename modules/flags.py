@@ -44,7 +44,8 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The parser of main_train.py and main_test.py; flags that were not given are absent from its result."""
     layout = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
-    parser = _Parser(prog=prog, description=description, formatter_class=layout, allow_abbrev=False,
+    parser = _Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=description, formatter_class=layout,
+                     allow_abbrev=False,
                      argument_default=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     for item in dataclasses.fields(Config):

@@ -1,0 +1,24 @@
+"""Test a checkpoint: ``python main_test.py --load results/iu_xray/model_best.pth`` writes the scores and report.html.
+
+With a checkpoint of ours ``--load`` alone is enough: its settings are taken over, and flags given here go before them.
+A published checkpoint of R2GenCMN or the released ITHN needs the flags it was trained with.
+"""
+
+import sys
+
+from modules.errors import InputError, run_entry_point
+from modules.flags import parse_flags
+
+
+def main() -> None:
+    """Read the flags, load the checkpoint, generate the test split's reports, score them, write the results."""
+    given, ignored = parse_flags(sys.argv[1:], "main_test.py", __doc__.split("\n")[0])
+    if not given.get("load"):
+        raise InputError("--load is missing: name the checkpoint to test, as in --load results/iu_xray/model_best.pth")
+    from scripts.testing import run_testing
+
+    run_testing(given, ignored)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

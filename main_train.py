@@ -1,0 +1,19 @@
+"""Train a report generator, with ITHN or without: ``python main_train.py --help`` lists the flags."""
+
+import sys
+
+from modules.errors import run_entry_point
+from modules.flags import parse_flags, resolve_config
+
+
+def main() -> None:
+    """Read the flags, then compose and run; torch is imported only after the flags are known to be right."""
+    given, ignored = parse_flags(sys.argv[1:], "main_train.py", __doc__.split(":")[0])
+    config = resolve_config(given)
+    from scripts.training import run_training
+
+    run_training(config, ignored)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,88 @@
+"""Generates the reports of a split and scores them.
+
+Shapes: B studies, N views, T tokens, C visual width.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.decoding import DecodingOptions
+
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Predictions:
+    """What the model wrote for a split, in the order of the data set."""
+
+    ids: list[str] = field(default_factory=list)
+    generated: list[str] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)  # as the R2Gen family scores: cleaned, <unk>, cut
+    full_references: list[str] = field(default_factory=list)  # cleaned only
+    nll: float = float("nan")  # mean negative log-likelihood of a reference token
+    visual_features: Tensor | None = None  # (studies, C) pooled, on the CPU
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The autocast context of a ``--precision``; float32 is none."""
+    dtype = AUTOCAST[precision]
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+class Tester:
+    """Writes reports with a trained objective's backbone and scores them.
+
+    ``clean`` maps a raw report to its cleaned text; ``score(references, full_references, generated)`` returns the
+    metrics by name; ``progress(iterable, description)`` shows a bar.
+    """
+
+    def __init__(self, objective: nn.Module, *, tokenizer: Any, decoding: DecodingOptions, device: torch.device,
+                 precision: str, clean: Callable[[str], str], score: Callable[[list, list, list], Mapping],
+                 progress: Callable[[Iterable, str], Iterable]):
+        self.objective, self.tokenizer, self.decoding = objective, tokenizer, decoding
+        self.device, self.precision = device, precision
+        self.clean, self.score, self.progress = clean, score, progress
+
+    @torch.inference_mode()
+    def predict(self, loader: Iterable, description: str) -> Predictions:
+        """Generate a report for every study of ``loader``; the visual extractor sees each image once."""
+        was_training = self.objective.training
+        self.objective.eval()
+        found, pooled = Predictions(), []
+        nll_sum, token_count = torch.zeros((), dtype=torch.float64), 0
+        for batch in self.progress(loader, description):
+            pair = batch.to(self.device).positive
+            with autocast(self.device, self.precision):
+                features = self.objective.backbone.extract(pair.images, pair.view_mask)
+                tokens = self.objective.backbone.generate(None, view_mask=pair.view_mask, labels=pair.labels,
+                                                          features=features, decoding=self.decoding)
+                nll = self.objective.nll_sum(pair, features)
+            nll_sum += nll.double().cpu()
+            token_count += int(pair.token_mask[:, 1:].sum())
+            pooled.append(features.pooled.float().cpu())
+            self._collect(found, batch, tokens)
+        self.objective.train(was_training)
+        found.nll = float(nll_sum) / max(token_count, 1)
+        found.visual_features = torch.cat(pooled)
+        return found
+
+    def _collect(self, found: Predictions, batch: Any, tokens: Tensor) -> None:
+        # (B * sample_n, L): the first of a study's samples is the best beam, or the first draw.
+        first = tokens[:: self.decoding.sample_n].tolist()
+        found.ids += batch.ids
+        found.generated += self.tokenizer.decode_batch(first)
+        found.references += self.tokenizer.decode_batch(batch.positive.tokens[:, 1:].tolist())
+        found.full_references += [self.clean(report) for report in batch.reports]
+
+    def evaluate(self, loader: Iterable, description: str) -> tuple[dict[str, float | None], Predictions]:
+        """Metrics by name, ``nll`` among them, and the predictions that they were computed from."""
+        found = self.predict(loader, description)
+        scores = dict(self.score(found.references, found.full_references, found.generated))
+        return {**scores, "nll": found.nll}, found

@@ -1,0 +1,93 @@
+"""The command line: people's scripts go on working, types are honest, mistakes get one line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from modules.config import Config
+from modules.errors import InputError
+from modules.flags import parse_flags, resolve_config
+
+# The flags of R2GenCMN's published IU X-Ray command line.
+R2GENCMN_SCRIPT = """--image_dir data/iu_xray/images/ --ann_path data/iu_xray/annotation.json --dataset_name iu_xray
+--max_seq_length 60 --threshold 3 --batch_size 16 --epochs 100 --save_dir results/iu_xray --step_size 10 --gamma 0.8
+--lr_ve 1e-4 --lr_ed 5e-4 --topk 32 --cmm_size 2048 --cmm_dim 512 --seed 7580 --beam_size 3 --log_period 50""".split()
+
+
+def resolve(*argv):
+    given, _ = parse_flags(argv, "main_train.py", "")
+    return resolve_config(given)
+
+
+def test_published_command_line_is_understood():
+    config = resolve(*R2GENCMN_SCRIPT)
+    assert (config.lr_ve, config.lr_ed, config.step_size, config.gamma) == (1e-4, 5e-4, 10, 0.8)
+    assert config.seed == 7580 and config.ithn == "auto"
+
+
+def test_defaults_are_those_of_r2gencmn():
+    config = Config()
+    assert (config.lr_ve, config.lr_ed, config.step_size, config.gamma) == (5e-5, 7e-4, 50, 0.1)
+    assert (config.adam_betas, config.adam_eps, config.amsgrad) == ((0.9, 0.98), 1e-9, True)
+    assert (config.topk, config.cmm_size, config.beam_size, config.seed) == (32, 2048, 3, 9233)
+
+
+@pytest.mark.parametrize(("text", "value"), [("False", False), ("0", False), ("true", True), ("Yes", True)])
+def test_booleans_mean_what_they_say(text, value):
+    assert resolve("--amsgrad", text).amsgrad is value
+
+
+@pytest.mark.parametrize("argv", [["(0.8,0.99)"], ["0.8", "0.99"], ["0.8,", "0.99"]])
+def test_pairs_take_two_values(argv):
+    assert resolve("--adam_betas", *argv).adam_betas == (0.8, 0.99)
+
+
+def test_flags_without_effect_are_accepted_and_named():
+    given, ignored = parse_flags(["--bos_idx", "0", "--d_vf", "2048", "--lr_ve", "1e-3"], "main_train.py", "")
+    assert given == {"lr_ve": 1e-3}
+    assert len(ignored) == 2 and "--d_vf" in ignored[1] and "inferred" in ignored[1]
+
+
+def test_names_of_visualgpt_are_translated():
+    config = resolve("--workers", "3", "--num_train_epochs", "3.0", "--optimizer_type", "adamw", "--max_grad_norm", "1.0")
+    assert (config.num_workers, config.epochs, config.optim, config.clip_norm) == (3, 3, "AdamW", 1.0)
+
+
+@pytest.mark.parametrize(("argv", "part"), [
+    (["--lr_ve", "fast"], "--lr_ve"),
+    (["--alpha", "nan"], "--alpha nan: must be a finite number"),
+    (["--strategy", "harder"], "one of ithn, mochi, prior"),
+    (["--d_model", "510"], "--d_model 510 cannot be divided by --num_heads 8"),
+    (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+    (["--adam_betas", "0.9"], "two numbers"),
+    (["--amsgrad", "maybe"], "neither true nor false"),
+    (["--cmm_dim", "256"], "must equal --d_model 512"),
+    (["--no_such_flag", "1"], "--no_such_flag"),
+    (["--workers", "many"], "--workers many"),
+])
+def test_a_mistake_names_flag_and_value(argv, part):
+    with pytest.raises(InputError) as error:
+        resolve(*argv)
+    assert part in str(error.value)
+
+
+def test_settings_of_a_checkpoint_yield_to_flags():
+    config = resolve_config({"beam_size": 5}, saved={"beam_size": 3, "d_model": 256, "adam_betas": [0.9, 0.9], "gone": 1,
+                                                     "cmm_dim": 256})
+    assert (config.beam_size, config.d_model, config.adam_betas) == (5, 256, (0.9, 0.9))
+
+
+@pytest.mark.parametrize("program", ["main_train.py", "main_test.py"])
+def test_help_lists_flags_and_defaults_without_importing_torch(program):
+    code = f"import sys, runpy; sys.argv = ['{program}', '--help']\ntry: runpy.run_path('{program}', run_name='__main__')\n" \
+           "except SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--cmm_size INT" in done.stdout and "(default: 2048)" in done.stdout and "ITHN:" in done.stdout
+
+
+def test_a_mistake_exits_with_2_and_one_line():
+    done = subprocess.run([sys.executable, "main_train.py", "--lr_ve", "fast"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
