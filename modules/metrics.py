@@ -1,0 +1,141 @@
+"""BLEU-1..4, METEOR, ROUGE-L and CIDEr of generated reports, computed with pycocoevalcap as the R2Gen family does.
+
+Texts are split on white space only: the Penn Treebank tokeniser that captioning uses is not applied.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider_scorer import CiderScorer, precook
+from pycocoevalcap.rouge.rouge import Rouge
+from tqdm import tqdm
+
+from modules.errors import InputError
+from modules.meteor import Meteor, MeteorError
+
+METRIC_NAMES = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
+
+# A Java that fails this often in a row is not asked again: each attempt may take the whole timeout.
+_MAX_METEOR_FAILURES = 3
+
+
+class Metrics:
+    """Scorer that a run opens once: METEOR's Java process starts with the first use and ends with the context.
+
+    ``meteor_error`` is None, or the reason for which METEOR is None in the latest result. With ``train_reports``,
+    CIDEr is given a second time as ``CIDEr_train_idf``, with document frequencies from that corpus (XProNet).
+    ``java`` and ``timeout`` (seconds) are those of modules.meteor.Meteor.
+    """
+
+    def __init__(
+        self, *, java: str | None = None, timeout: float = 50.0, train_reports: Sequence[str] | None = None
+    ) -> None:
+        self.meteor = Meteor(java=java, timeout=timeout)
+        self.meteor_error: str | None = None
+        self._meteor_failures = 0
+        self._train_reports = train_reports
+        self._train_frequencies: Counter | None = None
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End METEOR's process."""
+        self.meteor.close()
+
+    def compute(
+        self, references: Sequence[str], hypotheses: Sequence[str], *, with_meteor: bool = True
+    ) -> dict[str, float | None]:
+        """Score N hypotheses against N references, one each.
+
+        Returns BLEU_1..BLEU_4, METEOR, ROUGE_L in [0, 1] and CIDEr in [0, 10]. An empty hypothesis counts and scores
+        0. METEOR is None where it cannot run (``meteor_error`` says why) or ``with_meteor`` is false.
+        """
+        assert len(references) == len(hypotheses), (len(references), len(hypotheses))
+        if not references:
+            raise InputError("no reports to score: the split is empty")
+        # ROUGE-L splits on single spaces: a double one would count as a word.
+        references = [" ".join(text.split()) for text in references]
+        hypotheses = [" ".join(text.split()) for text in hypotheses]
+        parts = [self._overlap, self._cider]
+        if with_meteor:
+            parts.append(self._meteor)
+        scores: dict[str, float | None] = dict.fromkeys(METRIC_NAMES)
+        for part in tqdm(parts, desc="scoring", leave=False, disable=None):
+            scores.update(part(references, hypotheses))
+        return scores
+
+    def _overlap(self, references: list[str], hypotheses: list[str]) -> dict[str, float]:
+        truth = {i: [text] for i, text in enumerate(references)}
+        result = {i: [text] for i, text in enumerate(hypotheses)}
+        bleu, _ = Bleu(4).compute_score(truth, result, verbose=0)
+        rouge, _ = Rouge().compute_score(truth, result)
+        return {f"BLEU_{n}": float(value) for n, value in enumerate(bleu, start=1)} | {"ROUGE_L": float(rouge)}
+
+    def _cider(self, references: list[str], hypotheses: list[str]) -> dict[str, float]:
+        counts = _document_frequencies(references)
+        scores = {"CIDEr": _cider(references, hypotheses, counts, len(references))}
+        if self._train_reports is not None:
+            if self._train_frequencies is None:
+                self._train_frequencies = _document_frequencies(self._train_reports)
+            size = len(self._train_reports)
+            scores["CIDEr_train_idf"] = _cider(references, hypotheses, self._train_frequencies, size)
+        return scores
+
+    def _meteor(self, references: list[str], hypotheses: list[str]) -> dict[str, float | None]:
+        if self._meteor_failures >= _MAX_METEOR_FAILURES:
+            return {"METEOR": None}
+        try:
+            score = self.meteor.score(references, hypotheses)
+        except MeteorError as error:
+            self._meteor_failures += 1
+            self.meteor_error = str(error)
+            return {"METEOR": None}
+        self._meteor_failures, self.meteor_error = 0, None
+        return {"METEOR": score}
+
+
+def score(
+    metrics: Metrics, truncated_references: Sequence[str], full_references: Sequence[str], hypotheses: Sequence[str]
+) -> dict[str, float | None]:
+    """Score against both forms of the references, each under its own name.
+
+    ``BLEU_4`` and so on: references as the R2Gen family has them (cleaned, rare words as ``<unk>``, cut to
+    max_seq_length), which published numbers are comparable with. ``BLEU_4_full`` and so on: the whole cleaned report.
+    """
+    scores = metrics.compute(truncated_references, hypotheses)
+    # After a failure a second attempt would only double the wait.
+    full = metrics.compute(full_references, hypotheses, with_meteor=scores["METEOR"] is not None)
+    return scores | {f"{name}_full": value for name, value in full.items()}
+
+
+def _document_frequencies(reports: Sequence[str]) -> Counter:
+    frequencies: Counter = Counter()
+    for report in reports:
+        frequencies.update(precook(report).keys())
+    return frequencies
+
+
+class _CorpusCider(CiderScorer):
+    """CIDEr-D (Vedantam et al., 2015) with the document frequencies of a given corpus."""
+
+    # The base class sets this to the log of the number of references; the size of the corpus is meant.
+    ref_len = property(lambda self: self._log_size, lambda self, value: None)
+
+    def __init__(self, frequencies: Counter, corpus_size: int) -> None:
+        self._log_size = math.log(corpus_size)
+        super().__init__()
+        self.document_frequency = frequencies
+
+
+def _cider(references: list[str], hypotheses: list[str], frequencies: Counter, corpus_size: int) -> float:
+    scorer = _CorpusCider(frequencies, corpus_size)
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        scorer += (hypothesis, [reference])
+    return float(np.mean(scorer.compute_cider()))
