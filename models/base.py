@@ -6,7 +6,6 @@ D decoder width, V words (ids 1..V, so V+1 logits), L generated tokens.
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from modules.decoding import DecodingOptions
@@ -25,7 +24,7 @@ class VisualFeatures:
 class Output:
     """A teacher-forced pass."""
 
-    log_probs: Tensor  # (B, T, V+1), row t predicts the token after input t
+    log_probs: Tensor  # (R, T, V+1) of the R supervised rows; row t predicts the token after input t
     image_features: Tensor  # (B, C) pooled visual features
     report_features: Tensor  # (B, T, D) last hidden states, after the final norm
     auxiliary: dict[str, Tensor] = field(default_factory=dict)  # the backbone's further losses, already weighted
@@ -36,6 +35,7 @@ class Backbone(nn.Module):
 
     image_dim: int  # C, the width of Output.image_features
     report_dim: int  # D, the width of Output.report_features
+    pad_id: int = 0  # the token that fills up the shorter of two joined batches
     visual_extractor: nn.Module
 
     def forward(
@@ -46,12 +46,15 @@ class Backbone(nn.Module):
         view_mask: Tensor | None = None,
         labels: Tensor | None = None,
         features: VisualFeatures | None = None,
+        supervised_rows: int | None = None,
     ) -> Output:
         """Log-probabilities of the next token at every position under teacher forcing.
 
         ``images`` (B, N, 3, H, W) may be None where ``features`` are given. ``tokens`` (B, T) are the decoder's
         inputs, bos to the last word: the shift against the targets is the caller's. ``view_mask`` (B, N) bool,
-        None = all views present; kept on the CPU it costs no device synchronisation.
+        None = all views present; kept on the CPU it costs no device synchronisation. Only the first
+        ``supervised_rows`` rows (None = all) have log-probabilities and enter the auxiliary losses: the others are
+        hard negatives, of which only the features are wanted.
         """
         raise NotImplementedError
 
@@ -64,7 +67,7 @@ class Backbone(nn.Module):
         features: VisualFeatures | None = None,
         decoding: DecodingOptions,
     ) -> Tensor:
-        """Token ids (B * sample_n, max_seq_length), a study's samples in neighbouring rows; 0 after the end."""
+        """Token ids (B, max_seq_length) of each study's likeliest report, 0 after the end."""
         raise NotImplementedError
 
     def extract(
@@ -74,12 +77,3 @@ class Backbone(nn.Module):
         if features is not None:
             return features
         return VisualFeatures(*self.visual_extractor(images, view_mask))
-
-    @torch.no_grad()
-    def cache_features(self, images: Tensor, view_mask: Tensor | None = None) -> VisualFeatures:
-        """Visual features with evaluation statistics, for storage beside a frozen extractor."""
-        training = self.visual_extractor.training
-        self.visual_extractor.eval()
-        features = self.extract(images, view_mask)
-        self.visual_extractor.train(training)
-        return features
