@@ -1,0 +1,64 @@
+"""Keys and values of the tokens decoded so far, for several hypotheses per study, without ever reordering them.
+
+A slot holds the keys and values of one token of one hypothesis. All hypotheses of a study share its slots, and a
+mask says which slots are a hypothesis's own past: when beams change places, only that mask is reordered.
+
+Shapes: B studies, K hypotheses per study, h heads of width w, slots in the order in which they were filled.
+"""
+
+import torch
+from torch import Tensor
+
+
+class KeyValueCache:
+    """One decoder layer's keys and values, appended in place to a buffer that is made once."""
+
+    def __init__(self, num_slots: int):
+        self.num_slots = num_slots
+        self.filled = 0
+        self.buffer: Tensor | None = None  # (2, B, h, num_slots, w)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values (B, h, n, w); returns all that are there, as views."""
+        batch, heads, new, width = keys.shape
+        if self.buffer is None:
+            self.buffer = keys.new_empty(2, batch, heads, self.num_slots, width)
+        start, self.filled = self.filled, self.filled + new
+        self.buffer[0, :, :, start : self.filled] = keys
+        self.buffer[1, :, :, start : self.filled] = values
+        return self.buffer[0, :, :, : self.filled], self.buffer[1, :, :, : self.filled]
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only the studies ``rows`` (int64 indices)."""
+        self.buffer = self.buffer[:, rows]
+
+
+class DecodingCache:
+    """The caches of all layers, the mask of every hypothesis's past, and the position of the newest token."""
+
+    def __init__(self, num_layers: int, num_steps: int, num_hypotheses: int):
+        # The first token, begin, is common to all hypotheses and takes one slot.
+        num_slots = 1 + (num_steps - 1) * num_hypotheses
+        self.layers = [KeyValueCache(num_slots) for _ in range(num_layers)]
+        self.position = -1
+        self.visible: Tensor | None = None  # (B, K, filled slots) bool
+
+    def advance(self, tokens: Tensor, parents: Tensor | None) -> Tensor | None:
+        """Make room for ``tokens`` (B, K); ``parents`` (B, K) are the hypotheses of the last step that they continue.
+
+        Returns the mask (B, 1, K, slots) for self-attention, or None where nothing needs masking.
+        """
+        batch, width = tokens.shape
+        self.position += 1
+        if parents is not None:
+            index = parents.unsqueeze(-1).expand(-1, -1, self.visible.size(-1))
+            self.visible = self.visible.gather(1, index)
+        own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        self.visible = own if self.visible is None else torch.cat([self.visible, own], dim=-1)
+        return self.visible.unsqueeze(1) if width > 1 else None
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only the studies ``rows`` (int64 indices)."""
+        self.visible = self.visible[rows]
+        for layer in self.layers:
+            layer.keep(rows)

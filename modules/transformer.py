@@ -1,0 +1,229 @@
+"""Parts of the R2Gen family's transformer: norm, attention, feed-forward, layers, embeddings, positions.
+
+Shapes: B studies, T query positions, S key positions, d = d_model, h heads of width d/h.
+Masks are boolean, True = may be attended to.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ATTENTION_DROPOUT = 0.1  # fixed in the published codes, whatever their --dropout says
+
+
+def normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """(x - mean) / (std + eps) over the last dimension, with the unbiased std and eps outside the root."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision would lose the variance
+    std, mean = torch.std_mean(x, dim=-1, keepdim=True)
+    return (x - mean) / (std + eps)
+
+
+class LayerNorm(nn.Module):
+    """a_2 * normalise(x) + b_2."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.a_2 = nn.Parameter(torch.ones(d_model))
+        self.b_2 = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.b_2, self.a_2, normalise(x))
+
+
+class Residual(nn.Module):
+    """x + dropout(sublayer(norm(x))); further arguments go to the norm (R2Gen's is conditional)."""
+
+    def __init__(self, norm: nn.Module, dropout: float):
+        super().__init__()
+        self.norm = norm
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], *condition: Tensor) -> Tensor:
+        return x + F.dropout(sublayer(self.norm(x, *condition)), self.dropout, self.training)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with ``linears`` 0..3 = query, key, value, output (Vaswani et al., 2017)."""
+
+    def __init__(self, d_model: int, num_heads: int, dropout: float = ATTENTION_DROPOUT):
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(f"d_model {d_model}: must be a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.linears = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(4))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, d) -> (B, h, T, d/h)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, h, S, d/h) of ``source`` (B, S, d)."""
+        return self.split_heads(self.linears[1](source)), self.split_heads(self.linears[2](source))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend from ``x`` (B, T, d) to keys and values; ``mask`` broadcasts to (B, h, T, S)."""
+        query = self.split_heads(self.linears[0](x))
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
+        return self.linears[3](attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """w_2(dropout(relu(w_1 x)))."""
+
+    def __init__(self, d_model: int, d_ff: int, dropout: float):
+        super().__init__()
+        self.w_1 = nn.Linear(d_model, d_ff)
+        self.w_2 = nn.Linear(d_ff, d_model)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_2(F.dropout(F.relu(self.w_1(x)), self.dropout, self.training))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, pre-norm."""
+
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float, norm=LayerNorm):
+        super().__init__()
+        self.self_attn = Attention(d_model, num_heads)
+        self.feed_forward = FeedForward(d_model, d_ff, dropout)
+        self.sublayer = nn.ModuleList(Residual(norm(d_model), dropout) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.sublayer[0](x, lambda y: self.self_attn(y, *self.self_attn.keys_values(y), mask))
+        return self.sublayer[1](x, self.feed_forward)
+
+
+class Encoder(nn.Module):
+    """``num_layers`` encoder layers and a final norm; ``mask`` (B, 1, 1, S) or None."""
+
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, num_layers: int, dropout: float, norm=LayerNorm):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            EncoderLayer(d_model, num_heads, d_ff, dropout, norm) for _ in range(num_layers)
+        )
+        self.norm = norm(d_model)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.norm(x)
+
+
+class DecoderLayer(nn.Module):
+    """Masked self-attention, attention to the encoder's output, feed-forward, pre-norm."""
+
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float, norm=LayerNorm):
+        super().__init__()
+        self.self_attn = Attention(d_model, num_heads)
+        self.src_attn = Attention(d_model, num_heads)
+        self.feed_forward = FeedForward(d_model, d_ff, dropout)
+        self.sublayer = nn.ModuleList(Residual(norm(d_model), dropout) for _ in range(3))
+
+    def forward(
+        self,
+        x: Tensor,
+        source: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        source_mask: Tensor | None,
+        cache=None,
+        condition: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        def attend_to_self(y: Tensor) -> Tensor:
+            keys, values = self.self_attn.keys_values(y)
+            if cache is not None:
+                keys, values = cache.append(keys, values)
+            return self.self_attn(y, keys, values, mask)
+
+        x = self.sublayer[0](x, attend_to_self, *condition)
+        x = self.sublayer[1](x, lambda y: self.src_attn(y, *source, source_mask), *condition)
+        return self.sublayer[2](x, self.feed_forward, *condition)
+
+
+class Decoder(nn.Module):
+    """``num_layers`` decoder layers and a final norm (``final_norm`` where it is of another kind)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        num_layers: int,
+        dropout: float,
+        norm=LayerNorm,
+        final_norm=LayerNorm,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(d_model, num_heads, d_ff, dropout, norm) for _ in range(num_layers)
+        )
+        self.norm = final_norm(d_model)
+
+    def source_keys_values(self, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's keys and values of the encoder's output (B, S, d): once per study."""
+        return [layer.src_attn.keys_values(encoded) for layer in self.layers]
+
+    def forward(
+        self,
+        x: Tensor,
+        sources: list[tuple[Tensor, Tensor]],
+        mask: Tensor | None,
+        source_mask: Tensor | None = None,
+        caches: list | None = None,
+        condition: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        """Hidden states (B, T, d); with ``caches``, one per layer, ``x`` holds the newest tokens only."""
+        for number, layer in enumerate(self.layers):
+            cache = caches[number] if caches is not None else None
+            x = layer(x, sources[number], mask, source_mask, cache, condition)
+        return self.norm(x)
+
+
+class TokenEmbedding(nn.Module):
+    """Embedding rows times sqrt(d)."""
+
+    def __init__(self, num_ids: int, d_model: int):
+        super().__init__()
+        self.lut = nn.Embedding(num_ids, d_model)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lut(tokens) * math.sqrt(self.lut.embedding_dim)
+
+
+class PositionalEncoding(nn.Module):
+    """Adds the sinusoidal table ``pe`` (1, 5000, d), then dropout (Vaswani et al., 2017)."""
+
+    def __init__(self, d_model: int, dropout: float, max_length: int = 5000):
+        super().__init__()
+        self.dropout = dropout
+        position = torch.arange(max_length, dtype=torch.float32).unsqueeze(1)
+        frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float32) * (-math.log(10000.0) / d_model))
+        table = torch.stack([torch.sin(position * frequency), torch.cos(position * frequency)], dim=-1)
+        self.register_buffer("pe", table.flatten(1).unsqueeze(0))
+
+    def forward(self, x: Tensor, position: int | None = None) -> Tensor:
+        """``x`` (B, T, d) holds positions 0..T-1, or, where ``position`` is given, T hypotheses at that position."""
+        table = self.pe[:, : x.size(1)] if position is None else self.pe[:, position : position + 1]
+        return F.dropout(x + table, self.dropout, self.training)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Some published files leave the constant table out: its absence is no missing key.
+        if prefix + "pe" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def decoder_mask(tokens: Tensor) -> Tensor:
+    """(B, 1, T, T) mask of teacher-forced inputs (B, T): earlier positions that are no padding, position 0 always.
+
+    Begin, end and padding are all id 0, hence the exception for the first position.
+    """
+    length = tokens.size(1)
+    is_key = tokens > 0
+    is_key[:, 0] = True
+    causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+    return is_key[:, None, None, :] & causal

