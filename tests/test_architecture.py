@@ -1,0 +1,256 @@
+"""The design's rules, enforced on the source: who may import whom, sizes, and the few calls that are never made."""
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Rooms that import torch and nothing of ours. A room may be split: modules/decoding_cache.py belongs to decoding.
+LEAVES = ("losses", "negatives", "transformer", "visual_extractor", "decoding", "memory")
+LEAF_PACKAGES = {"torch", "torchvision"}
+MORE_PACKAGES = {"visual_extractor": {"timm", "safetensors"}}
+BUILDING_BLOCKS = ("transformer", "visual_extractor", "decoding", "memory")
+OBJECTIVE_PARTS = {"modules.losses", "modules.negatives", "modules.distributed", "modules.errors"}
+HANDED_IN = {"modules.objective", "modules.datasets", "modules.metrics", "modules.mining"}
+# Must be importable in a moment: --help, checks and error lines stand on them.
+LIGHT = ("modules.errors", "modules.config", "modules.flags", "modules.annotations", "modules.tokenizers",
+         "modules.environment")
+HEAVY_PACKAGES = {"torch", "torchvision", "timm", "transformers", "sklearn", "scipy", "pandas", "matplotlib"}
+BAGS = {"args", "opt", "opts", "cfg", "namespace"}
+MAX_FILE, MAX_FUNCTION = 300, 60
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of our files: dotted name, syntax tree, number of lines."""
+
+    name: str
+    tree: ast.Module
+    lines: int = 0
+
+    @property
+    def room(self) -> str:
+        return self.name.split(".")[0]
+
+    @property
+    def is_entry_point(self) -> bool:
+        return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in self.tree.body)
+
+
+def read_sources() -> dict[str, Source]:
+    paths = [*ROOT.glob("*.py")]
+    for folder in ("modules", "models", "scripts", "benchmarks", "tests"):
+        paths += (ROOT / folder).rglob("*.py")
+    sources = {}
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        sources[name] = Source(name, ast.parse(text), text.count("\n"))
+    return sources
+
+
+SOURCES = read_sources()
+PRODUCT = {name: source for name, source in SOURCES.items() if source.room != "tests"}
+
+
+def statements(tree: ast.AST, *, inside_functions: bool):
+    """Every node outside ``if TYPE_CHECKING`` blocks, with or without the bodies of functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not inside_functions:
+            continue
+        yield node
+        yield from statements(node, inside_functions=inside_functions)
+
+
+def imports_of(source: Source, *, inside_functions: bool = True) -> set[str]:
+    """Dotted names that ``source`` imports; ``from modules import losses`` is "modules.losses"."""
+    found = set()
+    for node in statements(source.tree, inside_functions=inside_functions):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source.name}: relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in SOURCES else node.module)
+    return found
+
+
+def leaf_of(name: str) -> str | None:
+    base = name.removeprefix("modules.")
+    if base == name:
+        return None
+    return next((leaf for leaf in LEAVES if base == leaf or base.startswith(f"{leaf}_")), None)
+
+
+def import_offence(source: Source, imported: str) -> str | None:
+    """The rule that this import breaks, or None."""
+    name, ours = source.name, imported.split(".")[0] in ("modules", "models", "scripts", "benchmarks")
+    leaf = leaf_of(name)
+    if imported.startswith("main_"):
+        return "nothing imports the entry points"
+    if leaf and ours and leaf_of(imported) != leaf:
+        return "this room imports nothing of ours"
+    if leaf and not ours:
+        package = imported.split(".")[0]
+        allowed = LEAF_PACKAGES | MORE_PACKAGES.get(leaf, set()) | sys.stdlib_module_names
+        return None if package in allowed else f"this room imports {', '.join(sorted(LEAF_PACKAGES))} only"
+    if source.room == "modules" and imported.split(".")[0] in ("models", "scripts", "benchmarks"):
+        return "modules/ never imports what composes it"
+    if source.room == "models" and name != "models" and ours:
+        own_part = imported == "models.base" or imported.startswith(f"{name}_")
+        if not own_part and leaf_of(imported) not in BUILDING_BLOCKS:
+            return f"a backbone imports base and {', '.join(BUILDING_BLOCKS)} only"
+    if name == "modules.objective" and ours and imported not in OBJECTIVE_PARTS:
+        return "the objective imports losses, negatives, distributed; the backbone is passed in"
+    if name in ("modules.trainer", "modules.tester") and imported in HANDED_IN:
+        return "objective, loaders and metrics are handed in"
+    if imported in ("modules.config", "modules.flags") and source.room == "modules" and name != "modules.flags":
+        return "only main_* and scripts/ see the whole config"
+    return None
+
+
+def test_imports_follow_the_design():
+    offences = [f"{source.name} imports {imported}: {offence}" for source in PRODUCT.values()
+                for imported in sorted(imports_of(source)) if (offence := import_offence(source, imported))]
+    assert not offences, "\n".join(offences)
+
+
+def test_no_import_cycles():
+    graph = {name: imports_of(source) & set(PRODUCT) for name, source in PRODUCT.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail("cycle: " + " <- ".join(error.args[1]))
+
+
+def heavy_at_import(name: str, seen: set[str] | None = None) -> set[str]:
+    """Heavy packages that importing our module ``name`` brings in, directly or through others of ours."""
+    seen = set() if seen is None else seen
+    seen.add(name)
+    found = set()
+    for imported in imports_of(SOURCES[name], inside_functions=False):
+        if imported.split(".")[0] in HEAVY_PACKAGES:
+            found.add(f"{imported} (in {name})")
+        elif imported in SOURCES and imported not in seen:
+            found |= heavy_at_import(imported, seen)
+    return found
+
+
+def test_light_modules_and_help_need_no_torch():
+    starting = [name for name, source in PRODUCT.items() if source.is_entry_point and source.room != "benchmarks"]
+    missing = [name for name in LIGHT if name not in SOURCES]
+    assert not missing
+    slow = {name: heavy for name in (*LIGHT, *starting) if (heavy := heavy_at_import(name))}
+    assert not slow, "import these inside the functions that need them: " + repr(slow)
+
+
+def size_offences(source: Source) -> list[str]:
+    found = [f"{source.name}: {source.lines} lines"] if source.lines > MAX_FILE else []
+    for node in ast.walk(source.tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            found += [f"{source.name}.{node.name}: {length} lines"] if length > MAX_FUNCTION else []
+    return found
+
+
+def call_offences(source: Source) -> list[str]:
+    """Calls that would run code from a file, from a hub or from a shell string."""
+    found = []
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if called.endswith("torch.load") and keywords.get("weights_only") != "True":
+            found.append("torch.load without weights_only=True")
+        if re.fullmatch(r"(c?[pP]ickle|dill|joblib)\.loads?|(pd|pandas)\.read_pickle|eval|exec|os\.system", called):
+            found.append(called)
+        for flag in ("trust_remote_code", "allow_pickle", "shell"):
+            if keywords.get(flag, "False") != "False":
+                found.append(f"{flag}={keywords[flag]}")
+    imported = imports_of(source)
+    if "torch" in imported and any(isinstance(node, ast.ImportFrom) and node.module == "torch" and
+                                   any(alias.name == "load" for alias in node.names) for node in ast.walk(source.tree)):
+        found.append("from torch import load")
+    return [f"{source.name}: {offence}" for offence in found]
+
+
+def bag_offences(source: Source) -> list[str]:
+    """Signs that parsed arguments travel: argparse outside the command line, parameters called args, opt, cfg."""
+    if source.room not in ("modules", "models") or source.name == "modules.flags":
+        return []
+    found = ["argparse"] if "argparse" in imports_of(source) else []
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.arguments):
+            names = {argument.arg for argument in (*node.posonlyargs, *node.args, *node.kwonlyargs)}
+            found += sorted(names & BAGS)
+    return [f"{source.name}: {offence}" for offence in found]
+
+
+@pytest.mark.parametrize("rule", [size_offences, call_offences, bag_offences])
+def test_code_keeps(rule):
+    offences = [offence for source in SOURCES.values() for offence in rule(source)]
+    assert not offences, "\n".join(offences)
+
+
+def test_no_drawer_for_everything():
+    assert not [name for name in SOURCES if name.split(".")[-1] in ("utils", "util", "helpers", "misc", "common")]
+
+
+@pytest.mark.parametrize(("name", "code", "rule"), [
+    ("modules.x", "import torch\ntorch.load(path)", call_offences),
+    ("modules.x", "import torch\ntorch.load(path, weights_only=False)", call_offences),
+    ("modules.x", "from torch import load", call_offences),
+    ("scripts.x", "import pickle\npickle.load(file)", call_offences),
+    ("scripts.x", "AutoModel.from_pretrained(name, trust_remote_code=flag)", call_offences),
+    ("scripts.x", "np.load(path, allow_pickle=True)", call_offences),
+    ("modules.x", "def run(args): pass", bag_offences),
+    ("models.x", "def build():\n    import argparse", bag_offences),
+    ("modules.x", "def long():\n" + "    a = 1\n" * MAX_FUNCTION, size_offences),
+])
+def test_rules_see_offences(name, code, rule):
+    assert rule(Source(name, ast.parse(code)))
+
+
+@pytest.mark.parametrize(("name", "imported", "allowed"), [
+    ("modules.losses", "modules.errors", False), ("modules.losses", "numpy", False), ("modules.losses", "torch", True),
+    ("modules.decoding", "modules.decoding_cache", True), ("modules.decoding", "modules.transformer", False),
+    ("models.r2gen", "models.r2gencmn", False), ("models.r2gen", "models.base", True), ("models", "models.r2gen", True),
+    ("models.r2gen", "modules.memory", True), ("models.r2gen", "modules.losses", False),
+    ("modules.objective", "modules.losses", True), ("modules.objective", "modules.config", False),
+    ("modules.trainer", "modules.objective", False), ("modules.trainer", "modules.config", False),
+    ("modules.trainer", "models.base", False), ("scripts.training", "modules.config", True),
+    ("scripts.training", "main_train", False),
+])
+def test_import_rules(name, imported, allowed):
+    assert (import_offence(Source(name, ast.parse("")), imported) is None) is allowed
+
+
+# Written as patterns, so that this file does not contain what it looks for.
+MACHINE_BOUND = {
+    "path of one machine": re.compile(r"(?<![\w.~-])/(work|root|home/\w+|Users/\w+|opt/\w+)/"),
+    "host of a package registry": re.compile(r"\b(pypi\.org|pythonhosted\.org|npmjs\.org|deb\.debian\.org)\b"),
+}
+
+
+def test_tracked_files_name_no_machine_and_no_registry():
+    listing = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    found = []
+    for name in filter(None, listing.stdout.decode().split("\0")):
+        content = (ROOT / name).read_bytes() if (ROOT / name).is_file() else b""
+        if b"\0" in content[:4096]:
+            continue
+        for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+            found += [f"{name}:{number}: {what}" for what, pattern in MACHINE_BOUND.items() if pattern.search(line)]
+    assert not found, "\n".join(found)
