@@ -1,0 +1,134 @@
+"""Phrase tables of the rule-based CheXpert-style labeler: what names, what negates and what doubts an observation.
+
+Every entry is a regular expression over one lower-cased sentence with single spaces. The conventions are those of
+the CheXpert labeler (Irvin et al., 2019, arXiv:1901.07031), which are not always what a radiologist means: a stable
+heart size counts as uncertain, any "contour" as a mention of the cardiomediastinum, an endplate as a device.
+"""
+
+CLASSES = (
+    "No Finding",
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Lesion",
+    "Lung Opacity",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
+
+# Words that name something abnormal by themselves: positive unless negated or doubted.
+FINDINGS = {
+    "Cardiomegaly": r"cardiomegaly|cardiac enlargement|enlarged heart|enlargement of the (?:heart|cardiac)",
+    "Lung Lesion": r"\bmass(?:es|like)?\b|\bnodules?\b|nodular (?:densit|opaci)\w+|\blump\w*"
+    r"|cavitary lesions?|carcinomas?|neoplasms?|tumou?rs?\b",
+    "Lung Opacity": r"opaci\w+|air ?-?space disease|infiltrat\w+|interstitial (?:marking|pattern|lung)\w*"
+    r"|reticula(?:r (?:marking|pattern)\w*|tion)|\bscar(?:s|ring)?\b|(?:peribronchial|wall) thickening"
+    r"|increased densit\w+",
+    "Edema": r"edema|heart failure|\bchf\b|(?:vascular|pulmonary) congestion|vascular prominence",
+    "Consolidation": r"consolidat\w+",
+    "Pneumonia": r"pneumonias?\b|infecti\w+",
+    "Atelectasis": r"atelecta\w+|\bcollapse\b",
+    "Pneumothorax": r"pneumothora\w+",
+    "Pleural Effusion": r"effusions?|pleural fluid",
+    "Pleural Other": r"pleural thickening|fibrosis|fibrothorax|pleural (?:parenchymal )?scar\w*",
+    "Fracture": r"fractur\w+",
+    "Support Devices": r"pace(?:r|maker)s?\b|\ba?icds?\b|defibrillators?|devices?\b|\bvalves?\b|\blines?\b|\bpicc\b"
+    r"|tubes?\b|catheters?|cannulas?|\bdrains?\b|port-a-cath|mediports?|\bcoils?\b|\bmarkers?\b|hardware|screws?\b"
+    r"|\brods?\b|\w*plates?\b|\w*arthroplast\w+|prosthesis|platelike|tubercul\w+",
+}
+
+# Anatomy whose size or outline is reported: its label follows from "normal", "stable" or "enlarged" beside it.
+ANATOMY = {
+    "Enlarged Cardiomediastinum": r"(?<=\s)mediastinum|mediastinal (?:silhouette|configuration)s?"
+    r"|cardiomediastinal silhouettes?|contours?\b",
+    "Cardiomegaly": r"\bthe heart\b|\bheart size|cardiac (?:silhouette|size|contour)s?",
+}
+
+# Phrases that look like a mention and are none.
+NOT_MENTIONS = {
+    "Lung Lesion": r"calcified nodules?",
+    "Pleural Effusion": r"pericardial effusions?",
+}
+
+# Mentions that no more than suggest the observation: uncertain where another would be positive.
+WEAK_MENTIONS = {"Edema": r"congestion|vascular prominence"}
+
+# Findings outside the classes: they say nothing about the 13 observations, and they rule out No Finding.
+OTHER_FINDINGS = (
+    r"granuloma|degenerat|atheroscle|emphysem|calcifi|hyperinflat(?!ed but clear)|hyperexpansion|eventration"
+    r"|adenopathy|lymph|densit|hernia|blunt|\bcopd\b|osteopeni|elevat|kypho|prominen|scoliosis|deformity|bulla"
+)
+
+# A cue reaches to the end of its sentence, but not over these.
+SCOPE_END = r";|:|, there (?:is|are)\b|\band there (?:is|are)\b|\b(?:but|however|although|though|except)\b"
+# Cues before a finding; those that end in $ must stand right before it. "No change" keeps what was there.
+NEGATION_BEFORE = (
+    r"\b(?:(?:no|without)(?! (?:\w+ ){0,2}change)|not(?! seen on (?:the )?(?:prior|previous|lateral))|nor"
+    r"|neither|negative for|free of|clear of|absen(?:t|ce of)|rather than|exclude[sd]?|rule[sd]? out)\b"
+    r"|\bclear $|\b(?:resol(?:ved|ution of)|remov(?:ed|al of)) (?:(?!with\b)[\w-]+ )*$"
+)
+UNCERTAIN_BEFORE = (
+    r"\b(?:may|might|could|possibl[ey]|probabl[ey]|likely|suspicious for|suspect\w*|concern\w*|questionable"
+    r"|question of|cannot exclude|worrisome|equivocal|presumed|potential\w*"
+    r"|no (?:significant |interval |definite )+change in|(?:versus|vs|or)(?: \w+)? $)"
+)
+# Cues after a finding; those that begin with ^ must stand right after it.
+UNCERTAIN_AFTER = (
+    r"^ (?:versus|vs|or)\b"
+    r"|\b(?:cannot be (?:\w+ )?excluded|not (?:entirely )?excluded|is possible|suspected|questioned)\b"
+)
+NEGATION_AFTER = (
+    r"^(?: \w+)? (?:(?:is|are|was|were) )?(?:not (?:\w+ )?(?:seen|identified|visuali[sz]ed|present"
+    r"|demonstrated|evident|appreciated|noted)(?! on (?:the )?(?:lateral|frontal|prior|previous))"
+    r"|no longer|absent|removed|resolved|cleared)\b"
+    r"|\b(?:has|have|had)(?: been)? (?:\w+ )?(?:removed|resolved|cleared)\b"
+)
+
+# What a sentence says of the heart and mediastinum. "Upper limits of normal" is normal only after "at the".
+NORMAL = r"\b(?:normal|unremarkable|(?:is|are) clear|not (?:\w+ )?(?:enlarged|widened))\b"
+NOT_NORMAL = (
+    r"(?<!at the)(?<!at)(?<!within)(?: upper| top| first) limits? of normal|at top limits"
+    r"|of the limits of normal|upper limits normal|appears? normal limits|at the upper limits of normal size"
+    r"|\bha(?:s|ve) (?:a |become )?normal"
+    r"|\b(?:enlarged|large|increased|prominent)(?: in size)? (?:with|and|but) [^,]*normal"
+)
+STABLE = r"\b(?:stable|unchanged|borderline)\b"
+STABLE_BEFORE_NORMAL = (
+    r"\b(?:is|are|appears?|remains?) (?:\w+ )?(?:stable|unchanged) and within"
+    r"|\bstable, normal|\bstable with normal"
+)
+# These outrank "stable" for the class that they are about.
+ENLARGED = {
+    "Enlarged Cardiomediastinum": r"\bwidening of\b",
+    "Cardiomegaly": r"(?<!stable )\benlarged\b|\b(?:large|increased|enlargement|borderline (?:in|enlarged))\b",
+}
+
+# Slips of the CheXpert labeler's parser, in terse sentences above all: (class, pattern, label).
+CONVENTIONS = (
+    ("Cardiomegaly", r"\bthe heart size(?: size)? and .*\bappear\b", 1),
+    ("Cardiomegaly", r"\bthe heart pulmonary\b|\btechnical factors heart size\b", 1),
+    ("Cardiomegaly", r"\band [a-z ]* not enlarged", 1),
+    ("Enlarged Cardiomediastinum", r"mediastinum (?:of|within) normal", 1),
+    ("Enlarged Cardiomediastinum", r"normal heart size mediastinal", 1),
+    ("Enlarged Cardiomediastinum", r"stable cardiomediastinal silhouette with normal", -1),
+    ("Enlarged Cardiomediastinum", r"with stable (?:appearance of the )?cardiomediastinal", -1),
+    ("Enlarged Cardiomediastinum", r"the heart and (?:cardio)?mediastinal [a-z ]*(?:stable|unchanged)", 1),
+    ("Enlarged Cardiomediastinum", r"silhouette stable\W*$", 1),
+    ("Enlarged Cardiomediastinum", r"cardiomegaly and mediastinal", 1),
+    ("Pneumonia", r"^no (?:\w+ )+to suggest [^.]*pneumonia", 1),
+    ("Pleural Effusion", r"^no (?:\w+ )+to suggest [^.]*effusion", 1),
+    ("Fracture", r"^no [^.]*\b(?:displaced|thoracic) \w+ [^.]*fractures(?! (?:is|are))", 1),
+    ("Lung Opacity", r"^no focal air space opacities\W*$", 1),
+    ("Consolidation", r"^no focal air ?space consolidations\W*$", 1),
+    ("Consolidation", r"^no focal airspace consolidation or \w+\W*$", -1),
+    ("Consolidation", r"^no pneumothorax, pleural effusion,? or focal air space consolidation\W*$", 1),
+    ("Pneumothorax", r"^no pleural effusions or pneumothorax\W*$", 1),
+    ("Pneumothorax", r"^no(?: \w+){2} (?:consolidation|collection) or \w+\W*$", -1),
+    ("Pleural Effusion", r"^no(?: \w+){2} consolidation or \w+\W*$", -1),
+)
