@@ -1,0 +1,186 @@
+"""The shell scripts, run for real in a folder of their own with stand-ins for Python, uv and nvidia-smi."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modules.flags import parse_flags, resolve_config
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN_SCRIPTS = sorted(ROOT.glob("run_*.sh"))
+SCRIPTS = [*sorted(ROOT.glob("*.sh")), *sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
+STUDIES = ["run_iu_xray.sh", "run_mimic_cxr.sh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_syntax(script):
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    assert "set -euo pipefail" in script.read_text()
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck():
+    # SC2174: "mkdir -p -m" gives the mode to the last folder only, which is the one meant.
+    done = subprocess.run(["shellcheck", "--exclude=SC2174", *SCRIPTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", RUN_SCRIPTS, ids=lambda path: path.name)
+def test_arguments_are_passed_on(script):
+    assert '"$@"' in script.read_text()
+
+
+def executable(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+# ---- run_iu_xray.sh, run_mimic_cxr.sh: a stand-in for Python writes down what it is called with
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A copy of the run scripts; returns a function that runs one and gives the calls of Python, a list of lists."""
+    (tmp_path / "scripts").mkdir()
+    for name in (*STUDIES, "scripts/mine_train_test.sh"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    record = f"import json, sys; print(json.dumps(sys.argv[1:]), file=open({str(tmp_path / 'calls')!r}, 'a'))"
+    executable(tmp_path / ".venv/bin/python", f'#!/bin/sh\nexec {sys.executable} -c "{record}" "$@"\n')
+
+    def run(script, *arguments, **environment):
+        (tmp_path / "calls").write_text("")
+        subprocess.run(["bash", tmp_path / script, *arguments], cwd="/", check=True, env=os.environ | environment)
+        return [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+    run.folder = tmp_path
+    return run
+
+
+def value(call, flag):
+    return call[len(call) - 1 - call[::-1].index(flag) + 1]
+
+
+@pytest.mark.parametrize("script", STUDIES)
+def test_study_mines_trains_and_tests(study, script):
+    dataset = script.removeprefix("run_").removesuffix(".sh")
+    mining, training, testing = study(script, "--epochs", "2", "--exp_name", "two words")
+    index = f"results/{dataset}/hard_negatives.safetensors"
+    assert mining[0] == "scripts/mine_hard_negatives.py" and "RadBERT" in value(mining, "--text_encoder")
+    assert value(mining, "--out") == value(training, "--negative_index") == index
+    assert testing == ["main_test.py", "--load", f"results/{dataset}/model_best.pth"]
+    given, ignored = parse_flags(training[1:], "main_train.py", "")
+    config = resolve_config(given)
+    assert not ignored
+    # Sec. 4.2 of the paper; what the user gave comes last and wins.
+    assert (config.batch_size, config.lr_ve, config.lr_ed, config.weight_decay) == (16, 1e-4, 1e-4, 5e-5)
+    assert (config.lr_scheduler, config.gamma, config.alpha) == ("ReduceLROnPlateau", 0.1, 0.01)
+    assert (config.dataset_name, config.epochs, config.exp_name) == (dataset, 2, "two words")
+
+
+def test_study_follows_the_users_flags(study):
+    mining, training, testing = study("run_iu_xray.sh", "--ann_path=other.json", "--save_dir", "out dir",
+                                      "--num_neighbours", "9", TEXT_ENCODER="tfidf")
+    assert value(mining, "--ann_path") == "other.json"
+    assert (value(mining, "--text_encoder"), value(mining, "--top_k")) == ("tfidf", "9")
+    assert value(training, "--negative_index") == "out dir/hard_negatives.safetensors"
+    assert testing[-1] == "out dir/model_best.pth"
+
+
+def test_study_mines_only_where_it_must(study):
+    index = study.folder / "results/iu_xray/hard_negatives.safetensors"
+    index.parent.mkdir(parents=True)
+    index.touch()
+    assert [call[0] for call in study("run_iu_xray.sh")] == ["main_train.py", "main_test.py"]
+    index.unlink()
+    plain, _ = study("run_iu_xray.sh", "--ithn", "off")
+    assert plain[0] == "main_train.py" and "--negative_index" not in plain
+    own, _ = study("run_iu_xray.sh", "--negative_index", "")
+    assert own[0] == "main_train.py" and value(own, "--negative_index") == ""
+
+
+def test_study_help_runs_nothing(study):
+    assert study("run_iu_xray.sh", "--help") == []
+
+
+# ---- setup.sh: a stand-in for uv writes down what it is asked to install
+
+
+@pytest.fixture
+def project(tmp_path):
+    """setup.sh with one requirement that every environment meets; returns a function that runs it."""
+    for name in ("setup.sh", "constraints-v100.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "requirements.txt").write_text("# comment\npip>=20\n")
+    (tmp_path / "requirements-dev.txt").write_text("-r requirements.txt\n")
+    executable(tmp_path / "bin/uv", f'#!/bin/sh\n[ "$1" = --version ] || echo "uv $*" >>{tmp_path}/calls\n')
+    executable(tmp_path / "bin/java", "#!/bin/sh\n")
+    executable(tmp_path / "bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
+
+    def run(*arguments, code=0, **environment):
+        (tmp_path / "calls").write_text("")
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        done = subprocess.run(["bash", tmp_path / "setup.sh", *arguments], cwd="/", capture_output=True, text=True,
+                              env=os.environ | {"PATH": path, "PYTHON": sys.executable} | environment)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr, (tmp_path / "calls").read_text()
+
+    run.folder = tmp_path
+    return run
+
+
+def test_setup_from_nothing_to_repair(project):
+    said, installed = project()
+    assert "making .venv" in said and "ready" in said
+    assert f"-r {project.folder}/requirements.txt" in installed and "constraints" not in installed
+    said, installed = project()
+    assert installed == "" and said.count("\n") == 1
+    assert "requirements-dev.txt" in project("--dev")[1]
+    assert project()[1] == ""
+    assert f"-c {project.folder}/constraints-v100.txt" in project("--v100")[1]
+
+    # The environment of an interrupted run is not trusted.
+    (project.folder / ".venv/.setup-unfinished").touch()
+    (project.folder / ".venv/left-over").touch()
+    said, installed = project()
+    assert "interrupted" in said and installed
+    assert not (project.folder / ".venv/left-over").exists()
+
+    # What cannot be had is named, and the environment that was there stays.
+    (project.folder / "requirements.txt").write_text("pip>=20\nno-such-package-here>=1\n")
+    executable(project.folder / "bin/uv", '#!/bin/sh\n[ "$1" = --version ]\n')
+    said, _ = project(code=1, PIP_NO_INDEX="1")
+    assert "still missing: no-such-package-here" in said
+    assert (project.folder / ".venv/bin/pip").exists()
+    assert "interrupted" not in project(code=1, PIP_NO_INDEX="1")[0]
+
+
+@pytest.mark.parametrize(("output", "pinned"), [
+    ("7.0, 580.65.06", True), ("9.0, 580.65.06", False), ("8.0, 550.54.14", True),
+    ("8.0, 580.65.06\n7.0, 580.65.06", True), ("17.0, 600.10", False),
+])
+def test_setup_pins_torch_where_the_gpu_needs_it(project, output, pinned):
+    # A Python that makes no environment: what matters stands in the lines before.
+    executable(project.folder / "bin/nvidia-smi", f"#!/bin/sh\nprintf '{output}\\n'\n")
+    said, _ = project(code=1, PYTHON="/no/such/python")
+    assert ("constraints-v100.txt applies" in said) is pinned
+
+
+def test_setup_without_python(project):
+    tools = project.folder / "tools"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "cat", "head", "rm", "grep", "awk", "sed"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    said, _ = project(code=1, PATH=str(tools), PYTHON="")
+    assert "no Python of version 3.11 to 3.14 found (python3 here: none)" in said and "conda" in said
+    assert not (project.folder / ".venv").exists()
+
+
+def test_setup_refuses_unknown_arguments(project):
+    assert "unknown argument --develop" in project("--develop", code=2)[0]
+    assert "Usage" in project("--help")[0]
