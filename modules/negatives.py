@@ -10,7 +10,7 @@ The hinge of the triplet loss (Eq. 4) max(|z-u|^2 - |z-u~|^2 + m, 0) is taken as
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 EPS = 1e-6
 
@@ -80,3 +80,28 @@ STRATEGIES = {
     "prior": prior,
     "released": released,
 }
+
+
+class PreviousEpoch(nn.Module):
+    """Keeps the harder negative of every training sample from one epoch to the next, (N, D) float32.
+
+    The buffers are part of the state dict, so that a checkpoint has them. N = 270,000 with D = 512 is 550 MB.
+    """
+
+    def __init__(self, n_samples: int, dim: int):
+        super().__init__()
+        self.register_buffer("harder", torch.zeros(n_samples, dim))
+        self.register_buffer("known", torch.zeros(n_samples, dtype=torch.bool))
+
+    def start(self, index: Tensor, negative: Tensor) -> Tensor:
+        """Where the synthesis of samples ``index`` (B,) begins: the kept vector, else ``negative`` (B, D)."""
+        return torch.where(self.known[index].unsqueeze(1), self.harder[index].to(negative.dtype), negative)
+
+    @torch.no_grad()
+    def keep(self, index: Tensor, harder: Tensor, rows: Tensor | None = None) -> None:
+        """Store ``harder`` (B, D) of samples ``index``, but for non-finite vectors and for samples not in ``rows``."""
+        good = harder.isfinite().all(1)
+        if rows is not None:
+            good = good & rows
+        self.harder[index] = torch.where(good.unsqueeze(1), harder.float(), self.harder[index])
+        self.known[index] = good | self.known[index]

@@ -1,0 +1,249 @@
+"""What is minimised: a backbone's cross entropy with ITHN beside it (ECAI 2023, arXiv 2305.07176).
+
+Shape legend: B samples (of all processes, in the contrastive part), T + 1 tokens of a report, C and D the backbone's
+image and report width, E the joint embedding. z, u: projected image and report; z-, u-: those of the hard negative;
+u~: the synthesised harder negative.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules import distributed
+from modules.errors import InputError
+from modules.losses import (
+    CONTRASTIVE_FORMS,
+    clip_scores,
+    contrastive_loss,
+    cosine_loss,
+    modified_scores,
+    normalise,
+    token_nll,
+)
+from modules.negatives import PreviousEpoch
+from modules.variants import WITHOUT_NEGATIVES, check_choice, synthesis, variant_rules
+
+# Names beside the backbone's; published files have them too.
+HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
+
+
+class Projection(nn.Module):
+    """Bias-free linear map into the joint embedding."""
+
+    def __init__(self, width: int, embedding_dim: int):
+        super().__init__()
+        self.linear1 = nn.Linear(width, embedding_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width) -> (B, E) of unit length."""
+        return normalise(self.linear1(x.to(self.linear1.weight.dtype)))
+
+
+class Objective(nn.Module):
+    """``objective(batch, epoch)`` -> dictionary with the ``loss`` to minimise and detached terms to log.
+
+    ``strategy``: ``ithn``, ``mochi``, ``prior``, ``unconstrained`` (modules/negatives.py); ``contrastive``: S_1 alone,
+    no hard negatives; ``off``: the plain backbone. ``variant``: ``paper`` or ``released``; ``ce_weight``,
+    ``detach_negative``, ``renormalise_negative`` and ``joint_pass`` are the variant's own where they are None.
+    ``previous_epoch_start`` begins the synthesis at the sample's harder negative of the epoch before and needs
+    ``n_samples``, the size of the training set. ``mask_identical`` leaves off-diagonal pairs with the same report
+    out of L_CP. InputError for an unknown name or for options that exclude one another.
+    """
+
+    def __init__(self, backbone: nn.Module, *, strategy: str = "ithn", variant: str = "paper", alpha: float = 0.01,
+                 embedding_dim: int = 512, ce_weight: float | None = None, contrastive_weight: float = 0.1,
+                 cosine_weight: float = 0.2, contrastive_form: str = "standard", detach_negative: bool | None = None,
+                 renormalise_negative: bool | None = None, joint_pass: bool | None = None,
+                 previous_epoch_start: bool = False, clamp_segment: bool = False, mask_identical: bool = False,
+                 n_samples: int | None = None):
+        super().__init__()
+        check_choice("contrastive_form", contrastive_form, CONTRASTIVE_FORMS)
+        self.rule = variant_rules(variant, ce_weight=ce_weight, detach_negative=detach_negative,
+                                  renormalise_negative=renormalise_negative, joint_pass=joint_pass)
+        self.strategy, self.alpha, self.contrastive_form = strategy, alpha, contrastive_form
+        self.contrastive_weight, self.cosine_weight = contrastive_weight, cosine_weight
+        self.mask_identical = mask_identical
+        self.synthesise = synthesis(strategy, variant, clamp_segment)
+        self.backbone = backbone
+        if strategy != "off":
+            # A module's own parameters come before its children's: temperatures, backbone, projections, as published.
+            self.temp_1 = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            if self.rule.own_harder_scale:
+                self.temp_3 = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.img_projection = Projection(backbone.image_dim, embedding_dim)
+            self.text_projection = Projection(backbone.report_dim, embedding_dim)
+        self.previous = None
+        if previous_epoch_start:
+            if strategy not in ("ithn", "unconstrained") or not n_samples:
+                raise InputError(f"previous_epoch_start with strategy {strategy!r} and n_samples {n_samples}: it needs "
+                                 "strategy ithn or unconstrained, and the number of training samples")
+            self.previous = PreviousEpoch(n_samples, embedding_dim)
+
+    def hardness(self, epoch: int) -> float:
+        """lambda = 1 - exp(-alpha * e) of the ``epoch`` as logged, from 1: e = epoch - 1 (released: e = epoch)."""
+        return -math.expm1(-self.alpha * (epoch - self.rule.first_epoch))
+
+    def forward(self, batch: Any, epoch: int, *, token_count: Tensor | float | None = None,
+                share: float = 1.0) -> dict[str, Tensor]:
+        """Loss L_F = L_CE + beta L_CP + gamma L_CS (Eq. 13) and its terms for a modules.datasets.Batch.
+
+        ``token_count`` is the number of target tokens of everything that makes up one optimiser step: all
+        accumulated batches, all processes; by default those of this batch in all processes. ``share`` is this
+        batch's part of that step, 1 / (number of accumulated batches): the other terms are multiplied by it, so that
+        the losses of a step add up. The logged terms are this batch's own means.
+        """
+        positive = batch.positive
+        pairs = [positive] if self.strategy in WITHOUT_NEGATIVES else [positive, batch.negative]
+        outputs = self._outputs(pairs)
+        mask = positive.token_mask[:, 1:]
+        nll_sum = token_nll(outputs[0].log_probs, positive.tokens[:, 1:], mask, token_count=1)
+        own_count = mask.sum().clamp(min=1)
+        if token_count is None:
+            token_count = distributed.all_reduce_sum(own_count)
+        # Gradients are averaged over the processes, hence the factor.
+        loss = self.rule.ce_weight * distributed.world_size() * nll_sum / token_count
+        terms = {"nll": nll_sum / own_count, **outputs[0].auxiliary}
+        loss = loss + share * sum(outputs[0].auxiliary.values())
+        if self.strategy != "off":
+            # Half precision is for the network only: similarities differ in the third digit.
+            with torch.autocast(loss.device.type, enabled=False):
+                contrast = self._contrast(batch, self._embed(pairs, outputs), epoch)
+            loss = loss + share * self.contrastive_weight * contrast["contrastive"]
+            loss = loss + share * self.cosine_weight * contrast.get("cosine", 0.0)
+            terms |= contrast
+        return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
+
+    def nll_sum(self, pair: Any, features: Any = None) -> Tensor:
+        """Summed negative log-likelihood of the reports of a modules.datasets.Pair; ``features`` replace its images."""
+        output = self._teach(pair, features=features)
+        return token_nll(output.log_probs, pair.tokens[:, 1:], pair.token_mask[:, 1:], token_count=1)
+
+    def after_step(self) -> None:
+        """To be called after each optimiser step: keeps 1/tau at 100 at most (the released variant has no cap)."""
+        if self.strategy != "off":
+            with torch.no_grad():
+                self.temp_1.clamp_(max=self.rule.max_log_scale)
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the published names (visual_extractor.*, encoder_decoder.*, img_projection.*, temp_*)."""
+        state = self.state_dict()
+        return {key.removeprefix("backbone."): state[key] for key in state if not key.startswith("previous.")}
+
+    def load_published(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Load a published R2GenCMN or released-ITHN state dict; returns our entries that it does not have.
+
+        These are heads, which keep their initial values; heads of the file that have no place here (``temp_3`` in
+        the paper's variant) are ignored. InputError where the backbone lacks an entry, knows none of that name, or
+        has another shape.
+        """
+        own = self.state_dict()
+        ours = {key if key.startswith(HEADS) else f"backbone.{key}": value for key, value in state.items()}
+        ours = {key: value for key, value in ours.items() if key in own or not key.startswith(HEADS)}
+        for key, value in ours.items():
+            if key in own and value.shape != own[key].shape:
+                raise InputError(f"checkpoint entry {key.removeprefix('backbone.')}: shape {tuple(value.shape)}, "
+                                 f"but this model has {tuple(own[key].shape)}")
+        missing, unexpected = self.load_state_dict(ours, strict=False)
+        wrong = [key for key in missing if key.startswith("backbone.")] + unexpected
+        if wrong:
+            raise InputError(f"checkpoint does not fit this model: {len(wrong)} entries are missing or unknown, the "
+                             f"first is {wrong[0].removeprefix('backbone.')}")
+        return missing
+
+    def _teach(self, pair: Any, supervised_rows: int | None = None, features: Any = None) -> Any:
+        """Teacher forcing: the shift of the inputs against the targets [:, 1:] is in this file and nowhere else."""
+        return self.backbone(None if features is not None else pair.images, pair.tokens[:, :-1],
+                             view_mask=pair.view_mask, labels=pair.labels, features=features,
+                             supervised_rows=supervised_rows)
+
+    def _outputs(self, pairs: list) -> list:
+        """The backbone's Output for the positives and, if any, for their hard negatives, which are not supervised."""
+        if len(pairs) == 1 or not self.rule.joint_pass:
+            return [self._teach(pair, None if i == 0 else 0) for i, pair in enumerate(pairs)]
+        rows, outputs = len(pairs[0].tokens), []
+        both = self._teach(join(*pairs, pad_id=self.backbone.pad_id), supervised_rows=rows)
+        for pair, part in zip(pairs, (slice(None, rows), slice(rows, None)), strict=True):
+            length = pair.tokens.shape[1] - 1  # without the padding that came with joining
+            outputs.append(dataclasses.replace(
+                both, log_probs=both.log_probs[part, :length], image_features=both.image_features[part],
+                report_features=both.report_features[part, :length]))
+        return outputs
+
+    def _embed(self, pairs: list, outputs: list) -> list[Tensor]:
+        """z, u or z, z-, u, u- of all processes, each (B, E) of unit length."""
+        reports = torch.cat([self._report_feature(output.report_features, pair.token_mask[:, 1:])
+                             for output, pair in zip(outputs, pairs, strict=True)])
+        z = self.img_projection(torch.cat([output.image_features for output in outputs]))
+        u = self.text_projection(reports)
+        features = torch.stack([*z.chunk(len(pairs)), *u.chunk(len(pairs))], dim=1)
+        return list(distributed.gather_with_gradient(features).unbind(1))
+
+    def _report_feature(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Mean of the hidden states (B, T, D) over the positions whose target counts, (B, D)."""
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        if not self.rule.masked_mean:
+            return hidden.mean(1)
+        return torch.where(mask.unsqueeze(-1), hidden, 0.0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+    def _contrast(self, batch: Any, features: list[Tensor], epoch: int) -> dict[str, Tensor]:
+        """L_CP (Eq. 12), L_CS (Eq. 1) and what shows whether they work, over the samples with a hard negative."""
+        scale = self.temp_1.clamp(max=self.rule.max_log_scale).exp()
+        rows = excluded = None
+        if self.mask_identical:
+            key = distributed.gather(batch.report_key)
+            excluded = key.unsqueeze(0) == key.unsqueeze(1)
+        if self.strategy in WITHOUT_NEGATIVES:
+            z, u = features
+            scores, terms = clip_scores(z, u, scale), _diagnostics(z, u)
+        else:
+            z, negative_z, u, negative_u = features
+            rows = distributed.gather(batch.has_negative)
+            harder = self._harder_negative(batch, z, u, negative_u, rows, epoch)
+            harder_scale = self.temp_3.exp() if self.rule.own_harder_scale else None
+            scores = modified_scores(z, u, negative_z, negative_u, harder, scale, harder_scale,
+                                     self.rule.keep_off_diagonal)
+            terms = _diagnostics(z, u, rows, cos_negative=negative_u, cos_harder=harder)
+            terms["cosine"] = cosine_loss(z, negative_z, rows, self.rule.absolute_cosine)
+            terms["hardness"] = torch.full_like(scale, self.hardness(epoch))
+        terms["contrastive"] = contrastive_loss(scores, self.contrastive_form, rows, excluded)
+        return terms | {"temperature": 1 / scale}
+
+    def _harder_negative(self, batch: Any, z: Tensor, u: Tensor, negative: Tensor, rows: Tensor, epoch: int) -> Tensor:
+        """u~ (B, E) as it enters S_3, from u- or from the one of the epoch before."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.rule.detach_negative):
+            # Outside training the sample indices are those of another split.
+            if self.previous is None or not self.training:
+                harder = self.synthesise(z, u, negative, self.hardness(epoch))
+            else:
+                index = distributed.gather(batch.sample_index)
+                harder = self.synthesise(z, u, self.previous.start(index, negative), self.hardness(epoch))
+                self.previous.keep(index, harder, rows)
+            return normalise(harder) if self.rule.renormalise_negative else harder
+
+
+@torch.no_grad()
+def _diagnostics(z: Tensor, u: Tensor, rows: Tensor | None = None, **reports: Tensor) -> dict[str, Tensor]:
+    """Mean cosine of each image with its report and with ``reports``, and how often its own report is the nearest."""
+    hits = clip_scores(z, u, 1.0).argmax(1) == torch.arange(len(z), device=z.device)
+    cosines = {name: cosine_loss(z, normalise(report), rows) for name, report in reports.items()}
+    return {"cos_positive": cosine_loss(z, u, rows), **cosines, "retrieval_accuracy": hits.float().mean()}
+
+
+def join(positive: Any, negative: Any, pad_id: int) -> Any:
+    """Two modules.datasets.Pair of B rows as one of 2B; the shorter tokens are filled up with ``pad_id``."""
+    width = max(positive.tokens.shape[1], negative.tokens.shape[1])
+
+    def filled(name: str, value: int) -> Tensor:
+        parts = [getattr(pair, name) for pair in (positive, negative)]
+        return torch.cat([F.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+
+    return dataclasses.replace(
+        positive, images=torch.cat([positive.images, negative.images]),
+        view_mask=torch.cat([positive.view_mask, negative.view_mask]),
+        tokens=filled("tokens", pad_id), token_mask=filled("token_mask", False),
+        labels=None if positive.labels is None else torch.cat([positive.labels, negative.labels]))
