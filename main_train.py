@@ -7,12 +7,14 @@ from modules.flags import parse_flags, resolve_config
 
 
 def main() -> None:
-    """Read the flags, then compose and run; torch is imported only after the flags are known to be right."""
+    """Read the flags, then compose and run."""
     given, ignored = parse_flags(sys.argv[1:], "main_train.py", __doc__.split(":")[0])
-    config = resolve_config(given)
+    if not given.get("resume"):
+        # Mistakes are found before torch is imported, which takes seconds.
+        resolve_config(given)
     from scripts.training import run_training
 
-    run_training(config, ignored)
+    run_training(given, ignored)
 
 
 if __name__ == "__main__":

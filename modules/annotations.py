@@ -32,6 +32,7 @@ class Annotation:
     splits: dict[str, tuple[Study, ...]]
     sha256: str  # of the file's bytes
     train_sha256: str  # of [[id, report], ...] of train as JSON: what a hard-negative index must match
+    synthetic: bool = False  # some record says "synthetic": true, as scripts/make_demo_data.py writes it
 
 
 def read_annotation(path: str | Path, required_splits: tuple[str, ...] = SPLITS) -> Annotation:
@@ -55,6 +56,7 @@ def read_annotation(path: str | Path, required_splits: tuple[str, ...] = SPLITS)
         splits=splits,
         sha256=hashlib.sha256(content).hexdigest(),
         train_sha256=hashlib.sha256(json.dumps(train).encode()).hexdigest(),
+        synthetic=any(item.get("synthetic") is True for split in splits for item in data[split]),
     )
 
 

@@ -104,14 +104,15 @@ class Metrics:
 
 
 def score(
-    metrics: Metrics, truncated_references: Sequence[str], full_references: Sequence[str], hypotheses: Sequence[str]
+    metrics: Metrics, truncated_references: Sequence[str], full_references: Sequence[str], hypotheses: Sequence[str],
+    *, with_meteor: bool = True,
 ) -> dict[str, float | None]:
     """Score against both forms of the references, each under its own name.
 
     ``BLEU_4`` and so on: references as the R2Gen family has them (cleaned, rare words as ``<unk>``, cut to
     max_seq_length), which published numbers are comparable with. ``BLEU_4_full`` and so on: the whole cleaned report.
     """
-    scores = metrics.compute(truncated_references, hypotheses)
+    scores = metrics.compute(truncated_references, hypotheses, with_meteor=with_meteor)
     # After a failure a second attempt would only double the wait.
     full = metrics.compute(full_references, hypotheses, with_meteor=scores["METEOR"] is not None)
     return scores | {f"{name}_full": value for name, value in full.items()}

@@ -1,0 +1,28 @@
+"""The run's log: to the terminal without breaking progress bars, and to a file that only its owner can read."""
+
+import logging
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class _BarSafeHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+def start_log(path: Path) -> logging.Logger:
+    """The logger "ithn", writing to the terminal and appending to ``path`` (mode 0600); call it once per run."""
+    logger = logging.getLogger("ithn")
+    logger.setLevel(logging.INFO)
+    logger.handlers.clear()
+    logger.propagate = False
+    terminal = _BarSafeHandler()
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    file = logging.StreamHandler(os.fdopen(handle, "a", encoding="utf-8"))
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(terminal)
+    logger.addHandler(file)
+    return logger

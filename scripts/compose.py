@@ -1,0 +1,192 @@
+"""Builds the parts of a run from its Config: the one place, with main_* and the other scripts, that sees all of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import MODELS, build_model
+from modules.annotations import Annotation, Study, read_annotation
+from modules.config import Config
+from modules.datasets import MAX_VIEWS, EpochLoader, ReportDataset, build_loader
+from modules.decoding import DecodingOptions
+from modules.environment import check_precision, choose_device
+from modules.errors import InputError
+from modules.images import ImageFolder, eval_transform, train_transform
+from modules.mining import HardNegativeIndex
+from modules.objective import Objective
+from modules.tokenizers import Tokenizer
+from modules.visual_extractor import VisualExtractor
+
+# R2GenCMN resizes to 256 and crops 224; other image sizes keep that proportion.
+RESIZE_PER_CROP = 256 / 224
+
+
+@dataclass
+class Data:
+    """The annotation with what was derived from it."""
+
+    annotation: Annotation
+    tokenizer: Tokenizer
+    strategy: str  # of the objective; "off" for the plain backbone, and where nothing is trained
+    index: HardNegativeIndex | None
+    trained_with: str  # strategy that the weights were, or are being, trained with
+
+
+def prepare_device(config: Config) -> torch.device:
+    """The device of a run, with kernels chosen for speed or, by flag, for repeatability."""
+    device = choose_device("cpu" if config.n_gpu == 0 else config.device)
+    check_precision(config.precision, device)
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        # cuBLAS reads it at its first call; without it torch refuses some products.
+        import os
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def read_data(config: Config, *, tokenizer: Tokenizer | None = None, trained_with: str | None = None) -> Data:
+    """Read the annotation, the vocabulary (unless a checkpoint brought it) and the hard negatives.
+
+    ``trained_with`` names the strategy of a checkpoint that is only tested: no hard negatives are needed then.
+    """
+    annotation = read_annotation(config.ann_path)
+    if tokenizer is None:
+        reports = [study.report for study in annotation.splits["train"]]
+        tokenizer = Tokenizer.from_reports(reports, config.threshold, config.dataset_name)
+    strategy, index = _hard_negatives(config, annotation) if trained_with is None else ("off", None)
+    return Data(annotation, tokenizer, strategy, index, trained_with or strategy)
+
+
+def _hard_negatives(config: Config, annotation: Annotation) -> tuple[str, HardNegativeIndex | None]:
+    """The strategy that --ithn and the available hard negatives lead to, and the index if one was given."""
+    in_annotation = any(study.negative_report for study in annotation.splits["train"])
+    wanted = config.ithn == "on" or (config.ithn == "auto" and (config.negative_index or in_annotation))
+    if not wanted:
+        return "off", None
+    if config.strategy == "contrastive":
+        return config.strategy, None
+    if config.negative_index:
+        index = HardNegativeIndex.load(config.negative_index)
+        index.check(annotation)
+        return config.strategy, index
+    if not in_annotation:
+        raise InputError(f"--ithn on needs hard negatives and {config.ann_path} has no neg_report: run python "
+                         f"scripts/mine_hard_negatives.py --ann_path {config.ann_path} --out FILE, then give "
+                         "--negative_index FILE")
+    if config.strategy == "mochi":
+        raise InputError("--strategy mochi draws from several neighbours, the annotation's neg_report is one: mine an "
+                         "index with scripts/mine_hard_negatives.py and give --negative_index")
+    return config.strategy, None
+
+
+def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
+    """The visual extractor; without ``pretrained`` its weights are to come from a checkpoint."""
+    try:
+        return VisualExtractor(
+            config.visual_extractor,
+            pretrained=pretrained and config.visual_extractor_pretrained,
+            weights=config.visual_extractor_weights if pretrained else None,
+            batch_norm=config.batch_norm,
+            channels_last=True,
+            frozen=config.freeze_visual_extractor,
+            image_size=config.image_size,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def build_objective(config: Config, data: Data, device: torch.device, *, pretrained: bool) -> Objective:
+    """Backbone and losses, on ``device``."""
+    if config.model_name not in MODELS:
+        raise InputError(f"--model_name {config.model_name}: must be one of {', '.join(MODELS)}")
+    extractor = build_extractor(config, device, pretrained=pretrained)
+    backbone = build_model(config.model_name, visual_extractor=extractor, num_ids=data.tokenizer.num_ids,
+                           **backbone_options(config))
+    objective = Objective(
+        backbone,
+        strategy=data.strategy,
+        variant=config.ithn_variant,
+        alpha=config.alpha,
+        embedding_dim=config.embedding_dim,
+        ce_weight=config.ce_weight,
+        contrastive_weight=config.contrastive_weight,
+        cosine_weight=config.cosine_weight,
+        contrastive_form=config.contrastive_form,
+        detach_negative=config.detach_negative,
+        renormalise_negative=config.renormalise_negative,
+        previous_epoch_start=config.previous_epoch_start,
+        clamp_segment=config.clamp_segment,
+        mask_identical=config.mask_identical,
+        n_samples=count_samples(config, data.annotation.splits["train"]),
+    )
+    return objective.to(device)
+
+
+def backbone_options(config: Config) -> dict[str, Any]:
+    """The constructor's keyword arguments of the backbone that --model_name names."""
+    shared = {name: getattr(config, name) for name in ("d_model", "d_ff", "num_heads", "num_layers", "dropout",
+                                                       "drop_prob_lm", "use_bn")}
+    own = {"r2gencmn": ("topk", "cmm_size", "cmm_dim")}
+    return shared | {name: getattr(config, name) for name in own[config.model_name]}
+
+
+def count_samples(config: Config, studies: tuple[Study, ...]) -> int:
+    """Samples that a split makes: its studies, or their images."""
+    return len(studies) if config.views == "paired" else sum(len(study.image_paths) for study in studies)
+
+
+def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extractor: nn.Module,
+                  negatives: bool = False) -> ReportDataset:
+    """One split; ``augment`` takes the training transform, ``negatives`` adds each sample's hard negative."""
+    look = {"size": config.image_size, "mean": extractor.mean, "std": extractor.std}
+    if augment:
+        transform = train_transform(**look, resize=round(config.image_size * RESIZE_PER_CROP), flip=config.flip)
+    else:
+        transform = eval_transform(**look)
+    neighbours = data.index.neighbours if negatives and data.index is not None else None
+    return ReportDataset(
+        data.annotation.splits[split],
+        data.tokenizer,
+        ImageFolder(config.image_dir),
+        transform,
+        max_seq_length=config.max_seq_length,
+        views=config.views,
+        max_views=MAX_VIEWS[config.dataset_name],
+        seed=config.seed,
+        neighbours=neighbours,
+        num_neighbours=config.num_neighbours if data.strategy == "mochi" else 1,
+        annotation_negatives=negatives and neighbours is None,
+        on_bad_image=config.on_bad_image,
+    )
+
+
+def build_split_loader(config: Config, dataset: ReportDataset, device: torch.device, *, shuffle: bool) -> EpochLoader:
+    """Loader of a split; worker processes of the training split live on between epochs, the others' end."""
+    return build_loader(dataset, config.batch_size, shuffle, config.num_workers, config.seed,
+                        pin_memory=device.type == "cuda", persistent_workers=shuffle)
+
+
+def decoding_options(config: Config) -> DecodingOptions:
+    """How reports are generated."""
+    names = ("sample_method", "beam_size", "max_seq_length", "temperature", "sample_n", "group_size",
+             "diversity_lambda")
+    try:
+        return DecodingOptions(**{name: getattr(config, name) for name in names},
+                               block_trigrams=bool(config.block_trigrams))
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+
+
+def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path: str) -> None:
+    """Load ``weights`` of ours or of a published checkpoint into ``objective``; InputError when they do not fit."""
+    try:
+        objective.load_published(weights)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"checkpoint {path}: {' '.join(str(error).split())[:400]}") from error

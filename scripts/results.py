@@ -1,0 +1,139 @@
+"""Tests a model against the floors and writes everything that a run leaves for reading."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.config import Config
+from modules.datasets import ReportDataset
+from modules.diversity import collapse_statistics, collapse_warning
+from modules.environment import provenance
+from modules.floors import commonest_report_floor, nearest_image_floor
+from modules.html_report import Sample, ScoreRow, write_report
+from modules.metrics import Metrics, score
+from modules.objective import Objective
+from modules.progress import Bar
+from modules.records import append_record, write_report_tables, write_results
+from modules.tester import Predictions, Tester, autocast
+from modules.tokenizers import Tokenizer
+from scripts import compose
+
+logger = logging.getLogger("ithn")
+MODEL, COMMONEST, NEAREST = "model", "commonest training report", "nearest training image"
+
+
+def test_and_write(config: Config, data: compose.Data, objective: Objective, device: torch.device, *, tester: Tester,
+                   loader: Any, metrics: Metrics, folder: Path, history: Sequence[Mapping], best_epoch: int) -> None:
+    """Generate and score the test split, score the floors beside it, and write the results into ``folder``."""
+    found = tester.predict(loader, "test")
+    reports = {MODEL: found.generated} | _floors(config, data, objective, device, found)
+    scores = {name: score(metrics, found.references, found.full_references, generated, with_meteor=config.meteor)
+              for name, generated in reports.items()}
+    scores[MODEL]["nll"] = found.nll
+    variety = {name: collapse_statistics(generated) for name, generated in reports.items() if name != COMMONEST}
+    variety["references"] = collapse_statistics(found.references)
+    validation = _validation_scores(history, best_epoch)
+    run = provenance(str(device)) | {
+        "annotation_sha256": data.annotation.sha256, "vocabulary_sha256": data.tokenizer.sha256, "seed": config.seed}
+    _log(scores, variety[MODEL], metrics)
+    write_results(folder / "results.json", {
+        "split": "test", "best_epoch": best_epoch, "val": validation, "test": scores, "variety": variety,
+        "meteor_error": metrics.meteor_error, "synthetic": data.annotation.synthetic,
+        "config": dataclasses.asdict(config), "provenance": run})
+    write_report_tables(folder, found.generated, found.references)
+    append_record(config.record_dir, config.dataset_name, epoch=best_epoch, seed=config.seed, val=validation,
+                  test=scores[MODEL], extra=_record(config, data))
+    rows = [ScoreRow(name, "test", values, is_floor=name != MODEL) for name, values in scores.items()]
+    if validation:
+        rows.append(ScoreRow(MODEL, "val", validation))
+    write_report(
+        folder / "report.html",
+        title=f"{config.exp_name or config.model_name} on {config.dataset_name}",
+        subtitle=f"{_method(config, data)}; {len(found.ids)} test samples; best epoch {best_epoch} of {len(history)}",
+        synthetic=data.annotation.synthetic, scores=rows, meteor_error=metrics.meteor_error, history=history,
+        best_epoch=best_epoch or None, variety=variety,
+        warnings=[line for line in (collapse_warning(variety[MODEL]),) if line],
+        samples=_samples(loader.dataset, found, config.report_samples),
+        flags=dataclasses.asdict(config), provenance=run)
+    logger.info("results in %s: report.html, results.json, res.csv, gts.csv", folder)
+
+
+def _floors(config: Config, data: compose.Data, objective: Objective, device: torch.device,
+            found: Predictions) -> dict[str, list[str]]:
+    """What needs no decoder: the commonest training report, and the report of the training image most alike."""
+    if not config.floors:
+        return {}
+    extractor = objective.backbone.visual_extractor
+    dataset = compose.build_dataset(config, data, "train", augment=False, extractor=extractor)
+    features = _pooled_features(objective, compose.build_split_loader(config, dataset, device, shuffle=False), device,
+                                config.precision)
+    texts = [cut_report(study.report, data.tokenizer, config.max_seq_length) for study in dataset.studies]
+    per_sample = [texts[row] for row, _ in dataset.samples]
+    return {COMMONEST: commonest_report_floor(per_sample, len(found.ids)),
+            NEAREST: nearest_image_floor(features.numpy(), per_sample, found.visual_features.numpy())}
+
+
+@torch.inference_mode()
+def _pooled_features(objective: Objective, loader: Any, device: torch.device, precision: str) -> Tensor:
+    """Pooled visual features (N, C) of every sample, on the CPU."""
+    objective.eval()
+    pooled = []
+    for batch in Bar(loader, "features of the training images"):
+        pair = batch.to(device).positive
+        with autocast(device, precision):
+            pooled.append(objective.backbone.extract(pair.images, pair.view_mask).pooled.float().cpu())
+    return torch.cat(pooled)
+
+
+def cut_report(report: str, tokenizer: Tokenizer, max_seq_length: int) -> str:
+    """A report as the R2Gen family scores references: cleaned, rare words as <unk>, cut to ``max_seq_length`` ids."""
+    return tokenizer.decode(tokenizer.encode(report)[:max_seq_length][1:])
+
+
+def _validation_scores(history: Sequence[Mapping], best_epoch: int) -> dict[str, float | None]:
+    rows = [row for row in history if row["epoch"] == best_epoch]
+    return {name.removeprefix("val_"): value for row in rows for name, value in row.items() if name.startswith("val_")}
+
+
+def _method(config: Config, data: compose.Data) -> str:
+    if data.trained_with == "off":
+        return "plain backbone, no ITHN"
+    if data.trained_with == "unknown":
+        return "a checkpoint of another program"
+    return f"ITHN with strategy {data.trained_with} ({config.ithn_variant} variant), alpha {config.alpha:g}"
+
+
+def _record(config: Config, data: compose.Data) -> dict[str, Any]:
+    return {"exp_name": config.exp_name, "model_name": config.model_name, "strategy": data.trained_with,
+            "ithn_variant": config.ithn_variant, "alpha": config.alpha, "save_dir": config.save_dir}
+
+
+def _log(scores: Mapping[str, Mapping], variety: Mapping[str, Any], metrics: Metrics) -> None:
+    for name, values in scores.items():
+        shown = " ".join(f"{key}={'-' if value is None else f'{value:.4f}'}" for key, value in values.items()
+                         if not key.endswith("_full"))
+        logger.info("test, %s: %s", name, shown)
+    logger.info("test, different reports: %d of %d; the commonest is %.1f %%", variety["unique_reports"],
+                variety["num_reports"], 100 * variety["commonest_share"])
+    if line := collapse_warning(variety):
+        logger.warning("%s", line)
+    if metrics.meteor_error:
+        logger.warning("METEOR is missing: %s", metrics.meteor_error)
+
+
+def _samples(dataset: ReportDataset, found: Predictions, count: int) -> Iterator[Sample]:
+    """``count`` samples spread evenly over the split, with their images."""
+    total = len(found.ids)
+    for i in range(min(count, total)):
+        index = i * total // min(count, total)
+        row, view = dataset.samples[index]
+        study = dataset.studies[row]
+        chosen = [view] if dataset.separate else range(min(dataset.num_views, len(study.image_paths)))
+        yield Sample(id=found.ids[index], images=[dataset.read_image(study.image_paths[v]) for v in chosen],
+                     views=[study.views[v] for v in chosen], reference=found.full_references[index],
+                     generated=found.generated[index])

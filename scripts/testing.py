@@ -1,0 +1,44 @@
+"""What main_test.py runs: loads a checkpoint, generates the test split's reports, scores them, writes the results."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modules.checkpoint import FORMAT, load_checkpoint
+from modules.flags import resolve_config
+from modules.metrics import Metrics
+from modules.records import private_folder
+from modules.run_log import start_log
+from modules.tokenizers import Tokenizer
+from scripts import compose
+from scripts.results import test_and_write
+from scripts.training import build_tester
+
+
+def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
+    """Test the checkpoint ``given["load"]``: ours brings settings and vocabulary, a published one needs the flags."""
+    path = given["load"]
+    content = load_checkpoint(path)
+    ours = content.get("format") == FORMAT
+    # A results folder may have been moved since: the results go where the checkpoint lies.
+    saved = content["config"] | {"save_dir": str(Path(path).parent), "resume": ""} if ours else None
+    config = resolve_config(given, saved)
+    folder = private_folder(config.save_dir)
+    log = start_log(folder / "test.log")
+    for line in ignored:
+        log.warning("%s", line)
+    device = compose.prepare_device(config)
+    tokenizer = Tokenizer.from_state(content["vocabulary"]) if ours else None
+    data = compose.read_data(config, tokenizer=tokenizer, trained_with=content.get("strategy", "unknown"))
+    objective = compose.build_objective(config, data, device, pretrained=False)
+    compose.load_weights(objective, content["state_dict"], path)
+    dataset = compose.build_dataset(config, data, "test", augment=False,
+                                    extractor=objective.backbone.visual_extractor)
+    if config.on_bad_image == "stop":
+        dataset.check_files(dataset.read_image)
+    loader = compose.build_split_loader(config, dataset, device, shuffle=False)
+    history = content["history"] if ours else []
+    with Metrics() as metrics:
+        tester = build_tester(config, data.tokenizer, objective, device, metrics)
+        test_and_write(config, data, objective, device, tester=tester, loader=loader, metrics=metrics, folder=folder,
+                       history=history, best_epoch=int(content.get("epoch") or 0))
