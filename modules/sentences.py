@@ -1,0 +1,41 @@
+"""Which sentences two reports share: the comparison that the report page marks."""
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+# A full stop ends a sentence where white space or nothing follows: "1.5 cm" is none.
+_END = re.compile(r"\s*\.(?:\s+|$)")
+
+
+class Sentence(NamedTuple):
+    """A sentence without its full stop, and whether the other report has it too."""
+
+    text: str
+    shared: bool
+
+
+def split_sentences(report: str) -> list[str]:
+    """Return the sentences of a raw or cleaned report, without full stops and empty ones."""
+    return [piece.strip() for piece in _END.split(report) if piece.strip()]
+
+
+def compare_sentences(reference: str, generated: str) -> tuple[list[Sentence], list[Sentence]]:
+    """Mark the sentences of both reports as shared or not, each list in its report's own order.
+
+    Letter case, white space and order do not count; a sentence said twice is shared twice only if both say it twice.
+    """
+    sides = [split_sentences(reference), split_sentences(generated)]
+    common = Counter(map(_key, sides[0])) & Counter(map(_key, sides[1]))
+    marked: tuple[list[Sentence], list[Sentence]] = ([], [])
+    for sentences, result in zip(sides, marked, strict=True):
+        left = common.copy()
+        for text in sentences:
+            key = _key(text)
+            result.append(Sentence(text, left[key] > 0))
+            left[key] -= 1
+    return marked
+
+
+def _key(sentence: str) -> str:
+    return " ".join(sentence.lower().split())
