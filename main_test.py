@@ -6,12 +6,14 @@ A published checkpoint of R2GenCMN or the released ITHN needs the flags it was t
 
 import sys
 
+from modules.environment import check_python
 from modules.errors import InputError, run_entry_point
 from modules.flags import parse_flags
 
 
 def main() -> None:
     """Read the flags, load the checkpoint, generate the test split's reports, score them, write the results."""
+    check_python()
     given, ignored = parse_flags(sys.argv[1:], "main_test.py", __doc__.split("\n")[0])
     if not given.get("load"):
         raise InputError("--load is missing: name the checkpoint to test, as in --load results/iu_xray/model_best.pth")

@@ -2,12 +2,14 @@
 
 import sys
 
+from modules.environment import check_python
 from modules.errors import run_entry_point
 from modules.flags import parse_flags, resolve_config
 
 
 def main() -> None:
     """Read the flags, then compose and run."""
+    check_python()
     given, ignored = parse_flags(sys.argv[1:], "main_train.py", __doc__.split(":")[0])
     if not given.get("resume"):
         # Mistakes are found before torch is imported, which takes seconds.

@@ -1,5 +1,6 @@
 """What main_test.py runs: loads a checkpoint, generates the test split's reports, scores them, writes the results."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,18 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     if config.on_bad_image == "stop":
         dataset.check_files(dataset.read_image)
     loader = compose.build_split_loader(config, dataset, device, shuffle=False)
-    history = content["history"] if ours else []
+    history = _history(content, Path(path).parent) if ours else []
     with Metrics() as metrics:
         tester = build_tester(config, data.tokenizer, objective, device, metrics)
         test_and_write(config, data, objective, device, tester=tester, loader=loader, metrics=metrics, folder=folder,
                        history=history, best_epoch=int(content.get("epoch") or 0))
+
+
+def _history(content: Mapping[str, Any], folder: Path) -> list[dict]:
+    """The epochs up to the checkpoint, and those after it where the run's history.json still lies beside it."""
+    try:
+        rows = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        rows = []
+    known = list(content["history"])
+    return rows if rows[: len(known)] == known else known
