@@ -16,7 +16,7 @@ from modules.clinical_rules import CLASSES
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CLASSES", "label_report", "label_reports"]
+__all__ = ["CLASSES", "label_report", "label_reports", "with_parents"]
 
 POSITIVE, NEGATIVE, UNCERTAIN = 1, 0, -1
 _STRENGTH = {None: 0, NEGATIVE: 1, UNCERTAIN: 2, POSITIVE: 3}
@@ -82,10 +82,22 @@ def label_reports(texts: Sequence[str], progress: bool = False) -> "np.ndarray":
     return labels
 
 
+def with_parents(labels: dict[str, int | None]) -> dict[str, int | None]:
+    """Return the labels with a positive or uncertain observation carried up to its parents: edema is an opacity.
+
+    Neither the CheXpert labeler nor ``label_report`` does so: use it on both sides of a comparison or on none.
+    """
+    labels = dict(labels)
+    for child, parent in rules.PARENTS.items():
+        if labels[child] in (POSITIVE, UNCERTAIN) and _STRENGTH[labels[child]] > _STRENGTH[labels[parent]]:
+            labels[parent] = labels[child]
+    return labels
+
+
 def _split_sentences(text: str) -> list[str]:
     """Lower-case the report and cut it into sentences with single spaces and no space before punctuation."""
     text = text.lower().replace("and/or", "or").replace("vs.", "vs")
-    text = re.sub(r"(?<=[a-z])/(?=[a-z])", " or ", text)
+    text = re.sub(r"(?<=[a-z])/(?=[a-z])", " / ", text)
     text = re.sub(r"\s+(?=[.,;:!?])", "", text)
     sentences = (" ".join(sentence.split()) for sentence in _SENTENCE_END.split(text))
     return [sentence for sentence in sentences if sentence.strip(".")]

@@ -22,6 +22,16 @@ CLASSES = (
     "Support Devices",
 )
 
+# Child -> parent in the observations' hierarchy (Irvin et al., 2019, figure 1), children before their parents' parents.
+PARENTS = {
+    "Cardiomegaly": "Enlarged Cardiomediastinum",
+    "Pneumonia": "Consolidation",
+    "Consolidation": "Lung Opacity",
+    "Lung Lesion": "Lung Opacity",
+    "Edema": "Lung Opacity",
+    "Atelectasis": "Lung Opacity",
+}
+
 # Words that name something abnormal by themselves: positive unless negated or doubted.
 FINDINGS = {
     "Cardiomegaly": r"cardiomegaly|cardiac enlargement|enlarged heart|enlargement of the (?:heart|cardiac)",
@@ -38,16 +48,16 @@ FINDINGS = {
     "Pleural Effusion": r"effusions?|pleural fluid",
     "Pleural Other": r"pleural thickening|fibrosis|fibrothorax|pleural (?:parenchymal )?scar\w*",
     "Fracture": r"fractur\w+",
-    "Support Devices": r"pace(?:r|maker)s?\b|\ba?icds?\b|defibrillators?|devices?\b|\bvalves?\b|\blines?\b|\bpicc\b"
-    r"|tubes?\b|catheters?|cannulas?|\bdrains?\b|port-a-cath|mediports?|\bcoils?\b|\bmarkers?\b|hardware|screws?\b"
-    r"|\brods?\b|\w*plates?\b|\w*arthroplast\w+|prosthesis|platelike|tubercul\w+",
+    "Support Devices": r"pacer|pacemaker|\ba?icds?\b|defib|device|\bvalves?\b|\blines?\b|\bpicc\b|tube|catheter|cannula"
+    r"|\bdrains?\b|port-a-cath|mediport|\bcoils?\b|\bmarkers?\b|hardware|screw|\brods?\b|plate|arthroplast|tubercul"
+    r"|support (?:apparatus|equipment)",
 }
 
 # Anatomy whose size or outline is reported: its label follows from "normal", "stable" or "enlarged" beside it.
 ANATOMY = {
     "Enlarged Cardiomediastinum": r"(?<=\s)mediastinum|mediastinal (?:silhouette|configuration)s?"
     r"|cardiomediastinal silhouettes?|contours?\b",
-    "Cardiomegaly": r"\bthe heart\b|\bheart size|cardiac (?:silhouette|size|contour)s?",
+    "Cardiomegaly": r"(?<!over )(?<!behind )\bthe heart\b|\bheart size|cardiac (?:silhouette|size|contour)s?",
 }
 
 # Phrases that look like a mention and are none.
@@ -62,7 +72,7 @@ WEAK_MENTIONS = {"Edema": r"congestion|vascular prominence"}
 # Findings outside the classes: they say nothing about the 13 observations, and they rule out No Finding.
 OTHER_FINDINGS = (
     r"granuloma|degenerat|atheroscle|emphysem|calcifi|hyperinflat(?!ed but clear)|hyperexpansion|eventration"
-    r"|adenopathy|lymph|densit|hernia|blunt|\bcopd\b|osteopeni|elevat|kypho|prominen|scoliosis|deformity|bulla"
+    r"|adenopathy|lymph|bronchiecta|density|hernia|blunt|\bcopd\b|osteopeni|elevat|kypho|prominen|scoliosis|deformity|bulla"
 )
 
 # A cue reaches to the end of its sentence, but not over these.
@@ -76,11 +86,11 @@ NEGATION_BEFORE = (
 UNCERTAIN_BEFORE = (
     r"\b(?:may|might|could|possibl[ey]|probabl[ey]|likely|suspicious for|suspect\w*|concern\w*|questionable"
     r"|question of|cannot exclude|worrisome|equivocal|presumed|potential\w*"
-    r"|no (?:significant |interval |definite )+change in|(?:versus|vs|or)(?: \w+)? $)"
+    r"|no (?:significant |interval |definite )+change in|(?:versus|vs|or)(?: \w+){0,2} $)|/ $"
 )
 # Cues after a finding; those that begin with ^ must stand right after it.
 UNCERTAIN_AFTER = (
-    r"^ (?:versus|vs|or)\b"
+    r"^ (?:(?:versus|vs|or)\b|/)"
     r"|\b(?:cannot be (?:\w+ )?excluded|not (?:entirely )?excluded|is possible|suspected|questioned)\b"
 )
 NEGATION_AFTER = (
@@ -98,7 +108,7 @@ NOT_NORMAL = (
     r"|\bha(?:s|ve) (?:a |become )?normal"
     r"|\b(?:enlarged|large|increased|prominent)(?: in size)? (?:with|and|but) [^,]*normal"
 )
-STABLE = r"\b(?:stable|unchanged|borderline)\b"
+STABLE = r"\b(?:stable|unchanged|borderline (?:heart|cardiac))\b"
 STABLE_BEFORE_NORMAL = (
     r"\b(?:is|are|appears?|remains?) (?:\w+ )?(?:stable|unchanged) and within"
     r"|\bstable, normal|\bstable with normal"
@@ -106,13 +116,13 @@ STABLE_BEFORE_NORMAL = (
 # These outrank "stable" for the class that they are about.
 ENLARGED = {
     "Enlarged Cardiomediastinum": r"\bwidening of\b",
-    "Cardiomegaly": r"(?<!stable )\benlarged\b|\b(?:large|increased|enlargement|borderline (?:in|enlarged))\b",
+    "Cardiomegaly": r"(?<!stable )\benlarged\b|\b(?:large|increased|enlargement)\b",
 }
 
 # Slips of the CheXpert labeler's parser, in terse sentences above all: (class, pattern, label).
 CONVENTIONS = (
     ("Cardiomegaly", r"\bthe heart size(?: size)? and .*\bappear\b", 1),
-    ("Cardiomegaly", r"\bthe heart pulmonary\b|\btechnical factors heart size\b", 1),
+    ("Cardiomegaly", r"\bthe heart pulmonary\b|\btechnical factors heart size\b|\bheart size xxxx within", 1),
     ("Cardiomegaly", r"\band [a-z ]* not enlarged", 1),
     ("Enlarged Cardiomediastinum", r"mediastinum (?:of|within) normal", 1),
     ("Enlarged Cardiomediastinum", r"normal heart size mediastinal", 1),
@@ -124,11 +134,11 @@ CONVENTIONS = (
     ("Pneumonia", r"^no (?:\w+ )+to suggest [^.]*pneumonia", 1),
     ("Pleural Effusion", r"^no (?:\w+ )+to suggest [^.]*effusion", 1),
     ("Fracture", r"^no [^.]*\b(?:displaced|thoracic) \w+ [^.]*fractures(?! (?:is|are))", 1),
-    ("Lung Opacity", r"^no focal air space opacities\W*$", 1),
-    ("Consolidation", r"^no focal air ?space consolidations\W*$", 1),
-    ("Consolidation", r"^no focal airspace consolidation or \w+\W*$", -1),
-    ("Consolidation", r"^no pneumothorax, pleural effusion,? or focal air space consolidation\W*$", 1),
-    ("Pneumothorax", r"^no pleural effusions or pneumothorax\W*$", 1),
+    ("Lung Opacity", r"^no \w+ air space opacities\W*$", 1),
+    ("Consolidation", r"^no \w+ air ?space consolidations\W*$", 1),
+    ("Consolidation", r"^no \w+ airspace consolidation or \w+\W*$", -1),
+    ("Consolidation", r"^no (?:[\w ]+, )+or \w+ air space consolidation\W*$", 1),
+    ("Pneumothorax", r"^no \w+ effusions or pneumothorax\W*$", 1),
     ("Pneumothorax", r"^no(?: \w+){2} (?:consolidation|collection) or \w+\W*$", -1),
     ("Pleural Effusion", r"^no(?: \w+){2} consolidation or \w+\W*$", -1),
 )

@@ -1,0 +1,127 @@
+"""Clinical efficacy of generated reports: precision, recall and F1 of their CheXpert labels against the references'.
+
+Takes two CSV files, row by row or matched by their column id. Files with label columns (the CheXpert labeler's,
+CheXbert's, R2Gen's res_labeled.csv and gts_labeled.csv, scripts/label_reports.py's) are scored as they are; files
+of reports are labelled with our rules first, and the scores are then called ce_rule_*.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modules.clinical_files import Table, class_columns, parse_labels, read_table, report_column
+from modules.errors import InputError, run_entry_point
+from modules.records import write_results
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def main() -> None:
+    """Read both files, score them, print the tables and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gts", required=True, metavar="CSV", help="the references: reports or labels")
+    parser.add_argument("--res", required=True, metavar="CSV", help="the generated reports or their labels")
+    parser.add_argument("--labeler", metavar="NAME", help="who made the labels of labelled files, e.g. chexbert")
+    parser.add_argument("--uncertain", choices=("negative", "positive"), default="negative",
+                        help="what an uncertain label counts as in the table of classes (default: %(default)s)")
+    parser.add_argument("--out", metavar="JSON", help="where to write all scores and the table of classes")
+    arguments = parser.parse_args()
+
+    from modules.clinical_scores import class_table, clinical_scores
+
+    references, hypotheses = read_table(arguments.gts, headerless=True), read_table(arguments.res, headerless=True)
+    hypotheses = match_rows(references, hypotheses)
+    labeler = choose_labeler(references, hypotheses, arguments.labeler)
+    truth, claim = labels_of(references), labels_of(hypotheses)
+    scores = clinical_scores(truth, claim, labeler)
+    table = class_table(truth, claim, arguments.uncertain)
+    print(render_scores(scores), render_classes(table, labeler, arguments.uncertain), sep="\n\n")
+    if arguments.out:
+        content = {"reports": len(truth), "scores": scores, "uncertain": arguments.uncertain, "classes": table}
+        write_results(arguments.out, content)
+
+
+def match_rows(references: Table, hypotheses: Table) -> Table:
+    """Return the hypotheses in the order of the references: by column id where both have one, else row by row."""
+    for table in (references, hypotheses):
+        if not table.rows:
+            raise InputError(f"{table.path}: no rows below the header; at least one report is needed")
+    if "id" in references.columns and "id" in hypotheses.columns:
+        ids, rows = _ids(references), dict(zip(_ids(hypotheses), hypotheses.rows, strict=True))
+        for here, there, path in ((set(ids), set(rows), hypotheses.path), (set(rows), set(ids), references.path)):
+            if here - there:
+                raise InputError(f"{path}: no row with id {min(here - there)} ({len(here - there)} are missing)")
+        return Table(hypotheses.path, hypotheses.columns, [rows[study] for study in ids])
+    if len(references.rows) != len(hypotheses.rows):
+        raise InputError(
+            f"{references.path} has {len(references.rows)} rows and {hypotheses.path} {len(hypotheses.rows)}: "
+            "without a column id in both they must be as many, in the same order"
+        )
+    return hypotheses
+
+
+def _ids(table: Table) -> list[str]:
+    ids = [row[table.columns.index("id")] for row in table.rows]
+    commonest, times = Counter(ids).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{table.path}: id {commonest} stands in {times} rows")
+    return ids
+
+
+def choose_labeler(references: Table, hypotheses: Table, name: str | None) -> str:
+    """Return the labeler's name for the keys: ``rule`` for reports; whoever made them for labels."""
+    labelled = [bool(class_columns(table)) for table in (references, hypotheses)]
+    if labelled[0] != labelled[1]:
+        with_labels, without = (references, hypotheses) if labelled[0] else (hypotheses, references)
+        raise InputError(f"{with_labels.path} has labels and {without.path} has none: label both with one labeler")
+    if not labelled[0]:
+        if name not in (None, "rule"):
+            raise InputError(f"--labeler {name}: these files hold reports, which only our rules can label here")
+        return "rule"
+    if name is None:
+        raise InputError("--labeler is needed with labelled files: the scores are named after who made the labels")
+    if not re.fullmatch(r"[a-z0-9]+", name):
+        raise InputError(f"--labeler {name}: a name of small letters and digits is needed, such as chexbert")
+    return name
+
+
+def labels_of(table: Table) -> "np.ndarray":
+    """Return the labels of a table as (N, 14) float64 with NaN for not mentioned; reports are labelled by our rules."""
+    import numpy as np
+
+    from modules.clinical import label_reports
+
+    if class_columns(table):
+        return np.array(parse_labels(table), dtype=float)
+    column = report_column(table)
+    return label_reports([row[column] for row in table.rows], progress=True)
+
+
+def render_scores(scores: dict[str, float]) -> str:
+    """Return all scores as a Markdown table of precision, recall and F1 per averaging, class set and policy."""
+    lines = ["| averaging, classes, uncertain | precision | recall | F1 |", "|---|---|---|---|"]
+    for key, precision in scores.items():
+        if "_precision_" in key:
+            recall, f1 = (scores[key.replace("_precision_", f"_{name}_")] for name in ("recall", "f1"))
+            lines.append(f"| {key.replace('_precision_', '_*_')} | {precision:.4f} | {recall:.4f} | {f1:.4f} |")
+    return "\n".join(lines)
+
+
+def render_classes(table: list[dict], labeler: str, uncertain: str) -> str:
+    """Return the table of classes as Markdown."""
+    lines = [f"| class ({labeler}, uncertain as {uncertain}) | precision | recall | F1 | in gts | in res |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in table:
+        values = " | ".join(f"{row[name]:.4f}" for name in ("precision", "recall", "f1"))
+        lines.append(f"| {row['class']} | {values} | {row['reference_positives']} | {row['generated_positives']} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,46 @@
+"""Label the reports of a CSV file with the 14 CheXpert classes, by rules: no model is needed.
+
+The output has the input's columns, then the classes by name: 1 positive, 0 negative, -1 uncertain, empty unmentioned.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modules.clinical import CLASSES, label_report, with_parents
+from modules.clinical_files import class_columns, read_table, report_column, write_table
+from modules.errors import run_entry_point
+
+
+def main() -> None:
+    """Read the reports, label them, write the labelled table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", metavar="IN.csv", help="a CSV file with a column report or findings")
+    parser.add_argument("--out", required=True, metavar="OUT.csv", help="the labelled CSV file to write")
+    parser.add_argument("--column", help="the column with the reports (default: report, reports or findings)")
+    parser.add_argument("--hierarchy", action="store_true",
+                        help="also label the parents of each observation, e.g. Lung Opacity for Edema")
+    arguments = parser.parse_args()
+
+    from tqdm import tqdm
+
+    table = read_table(arguments.input)
+    column = report_column(table, arguments.column)
+    old_labels = set(class_columns(table).values())
+    if old_labels:
+        print(f"{table.path}: its {len(old_labels)} label columns are replaced in {arguments.out}", file=sys.stderr)
+    kept = [index for index in range(len(table.columns)) if index not in old_labels]
+    rows = []
+    for row in tqdm(table.rows, desc="labels", unit="report"):
+        labels = label_report(row[column])
+        if arguments.hierarchy:
+            labels = with_parents(labels)
+        cells = ["" if label is None else str(label) for label in labels.values()]
+        rows.append([row[index] for index in kept] + cells)
+    write_table(arguments.out, [table.columns[index] for index in kept] + list(CLASSES), rows)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
