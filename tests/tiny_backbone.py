@@ -1,10 +1,11 @@
-"""The smallest backbone that keeps the contract of models/base.py, and batches for it."""
+"""The smallest backbone that keeps the contract of models/base.py, batches for it, and an objective around it."""
 
 import torch
 from torch import Tensor, nn
 
 from models.base import Backbone, Output
 from modules.batches import Batch, Pair
+from modules.objective import Objective
 
 VOCABULARY, PAD = 11, 10
 
@@ -69,3 +70,18 @@ def rows_of(batch: Batch, rows: slice | list[int]) -> Batch:
     return Batch(of_pair(batch.positive), of_pair(batch.negative) if batch.negative else None,
                  batch.has_negative[rows] if batch.negative else None, batch.sample_index[rows], batch.report_key[rows],
                  [""] * count, [""] * count)
+
+
+def make_objective(seed: int = 0, auxiliary_weight: float = 0.0, **options) -> Objective:
+    """The objective in float64, with a temperature that is not the initial one."""
+    torch.manual_seed(seed)
+    objective = Objective(TinyBackbone(auxiliary_weight=auxiliary_weight), embedding_dim=5, **options).double()
+    if objective.strategy != "off":
+        objective.temp_1.data.fill_(1.7)
+    return objective
+
+
+def gradients(objective: Objective, loss: Tensor) -> dict[str, Tensor | None]:
+    """The gradient of every parameter by name."""
+    names, parameters = zip(*objective.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
