@@ -12,9 +12,7 @@ from modules.errors import InputError
 BOS = EOS = PAD = 0
 UNKNOWN = "<unk>"
 
-_NUMBERING = (
-    [("1. ", "")] + [(f". {n}. ", ". ") for n in range(2, 6)] + [(f" {n}. ", ". ") for n in range(2, 6)]
-)
+_NUMBERING = [("1. ", "")] + [(f". {n}. ", ". ") for n in range(2, 6)] + [(f" {n}. ", ". ") for n in range(2, 6)]
 # What is replaced in the whole report before it is split into sentences, in this order. The repetitions are
 # part of the definition: a run of dots longer than they can fold keeps some.
 _REPLACEMENTS = {

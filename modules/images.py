@@ -1,0 +1,189 @@
+"""Images from disk to normalised tensors: every mode comes in as 8 bits, and no path leaves the image folder."""
+
+import os
+import stat
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from modules.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 89_000_000  # just below where Pillow starts to warn of decompression bombs
+MAX_ASPECT = 50  # a thin strip resized by its shorter side would take gigabytes
+# Decoders that run inside Pillow: others (EPS) would start programs.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
+DETECTOR_BITS = (8, 10, 12, 14, 16)
+# max_pixels decides; Pillow's own warning would only stand beside the error.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageFolder:
+    """Opens the images below ``image_dir`` by their relative path, as 8-bit greyscale ("L") or RGB.
+
+    ``image_dir`` may be a link; a link below it that leads out is refused unless ``follow_links``. Any callable
+    path -> PIL image can stand in for it in a data set, a cache of resized images for example.
+    """
+
+    def __init__(self, image_dir: str | Path, max_pixels: int = MAX_PIXELS, follow_links: bool = False):
+        if not os.path.isdir(image_dir):
+            raise InputError(f"image_dir {str(image_dir)!r} is not a folder")
+        self.root = os.path.realpath(image_dir)
+        self.max_pixels = max_pixels
+        self.follow_links = follow_links
+
+    def locate(self, path: str) -> str:
+        """Absolute path of a non-empty regular file; InputError when ``path`` is none or leaves the folder."""
+        place = os.path.normpath if self.follow_links else os.path.realpath
+        full = place(os.path.join(self.root, path)) if "\0" not in path else ""
+        if os.path.isabs(path) or not full.startswith(os.path.join(self.root, "")):
+            raise InputError(f"image {path!r} leaves image_dir {self.root!r}; paths must stay inside it")
+        try:
+            status = os.stat(full)
+        except OSError as error:
+            raise InputError(f"image {full!r}: {error.strerror}") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"image {full!r} is not a regular file")
+        if status.st_size == 0:
+            raise InputError(f"image {full!r} is empty (0 bytes)")
+        return full
+
+    def __call__(self, path: str) -> Image.Image:
+        return open_image(self.locate(path), self.max_pixels)
+
+
+def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image at ``path`` as 8-bit RGB, upright; InputError when it cannot be decoded or has too many pixels."""
+    return open_image(path, max_pixels).convert("RGB")
+
+
+def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As ``load_image``, but one channel stays one ("L"): resizing it costs a third and gives the same values."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            shape = f"image {str(path)!r} has {width} x {height} pixels"
+            if width * height > max_pixels:
+                raise InputError(f"{shape}, more than max_pixels, {max_pixels}")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise InputError(f"{shape}: its sides may differ {MAX_ASPECT}-fold at most")
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _eight_bits(image)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # broken files make the decoders raise almost anything
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise InputError(f"image {str(path)!r} cannot be decoded: {reason}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """``image`` as "L" or "RGB"; transparent parts become black, as unexposed film is."""
+    if image.mode in ("L", "RGB"):
+        return image if "transparency" not in image.info else _on_black(image)
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_scale_to_bytes(image))
+    if image.has_transparency_data:
+        return _on_black(image)
+    return image.convert("RGB")
+
+
+def _on_black(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.composite(rgba.convert("RGB"), Image.new("RGB", image.size), rgba.getchannel("A"))
+
+
+def _scale_to_bytes(image: Image.Image) -> np.ndarray:
+    """Deep greyscale (H, W) as uint8: Pillow's own conversion would clip everything above 255 to white.
+
+    Integers are divided by the range of the smallest detector depth that holds their maximum, so that 12-bit data
+    in 16-bit files keeps its contrast and full-range data is divided by 257. Floats, and integers outside 16 bits,
+    have no range to go by: they are stretched from their minimum to their maximum.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("it holds values that are not finite")
+    if values.dtype.kind == "f" or low < 0 or high > 65535:
+        spread = float(high) - float(low)
+        scaled = np.rint((values - float(low)) * (255 / spread if spread else 0)).astype(np.uint8)
+    else:
+        bits = next(depth for depth in DETECTOR_BITS if high < 2**depth)
+        scaled = np.rint(np.linspace(0, 255, 2**bits)).astype(np.uint8)[values]
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF's WhiteIsZero, which Pillow inverts up to 8 bits only
+        scaled = 255 - scaled
+    return scaled
+
+
+@dataclass(frozen=True)
+class Transform:
+    """PIL image -> (3, size, size) float32, normalised; make one with ``train_transform`` or ``eval_transform``."""
+
+    size: int
+    resize: int | None  # shorter side before the random crop; None: straight to size x size
+    flip: bool
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, image: Image.Image, rng: torch.Generator | None = None) -> Tensor:
+        """``rng`` decides crop and flip; evaluation needs none."""
+        if self.resize is None:
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        else:
+            image = self._crop(_resize_shorter_side(image, self.resize), rng)
+        return _normalise(image, self.mean, self.std)
+
+    def _crop(self, image: Image.Image, rng: torch.Generator) -> Image.Image:
+        width, height = image.size
+        top = int(torch.randint(height - self.size + 1, (), generator=rng))
+        left = int(torch.randint(width - self.size + 1, (), generator=rng))
+        mirrored = bool(torch.rand((), generator=rng) < 0.5)
+        image = image.crop((left, top, left + self.size, top + self.size))
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored and self.flip else image
+
+
+def train_transform(
+    size: int = 224,
+    resize: int = 256,
+    flip: bool = True,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Transform:
+    """Shorter side to ``resize``, random crop, with ``flip`` mirrored half of the times; called as t(image, rng)."""
+    if size > resize:
+        raise InputError(f"image size {size} is larger than the resized image, {resize}; crop at most {resize}")
+    return Transform(size, resize, flip, tuple(mean), tuple(std))
+
+
+def eval_transform(
+    size: int = 224, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Transform:
+    """Resize to exactly ``size`` x ``size``, whatever the aspect ratio; called as t(image)."""
+    return Transform(size, None, False, tuple(mean), tuple(std))
+
+
+def _resize_shorter_side(image: Image.Image, resize: int) -> Image.Image:
+    width, height = image.size
+    # The longer side is rounded down, as torchvision does.
+    if width <= height:
+        size = (resize, int(resize * height / width))
+    else:
+        size = (int(resize * width / height), resize)
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+def _normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(3, H, W) float32 = (pixel / 255 - mean) / std; one channel is spread over three."""
+    pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, 3) uint8
+    pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
+    scaled = pixels.to(torch.float32).div_(255)
+    return (scaled - torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
