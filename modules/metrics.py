@@ -27,16 +27,14 @@ class Metrics:
 
     ``meteor_error`` is None, or the reason for which METEOR is None in the latest result. With ``train_reports``,
     CIDEr is given a second time as ``CIDEr_train_idf``, with document frequencies from that corpus (XProNet).
-    ``use_meteor`` false leaves METEOR out; ``java`` and ``timeout`` (seconds) are those of modules.meteor.Meteor.
+    ``java`` and ``timeout`` (seconds) are those of modules.meteor.Meteor.
     """
 
     def __init__(
-        self, *, use_meteor: bool = True, java: str | None = None, timeout: float = 50.0,
-        train_reports: Sequence[str] | None = None,
+        self, *, java: str | None = None, timeout: float = 50.0, train_reports: Sequence[str] | None = None
     ) -> None:
         self.meteor = Meteor(java=java, timeout=timeout)
-        self.meteor_error: str | None = None if use_meteor else "switched off (--meteor false)"
-        self._use_meteor = use_meteor
+        self.meteor_error: str | None = None
         self._meteor_failures = 0
         self._train_reports = train_reports
         self._train_frequencies: Counter | None = None
@@ -66,7 +64,7 @@ class Metrics:
         references = [" ".join(text.split()) for text in references]
         hypotheses = [" ".join(text.split()) for text in hypotheses]
         parts = [self._overlap, self._cider]
-        if with_meteor and self._use_meteor:
+        if with_meteor:
             parts.append(self._meteor)
         scores: dict[str, float | None] = dict.fromkeys(METRIC_NAMES)
         for part in tqdm(parts, desc="scoring", leave=False, disable=None):
