@@ -1,0 +1,1 @@
+"""Synthetic chest radiographs: structured findings, drawings of them in two views, and written reports."""

@@ -1,0 +1,90 @@
+"""Draw SYNTHETIC chest radiographs, frontal and lateral, from structured findings, and write their reports.
+
+The same seed gives the same files with any number of workers (and the same versions of numpy and Pillow).
+
+--findings takes a CSV with one row per finding: id,finding,kind,side,zone,size,severity (README.txt in the output
+folder lists the values). A study without findings has one row "No Finding"; what is left empty is drawn at random.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modules.errors import InputError, run_entry_point
+
+SMALLEST, LARGEST = 64, 2048
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, empty or earlier output folder")
+    parser.add_argument("--studies", type=int, metavar="N", help="number of studies to sample (default 600)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default %(default)s")
+    parser.add_argument("--normal_fraction", type=float, metavar="P",
+                        help="share of studies without findings (default 0.6, as in IU X-Ray)")
+    parser.add_argument("--findings", type=Path, metavar="CSV", help="draw these findings instead of sampling")
+    parser.add_argument("--reports", type=Path, metavar="FILE",
+                        help="reports for the studies of --findings: CSV (id,report[,split]) or annotation.json")
+    parser.add_argument("--size", type=int, default=256, metavar="PX", help="image side (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="W",
+                        help="processes that draw (default %(default)s)")
+    return parser
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """InputError for values that cannot work together or at all."""
+    if arguments.findings is None and arguments.reports is not None:
+        raise InputError("--reports needs --findings: a report must belong to given findings")
+    for flag in ("studies", "normal_fraction"):
+        if arguments.findings is not None and getattr(arguments, flag) is not None:
+            raise InputError(f"--{flag} does not go with --findings: the CSV says which studies there are")
+    studies = 600 if arguments.studies is None else arguments.studies
+    normal_fraction = 0.6 if arguments.normal_fraction is None else arguments.normal_fraction
+    if studies < 3:
+        raise InputError(f"--studies {studies}: must be 3 or more, one for each of train, val and test")
+    if not 0 <= normal_fraction <= 1:
+        raise InputError(f"--normal_fraction {normal_fraction}: must lie between 0 and 1")
+    if arguments.seed < 0:
+        raise InputError(f"--seed {arguments.seed}: must be 0 or more")
+    if not SMALLEST <= arguments.size <= LARGEST:
+        raise InputError(f"--size {arguments.size}: must lie between {SMALLEST} and {LARGEST} pixels")
+    if arguments.workers < 1:
+        raise InputError(f"--workers {arguments.workers}: must be 1 or more")
+    arguments.studies, arguments.normal_fraction = studies, normal_fraction
+
+
+def main() -> None:
+    """Plan the studies, draw them behind a progress bar, write the tables."""
+    arguments = build_parser().parse_args()
+    check(arguments)
+
+    from tqdm import tqdm
+
+    from modules.synthetic.dataset import draw_images, plan_studies, prepare_folder, write_tables
+    from modules.synthetic.findings_csv import describe_format, read_findings
+    from modules.synthetic.given_reports import read_reports
+
+    findings = None if arguments.findings is None else read_findings(arguments.findings)
+    reports = None if arguments.reports is None else read_reports(arguments.reports, findings)
+    studies = plan_studies(seed=arguments.seed, number=arguments.studies, normal_fraction=arguments.normal_fraction,
+                           findings=findings, reports=reports)
+    prepare_folder(arguments.out)
+    drawn = draw_images(arguments.out, studies, seed=arguments.seed, size=arguments.size, workers=arguments.workers)
+    for _ in tqdm(drawn, desc="synthetic studies", total=len(studies), unit="study"):
+        pass
+    if findings is None:
+        origin = f"sampled with --normal_fraction {arguments.normal_fraction}"
+    else:
+        origin = f"drawn from {arguments.findings.name}"
+    origin = f"{len(studies)} studies {origin}, --seed {arguments.seed}"
+    wording = "written by a grammar" if reports is None else f"taken from {arguments.reports.name}"
+    write_tables(arguments.out, studies, f"{origin}, {arguments.size} px; reports {wording}.\n\n{describe_format()}")
+    print(f"{len(studies)} synthetic studies in {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
