@@ -51,7 +51,7 @@ def write_private(path: str | Path, content: bytes | str) -> None:
             os.unlink(temporary)
 
 
-def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
+def write_results(path: str | Path, results: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write ``results`` as JSON that any reader takes: a number that is not finite becomes null."""
     write_private(path, json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 

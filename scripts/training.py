@@ -1,7 +1,6 @@
 """What main_train.py runs: composes data, objective, optimiser, trainer and tester; trains; tests the best model."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from modules.objective import Objective
 from modules.optimizers import build_optimizer, build_scheduler
 from modules.plots import training_curves
 from modules.progress import Bar
-from modules.records import private_folder, write_private
+from modules.records import private_folder, write_private, write_results
 from modules.run_log import start_log
 from modules.tester import Tester
 from modules.tokenizers import Tokenizer, clean_report
@@ -170,7 +169,7 @@ def _epoch_writer(config: Config, folder: Path) -> Callable[[list[dict]], None]:
         writer = SummaryWriter(str(folder / "tensorboard"))
 
     def write(history: list[dict]) -> None:
-        write_private(folder / "history.json", json.dumps(history, indent=1))
+        write_results(folder / "history.json", history)
         write_private(folder / "curves.png", training_curves(history))
         if writer is not None:
             row = history[-1]
