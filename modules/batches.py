@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from modules.images import Transform
+
 
 def _map_tensors(record, function: Callable[[Tensor], Tensor]):
     """Copy of a dataclass with ``function`` applied to its tensors and to those of the dataclasses in it."""
@@ -24,7 +26,7 @@ def _map_tensors(record, function: Callable[[Tensor], Tensor]):
 class Pair:
     """Images and report that go through a backbone together. B samples, N views, T positions."""
 
-    images: Tensor  # (B, N, 3, H, W) float32, normalised; absent views are zero
+    images: Tensor  # (B, N, 3, H, W) uint8 as loaded, float32 normalised after Batch.to; absent views are zero
     view_mask: Tensor  # (B, N) bool, True = view present
     tokens: Tensor  # (B, T) int64: begin, words, end, then zeros; cut to max_seq_length, so a long report has no end
     token_mask: Tensor  # (B, T) bool, True = kept position, begin and end included
@@ -43,10 +45,16 @@ class Batch:
     ids: list[str]  # "<record id>", or "<record id>#<view>" where every image is a sample
     reports: list[str]  # as in the annotation
     replaced: int = 0  # samples of this batch that stand in for unreadable ones
+    transform: Transform | None = None  # made the images, and knows how they are normalised
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """The batch with its tensors on ``device``."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The batch on ``device``, its images normalised there if they are still as they were loaded."""
+        batch = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        for pair in (batch.positive, batch.negative):
+            if pair is not None and pair.images.dtype == torch.uint8:
+                absent = ~pair.view_mask[..., None, None, None]
+                pair.images = self.transform.normalise(pair.images).masked_fill_(absent, 0)
+        return batch
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory; the loader calls it."""
@@ -55,7 +63,7 @@ class Batch:
 
 @dataclass
 class SamplePair:
-    """One row of a Pair: images (N, 3, H, W), view_mask (N,), tokens (T,), labels (14,) or None."""
+    """One row of a Pair: images (N, 3, H, W) uint8, view_mask (N,), tokens (T,), labels (14,) or None."""
 
     images: Tensor
     view_mask: Tensor
@@ -74,6 +82,7 @@ class Sample:
     report_key: int
     id: str
     report: str
+    transform: Transform
     replaced: bool = False
 
 
@@ -89,6 +98,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         ids=[sample.id for sample in samples],
         reports=[sample.report for sample in samples],
         replaced=sum(sample.replaced for sample in samples),
+        transform=samples[0].transform,
     )
 
 

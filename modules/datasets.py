@@ -133,6 +133,7 @@ class ReportDataset(Dataset):
             report_key=self.report_keys[row],
             id=f"{study.id}#{view}" if self.separate else study.id,
             report=study.report,
+            transform=self.transform,
         )
 
     def _negative(self, epoch: int, index: int) -> SamplePair | None:
@@ -156,13 +157,12 @@ class ReportDataset(Dataset):
         paths = study.image_paths[: self.num_views]
         if self.separate and view < len(study.image_paths):
             paths = (study.image_paths[view],)
-        present = [
-            self.transform(_naming(study, self.read_image, path), keyed_generator(self.seed, *key, position))
-            for position, path in enumerate(paths)
-        ]
-        absent = [torch.zeros_like(present[0])] * (self.num_views - len(paths))
+        images = torch.zeros(self.num_views, 3, self.transform.size, self.transform.size, dtype=torch.uint8)
+        for position, path in enumerate(paths):
+            image = _naming(study, self.read_image, path)
+            images[position] = self.transform.pixels(image, keyed_generator(self.seed, *key, position))
         return SamplePair(
-            images=torch.stack(present + absent),  # (N, 3, H, W)
+            images=images,
             view_mask=torch.arange(self.num_views) < len(paths),
             tokens=torch.tensor(self.tokenizer.encode(study.report)[: self.max_seq_length]),
             labels=None if self.labels is None else torch.as_tensor(self.labels[row], dtype=torch.float32),

@@ -126,21 +126,39 @@ def _scale_to_bytes(image: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Transform:
-    """PIL image -> (3, size, size) float32, normalised; make one with ``train_transform`` or ``eval_transform``."""
+    """PIL image -> (3, size, size) float32, normalised; make one with ``train_transform`` or ``eval_transform``.
+
+    The two halves can be had apart: ``pixels`` stays uint8, which is what travels from the loader's processes (a
+    quarter of the shared memory), and ``normalise`` follows on the device.
+    """
 
     size: int
     resize: int | None  # shorter side before the random crop; None: straight to size x size
     flip: bool
-    mean: Sequence[float]
-    std: Sequence[float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def __call__(self, image: Image.Image, rng: torch.Generator | None = None) -> Tensor:
         """``rng`` decides crop and flip; evaluation needs none."""
+        return self.normalise(self.pixels(image, rng))
+
+    def pixels(self, image: Image.Image, rng: torch.Generator | None = None) -> Tensor:
+        """(3, size, size) uint8 after resizing and cropping; one channel is spread over three."""
         if self.resize is None:
             image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         else:
             image = self._crop(_resize_shorter_side(image, self.resize), rng)
-        return _normalise(image, self.mean, self.std)
+        values = torch.from_numpy(np.array(image))  # (H, W) or (H, W, 3)
+        return values.expand(3, -1, -1) if values.dim() == 2 else values.permute(2, 0, 1)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(..., 3, H, W) uint8 -> float32 = (pixel / 255 - mean) / std."""
+        # 255 as a tensor: a GPU would multiply by the reciprocal of a number, and differ from the CPU in the last bit.
+        white, mean, std = (
+            torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in ([255.0], self.mean, self.std)
+        )
+        scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return scaled.div_(white).sub_(mean).div_(std)
 
     def _crop(self, image: Image.Image, rng: torch.Generator) -> Image.Image:
         width, height = image.size
@@ -161,14 +179,14 @@ def train_transform(
     """Shorter side to ``resize``, random crop, with ``flip`` mirrored half of the times; called as t(image, rng)."""
     if size > resize:
         raise InputError(f"image size {size} is larger than the resized image, {resize}; crop at most {resize}")
-    return Transform(size, resize, flip, tuple(mean), tuple(std))
+    return Transform(size, resize, flip, tuple(map(float, mean)), tuple(map(float, std)))
 
 
 def eval_transform(
     size: int = 224, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Transform:
     """Resize to exactly ``size`` x ``size``, whatever the aspect ratio; called as t(image)."""
-    return Transform(size, None, False, tuple(mean), tuple(std))
+    return Transform(size, None, False, tuple(map(float, mean)), tuple(map(float, std)))
 
 
 def _resize_shorter_side(image: Image.Image, resize: int) -> Image.Image:
@@ -179,11 +197,3 @@ def _resize_shorter_side(image: Image.Image, resize: int) -> Image.Image:
     else:
         size = (int(resize * width / height), resize)
     return image.resize(size, Image.Resampling.BILINEAR)
-
-
-def _normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(3, H, W) float32 = (pixel / 255 - mean) / std; one channel is spread over three."""
-    pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, 3) uint8
-    pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
-    scaled = pixels.to(torch.float32).div_(255)
-    return (scaled - torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))

@@ -11,6 +11,7 @@ from modules.annotations import Study
 from modules.datasets import ReportDataset, build_loader
 from modules.errors import InputError
 from modules.images import ImageFolder, eval_transform, train_transform
+from modules.loaders import AUGMENT_POSITIVE, keyed_generator
 from modules.tokenizers import Tokenizer
 
 torch.set_num_threads(1)
@@ -33,7 +34,7 @@ def make(tmp_path):
                 (tmp_path / path).parent.mkdir(exist_ok=True)
                 Image.new("L", (20, 24), number * 10 + view).save(tmp_path / path)
         reports = [one.report for one in studies]
-        options = {"transform": eval_transform(SIZE, (0,) * 3, (1,) * 3), "max_seq_length": 60} | options
+        options = {"transform": eval_transform(SIZE), "max_seq_length": 60} | options
         tokenizer = Tokenizer.from_reports(reports, 1, "iu_xray")
         return ReportDataset(studies, tokenizer, ImageFolder(tmp_path), **options)
 
@@ -42,7 +43,7 @@ def make(tmp_path):
 
 def shown(images):
     """Which flat image each view shows (-1 where the values differ); black is image 0 or an absent view."""
-    values = images.mul(255).round().int().flatten(-3)
+    values = images.flatten(-3).int()
     return torch.where((values == values[..., :1]).all(-1), values[..., 0], -1).tolist()
 
 
@@ -62,8 +63,19 @@ def test_paired_views_and_absent_ones(make):
     assert batch.negative is None and batch.has_negative is None and batch.positive.labels is None
 
 
+def test_images_are_normalised_on_the_way_to_the_device(varied):
+    batch = whole(varied)
+    assert batch.positive.images.dtype == batch.negative.images.dtype == torch.uint8
+    moved = batch.to("cpu")
+    expected = varied.transform(varied.read_image("s4/0.png"), keyed_generator(7, 0, AUGMENT_POSITIVE, 4, 0))
+    assert torch.equal(moved.positive.images[4, 0], expected)
+    normalised, present = varied.transform.normalise(batch.negative.images), batch.negative.view_mask
+    assert torch.equal(moved.negative.images, torch.where(present[..., None, None, None], normalised, 0))
+    assert torch.equal(moved.to("cpu").positive.images, moved.positive.images)
+
+
 def test_absent_views_are_zero_after_normalisation(make):
-    images = whole(make([study("a"), study("b", images=1)], transform=eval_transform(SIZE))).positive.images
+    images = whole(make([study("a"), study("b", images=1)])).to("cpu").positive.images
     assert not images[1, 1].any() and images[0, 0].all()
 
 
@@ -364,6 +376,7 @@ def test_moving_a_batch_keeps_everything_else(make):
             "meta"
         }
     assert {t.device.type for t in (moved.has_negative, moved.sample_index, moved.report_key)} == {"meta"}
+    assert moved.positive.images.dtype == torch.float32
     assert (moved.ids, moved.reports, moved.replaced) == (batch.ids, batch.reports, 0)
     assert batch.positive.images.device.type == "cpu"
 
@@ -377,4 +390,5 @@ def test_data_sets_travel_to_spawned_workers(varied):
 def test_pinned_batches(make):
     batch = whole(make([study("a"), study("b")], neighbours=np.array([[1], [0]])), pin_memory=True)
     assert batch.positive.images.is_pinned() and batch.negative.tokens.is_pinned() and batch.has_negative.is_pinned()
-    assert batch.to("cuda").positive.images.device.type == "cuda"
+    moved = batch.to("cuda").positive.images
+    assert moved.device.type == "cuda" and torch.equal(moved.cpu(), batch.to("cpu").positive.images)
