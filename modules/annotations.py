@@ -109,7 +109,7 @@ def _read_study(item: object, split: str, where: str) -> Study:
         raise InputError(f"{where}: field 'image_path' is {_absence(item, 'image_path')}, expected paths")
     for image in images + negative_images:
         if not image.strip() or "\0" in image or image.startswith("/") or ".." in PurePosixPath(image).parts:
-            raise InputError(f"{where}: image path {_shown(image)} must stay inside image_dir")
+            raise InputError(f"{where}: image path {_shown(image)} must name a file inside image_dir")
     views = _strings(item, "view", where)
     if len(views) > len(images):
         raise InputError(f"{where}: field 'view' has {len(views)} entries for {len(images)} image(s)")
