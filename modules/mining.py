@@ -26,7 +26,7 @@ class HardNegativeIndex:
 
     neighbours: np.ndarray  # (N, k) int32, -1 = none
     similarity: np.ndarray  # (N, k) float32 cosine, best first, -inf where there is no neighbour
-    metadata: dict  # text_encoder, ann_path, train_sha256, ... : what the mining script was asked for and ran with
+    metadata: dict  # ann_path, train_sha256, flags (of the mining script), encoder, provenance
     path: str = "hard-negative index"
 
     def save(self, path: str | Path) -> None:
@@ -41,7 +41,7 @@ class HardNegativeIndex:
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(content)
                 file.flush()
@@ -79,10 +79,8 @@ class HardNegativeIndex:
     def check(self, annotation: Annotation) -> None:
         """InputError unless this index was mined from the training reports of ``annotation``, in their order."""
         if self.metadata["train_sha256"] != annotation.train_sha256:
-            command = (
-                f"python scripts/mine_hard_negatives.py --ann_path {annotation.path} "
-                f"--text_encoder {self.metadata['text_encoder']} --top_k {self.neighbours.shape[1]} --out {self.path}"
-            )
+            flags = {"ann_path": annotation.path, "out": self.path} | self.metadata["flags"]
+            command = "python scripts/mine_hard_negatives.py " + " ".join(f"--{flag} {flags[flag]}" for flag in flags)
             raise InputError(
                 f"{self.path}: mined from other training reports ({self.metadata['ann_path']}) than those of "
                 f"{annotation.path}; mine again: {command}"
@@ -103,7 +101,7 @@ class HardNegativeIndex:
             and rows.ndim == 2
             and rows.shape == self.similarity.shape
             and bool(((rows >= -1) & (rows < len(rows))).all())
-            and {"train_sha256", "text_encoder", "ann_path"} <= set(self.metadata)
+            and {"train_sha256", "flags", "ann_path"} <= set(self.metadata)
         )
 
 

@@ -1,0 +1,66 @@
+"""Fetches the weights of a text encoder from the Hugging Face hub, once, and only what is needed to run it."""
+
+from pathlib import Path
+
+from modules.errors import InputError
+
+_CONFIGURATION = ("*.json", "*.txt", "*.model")  # also the vocabularies of all tokenisers
+
+
+def download_encoder(name: str) -> Path:
+    """Folder with the files of hub model ``name``: from the local hub cache, or else downloaded into it.
+
+    Safetensors are taken where the model has them, PyTorch's files otherwise; code files never. InputError with what
+    to do where the hub cannot be reached or does not have (or give out) the model.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+        if _complete([path.name for path in folder.iterdir()]):
+            return folder
+    except LocalEntryNotFoundError:
+        pass
+    except HFValidationError as error:
+        raise InputError(f"--text_encoder {name}: neither a folder nor the id of a hub model (owner/name)") from error
+    try:
+        files = [entry.rfilename for entry in HfApi().model_info(name, timeout=10).siblings]
+        weights = _weights(files)
+        if not weights:
+            raise InputError(f"--text_encoder {name}: the hub model has no safetensors and no PyTorch weights")
+        return Path(snapshot_download(name, allow_patterns=[*_CONFIGURATION, *weights]))
+    except GatedRepoError as error:
+        raise InputError(
+            f"--text_encoder {name}: its owner asks for consent on the hub page; then log in with: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"--text_encoder {name}: no such model on the hub, nor a folder of that name") from error
+    except InputError:
+        raise
+    except Exception as error:  # connection, proxy, certificate, disk: the client raises many kinds
+        raise InputError(
+            f"--text_encoder {name}: the weights are not on this machine and cannot be downloaded "
+            f"({type(error).__name__}); where there is a network, run 'hf download {name} --local-dir DIR' and give "
+            f"'--text_encoder DIR', or use '--text_encoder tfidf', which needs no weights"
+        ) from error
+
+
+def _weights(files: list[str]) -> list[str]:
+    """The weight files to take among ``files`` of a model's top folder."""
+    for suffix, prefix in ((".safetensors", "model"), (".bin", "pytorch_model")):
+        chosen = [name for name in files if name.startswith(prefix) and name.endswith(suffix)]
+        if chosen:
+            return chosen
+    return []
+
+
+def _complete(files: list[str]) -> bool:
+    """Whether a cached folder has all kinds of files: an interrupted download leaves only some."""
+    vocabulary = any(name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece")) for name in files)
+    return "config.json" in files and vocabulary and bool(_weights(files))

@@ -1,0 +1,173 @@
+"""Find the hard negatives of every training report: its nearest other training reports by cosine similarity.
+
+Writes an index for main_train.py --negative_index. The negative image is chosen when training reads it: the view with
+the anchor image's number where the neighbour has one, else the neighbour's first image.
+
+Left out as false negatives, unless a flag says otherwise: records of the same study, and reports whose cleaned text is
+the same. RadBERT, the default encoder, is a masked-LM checkpoint without a trained pooler, so reports are embedded by
+the mean of the last hidden states over all tokens (--pooling mean) or by the first token's (--pooling first).
+
+  python scripts/mine_hard_negatives.py --ann_path data/iu_xray/annotation.json --out data/iu_xray/negatives.safetensors
+  python scripts/mine_hard_negatives.py ... --text_encoder tfidf          needs no weights and nothing downloaded
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modules.annotations import Annotation, read_annotation
+from modules.errors import InputError, run_entry_point
+from modules.flags import boolean
+from modules.tokenizers import CLEANERS, clean_report
+
+RECORDED = ("text_encoder", "pooling", "max_length", "top_k", "dataset_name", "include_same_study",
+            "include_identical_text")
+SHOWN_LETTERS = 240
+ALIKE = 0.999
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ann_path", default="data/iu_xray/annotation.json", metavar="FILE", help="default %(default)s")
+    add("--out", required=True, type=Path, metavar="FILE", help="index to write (.safetensors), readable by you alone")
+    add("--text_encoder", default="zzxslp/RadBERT-RoBERTa-4m", metavar="NAME",
+        help="hub id of a transformers encoder (downloaded once), a local folder with one, minilm (a pip package) or "
+             "tfidf; default %(default)s")
+    add("--pooling", default="mean", choices=("mean", "first"), help="of the encoder's tokens; default %(default)s")
+    add("--top_k", type=int, default=5, metavar="K", help="neighbours kept per report; default %(default)s")
+    add("--dataset_name", default="iu_xray", choices=CLEANERS,
+        help="cleaning rules by which texts count as identical; default %(default)s")
+    either = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "{true,false}"}
+    add("--include_same_study", **either, help="allow records of the same study as negatives")
+    add("--include_identical_text", **either, help="allow reports with the same cleaned text; both flags together are "
+        "the literal rule: any other record")
+    add("--cache", metavar="DIR", help="folder for embeddings, from which an interrupted run goes on, or none; "
+        "default embeddings/ beside --out")
+    add("--batch_size", type=int, default=32, metavar="B", help="reports embedded at once; default %(default)s")
+    add("--max_length", type=int, default=512, metavar="T", help="tokens read of a report; default %(default)s")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default %(default)s")
+    add("--memory_mb", type=int, default=256, metavar="M",
+        help="MiB that the search takes beyond embeddings and result; default %(default)s")
+    add("--examples", type=int, default=3, metavar="E",
+        help="pairs to show: this prints report text to the terminal, 0 does not; default %(default)s")
+    return parser
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """InputError for values out of range, and for an --out that could not be written after hours of work."""
+    for flag, low in (("top_k", 1), ("batch_size", 1), ("max_length", 3), ("memory_mb", 1), ("examples", 0)):
+        if getattr(arguments, flag) < low:
+            raise InputError(f"--{flag} {getattr(arguments, flag)}: must be {low} or more")
+    if arguments.out.is_dir():
+        raise InputError(f"--out {arguments.out}: is a folder; give a file name, such as negatives.safetensors")
+
+
+def embed(arguments: argparse.Namespace, texts: list[str], device: str) -> tuple:
+    """Embeddings of the texts, one row each, and the encoder's description."""
+    from modules.text_encoders import TfidfEncoder, build_text_encoder
+
+    encoder = build_text_encoder(arguments.text_encoder, pooling=arguments.pooling, max_length=arguments.max_length,
+                                 device=device, batch_size=arguments.batch_size)
+    if isinstance(encoder, TfidfEncoder):
+        return encoder.encode(texts, progress=True), encoder.describe()
+    cache = None if arguments.cache == "none" else Path(arguments.cache or arguments.out.parent / "embeddings")
+    return encoder.encode(texts, cache_dir=cache, progress=True), encoder.describe()
+
+
+def mine(arguments: argparse.Namespace, annotation: Annotation):
+    """The index of the annotation's training reports."""
+    from modules.environment import choose_device, provenance
+    from modules.mining import HardNegativeIndex, group_ids, mine_neighbours
+
+    device = str(choose_device(arguments.device))
+    train = annotation.splits["train"]
+    reports = [" ".join(study.report.split()) for study in train]
+    cleaned = group_ids(clean_report(study.report, arguments.dataset_name) for study in train)
+    studies = group_ids(study.study_id for study in train)
+    vectors, encoder = embed(arguments, list(dict.fromkeys(reports)), device)
+    neighbours, similarity = mine_neighbours(
+        vectors, group_ids(reports), arguments.top_k,
+        text_group=None if arguments.include_identical_text else cleaned,
+        study_group=None if arguments.include_same_study else studies,
+        device=device, memory_mb=arguments.memory_mb, progress=True,
+    )
+    metadata = {
+        "ann_path": annotation.path,
+        "annotation_sha256": annotation.sha256,
+        "train_sha256": annotation.train_sha256,
+        "flags": {name: getattr(arguments, name) for name in RECORDED},
+        "encoder": encoder,
+        "sharing_text": _sharing(cleaned),
+        "sharing_study": _sharing(studies),
+        **provenance(device),
+    }
+    return HardNegativeIndex(neighbours, similarity, metadata, path=str(arguments.out))
+
+
+def _sharing(groups) -> int:
+    """How many records have another record in their group."""
+    import numpy as np
+
+    sizes = np.bincount(groups)
+    return int(sizes[sizes > 1].sum())
+
+
+def print_statistics(index) -> None:
+    """What was excluded, what was found, and how similar it is."""
+    import numpy as np
+
+    (count, k), metadata = index.neighbours.shape, index.metadata
+    for what, sharing, admitted in (
+        ("cleaned text", metadata["sharing_text"], metadata["flags"]["include_identical_text"]),
+        ("study", metadata["sharing_study"], metadata["flags"]["include_same_study"]),
+    ):
+        rule = "admitted as each other's negatives" if admitted else "excluded as each other's negatives"
+        print(f"{sharing:,} of {count:,} training records share their {what} with another: {rule}")
+    found = (index.neighbours >= 0).sum(axis=1)
+    some, all_k = (found > 0).sum(), (found == k).sum()
+    print(f"{some:,} have an admissible neighbour ({all_k:,} have {k}), {count - some:,} have none")
+    if not found.any():
+        print("no record has an admissible neighbour: training with this index goes without hard negatives")
+        return
+    print("cosine, quantiles     0 %    5 %   25 %   50 %   75 %   95 %  100 %")
+    for rank in sorted({0, found.max() - 1}):
+        values = np.quantile(index.similarity[found > rank, rank], (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
+        print(f"  neighbour {rank + 1:<8}" + "".join(f"{value:7.3f}" for value in values))
+    alike = (index.similarity[:, 0] >= ALIKE).sum()
+    print(f"{alike:,} have a nearest neighbour of cosine {ALIKE} or more: nearly the same words, an unsure negative")
+
+
+def print_examples(index, reports: list[str], wanted: int) -> None:
+    """Pairs of report and hard negative, spread evenly from the most to the least similar."""
+    import numpy as np
+
+    rows = np.flatnonzero(index.neighbours[:, 0] >= 0)
+    rows = rows[np.argsort(-index.similarity[rows, 0], kind="stable")]
+    for row in rows[np.unique(np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(int))]:
+        print(f"\ncosine {index.similarity[row, 0]:.3f}")
+        for name, report in (("report", reports[row]), ("negative", reports[index.neighbours[row, 0]])):
+            shown = report if len(report) <= SHOWN_LETTERS else report[: SHOWN_LETTERS - 3] + "..."
+            print(f"  {name:<9} {shown}")
+
+
+def main() -> None:
+    """Read, embed, search, write, report."""
+    arguments = build_parser().parse_args()
+    check(arguments)
+    start = time.monotonic()
+    annotation = read_annotation(arguments.ann_path, required_splits=("train",))
+    index = mine(arguments, annotation)
+    index.save(arguments.out)
+    print_statistics(index)
+    reports = [" ".join(study.report.split()) for study in annotation.splits["train"]]
+    print_examples(index, reports, arguments.examples)
+    print(f"\nwrote {arguments.out} in {time.monotonic() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
