@@ -110,7 +110,5 @@ def contrastive_loss(
 
 def _one_direction(scores: Tensor, candidates: Tensor) -> Tensor:
     """Sum over rows of log sum_{j candidate} exp(S_ij) - S_ii; rows without a candidate count 0."""
-    alive = candidates.any(1)
-    # A row of -inf alone would have a NaN gradient, so rows that do not count are filled with a finite number.
-    kept = scores.masked_fill(~candidates, -torch.inf).masked_fill(~alive.unsqueeze(1), 0.0)
-    return torch.where(alive, kept.logsumexp(1) - scores.diagonal(), 0.0).sum()
+    log_sum = scores.masked_fill(~candidates, -torch.inf).logsumexp(1)  # -inf, with a gradient of 0, for such a row
+    return torch.where(candidates.any(1), log_sum - scores.diagonal(), 0.0).sum()
