@@ -1,0 +1,167 @@
+"""The main job on a tiny synthetic data set: mine, train with ITHN, test, read the results, resume, fail politely."""
+
+import csv
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from modules.checkpoint import load_checkpoint
+from modules.errors import InputError
+from modules.flags import parse_flags
+
+
+def main_test(*argv):
+    from scripts.testing import run_testing
+
+    given, ignored = parse_flags([str(part) for part in argv], "main_test.py", "")
+    run_testing(given, ignored)
+
+
+def test_main_job(train, demo_index, tmp_path):
+    folder = train("--negative_index", demo_index, "--epochs", 2, "--meteor", "true")
+    assert {"current_checkpoint.pth", "model_best.pth", "train.log", "history.json", "curves.png", "results.json",
+            "res.csv", "gts.csv", "report.html"} <= {entry.name for entry in folder.iterdir()}
+    history = json.loads((folder / "history.json").read_text())
+    assert [row["train_hardness"] for row in history] == pytest.approx([0.0, 1 - 2.718281828 ** -0.01])
+    assert all(row[f"train_{name}"] > 0 for row in history for name in ("nll", "contrastive", "cosine"))
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["test"]) == {"model", "commonest training report", "nearest training image"}
+    assert results["test"]["model"]["METEOR"] is not None
+    assert results["synthetic"] is True and results["config"]["strategy"] == "ithn"
+    assert results["provenance"]["packages"]["torch"] == torch.__version__.split("+")[0]
+    with open(folder / "res.csv", newline="") as generated, open(folder / "gts.csv", newline="") as references:
+        assert len(list(csv.reader(generated))) == len(list(csv.reader(references))) == 4
+    page = (folder / "report.html").read_text()
+    assert "synthetic" in page.lower() and "<script" not in page
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "report.html").stat().st_mode) == 0o600
+    _check_nothing_private(folder, demo_index.parent)
+    _check_test_repeats(folder, results, tmp_path)
+
+
+def _check_nothing_private(folder, demo):
+    log = (folder / "train.log").read_text()
+    annotation = json.loads((demo / "annotation.json").read_text())
+    for study in annotation["train"] + annotation["val"] + annotation["test"]:
+        assert study["id"] not in log and study["report"][:30] not in log
+
+
+def _check_test_repeats(folder, results, tmp_path):
+    """--load alone repeats the scores, also from a folder that was moved."""
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    (moved / "results.json").unlink()
+    main_test("--load", moved / "model_best.pth")
+    again = json.loads((moved / "results.json").read_text())
+    assert again["test"] == results["test"] and again["best_epoch"] == results["best_epoch"]
+    with open(tmp_path / "records" / "iu_xray.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 and rows[0]["test_BLEU_4"] == rows[1]["test_BLEU_4"]
+
+
+@pytest.mark.parametrize("extra", [
+    [], ["--previous_epoch_start", "true", "--lr_scheduler", "ReduceLROnPlateau", "--plateau_patience", "0"]])
+def test_resume_is_exact(train, demo_index, tmp_path, extra):
+    flags = ["--negative_index", demo_index, "--alpha", "0.5", *extra]
+    whole = load_checkpoint(train(*flags, "--epochs", 3) / "current_checkpoint.pth")
+    part = train(*flags, "--epochs", 2, "--save_dir", tmp_path / "part")
+    resumed = train(*flags, "--epochs", 3, "--save_dir", tmp_path / "part", "--num_workers", 1, "--resume",
+                    part / "current_checkpoint.pth")
+    resumed = load_checkpoint(resumed / "current_checkpoint.pth")
+    for name, value in whole["objective"].items():
+        assert torch.equal(value, resumed["objective"][name]), name
+    for row, other in zip(whole["history"], resumed["history"], strict=True):
+        row.pop("seconds"), other.pop("seconds")
+        assert row == other
+    assert whole["best"] == resumed["best"]
+    for state, other in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(state[key], other[key]) for key in state)
+
+
+def test_plain_backbone_needs_no_negatives(train):
+    folder = train()
+    assert load_checkpoint(folder / "model_best.pth")["strategy"] == "off"
+    assert "train_contrastive" not in json.loads((folder / "history.json").read_text())[0]
+
+
+def test_test_labels_do_not_choose_the_model(train, demo, tmp_path):
+    flags = ["--epochs", 3, "--lr_ed", "1e-2"]
+    first = load_checkpoint(train(*flags) / "model_best.pth")
+    annotation = json.loads((demo / "annotation.json").read_text())
+    reports = [study["report"] for study in annotation["test"]]
+    for study, report in zip(annotation["test"], reports[1:] + reports[:1], strict=True):
+        study["report"] = report
+    (tmp_path / "permuted.json").write_text(json.dumps(annotation))
+    second = load_checkpoint(train(*flags, "--ann_path", tmp_path / "permuted.json", "--save_dir", tmp_path / "other")
+                             / "model_best.pth")
+    assert first["epoch"] == second["epoch"]
+    assert all(torch.equal(value, second["state_dict"][key]) for key, value in first["state_dict"].items())
+
+
+def test_published_checkpoint_is_tested_with_its_flags(train, demo, tmp_path):
+    """A file as the public code writes it: weights under its names, no vocabulary, no settings."""
+    content = load_checkpoint(train() / "model_best.pth")
+    torch.save({"epoch": 7, "state_dict": content["state_dict"], "optimizer": {}, "monitor_best": 0.1},
+               tmp_path / "published.pth")
+    from tests.conftest import TINY
+
+    flags = ["--ann_path", demo / "annotation.json", "--image_dir", demo / "images", "--save_dir", tmp_path / "p",
+             "--record_dir", tmp_path / "records", *TINY]
+    main_test("--load", tmp_path / "published.pth", *flags)
+    ours = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert json.loads((tmp_path / "p" / "results.json").read_text())["test"] == ours["test"]
+    with pytest.raises(InputError, match=r"published\.pth: .*shape"):
+        main_test("--load", tmp_path / "published.pth", *flags, "--threshold", 1)
+
+
+def _break_image(demo, tmp_path, content):
+    folder = tmp_path / "images"
+    subprocess.run(["cp", "-r", demo / "images", folder], check=True)
+    broken = next(folder.glob("*/0.png"))
+    broken.unlink() if content is None else broken.write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(("content", "part"), [(None, "No such file"), (b"", "empty"), (b"\x89PNG\r\n", "cannot be")])
+def test_bad_image_names_the_study_and_stops(train, demo, tmp_path, content, part):
+    with pytest.raises(InputError, match=rf"split '\w+', study 'SYN\d+': .*{part}"):
+        train("--image_dir", _break_image(demo, tmp_path, content))
+
+
+def test_more_than_one_percent_of_replaced_images_stops(train, demo, tmp_path):
+    with pytest.raises(InputError, match="--on_bad_image skip: 1 of"):
+        train("--image_dir", _break_image(demo, tmp_path, b""), "--on_bad_image", "skip")
+
+
+@pytest.mark.parametrize(("flags", "part"), [
+    (["--ithn", "on"], "needs hard negatives"),
+    (["--negative_index", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--model_name", "gpt"], "--model_name gpt: must be one of"),
+    (["--visual_extractor", "resnet10"], "did you mean"),
+    (["--image_dir", "nowhere"], "nowhere"),
+    (["--ann_path", "nowhere.json"], "nowhere.json"),
+    (["--resume", "nowhere.pth"], "nowhere.pth"),
+])
+def test_mistakes_get_one_line_before_training(train, flags, part):
+    with pytest.raises(InputError) as error:
+        train(*flags)
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_index_of_another_annotation_is_refused(train, demo, demo_index, tmp_path):
+    annotation = json.loads((demo / "annotation.json").read_text())
+    annotation["train"][0]["report"] += " Changed."
+    (tmp_path / "changed.json").write_text(json.dumps(annotation))
+    with pytest.raises(InputError, match="mine"):
+        train("--ann_path", tmp_path / "changed.json", "--negative_index", demo_index)
+
+
+def test_main_test_without_a_checkpoint_exits_with_2(tmp_path):
+    done = subprocess.run([sys.executable, "main_test.py", "--load", str(tmp_path / "none.pth")], capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.pth" in done.stderr
