@@ -21,6 +21,7 @@ class Config:
 
     # ---- data
     image_dir: str = flag("data/iu_xray/images/", "data", "folder that the image paths of the annotation start from")
+    follow_links: bool = flag(False, "data", "follow links below --image_dir that lead out of it")
     ann_path: str = flag("data/iu_xray/annotation.json", "data", "annotation.json in R2Gen's schema")
     dataset_name: str = flag("iu_xray", "data", "decides report cleaning, default views and the name of the record",
                              choices=DATASETS)

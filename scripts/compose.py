@@ -154,7 +154,7 @@ def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extr
     return ReportDataset(
         data.annotation.splits[split],
         data.tokenizer,
-        ImageFolder(config.image_dir),
+        ImageFolder(config.image_dir, follow_links=config.follow_links),
         transform,
         max_seq_length=config.max_seq_length,
         views=config.views,
