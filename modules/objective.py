@@ -48,8 +48,9 @@ class Objective(nn.Module):
     """``objective(batch, epoch)`` -> dictionary with the ``loss`` to minimise and detached terms to log.
 
     ``strategy``: ``ithn``, ``mochi``, ``prior``, ``unconstrained`` (modules/negatives.py); ``contrastive``: S_1 alone,
-    no hard negatives; ``off``: the plain backbone. ``variant``: ``paper`` or ``released``; ``ce_weight``,
-    ``detach_negative``, ``renormalise_negative`` and ``joint_pass`` are the variant's own where they are None.
+    no hard negatives; ``off``: the plain backbone, whatever the options of ITHN say. ``variant``: ``paper`` or
+    ``released``; ``ce_weight``, ``detach_negative``, ``renormalise_negative`` and ``joint_pass`` are the variant's own
+    where they are None.
     ``previous_epoch_start`` begins the synthesis at the sample's harder negative of the epoch before and needs
     ``n_samples``, the size of the training set. ``mask_identical`` leaves off-diagonal pairs with the same report
     out of L_CP. InputError for an unknown name or for options that exclude one another.
@@ -78,7 +79,7 @@ class Objective(nn.Module):
             self.img_projection = Projection(backbone.image_dim, embedding_dim)
             self.text_projection = Projection(backbone.report_dim, embedding_dim)
         self.previous = None
-        if previous_epoch_start:
+        if previous_epoch_start and strategy != "off":
             if strategy not in ("ithn", "unconstrained") or not n_samples:
                 raise InputError(f"previous_epoch_start with strategy {strategy!r} and n_samples {n_samples}: it needs "
                                  "strategy ithn or unconstrained, and the number of training samples")

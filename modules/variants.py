@@ -52,6 +52,8 @@ def variant_rules(variant: str, **given: bool | float | None) -> Variant:
 def synthesis(strategy: str, variant: str, clamp_segment: bool) -> Callable | None:
     """The function of modules/negatives.py behind a strategy's name; None where there is no synthesis."""
     check_choice("strategy", strategy, (*SYNTHESES, *WITHOUT_NEGATIVES))
+    if strategy == "off":
+        return None
     if clamp_segment and (strategy, variant) != ("ithn", "paper"):
         raise InputError(f"clamp_segment acts on strategy 'ithn' of variant 'paper' only, not on {strategy!r} of "
                          f"{variant!r}")
