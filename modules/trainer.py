@@ -104,13 +104,13 @@ class Trainer:
             steps, batches = steps + 1, batches + len(group)
             # Reading a value waits for the device: only when the bar is due, or once in log_period steps.
             if steps % self.log_period == 0 or bar.due():
-                means = {name: float(value) / batches for name, value in sums.items()}
+                means = _means(sums, steps, batches)
                 bar.show(means)
                 if steps % self.log_period == 0:
                     logger.info("epoch %d step %d %s", epoch, steps, _shown(means))
             if steps % MOST_SKIPPED_IN_A_ROW == 0:
                 skipped_before = self._require_progress(skipped_before)
-        return {name: float(value) / batches for name, value in sums.items()} | {"steps": steps}
+        return _means(sums, steps, batches) | {"steps": steps}
 
     def _accumulate(self, group: list, epoch: int) -> Iterator[dict[str, Tensor]]:
         """Gradients of one optimiser step; the cross entropy is normalised by the tokens of the whole group."""
@@ -158,6 +158,11 @@ def _groups(batches: Iterable, size: int) -> Iterator[list]:
     iterator = iter(batches)
     while group := list(itertools.islice(iterator, size)):
         yield group
+
+
+def _means(sums: Mapping[str, Tensor], steps: int, batches: int) -> dict[str, float]:
+    """Mean loss of a step, whose accumulated batches add up to it, and mean of every other term of a batch."""
+    return {name: float(value) / (steps if name == "loss" else batches) for name, value in sums.items()}
 
 
 def _shown(values: Mapping[str, Any]) -> str:

@@ -82,6 +82,15 @@ def test_accumulated_batches_weigh_by_their_tokens():
     assert one.objective.steps == 1 and one.history[0]["train_steps"] == 1
 
 
+def test_the_logged_loss_is_that_of_a_step():
+    one, _ = trainer([batch([1.0, 1.0]), batch([4.0, 0.0])], grad_accumulation=2)
+    with torch.no_grad():
+        one.objective.w.fill_(1.0)
+    one.train()
+    assert one.history[0]["train_loss"] == pytest.approx(6 / 3)
+    assert one.history[0]["train_nll"] == pytest.approx((2 / 3 + 4 / 3) / 2)
+
+
 def test_an_incomplete_last_group_is_a_step_of_its_own():
     one, _ = trainer([batch([1.0])] * 3, grad_accumulation=2)
     one.train()
