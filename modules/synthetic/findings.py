@@ -68,9 +68,9 @@ RULES: dict[str, dict[str, tuple[float, dict[str, dict[str, float]]]]] = {
 
 # How often the demo draws each class among the findings of abnormal studies; skewed, but no class is a rarity.
 _SAMPLING_WEIGHTS = {
-    "Enlarged Cardiomediastinum": 5, "Cardiomegaly": 16, "Lung Opacity": 12, "Lung Lesion": 9, "Edema": 6,
+    "Enlarged Cardiomediastinum": 6, "Cardiomegaly": 16, "Lung Opacity": 12, "Lung Lesion": 9, "Edema": 6,
     "Consolidation": 7, "Pneumonia": 7, "Atelectasis": 12, "Pneumothorax": 7, "Pleural Effusion": 14,
-    "Pleural Other": 5, "Fracture": 6, "Support Devices": 13, OTHER: 16,
+    "Pleural Other": 6, "Fracture": 7, "Support Devices": 13, OTHER: 13,
 }
 _COUNT_WEIGHTS = {1: 0.5, 2: 0.33, 3: 0.17}
 _IN_HEART_FAILURE = {"Cardiomegaly": 0.5, "Pleural Effusion": 0.4}  # how often edema brings these along

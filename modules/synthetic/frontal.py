@@ -55,7 +55,8 @@ def _heart_and_mediastinum(canvas: Canvas, patient: Anatomy) -> np.ndarray:
     m, knob, bulge = patient.mediastinum, patient.knob, patient.unfolded
     outline = [(-0.6 * m - 0.01, 0.12), (-m - 0.35 * bulge, 0.24), (-m, 0.36), (right * 0.90 - 0.005, 0.47),
                (right, 0.58), (right * 0.85, bottom), (0.0, base), (left * 0.7, bottom + 0.015),
-               (left, bottom - 0.045), (left * 0.90, 0.58), (left * 0.62 + 0.01, 0.48), (m + 0.022, 0.41), (m + 0.012, 0.345),
+               (left, bottom - 0.045), (left * 0.90, 0.58), (left * 0.62 + 0.01, 0.48), (m + 0.022, 0.41),
+               (m + 0.012, 0.345),
                (m + 0.002, 0.33), (m + 0.3 * bulge, 0.22), (0.6 * m + 0.01, 0.12)]
     heart = canvas.fill(smooth_curve(outline), blur=0.0035)
     core = canvas.fill(smooth_curve(outline), blur=0.035)

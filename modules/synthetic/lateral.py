@@ -92,8 +92,8 @@ def lateral_rib(patient: Anatomy, index: int) -> np.ndarray:
     d = patient.half_width / 0.375
     top = 0.10 + 0.072 * index + patient.rib_phase
     reach = 0.17 + 0.022 * index
-    return smooth_curve([(0.27 * d, top), (0.315 * d, top + 0.045), (0.22 * d, top + 0.13), (0.03 * d, top + 0.21),
-                         (-min(reach, 0.29) * d, top + 0.265)])
+    return smooth_curve([(0.27 * d, top), (0.315 * d, top + 0.055), (0.22 * d, top + 0.15), (0.03 * d, top + 0.25),
+                         (-min(reach, 0.29) * d, top + 0.32)])
 
 
 def _skeleton(canvas: Canvas, patient: Anatomy) -> np.ndarray:
@@ -104,7 +104,7 @@ def _skeleton(canvas: Canvas, patient: Anatomy) -> np.ndarray:
             width = np.linspace(0.021, 0.016, len(curve))
             ribs += [(curve, width, 1.0), (curve, 0.66 * width, 0.7)]
     chest = np.clip((max(patient.dome.values()) + 0.10 - canvas.y) / 0.1, 0.3, 1)
-    density = 0.085 * canvas.strokes(ribs, blur=0.0018) * chest
+    density = 0.065 * canvas.strokes(ribs, blur=0.0018) * chest
     d = patient.half_width / 0.375
     sternum = smooth_curve([(-0.13 * d, 0.20), (-0.185 * d, 0.27), (-0.265 * d, 0.40), (-0.315 * d, 0.55)])
     density += 0.13 * canvas.strokes([(sternum, 0.022, 1.0), (sternum, 0.013, 0.7)], blur=0.002)

@@ -10,7 +10,7 @@ from modules.synthetic.findings import Finding
 from modules.synthetic.scene import Scene
 
 RADIUS = {"small": 0.048, "moderate": 0.080, "large": 0.118}
-_NODULE_RADIUS = {("nodule", "small"): 0.018, ("nodule", "moderate"): 0.030, ("mass", "moderate"): 0.050,
+_NODULE_RADIUS = {("nodule", "small"): 0.022, ("nodule", "moderate"): 0.034, ("mass", "moderate"): 0.050,
                   ("mass", "large"): 0.075}
 
 
@@ -24,7 +24,7 @@ def draw_haze(scene: Scene, finding: Finding, centre, mask: np.ndarray, rng: np.
     centre = _jitter(rng, centre, 0.012)
     haze = scene.canvas.blob(centre, (radius, 0.85 * radius), angle=rng.uniform(-0.6, 0.6))
     haze = np.maximum(haze, scene.canvas.blob(_jitter(rng, centre, 0.6 * radius), (0.7 * radius, 0.6 * radius)))
-    scene.density += 0.33 * haze * (1 + 0.12 * scene.canvas.clouds(rng, 14)) * mask
+    scene.density += 0.40 * haze * (1 + 0.12 * scene.canvas.clouds(rng, 14)) * mask
 
 
 def draw_clumps(scene: Scene, finding: Finding, centre, mask: np.ndarray, rng: np.random.Generator) -> None:
@@ -65,7 +65,7 @@ def draw_nodule(scene: Scene, finding: Finding, centre, mask: np.ndarray, rng: n
         for turn in rng.uniform(0, 2 * np.pi, 3):
             lobe = centre + 0.5 * radius * np.array([np.cos(turn), np.sin(turn)])
             shape = np.maximum(shape, scene.canvas.disc(lobe, (0.62 * radius, 0.62 * radius), edge=0.2))
-    scene.density += 0.40 * shape * mask
+    scene.density += 0.47 * shape * mask
 
 
 def draw_granuloma(scene: Scene, finding: Finding, centre, mask: np.ndarray, rng: np.random.Generator) -> None:

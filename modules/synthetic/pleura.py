@@ -116,19 +116,16 @@ def draw_fracture(scene: Scene, finding: Finding, side: int, view: str, rng: np.
         if view == "frontal":
             curve, at, width, amount = rib(patient, side, index)[0], 35, 0.025, 0.15
         else:
-            curve, at, width, amount = lateral_rib(patient, min(index, 5)), 24, 0.023, 0.10
+            curve, at, width, amount = lateral_rib(patient, min(index - 1, 5)), 24, 0.023, 0.10
     outer = curve[at : at + 12]
     tangent = outer[1] - outer[0]
     normal = np.array([-tangent[1], tangent[0]]) / np.hypot(*tangent)
     normal *= np.sign(normal[1]) or 1
-    ends = np.array([0.5, *[1.0] * (len(outer) - 4), 0.8, 0.5])  # after the two points that the gap takes
-    scene.density -= 0.75 * amount * canvas.strokes([(outer, 0.9 * width, 1.0)], blur=0.001)
-    scene.density += (
-        1.5
-        * amount
-        * canvas.strokes([(outer[2:] + 0.95 * width * normal, width * ends[: len(outer) - 2], 1.0)], blur=0.0015)
-    )
-    scene.density += 0.6 * amount * canvas.strokes([(curve[at - 9 : at], width, 1.0)], blur=0.0015)
-    gap = np.array([outer[0] - 0.9 * width * normal, outer[0] + 1.2 * width * normal])
-    scene.density -= 0.9 * amount * canvas.strokes([(gap, 0.012, 1.0)], blur=0.001)
-    scene.density += 0.8 * amount * canvas.blob(outer[2], (0.03, 0.03))
+    stepped = outer[2:] + 1.1 * width * normal
+    taper = np.array([0.6, *[1.0] * (len(stepped) - 2), 0.6])
+    gap = np.array([outer[0] - 0.9 * width * normal, outer[0] + 1.3 * width * normal])
+    scene.density -= 0.75 * amount * canvas.strokes([(outer, 0.9 * width, 1.0)])
+    scene.density += 1.9 * amount * canvas.strokes([(stepped, 1.1 * width * taper, 1.0)], blur=0.0015)
+    scene.density += 1.0 * amount * canvas.strokes([(curve[at - 9 : at], 1.1 * width, 1.0)], blur=0.0015)
+    scene.density += 1.4 * amount * canvas.blob(outer[2] + 0.01 * normal, (0.036, 0.036))  # bruised tissue around it
+    scene.density -= 1.4 * amount * canvas.strokes([(gap, 0.014, 1.0)], blur=0.001)

@@ -62,8 +62,8 @@ STYLES = (
         bones=(0.75, ("Visualized osseous structures are without acute abnormality.",
                       "Osseous structures and soft tissues are within normal limits.")),
         canned=("The cardiomediastinal silhouette is within normal limits. The lungs are clear bilaterally. "
-                "Specifically, no evidence of focal consolidation, pneumothorax or pleural effusion. Visualized osseous "
-                "structures are without acute abnormality.",),
+                "Specifically, no evidence of focal consolidation, pneumothorax or pleural effusion. Visualized "
+                "osseous structures are without acute abnormality.",),
     ),
     Style(
         weight=0.12, terse=True, order="nlhdb",
