@@ -4,9 +4,11 @@ from typing import Any
 
 from models.base import Backbone, Output, VisualFeatures
 from models.r2gencmn import R2GenCMN
+from models.xpronet import XProNet
 
 MODELS: dict[str, type[Backbone]] = {
     "r2gencmn": R2GenCMN,
+    "xpronet": XProNet,
 }
 
 

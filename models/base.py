@@ -36,6 +36,7 @@ class Backbone(nn.Module):
     image_dim: int  # C, the width of Output.image_features
     report_dim: int  # D, the width of Output.report_features
     pad_id: int = 0  # the token that fills up the shorter of two joined batches
+    needs_labels: bool = False  # whether training needs the 14 labels of every study
     visual_extractor: nn.Module
 
     def forward(
@@ -77,3 +78,8 @@ class Backbone(nn.Module):
         if features is not None:
             return features
         return VisualFeatures(*self.visual_extractor(images, view_mask))
+
+    def check_missing(self, names: list[str]) -> None:
+        """ValueError for loaded weights that lack ``names``, unless this backbone can do without them."""
+        if names:
+            raise ValueError(f"{len(names)} entries are missing, the first is {names[0]}")

@@ -136,13 +136,15 @@ class Objective(nn.Module):
         return {key.removeprefix("backbone."): state[key] for key in state if not key.startswith("previous.")}
 
     def load_published(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Load a published R2GenCMN or released-ITHN state dict; returns our entries that it does not have.
+        """Load the state dict of a published code, or ours; returns our entries that it does not have.
 
         These are heads, which keep their initial values; heads of the file that have no place here (``temp_3`` in
-        the paper's variant) are ignored. InputError where the backbone lacks an entry, knows none of that name, or
-        has another shape.
+        the paper's variant) are ignored. InputError where the backbone knows no entry of a name, cannot do without
+        one that is missing, or has another shape.
         """
         own = self.state_dict()
+        # Trained on several GPUs, the published codes save the wrapper's names.
+        state = {key.removeprefix("module."): value for key, value in state.items()}
         ours = {key if key.startswith(HEADS) else f"backbone.{key}": value for key, value in state.items()}
         ours = {key: value for key, value in ours.items() if key in own or not key.startswith(HEADS)}
         for key, value in ours.items():
@@ -150,10 +152,14 @@ class Objective(nn.Module):
                 raise InputError(f"checkpoint entry {key.removeprefix('backbone.')}: shape {tuple(value.shape)}, "
                                  f"but this model has {tuple(own[key].shape)}")
         missing, unexpected = self.load_state_dict(ours, strict=False)
-        wrong = [key for key in missing if key.startswith("backbone.")] + unexpected
-        if wrong:
-            raise InputError(f"checkpoint does not fit this model: {len(wrong)} entries are missing or unknown, the "
-                             f"first is {wrong[0].removeprefix('backbone.')}")
+        if unexpected:
+            raise InputError(f"checkpoint does not fit this model: {len(unexpected)} entries are unknown, the first is "
+                             f"{unexpected[0].removeprefix('backbone.')}")
+        absent = [key.removeprefix("backbone.") for key in missing if key.startswith("backbone.")]
+        try:
+            self.backbone.check_missing(absent)
+        except ValueError as error:
+            raise InputError(f"checkpoint does not fit this model: {error}") from error
         return missing
 
     def _teach(self, pair: Any, supervised_rows: int | None = None, features: Any = None) -> Any:
