@@ -19,6 +19,11 @@ class VisualFeatures:
     patch_mask: Tensor | None  # (B, S) bool, True = patch of a present view; None = every view is present
     pooled: Tensor  # (B, C) mean over the patches of the present views
 
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """(B, 1, 1, S) mask that keeps attention off absent views, None where all are present."""
+        return None if self.patch_mask is None else self.patch_mask[:, None, None, :]
+
 
 @dataclass
 class Output:

@@ -31,6 +31,7 @@ class Config:
     threshold: int = flag(3, "data", "a token enters the vocabulary from this training count on", low=1)
     num_workers: int = flag(2, "data", "processes that read images", low=0)
     batch_size: int = flag(16, "data", "samples per step", low=1)
+    drop_last: bool = flag(False, "data", "leave out the last, incomplete training batch of an epoch, as XProNet does")
     image_size: int = flag(224, "data", "side of the network's input in pixels", low=32)
     flip: bool = flag(True, "data", "random horizontal flip in training, as R2GenCMN does; it mirrors left and right")
     on_bad_image: str = flag("stop", "data", "what an unreadable image does: stop the run, or be replaced by another "
@@ -55,6 +56,9 @@ class Config:
     topk: int = flag(32, "backbone", "memory rows that a query reads", low=1)
     cmm_size: int = flag(2048, "backbone", "rows of the cross-modal memory", low=1)
     cmm_dim: int = flag(512, "backbone", "width of the cross-modal memory; must equal --d_model", low=1)
+    rm_num_slots: int = flag(3, "backbone", "R2Gen: slots of the relational memory", low=1)
+    rm_num_heads: int = flag(8, "backbone", "R2Gen: attention heads of the relational memory", low=1)
+    rm_d_model: int = flag(512, "backbone", "R2Gen: width of the relational memory; must equal --d_model", low=1)
 
     # ---- ITHN
     ithn: str = flag("auto", "ITHN", "auto: on where hard negatives are given (--negative_index, or neg_report in the "
@@ -176,6 +180,10 @@ def _check_together(config: Config) -> None:
         raise InputError(f"--cmm_dim {config.cmm_dim}: must equal --d_model {config.d_model}")
     if config.model_name == "r2gencmn" and config.topk > config.cmm_size:
         raise InputError(f"--topk {config.topk}: the memory has only --cmm_size {config.cmm_size} rows")
+    if config.model_name == "r2gen" and config.rm_d_model != config.d_model:
+        raise InputError(f"--rm_d_model {config.rm_d_model}: must equal --d_model {config.d_model}")
+    if config.model_name == "r2gen" and config.rm_d_model % config.rm_num_heads:
+        raise InputError(f"--rm_d_model {config.rm_d_model} cannot be divided by --rm_num_heads {config.rm_num_heads}")
     if config.beam_size % config.group_size:
         raise InputError(f"--beam_size {config.beam_size} cannot be divided by --group_size {config.group_size}")
     if not all(0.0 <= beta < 1.0 for beta in config.adam_betas):

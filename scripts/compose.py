@@ -133,7 +133,7 @@ def backbone_options(config: Config) -> dict[str, Any]:
     """The constructor's keyword arguments of the backbone that --model_name names."""
     shared = {name: getattr(config, name) for name in ("d_model", "d_ff", "num_heads", "num_layers", "dropout",
                                                        "drop_prob_lm", "use_bn")}
-    own = {"r2gencmn": ("topk", "cmm_size", "cmm_dim")}
+    own = {"r2gen": ("rm_num_slots", "rm_num_heads", "rm_d_model"), "r2gencmn": ("topk", "cmm_size", "cmm_dim")}
     return shared | {name: getattr(config, name) for name in own[config.model_name]}
 
 
@@ -170,7 +170,8 @@ def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extr
 def build_split_loader(config: Config, dataset: ReportDataset, device: torch.device, *, shuffle: bool) -> EpochLoader:
     """Loader of a split; worker processes of the training split live on between epochs, the others' end."""
     return build_loader(dataset, config.batch_size, shuffle, config.num_workers, config.seed,
-                        pin_memory=device.type == "cuda", persistent_workers=shuffle)
+                        pin_memory=device.type == "cuda", persistent_workers=shuffle,
+                        drop_last=shuffle and config.drop_last)
 
 
 def decoding_options(config: Config) -> DecodingOptions:

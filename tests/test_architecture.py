@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Rooms that import torch and nothing of ours. A room may be split: modules/decoding_cache.py belongs to decoding.
-LEAVES = ("losses", "negatives", "transformer", "visual_extractor", "decoding", "memory", "prototypes")
+LEAVES = ("losses", "negatives", "transformer", "visual_extractor", "decoding", "memory", "prototypes",
+          "relational_memory")
 LEAF_PACKAGES = {"torch", "torchvision"}
 MORE_PACKAGES = {"visual_extractor": {"timm", "safetensors"}}
-BUILDING_BLOCKS = ("transformer", "visual_extractor", "decoding", "memory", "prototypes")
+BUILDING_BLOCKS = ("transformer", "visual_extractor", "decoding", "memory", "prototypes", "relational_memory")
 OBJECTIVE_PARTS = {f"modules.{part}" for part in ("losses", "negatives", "variants", "distributed", "errors")}
 HANDED_IN = {"modules.objective", "modules.datasets", "modules.metrics", "modules.mining"}
 # Must be importable in a moment: --help, checks and error lines stand on them.

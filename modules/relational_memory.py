@@ -1,0 +1,247 @@
+"""R2Gen's relational memory: slots that attend to themselves and to the newest token, then change through gates.
+
+Chen et al., EMNLP 2020 (arXiv 2010.16056), Eq. 4-12.
+
+Shapes: B rows (studies, or their hypotheses), T tokens, s slots, d = d_model, h heads of width w. Inside the recurrence
+slots come first, (s, B, d): the slots of all rows are one matrix, and the token is the row that stands after them.
+
+The loop over tokens cannot be opened up, so everything that can leave it does. What depends on tokens alone is one
+product for all of them. Backward, the loop carries only the memory's gradient on, and the weights' gradients are one
+product each over all T * s * B rows at its end: autograd would add them up step by step, hence the pass by hand.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Weights(NamedTuple):
+    """What every step multiplies by; queries, keys and values are one product."""
+
+    qkv: Tensor  # (3d, d)
+    output: Tensor  # (d, d)
+    mlp_in: Tensor  # (d, d)
+    mlp_out: Tensor  # (d, d)
+    gates: Tensor  # (2d, d)
+    qkv_bias: Tensor  # (3d,)
+    output_bias: Tensor  # (d,)
+    mlp_in_bias: Tensor  # (d,)
+    mlp_out_bias: Tensor  # (d,)
+
+    def transposed(self) -> "Weights":
+        """Matrices as (in, out) in memory order: with the few rows of a step, a product with them is a third faster."""
+        return Weights(*(x.t().contiguous() if x.dim() == 2 else x for x in self))
+
+
+class Trace(NamedTuple):
+    """Everything that the steps computed; the leading dimension is time."""
+
+    states: Tensor  # (T+1, s+1, B, d): memory before the step, then the token
+    qkv: Tensor  # (T, s+1, B, 3d); the token has no query
+    probs: Tensor  # (T, s, s+1, B, h) before dropout
+    attended: Tensor  # (T, s*B, d)
+    updated: Tensor  # (T, s*B, d) memory + attention
+    mlp_hidden: Tensor  # (T, s*B, d) after its ReLU
+    mlp_out: Tensor  # (T, s*B, d) after its ReLU
+    squashed: Tensor  # (T, s*B, d) tanh of memory before the step
+    candidate: Tensor  # (T, s*B, d) tanh of the new content
+    gates: Tensor  # (T, s*B, 2d) input gate, forget gate
+
+
+def run(
+    weights: Weights, tokens: Tensor, token_gates: Tensor, memory: Tensor, num_heads: int, kept: Tensor | None = None
+) -> Trace:
+    """Let ``memory`` (s, B, d) read ``tokens`` (T, B, d) one after the other; ``weights`` are transposed.
+
+    ``token_gates`` (T, B, 2d) are the tokens' share of the gates, ``kept`` (T, s, s+1, B, h) the dropout of the
+    attention as factors.
+    """
+    length, batch, width = tokens.shape
+    slots = memory.size(0)
+    rows = slots * batch
+
+    def new(*shape: int) -> Tensor:
+        return tokens.new_empty(length, *shape)
+
+    trace = Trace(
+        tokens.new_empty(length + 1, slots + 1, batch, width),
+        new(slots + 1, batch, 3 * width),
+        new(slots, slots + 1, batch, num_heads),
+        *(new(rows, width) for _ in range(6)),
+        new(rows, 2 * width),
+    )
+    trace.states[:-1, slots] = tokens
+    trace.states[0, :slots] = memory
+    trace.qkv[:, slots, :, width:] = tokens @ weights.qkv[:, width:] + weights.qkv_bias[width:]
+    for t, (state, qkv, probs, attended, updated, hidden, mlp_out, squashed, candidate, gates) in enumerate(
+        zip(trace.states, *trace[1:], strict=False)
+    ):
+        memory = state[:slots].view(rows, width)
+        torch.addmm(weights.qkv_bias, memory, weights.qkv, out=qkv[:slots].view(rows, -1))
+        q, k, v = qkv.view(slots + 1, batch, 3, num_heads, -1).unbind(2)  # (s+1, B, h, w) each
+        scores = (q[:slots].unsqueeze(1) * k).sum(-1).mul_(k.size(-1) ** -0.5)
+        torch.softmax(scores, dim=1, out=probs)
+        dropped = probs if kept is None else probs * kept[t]
+        torch.sum(dropped.unsqueeze(-1) * v, dim=1, out=attended.view(slots, batch, num_heads, -1))
+        torch.addmm(weights.output_bias, attended, weights.output, out=updated).add_(memory)
+        torch.addmm(weights.mlp_in_bias, updated, weights.mlp_in, out=hidden).relu_()
+        torch.addmm(weights.mlp_out_bias, hidden, weights.mlp_out, out=mlp_out).relu_()
+        torch.add(updated, mlp_out, out=candidate).tanh_()
+        torch.tanh(memory, out=squashed)
+        torch.mm(squashed, weights.gates, out=gates)
+        gates.view(slots, batch, -1).add_(token_gates[t])
+        gates.sigmoid_()
+        write, keep = gates.chunk(2, dim=-1)
+        torch.addcmul(write * candidate, keep, memory, out=trace.states[t + 1, :slots].view(rows, width))
+    return trace
+
+
+def memories(trace: Trace) -> Tensor:
+    """The memory after each token, (B, T, s*d)."""
+    return trace.states[1:, :-1].permute(2, 0, 1, 3).flatten(2)
+
+
+class Recurrence(torch.autograd.Function):
+    """``run`` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, tokens, token_gates, memory, num_heads, kept, *weights) -> Tensor:
+        trace = run(Weights(*weights).transposed(), tokens, token_gates, memory, num_heads, kept)
+        ctx.save_for_backward(kept, *weights, *trace)
+        return memories(trace)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """``grad`` (B, T, s*d)."""
+        kept, *saved = ctx.saved_tensors
+        weights, trace = Weights(*saved[: len(Weights._fields)]), Trace(*saved[len(Weights._fields) :])
+        length, rows, width = trace.updated.shape
+        slots = trace.probs.size(1)
+        grad = grad.unflatten(-1, (slots, width)).permute(1, 2, 0, 3).reshape(length, rows, width)
+        # Gradients of what each product gave, for the products with the weights' inputs after the loop.
+        d_qkv, d_output, d_in, d_out, d_gates = (
+            torch.empty_like(x) for x in (trace.qkv, trace.updated, trace.updated, trace.updated, trace.gates)
+        )
+        d_qkv[:, slots, :, :width] = 0
+        carried = torch.zeros_like(grad[0])
+        for t in range(length - 1, -1, -1):
+            d_memory = grad[t] + carried
+            memory = trace.states[t, :slots].view(rows, width)
+            gates, candidate, squashed = trace.gates[t], trace.candidate[t], trace.squashed[t]
+            write, keep = gates.chunk(2, dim=-1)
+            torch.mul(d_memory, candidate, out=d_gates[t, :, :width])
+            torch.mul(d_memory, memory, out=d_gates[t, :, width:])
+            d_gates[t].mul_(gates).mul_(1 - gates)
+            d_new = d_memory * write
+            d_new.addcmul_(d_new * candidate, candidate, value=-1)
+            torch.mul(d_new, trace.mlp_out[t] > 0, out=d_out[t])
+            torch.mm(d_out[t], weights.mlp_out, out=d_in[t]).mul_(trace.mlp_hidden[t] > 0)
+            torch.addmm(d_new, d_in[t], weights.mlp_in, out=d_output[t])
+            attention_backward(d_output[t] @ weights.output, trace, t, kept, d_qkv[t])
+            d_squashed = d_gates[t] @ weights.gates
+            d_squashed.addcmul_(d_squashed * squashed, squashed, value=-1)
+            carried = torch.addcmul(d_squashed + d_output[t], d_memory, keep)
+            carried.addmm_(d_qkv[t, :slots].view(rows, -1), weights.qkv)
+        d_tokens = d_qkv[:, slots, :, width:] @ weights.qkv[width:]
+        d_token_gates = d_gates.view(length, slots, -1, 2 * width).sum(dim=1)
+        inputs = (trace.states[:-1], trace.attended, trace.updated, trace.mlp_hidden, trace.squashed)
+        given = [x.view(-1, x.size(-1)) for x in (d_qkv, d_output, d_in, d_out, d_gates)]
+        d_weights = [x.t() @ seen.view(-1, width) for x, seen in zip(given, inputs, strict=True)]
+        return d_tokens, d_token_gates, None, None, None, *d_weights, *(x.sum(dim=0) for x in given[:-1])
+
+
+def attention_backward(grad: Tensor, trace: Trace, t: int, kept: Tensor | None, d_qkv: Tensor) -> None:
+    """Write the gradients of step ``t``'s queries, keys and values into ``d_qkv`` (s+1, B, 3d); grad (s*B, d)."""
+    probs = trace.probs[t]
+    slots, _, batch, heads = probs.shape
+    q, k, v = trace.qkv[t].view(slots + 1, batch, 3, heads, -1).unbind(2)
+    d_q, d_k, d_v = d_qkv.view(slots + 1, batch, 3, heads, -1).unbind(2)
+    grad = grad.view(slots, 1, batch, heads, -1)
+    dropped = probs if kept is None else probs * kept[t]
+    torch.sum(dropped.unsqueeze(-1) * grad, dim=0, out=d_v)
+    d_probs = (grad * v).sum(-1)
+    weighted = d_probs * dropped
+    d_scores = (weighted - probs * weighted.sum(dim=1, keepdim=True)).mul_(k.size(-1) ** -0.5).unsqueeze(-1)
+    torch.sum(d_scores * k, dim=1, out=d_q[:slots])
+    torch.sum(d_scores * q[:slots].unsqueeze(1), dim=0, out=d_k)
+
+
+class SlotAttention(nn.Module):
+    """``linears`` 0..3 = query, key, value, output."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(4))
+
+
+class RelationalMemory(nn.Module):
+    """Memory of ``num_slots`` slots of width ``d_model``; attention to it has dropout in training, as published."""
+
+    def __init__(self, d_model: int, num_slots: int, num_heads: int, dropout: float = 0.1):
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(f"rm_num_heads {num_heads}: must divide rm_d_model {d_model}")
+        self.num_slots = num_slots
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.attn = SlotAttention(d_model)
+        self.mlp = nn.Sequential(nn.Linear(d_model, d_model), nn.ReLU(), nn.Linear(d_model, d_model), nn.ReLU())
+        self.W = nn.Linear(d_model, 2 * d_model)
+        self.U = nn.Linear(d_model, 2 * d_model)
+
+    def weights(self) -> Weights:
+        """The step's weights; the bias of the gates goes with the token's share."""
+        query, key, value, output = self.attn.linears
+        first, _, second, _ = self.mlp
+        return Weights(
+            torch.cat([query.weight, key.weight, value.weight]),
+            output.weight,
+            first.weight,
+            second.weight,
+            self.U.weight,
+            torch.cat([query.bias, key.bias, value.bias]),
+            output.bias,
+            first.bias,
+            second.bias,
+        )
+
+    def initial(self, like: Tensor) -> Tensor:
+        """(s, B, d) for the rows of ``like`` (B, ...): a one at its own position in each slot."""
+        slots = torch.eye(self.num_slots, self.U.in_features, dtype=self.U.weight.dtype, device=like.device)
+        return slots.unsqueeze(1).expand(-1, like.size(0), -1)
+
+    def token_gates(self, tokens: Tensor) -> Tensor:
+        """The tokens' share of the gates, with all of their bias."""
+        return F.linear(tokens, self.W.weight, self.W.bias + self.U.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, s*d): the memory after each of the tokens ``x`` (B, T, d), from its initial state on."""
+        # A state that is written sixty times over is kept in float32, whatever autocast chose for the rest.
+        with torch.autocast(x.device.type, enabled=False):
+            tokens = x.transpose(0, 1).to(self.U.weight.dtype)
+            kept = None
+            if self.training and self.dropout:
+                slots = self.num_slots
+                kept = tokens.new_ones(len(tokens), slots, slots + 1, len(x), self.num_heads)
+                kept = F.dropout(kept, self.dropout)
+            return Recurrence.apply(
+                tokens, self.token_gates(tokens), self.initial(x), self.num_heads, kept, *self.weights()
+            )
+
+    def step(self, x: Tensor, memory: Tensor | None, weights: Weights) -> Tensor:
+        """(B, s*d): what ``memory`` (B, s*d), None = initial, becomes by one token (B, d) each, without a gradient.
+
+        ``weights`` are ``weights().transposed()``, made once for all steps.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            tokens = x.to(self.U.weight.dtype).unsqueeze(0)
+            if memory is None:
+                state = self.initial(x)
+            else:
+                state = memory.unflatten(-1, (self.num_slots, -1)).transpose(0, 1)
+            trace = run(weights, tokens, self.token_gates(tokens), state, self.num_heads)
+            return memories(trace)[:, 0]
