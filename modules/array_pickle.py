@@ -1,0 +1,95 @@
+"""Reads a pickled dictionary of numpy arrays without running anything that the file names.
+
+A pickle may call any function of any module. Here the few names that such a dictionary needs lead to the stand-ins
+below, so that not even numpy's own reconstruction sees the file's values; every other name ends the reading.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modules.errors import InputError
+
+
+class _Refused(Exception):
+    """The file names something else than numpy arrays."""
+
+
+class _Dtype:
+    """A boolean or a number of up to 8 bytes; in place of numpy.dtype."""
+
+    def __init__(self, code: str, *_: Any):
+        self.value = np.dtype(code) if isinstance(code, str) and code[:1] in ("b", "i", "u", "f") else None
+        if self.value is None or self.value.kind not in "biuf" or self.value.itemsize > 8:
+            raise _Refused(f"an array of {code!r}")
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] == ">":
+            self.value = self.value.newbyteorder(">")
+
+
+class _Array:
+    """Holds ``value``; in place of numpy.ndarray."""
+
+    value: np.ndarray
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, by_columns, content = state
+        self.fill(content, dtype, shape, "F" if by_columns else "C")
+
+    def fill(self, content: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> "_Array":
+        self.value = np.frombuffer(content, dtype.value).reshape(shape, order=order)
+        return self
+
+
+def _empty_array(*_: Any) -> _Array:
+    return _Array()
+
+
+def _array_of(content: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str, *_: Any) -> _Array:
+    return _Array().fill(content, dtype, shape, order)
+
+
+# What arrays are pickled as, by numpy 1 (numpy.core) and 2 (numpy._core), up to protocol 4 and in protocol 5.
+_STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _empty_array, ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy.core.numeric", "_frombuffer"): _array_of, ("numpy._core.numeric", "_frombuffer"): _array_of,
+}
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _STAND_INS:
+            raise _Refused(f"{module}.{name}")
+        return _STAND_INS[module, name]
+
+
+def read_pickled_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of a pickled dictionary by key; lists of numbers count as arrays, number keys become text.
+
+    InputError where the file is missing, damaged, or holds anything else.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _Reader(file).load()
+    except _Refused as error:
+        raise InputError(f"{path}: refused, it holds {error}; of a pickle only a dictionary of numpy arrays is read"
+                         ) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except Exception as error:  # damaged bytes lead the reader to almost any exception
+        raise InputError(f"{path}: not a pickle of numpy arrays, or damaged ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dictionary of numpy arrays")
+    return {str(key): _plain_array(path, key, value) for key, value in content.items()}
+
+
+def _plain_array(path: str | Path, key: Any, value: Any) -> np.ndarray:
+    if isinstance(value, _Array) and hasattr(value, "value"):
+        return value.value
+    if isinstance(value, (list, tuple)) and all(isinstance(number, (bool, int, float)) for number in value):
+        return np.array(value, dtype=np.float64)
+    raise InputError(f"{path}: {key!r} is no numpy array and no list of numbers")

@@ -1,0 +1,113 @@
+"""The 14 labels of every study, from a CSV file with named columns or from XProNet's pickles, which have no names.
+
+A label is positive where the file says 1 or, as for XProNet, -1 (uncertain); 0 and nothing are negative.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from modules.annotations import Study
+from modules.array_pickle import read_pickled_arrays
+from modules.clinical_files import parse_labels, read_table
+from modules.clinical_rules import CLASSES
+from modules.errors import InputError
+
+NO_FINDING = "No Finding"
+ID_COLUMNS = ("id", "dicom_id", "study_id")
+# XProNet's two files differ: CheXbert's order for IU X-Ray, the alphabet's for MIMIC-CXR, each with No Finding last.
+ORDERS = {
+    "chexpert": CLASSES,
+    "chexbert": ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
+                 "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture",
+                 "Support Devices", NO_FINDING),
+    "mimic_cxr": (*sorted(name for name in CLASSES if name != NO_FINDING), NO_FINDING),
+}
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Multi-hot labels by study id; ``path`` is for error messages."""
+
+    path: str
+    labels: Mapping[str, np.ndarray]  # (14,) float32 each, in the order that was asked for
+
+    def of(self, studies: Sequence[Study]) -> np.ndarray:
+        """(N, 14) float32. A study is looked up by its id, its study_id, or the id's first two "-"-separated pieces.
+
+        The last is how XProNet's IU X-Ray files name a study. InputError for the first one that has no labels.
+        """
+        found = [self._row(study) for study in studies]
+        missing = [study for study, row in zip(studies, found, strict=True) if row is None]
+        if missing:
+            raise InputError(f"{self.path}: no labels for study {missing[0].id!r} of split '{missing[0].split}' (nor "
+                             f"for {len(missing) - 1} others of it); every study needs a row")
+        return np.stack(found) if found else np.zeros((0, len(CLASSES)), np.float32)
+
+    def _row(self, study: Study) -> np.ndarray | None:
+        keys = (study.id, study.study_id, "-".join(study.id.split("-")[:2]))
+        return next((self.labels[key] for key in keys if key in self.labels), None)
+
+
+def class_order(text: str) -> tuple[str, ...]:
+    """The 14 classes in the order called ``text``: a name of ORDERS, or all 14 separated by commas."""
+    if text in ORDERS:
+        return ORDERS[text]
+    given = [name.strip().lower() for name in text.split(",")]
+    known = {name.lower(): name for name in CLASSES}
+    if sorted(given) != sorted(known):
+        wrong = next((name for name in given if name not in known), None)
+        reason = f"no class is called {wrong!r}" if wrong else f"{len(set(given))} of the 14 classes are named"
+        raise InputError(f"--label_order: {reason}; give {', '.join(ORDERS)}, or the 14 classes separated by commas: "
+                         f"{', '.join(CLASSES)}")
+    return tuple(known[name] for name in given)
+
+
+def read_labels(path: str | Path, order: str = "") -> LabelTable:
+    """Read a CSV file (an id column and the 14 classes by name) or a pickled dictionary of id -> 14 numbers.
+
+    ``order`` (see ``class_order``) is that of the labels returned, by default CLASSES; a pickle's columns have no
+    names, so for one it must be given and is also how the file is read. InputError for a file that does not fit.
+    """
+    try:
+        with open(path, "rb") as file:
+            is_pickle = file.read(1) == b"\x80"
+    except OSError as error:
+        raise InputError(f"--label_path {path}: cannot be read: {error.strerror}; a CSV file with the columns id and "
+                         "the 14 classes is needed (scripts/label_reports.py makes one)") from error
+    if is_pickle and not order:
+        raise InputError(f"{path}: the columns of a pickle have no names; say their order with --label_order chexbert "
+                         "(XProNet's IU X-Ray file), mimic_cxr (its MIMIC-CXR file) or 14 names")
+    if is_pickle:
+        return LabelTable(str(path), _pickled_labels(path))
+    return LabelTable(str(path), _csv_labels(path, class_order(order or "chexpert")))
+
+
+def _csv_labels(path: str | Path, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
+    table = read_table(path)
+    columns = [column.strip().lower() for column in table.columns]
+    id_column = next((columns.index(name) for name in ID_COLUMNS if name in columns), None)
+    if id_column is None:
+        raise InputError(f"{path}: no column {', '.join(ID_COLUMNS)} with the ids of the studies; the columns are "
+                         f"{', '.join(table.columns)}")
+    by_name = [CLASSES.index(name) for name in classes]
+    values = np.array([[label in (1, -1) for label in row] for row in parse_labels(table)], np.float32)
+    labels: dict[str, np.ndarray] = {}
+    for number, (row, value) in enumerate(zip(table.rows, values, strict=True), start=1):
+        if row[id_column] in labels:
+            raise InputError(f"{path}: row {number}: id {row[id_column]!r} appears twice")
+        labels[row[id_column]] = value[by_name]
+    return labels
+
+
+def _pickled_labels(path: str | Path) -> dict[str, np.ndarray]:
+    labels = {}
+    for key, values in read_pickled_arrays(path).items():
+        if values.shape != (len(CLASSES),):
+            raise InputError(f"{path}: {key!r} has an array of shape {values.shape}, expected {len(CLASSES)} labels")
+        if not np.isin(values[~np.isnan(values)], (0, 1, -1)).all():
+            raise InputError(f"{path}: {key!r} has a label other than 1, 0, -1 or nan")
+        labels[key] = np.isin(values, (1, -1)).astype(np.float32)
+    return labels
