@@ -12,6 +12,7 @@ from modules.decoding import Decoded, DecodingOptions, decode
 from modules.decoding_cache import DecodingCache
 from modules.memory import MemoryResponse
 from modules.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
+from modules.transformer_patches import PatchEmbedding
 
 
 class Transformer(nn.Module):
@@ -60,11 +61,7 @@ class EncoderDecoder(nn.Module):
     ):
         super().__init__()
         self.memory_matrix = nn.Parameter(torch.randn(cmm_size, cmm_dim) / cmm_dim)
-        before = [nn.BatchNorm1d(image_dim)] if use_bn else []
-        after = [nn.BatchNorm1d(d_model)] if use_bn == 2 else []
-        self.att_embed = nn.Sequential(
-            *before, nn.Linear(image_dim, d_model), nn.ReLU(), nn.Dropout(drop_prob_lm), *after
-        )
+        self.att_embed = PatchEmbedding(image_dim, d_model, drop_prob_lm, use_bn)
         self.cmn = MemoryResponse(d_model, num_heads, topk)
         self.model = Transformer(
             num_ids,
@@ -83,8 +80,7 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, features: VisualFeatures, memory: tuple[Tensor, Tensor]) -> Tensor:
         """Encoder output (B, S, d): the memory is queried before positions are added."""
-        batch, num_patches, _ = features.patches.shape
-        x = self.att_embed(features.patches.flatten(0, 1)).view(batch, num_patches, -1)
+        x = self.att_embed(features.patches, features.patch_mask)
         x = x + self.cmn(x, *memory)
         return self.model.encoder(self.model.src_embed[0](x), source_mask(features))
 

@@ -192,7 +192,8 @@ class BeamSearch(Search):
             own = totals[:, start : start + (self.width if step else 1)]
             own = own - self.options.diversity_lambda * used.unsqueeze(1)
             best, index = own.flatten(1).topk(self.width)
-            used.scatter_add_(1, index % num_ids, torch.ones_like(best))
+            going_on = best > -FINISHED_PENALTY / 2  # what follows the end of a beam is no word
+            used.scatter_add_(1, index % num_ids, going_on.to(best.dtype))
             scores.append(best)
             indices.append(index + start * num_ids)
         return torch.cat(scores, dim=1), torch.cat(indices, dim=1)

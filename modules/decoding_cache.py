@@ -1,13 +1,16 @@
 """Keys and values of the tokens decoded so far, for several hypotheses per study, without ever reordering them.
 
 A slot holds the keys and values of one token of one hypothesis. All hypotheses of a study share its slots, and a
-mask says which slots are a hypothesis's own past: when beams change places, only that mask is reordered.
+mask says which slots are a hypothesis's own past: when beams change places, only that mask is reordered. Slots that
+are no live beam's past any more are dropped now and then, so that a step costs much the same at any position.
 
 Shapes: B studies, K hypotheses per study, h heads of width w, slots in the order in which they were filled.
 """
 
 import torch
 from torch import Tensor
+
+COMPACTION_INTERVAL = 16  # steps between two compactions
 
 
 class KeyValueCache:
@@ -32,6 +35,12 @@ class KeyValueCache:
         """Keep only the studies ``rows`` (int64 indices)."""
         self.buffer = self.buffer[:, rows]
 
+    def keep_slots(self, slots: Tensor) -> None:
+        """Keep only ``slots`` (B, n), in that order."""
+        self.filled = slots.size(1)
+        index = slots[None, :, None, :, None].expand(2, -1, self.buffer.size(2), -1, self.buffer.size(4))
+        self.buffer[:, :, :, : self.filled] = self.buffer.gather(3, index)
+
 
 class DecodingCache:
     """The caches of all layers, the mask of every hypothesis's past, and the position of the newest token."""
@@ -53,9 +62,20 @@ class DecodingCache:
         if parents is not None:
             index = parents.unsqueeze(-1).expand(-1, -1, self.visible.size(-1))
             self.visible = self.visible.gather(1, index)
+            if self.position % COMPACTION_INTERVAL == 0:
+                self.compact()
         own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
         self.visible = own if self.visible is None else torch.cat([self.visible, own], dim=-1)
         return self.visible.unsqueeze(1) if width > 1 else None
+
+    def compact(self) -> None:
+        """Drop slots that no hypothesis sees; studies that use fewer than the most keep some unseen ones."""
+        used = self.visible.any(dim=1)  # (B, slots)
+        most = int(used.sum(dim=1).max())
+        slots = used.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        self.visible = self.visible.gather(2, slots.unsqueeze(1).expand(-1, self.visible.size(1), -1))
+        for layer in self.layers:
+            layer.keep_slots(slots)
 
     def keep(self, rows: Tensor) -> None:
         """Keep only the studies ``rows`` (int64 indices)."""

@@ -88,10 +88,14 @@ class VisualExtractor(nn.Module):
     def _present_views(self, images: Tensor, view_mask: Tensor) -> Tensor:
         flat = images.flatten(0, 1)
         rows = torch.arange(view_mask.numel(), device=view_mask.device).view_as(view_mask)
-        calls = [view_mask] if self.batch_norm == "joint" else [
-            view_mask & (torch.arange(view_mask.size(1), device=view_mask.device) == view)
-            for view in range(view_mask.size(1))
-        ]
+        calls = (
+            [view_mask]
+            if self.batch_norm == "joint"
+            else [
+                view_mask & (torch.arange(view_mask.size(1), device=view_mask.device) == view)
+                for view in range(view_mask.size(1))
+            ]
+        )
         indices = [rows[selected].to(images.device, non_blocking=True) for selected in calls if selected.any()]
         grids = torch.cat([self._grid(flat[index]) for index in indices])  # (present views, S, C)
         patches = grids.new_zeros(len(flat), *grids.shape[1:])
