@@ -8,9 +8,9 @@
 # TEXT_ENCODER is a hub id, a local folder or tfidf; by default RadBERT (zzxslp/RadBERT-RoBERTa-4m), which the hub
 # serves once. It counts where the index <save_dir>/hard_negatives.safetensors is not there yet.
 #
-# R2GenCMN without ITHN, with its own published settings:
-#   bash run_mimic_cxr.sh --ithn off --epochs 30 --lr_ve 1e-4 --lr_ed 5e-4 \
-#       --lr_scheduler StepLR --step_size 3 --gamma 0.8 --save_dir results/mimic_cxr_r2gencmn
+# --backbone r2gen, r2gencmn or xpronet takes that paper's own published settings; with --ithn off, nothing else:
+#   bash run_mimic_cxr.sh --backbone r2gencmn --ithn off --save_dir results/mimic_cxr_r2gencmn
+#   bash run_mimic_cxr.sh --backbone xpronet --label_path labels.csv --save_dir results/mimic_cxr_xpronet_ithn
 # The released ITHN code's objective and settings:
 #   bash run_mimic_cxr.sh --ithn_variant released --max_seq_length 60 --epochs 100 --lr_ve 1e-4 --lr_ed 5e-4 \
 #       --lr_scheduler StepLR --step_size 10 --gamma 0.8 --early_stop 25 --save_dir results/mimic_cxr_released
@@ -19,25 +19,18 @@ case " $* " in *" --help "* | *" -h "*)
     sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0 ;;
 esac
+settings=()
+case " $* " in
+    *" --backbone"*) ;;
+    *) settings=(
+        --max_seq_length 100 --threshold 10 --batch_size 16 --epochs 50 --lr_ve 1e-4 --lr_ed 1e-4
+        --weight_decay 5e-5 --lr_scheduler ReduceLROnPlateau --gamma 0.1 --plateau_patience 1 --seed 7580) ;;
+esac
 exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/mine_train_test.sh" \
     --dataset_name mimic_cxr \
     --image_dir data/mimic_cxr/images/ \
     --ann_path data/mimic_cxr/annotation.json \
     --save_dir results/mimic_cxr \
-    --max_seq_length 100 \
-    --threshold 10 \
-    --batch_size 16 \
-    --epochs 50 \
-    --lr_ve 1e-4 \
-    --lr_ed 1e-4 \
-    --weight_decay 5e-5 \
-    --lr_scheduler ReduceLROnPlateau \
-    --gamma 0.1 \
-    --plateau_patience 1 \
-    --monitor_metric BLEU_4 \
-    --strategy ithn \
-    --alpha 0.01 \
-    --contrastive_weight 0.1 \
-    --cosine_weight 0.2 \
-    --seed 7580 \
+    --monitor_metric BLEU_4 --strategy ithn --alpha 0.01 --contrastive_weight 0.1 --cosine_weight 0.2 \
+    "${settings[@]}" \
     "$@"

@@ -10,6 +10,7 @@ from typing import Any
 
 from modules.config import Config
 from modules.errors import InputError
+from modules.presets import BACKBONES, preset
 
 # Declared by R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN, but without effect on their results, or
 # decided here in another way. Number of values each takes: 0 (a switch) or 1.
@@ -58,6 +59,9 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     for name in ALIASES:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--use_amp", action="store_true", help=argparse.SUPPRESS)
+    groups["backbone"].add_argument(
+        "--backbone", choices=BACKBONES, metavar="{" + ",".join(BACKBONES) + "}",
+        help="like --model_name, with that paper's published settings for --dataset_name beneath the flags given")
     return parser
 
 
@@ -91,7 +95,10 @@ def _pair(name: str, parts: Sequence[Any]) -> tuple[float, float]:
 
 
 def parse_flags(argv: Sequence[str], prog: str, description: str) -> tuple[dict[str, Any], list[str]]:
-    """The flags that were given, by name, and one line for each given flag that is ignored."""
+    """The flags that were given, and a --backbone's preset beneath them, by name; and lines for the log.
+
+    The lines name the given flags that are ignored, and the values that came from the preset.
+    """
     given = vars(build_parser(prog, description).parse_args(list(argv)))
     ignored = [f"--{name} is accepted and ignored" + (f": {WHY_IGNORED[name]}" if name in WHY_IGNORED else "")
                for name in IGNORED if name in given]
@@ -103,7 +110,18 @@ def parse_flags(argv: Sequence[str], prog: str, description: str) -> tuple[dict[
         given["adam_betas"] = _pair("adam_betas", given["adam_betas"])
     if "model_name" in given:
         given["model_name"] = given["model_name"].lower()
-    return given, ignored
+    backbone = given.pop("backbone", None)
+    return _apply_preset(given, backbone, ignored) if backbone else (given, ignored)
+
+
+def _apply_preset(given: dict[str, Any], backbone: str, notes: list[str]) -> tuple[dict[str, Any], list[str]]:
+    if given.setdefault("model_name", backbone) != backbone:
+        raise InputError(f"--backbone {backbone} and --model_name {given['model_name']} disagree: give one of them")
+    dataset_name = given.get("dataset_name", Config.dataset_name)
+    added = {name: value for name, value in preset(backbone, dataset_name).items() if name not in given}
+    shown = ", ".join(f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+                      for name, value in added.items())
+    return added | given, [*notes, f"from the published settings of {backbone} on {dataset_name}: {shown}"]
 
 
 def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:

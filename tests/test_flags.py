@@ -8,6 +8,7 @@ import pytest
 from modules.config import Config
 from modules.errors import InputError
 from modules.flags import parse_flags, resolve_config
+from modules.presets import BACKBONES, preset
 
 # The flags of R2GenCMN's published IU X-Ray command line.
 R2GENCMN_SCRIPT = """--image_dir data/iu_xray/images/ --ann_path data/iu_xray/annotation.json --dataset_name iu_xray
@@ -91,3 +92,21 @@ def test_a_mistake_exits_with_2_and_one_line():
     done = subprocess.run([sys.executable, "main_train.py", "--lr_ve", "fast"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_a_backbone_brings_its_published_settings_beneath_the_flags_given():
+    given, notes = parse_flags(["--backbone", "r2gen", "--lr_ve", "1e-3", "--dataset_name", "mimic_cxr"], "x", "")
+    assert (given["model_name"], given["lr_ve"], given["lr_ed"]) == ("r2gen", 1e-3, 1e-4)
+    assert (given["clip_value"], given["max_seq_length"], given["threshold"]) == (0.1, 100, 10)
+    assert "--lr_ed 0.0001" in notes[-1] and "--lr_ve" not in notes[-1]
+
+
+def test_backbone_and_model_name_must_agree():
+    with pytest.raises(InputError, match="disagree"):
+        parse_flags(["--backbone", "r2gen", "--model_name", "r2gencmn"], "x", "")
+
+
+@pytest.mark.parametrize("dataset_name", ["iu_xray", "mimic_cxr"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_presets_hold_flags_that_exist(backbone, dataset_name):
+    Config(model_name=backbone, **preset(backbone, dataset_name))

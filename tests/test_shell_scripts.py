@@ -83,6 +83,13 @@ def test_study_mines_trains_and_tests(study, script):
     assert (config.dataset_name, config.epochs, config.exp_name) == (dataset, 2, "two words")
 
 
+def test_study_takes_a_backbones_own_settings(study):
+    _, training, _ = study("run_mimic_cxr.sh", "--backbone", "r2gencmn", "--lr_ve", "1e-5")
+    config = resolve_config(parse_flags(training[1:], "main_train.py", "")[0])
+    assert (config.lr_ve, config.lr_ed, config.lr_scheduler, config.step_size) == (1e-5, 5e-4, "StepLR", 3)
+    assert (config.epochs, config.max_seq_length, config.threshold, config.strategy) == (30, 100, 10, "ithn")
+
+
 def test_study_follows_the_users_flags(study):
     mining, training, testing = study("run_iu_xray.sh", "--ann_path=other.json", "--save_dir", "out dir",
                                       "--num_neighbours", "9", TEXT_ENCODER="tfidf")

@@ -1,0 +1,34 @@
+"""Each backbone's published training settings: what ``--backbone`` sets beneath the flags that the user gives."""
+
+from typing import Any
+
+# The papers' run scripts, as far as they are known here; everything else keeps its default.
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "r2gen": {
+        "batch_size": 16, "lr_ve": 5e-5, "lr_ed": 1e-4, "lr_scheduler": "StepLR", "step_size": 50, "gamma": 0.1,
+        "epochs": 100, "adam_betas": (0.9, 0.999), "adam_eps": 1e-8, "amsgrad": True, "weight_decay": 5e-5,
+        "clip_value": 0.1, "seed": 9223, "views": "paired",
+    },
+    "r2gencmn": {
+        "batch_size": 16, "lr_ve": 1e-4, "lr_ed": 5e-4, "lr_scheduler": "StepLR", "step_size": 10, "gamma": 0.8,
+        "epochs": 100, "seed": 7580, "topk": 32, "views": "paired",
+    },
+    "xpronet": {
+        "batch_size": 16, "lr_ve": 1e-3, "lr_ed": 2e-3, "lr_scheduler": "StepLR", "step_size": 10, "gamma": 0.8,
+        "epochs": 30, "topk": 15, "num_protype": 20, "num_cluster": 14, "weight_img_con_loss": 1.0,
+        "weight_txt_con_loss": 0.1, "flip": False, "drop_last": True, "views": "paired",
+    },
+}
+# What changes on MIMIC-CXR: longer reports, a smaller vocabulary, fewer epochs.
+_MIMIC_CXR: dict[str, dict[str, Any]] = {
+    "r2gen": {"max_seq_length": 100, "threshold": 10, "epochs": 30},
+    "r2gencmn": {"max_seq_length": 100, "threshold": 10, "epochs": 30, "step_size": 3},
+    "xpronet": {"max_seq_length": 100, "threshold": 10},
+}
+BACKBONES = tuple(_PUBLISHED)
+
+
+def preset(backbone: str, dataset_name: str) -> dict[str, Any]:
+    """Flag values by name of ``backbone`` on ``dataset_name``."""
+    lengths = {"max_seq_length": 60, "threshold": 3}
+    return lengths | _PUBLISHED[backbone] | (_MIMIC_CXR[backbone] if dataset_name == "mimic_cxr" else {})
