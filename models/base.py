@@ -40,6 +40,7 @@ class Backbone(nn.Module):
 
     image_dim: int  # C, the width of Output.image_features
     report_dim: int  # D, the width of Output.report_features
+    vocabulary_entry: str = "encoder_decoder.logit.weight"  # state-dict entry with a row for every token id
     pad_id: int = 0  # the token that fills up the shorter of two joined batches
     needs_labels: bool = False  # whether training needs the 14 labels of every study
     visual_extractor: nn.Module

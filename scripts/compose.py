@@ -187,6 +187,13 @@ def decoding_options(config: Config) -> DecodingOptions:
 
 def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path: str) -> None:
     """Load ``weights`` of ours or of a published checkpoint into ``objective``; InputError when they do not fit."""
+    entry = objective.backbone.vocabulary_entry
+    here, there = (len(state[entry]) if entry in state else None
+                   for state in (objective.backbone.state_dict(), weights))
+    if there is not None and here != there:
+        raise InputError(
+            f"checkpoint {path}: made for a vocabulary of {there - 1} words, but this annotation gives {here - 1}; "
+            "most likely --threshold or --dataset_name differ from its training, or the annotation is another version")
     try:
         objective.load_published(weights)
     except (ValueError, RuntimeError) as error:
