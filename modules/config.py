@@ -6,6 +6,7 @@ from typing import Any
 from modules.errors import InputError
 
 DATASETS = ("iu_xray", "mimic_cxr")
+NUM_CLASSES = 14  # of CheXpert's labels
 MONITORED = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr", "nll")
 
 
@@ -59,6 +60,31 @@ class Config:
     rm_num_slots: int = flag(3, "backbone", "R2Gen: slots of the relational memory", low=1)
     rm_num_heads: int = flag(8, "backbone", "R2Gen: attention heads of the relational memory", low=1)
     rm_d_model: int = flag(512, "backbone", "R2Gen: width of the relational memory; must equal --d_model", low=1)
+
+    # ---- XProNet
+    label_path: str = flag("data/iu_xray/labels.pickle", "XProNet", "labels of every study: a CSV file with columns "
+                           "id and the 14 classes (scripts/label_reports.py), or a pickled dictionary of arrays")
+    label_order: str = flag("", "XProNet", "order of the classes in the prototypes, and in a pickle, which has no "
+                            "names: chexpert, chexbert (XProNet's IU X-Ray files), mimic_cxr (its MIMIC-CXR files) or "
+                            "14 names separated by commas; default for CSV files: chexpert")
+    init_protypes_path: str = flag("data/iu_xray/init_protypes_512.pt", "XProNet", "initial prototypes, written by "
+                                   "scripts/build_prototypes.py or published; an empty name draws them at random")
+    num_cluster: int = flag(20, "XProNet", "classes that have prototypes; the labels have 14", low=1)
+    num_protype: int = flag(10, "XProNet", "prototypes of each class", low=1)
+    d_img_ebd: int = flag(512, "XProNet", "width of a prototype's image part", low=1)
+    d_txt_ebd: int = flag(768, "XProNet", "width of a prototype's text part", low=0)
+    weight_img_con_loss: float = flag(1.0, "XProNet", "weight of the images' contrastive loss", low=0.0)
+    weight_txt_con_loss: float = flag(1.0, "XProNet", "weight of the reports' contrastive loss", low=0.0)
+    img_con_margin: float = flag(0.4, "XProNet", "cosine above which unlike images are pushed apart", low=-1.0,
+                                 high=1.0)
+    txt_con_margin: float = flag(0.4, "XProNet", "cosine above which unlike reports are pushed apart", low=-1.0,
+                                 high=1.0)
+    xpronet_labels: str = flag("predicted", "XProNet", "labels that generation goes by: predicted from the image (each "
+                               "with a probability above 0.5, No Finding where there is none); or reference: those of "
+                               "--label_path, as published, which come from the reference report and leak it",
+                               choices=("predicted", "reference"))
+    label_loss_weight: float = flag(1.0, "XProNet", "weight of the binary cross entropy that trains the predicted "
+                                    "labels", low=0.0)
 
     # ---- ITHN
     ithn: str = flag("auto", "ITHN", "auto: on where hard negatives are given (--negative_index, or neg_report in the "
@@ -184,6 +210,8 @@ def _check_together(config: Config) -> None:
         raise InputError(f"--rm_d_model {config.rm_d_model}: must equal --d_model {config.d_model}")
     if config.model_name == "r2gen" and config.rm_d_model % config.rm_num_heads:
         raise InputError(f"--rm_d_model {config.rm_d_model} cannot be divided by --rm_num_heads {config.rm_num_heads}")
+    if config.model_name == "xpronet":
+        _check_xpronet(config)
     if config.beam_size % config.group_size:
         raise InputError(f"--beam_size {config.beam_size} cannot be divided by --group_size {config.group_size}")
     if not all(0.0 <= beta < 1.0 for beta in config.adam_betas):
@@ -192,3 +220,16 @@ def _check_together(config: Config) -> None:
         raise InputError(f"--n_gpu {config.n_gpu}: this version trains in one process; use --n_gpu 1")
     if config.ithn == "off" and config.released:
         raise InputError("--ithn_variant released has no effect with --ithn off; leave one of them out")
+
+
+def _check_xpronet(config: Config) -> None:
+    if config.num_cluster != NUM_CLASSES:
+        raise InputError(f"--num_cluster {config.num_cluster}: the labels have {NUM_CLASSES} classes with a cluster of "
+                         f"prototypes each; give --num_cluster {NUM_CLASSES}")
+    rows = config.num_cluster * config.num_protype
+    if config.topk > rows:
+        raise InputError(f"--topk {config.topk}: --num_cluster {config.num_cluster} times --num_protype "
+                         f"{config.num_protype} are only {rows} prototypes")
+    if config.xpronet_labels == "predicted" and not config.label_loss_weight:
+        raise InputError("--label_loss_weight 0 trains no predicted labels: give it a weight, or --xpronet_labels "
+                         "reference")
