@@ -12,6 +12,7 @@ the mean of the last hidden states over all tokens (--pooling mean) or by the fi
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -65,6 +66,13 @@ def check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: must be {low} or more")
     if arguments.out.is_dir():
         raise InputError(f"--out {arguments.out}: is a folder; give a file name, such as negatives.safetensors")
+    folder = arguments.out.parent
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {arguments.out}: cannot make its folder: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--out {arguments.out}: no permission to write in {folder}")
 
 
 def embed(arguments: argparse.Namespace, texts: list[str], device: str) -> tuple:

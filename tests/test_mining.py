@@ -197,3 +197,11 @@ def test_index_of_other_reports_is_refused_with_the_command(mine):
 def test_script_names_the_flag_that_is_wrong(mine, flags):
     with pytest.raises(InputError, match=f"{flags[0]} {flags[1]}"):
         mine(REPORTS, *flags)
+
+
+def test_script_finds_out_early_that_it_cannot_write(mine, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--out .*: cannot make its folder: Not a directory"):
+        mine(REPORTS, "--out", tmp_path / "file" / "below" / "negatives.safetensors")
+    with pytest.raises(InputError, match="--out .*: is a folder"):
+        mine(REPORTS, "--out", tmp_path)

@@ -6,10 +6,13 @@ import os
 import resource
 import shutil
 import stat
+from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
@@ -232,6 +235,28 @@ def test_unreachable_hub_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     with pytest.raises(InputError, match="hf download owner/unknown-model .*--text_encoder tfidf"):
         build("owner/unknown-model")
+
+
+@pytest.mark.parametrize("files, weights", [
+    (["model.safetensors", "pytorch_model.bin", "modeling_own.py"], ["model.safetensors"]),
+    (["pytorch_model.bin", "training_args.bin", "tf_model.h5"], ["pytorch_model.bin"]),
+])
+def test_download_takes_one_form_of_weights_and_no_code(monkeypatch, folder, files, weights):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(name, *, local_files_only=False, allow_patterns=None):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not there")
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    siblings = [SimpleNamespace(rfilename=name) for name in files]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **options: SimpleNamespace(siblings=siblings))
+    assert isinstance(build("owner/model"), TransformerEncoder)
+    assert [name for name in files if any(fnmatch(name, pattern) for pattern in asked)] == weights
 
 
 def test_tfidf_tells_negation_and_gives_unit_rows():
