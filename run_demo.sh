@@ -17,7 +17,7 @@ for argument in "$@"; do
   [ "$previous" = --save_dir ] && out=$argument
   previous=$argument
 done
-mkdir -p -m 700 "$out"
+(umask 077 && mkdir -p "$out")
 
 if [ ! -f data/demo/annotation.json ]; then
   echo "[1/4] drawing synthetic radiographs and writing their reports"

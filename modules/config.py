@@ -24,7 +24,7 @@ class Config:
     image_dir: str = flag("data/iu_xray/images/", "data", "folder that the image paths of the annotation start from")
     follow_links: bool = flag(False, "data", "follow links below --image_dir that lead out of it")
     ann_path: str = flag("data/iu_xray/annotation.json", "data", "annotation.json in R2Gen's schema")
-    dataset_name: str = flag("iu_xray", "data", "decides report cleaning, default views and the name of the record",
+    dataset_name: str = flag("iu_xray", "data", "decides report cleaning, images per study (2 or 1), record file",
                              choices=DATASETS)
     views: str = flag("paired", "data", "paired: a study's views together (R2GenCMN); separate: each image is a "
                       "sample with the study's report (the ITHN paper)", choices=("paired", "separate"))

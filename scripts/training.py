@@ -166,7 +166,7 @@ def _epoch_writer(config: Config, folder: Path) -> Callable[[list[dict]], None]:
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(folder / "tensorboard"))
+        writer = SummaryWriter(str(private_folder(folder / "tensorboard")))
 
     def write(history: list[dict]) -> None:
         write_results(folder / "history.json", history)
