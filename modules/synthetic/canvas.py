@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SUPERSAMPLING = 2
+THUMBNAIL, WIDE = 4, 5.0  # blurs of more than WIDE pixels work on an image so many times smaller
 SHARPEST = 0.4  # blurs of fewer pixels are left out: the supersampling does as much
 
 
@@ -63,10 +64,13 @@ class Canvas:
     def _finish(self, image: Image.Image, blur: float) -> np.ndarray:
         image = image.reduce(SUPERSAMPLING)
         sigma = blur * self.size * self.scale
-        if sigma >= SHARPEST:
-            # A box of the same variance costs a third, and nobody sees the difference at an edge.
-            box = ImageFilter.BoxBlur((math.sqrt(12 * sigma**2 + 1) - 1) / 2)
-            image = image.filter(box if sigma < 2 else ImageFilter.GaussianBlur(sigma))
+        if sigma >= WIDE:
+            thumbnail = image.reduce(THUMBNAIL).filter(ImageFilter.GaussianBlur(sigma / THUMBNAIL))
+            image = thumbnail.resize(image.size, Image.Resampling.BICUBIC)
+        elif sigma >= 2:
+            image = image.filter(ImageFilter.GaussianBlur(sigma))
+        elif sigma >= SHARPEST:  # a box of the same variance costs a third
+            image = image.filter(ImageFilter.BoxBlur((math.sqrt(12 * sigma**2 + 1) - 1) / 2))
         return np.asarray(image, dtype=np.float32) / 255
 
     def _blank(self) -> tuple[Image.Image, ImageDraw.ImageDraw]:

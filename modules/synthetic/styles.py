@@ -53,7 +53,7 @@ STYLES = (
     ),
     Style(
         weight=0.17, terse=False, order="hlnbd",
-        heart=(1.0, ("The cardiac silhouette is within normal limits for size.", "The cardiac contours are normal.")),
+        heart=(1.0, ("The cardiac silhouette is within normal limits for size.", "The cardiac silhouette is normal.")),
         mediastinum=(0.5, ("Mediastinal contours are normal.", "The trachea is midline.")),
         vessels=(0.6, ("Pulmonary vasculature is within normal limits.", "The pulmonary vascularity is unremarkable.")),
         lungs=(1.0, ("The lungs are clear bilaterally.", "The lungs are normally inflated and clear.")),
@@ -67,7 +67,7 @@ STYLES = (
     ),
     Style(
         weight=0.12, terse=True, order="nlhdb",
-        heart=(1.0, ("Normal heart size.", "Normal cardiac contour.")),
+        heart=(1.0, ("Normal heart size.", "Normal cardiac size.")),
         mediastinum=(0.6, ("Normal mediastinal contour.",)),
         vessels=_NEVER,
         lungs=(0.6, ("Clear lungs.", "Lungs otherwise clear.")),
@@ -79,7 +79,7 @@ STYLES = (
     ),
     Style(
         weight=0.09, terse=False, order="dlnhb",
-        heart=(1.0, ("Cardiac size appears normal.", "Heart size and mediastinal contour are within normal limits.")),
+        heart=(1.0, ("Cardiac size appears normal.", "Heart size is within normal limits.")),
         mediastinum=(0.4, ("Hilar and mediastinal contours are sharp and normal.",)),
         vessels=(0.4, ("Pulmonary vascularity is normal.",)),
         lungs=(1.0, ("The lungs are well expanded and free of focal abnormality.", "There are no acute infiltrates.")),
@@ -91,8 +91,8 @@ STYLES = (
     ),
     Style(
         weight=0.07, terse=False, order="lnhbd",
-        heart=(1.0, ("The heart and mediastinum are normal in appearance.",)),
-        mediastinum=_NEVER,
+        heart=(1.0, ("The heart is normal in appearance.",)),
+        mediastinum=(0.7, ("Mediastinal structures are midline and normal.",)),
         vessels=(0.3, ("Central vessels are of normal caliber.",)),
         lungs=(1.0, ("Clear and symmetric lung fields.", "Lungs demonstrate no acute process.")),
         denial="I see no {}.",
