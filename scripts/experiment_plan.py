@@ -1,0 +1,207 @@
+"""Which runs of a table are done, cut short, missing or made with other settings, and how main_train.py is called."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modules.config import Config
+from modules.errors import InputError
+from modules.flags import parse_flags, resolve_config
+from scripts.experiment_files import DataSet, Row, Table
+
+RESULTS, RECORD, CHECKPOINT = "results.json", "experiment.json", "current_checkpoint.pth"
+DONE, CUT, MISSING, CHANGED, UNAVAILABLE = "done", "cut", "missing", "changed", "not available"
+# Flags that move files about or say where to compute: another value gives the same results.
+NOT_DECIDING = frozenset((
+    "ann_path", "image_dir", "follow_links", "num_workers", "n_gpu", "device", "resume", "load", "save_dir",
+    "record_dir", "exp_name", "save_period", "log_period", "tensorboard", "report_samples"))
+SHOWN_DIFFERENCES = 3
+
+
+@dataclass(frozen=True)
+class Index:
+    """Hard negatives that rows of one data set share."""
+
+    path: Path
+    ann_path: str
+    dataset_name: str
+    text_encoder: str
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed."""
+
+    row: Row
+    seed: int
+    folder: Path
+    flags: tuple[str, ...]  # of main_train.py
+    settings: Mapping[str, Any]  # what decides the results
+    epochs: int
+    index: Index | None  # to be mined first, where it is not there
+    state: str
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """Row and seed, as messages name them."""
+        return f"{self.row.name} seed {self.seed}"
+
+
+def plan(table: Table, datasets: Mapping[str, DataSet], out: Path, *, overrides: Iterable[str], text_encoder: str,
+         models: Collection[str]) -> list[Run]:
+    """Every run of the table in its order, each with its state; InputError for flags that main_train.py refuses."""
+    indices: dict[str, Index] = {}
+    runs = []
+    for row in table.rows:
+        if row.dataset not in datasets:
+            raise InputError(f"row {row.name}: data set {row.dataset!r} is none of {', '.join(datasets)}")
+        dataset = datasets[row.dataset]
+        model = _model_of((*dataset.flags, *row.flags, *overrides))
+        if model not in models:
+            reason = f"--model_name {model}: the backbones here are {', '.join(models)}"
+            runs += [Run(row, seed, _folder(out, row, seed), (), {}, 0, None, UNAVAILABLE, reason)
+                     for seed in row.seeds]
+            continue
+        flags = (*dataset.flags, *dataset.model_flags.get(model, ()), *row.flags, *overrides)
+        given, config = _resolve(row, flags)
+        sha256 = file_sha256(config.ann_path)
+        if _needs_index(config, given):
+            encoder = text_encoder or table.text_encoder or dataset.text_encoder
+            _add_index(indices, out, row.dataset, config, encoder, sha256)
+            wanted = str(indices[row.dataset].path)
+        else:
+            wanted = config.negative_index
+        runs += [_run(row, seed, out, flags, config, sha256, wanted) for seed in row.seeds]
+    # A row that draws from more neighbours than the rows before it makes the shared index deeper.
+    return [_with_index(run, indices[run.row.dataset]) if run.row.dataset in indices else run for run in runs]
+
+
+def changed_line(runs: Iterable[Run]) -> str | None:
+    """One line that names the first run whose folder was made with other settings, or None."""
+    changed = [run for run in runs if run.state == CHANGED]
+    if not changed:
+        return None
+    more = f" (and {len(changed) - 1} more: --dry_run lists them)" if len(changed) > 1 else ""
+    return (f"{changed[0].name}{more}: {changed[0].folder} was made with other settings: {changed[0].reason}; give "
+            "another --out, or --redo_changed to put the old folder aside and run again")
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits that differ where the settings do."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hash of a file's bytes; "" where it is not there yet."""
+    path = Path(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object that this project wrote; InputError where the file is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete it to run this again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected an object; delete it to run this again")
+    return content
+
+
+def _model_of(flags: tuple[str, ...]) -> str:
+    """Looked up by hand: the flags of a backbone that is not here may be unknown too."""
+    model = Config.__dataclass_fields__["model_name"].default
+    for number, word in enumerate(flags):
+        if word in ("--model_name", "--backbone") and number + 1 < len(flags):
+            model = flags[number + 1]
+        elif word.startswith(("--model_name=", "--backbone=")):
+            model = word.partition("=")[2]
+    return model.lower()
+
+
+def _resolve(row: Row, flags: tuple[str, ...]) -> tuple[Mapping[str, Any], Config]:
+    for own in ("seed", "save_dir", "resume", "record_dir"):
+        if any(word.split("=")[0] == f"--{own}" for word in flags):
+            raise InputError(f"row {row.name}: --{own} is set for each run by this script; take it out of the flags")
+    try:
+        given, _ = parse_flags(flags, "main_train.py", "")
+        return given, resolve_config(given)
+    except InputError as error:
+        raise InputError(f"row {row.name}: {error}") from error
+
+
+def _needs_index(config: Config, given: Mapping[str, Any]) -> bool:
+    return config.ithn != "off" and config.strategy != "contrastive" and "negative_index" not in given
+
+
+def _add_index(indices: dict[str, Index], out: Path, dataset: str, config: Config, encoder: str, sha256: str) -> None:
+    top_k = max(config.num_neighbours, indices[dataset].top_k if dataset in indices else 0)
+    # The k nearest are the first k of more, so the name, which is compared, leaves k out.
+    name = f"{dataset}-{re.sub(r'[^A-Za-z0-9.]+', '-', encoder).strip('-')}-{sha256[:8] or 'new'}.safetensors"
+    path = out / "hard_negatives" / f"top{top_k}" / name
+    indices[dataset] = Index(path, config.ann_path, config.dataset_name, encoder, top_k)
+
+
+def _folder(out: Path, row: Row, seed: int) -> Path:
+    return out / row.name / f"seed{seed}"
+
+
+def _run(row: Row, seed: int, out: Path, flags: tuple[str, ...], config: Config, sha256: str, index: str) -> Run:
+    folder = _folder(out, row, seed)
+    settings = _settings(dataclasses.asdict(config) | {"seed": seed, "negative_index": index}, sha256)
+    state, reason = _state(folder, settings)
+    flags = (*flags, "--seed", str(seed), "--save_dir", str(folder), "--record_dir", str(out / "records"),
+             "--exp_name", f"{row.label}, seed {seed}")
+    return Run(row, seed, folder, flags, settings, config.epochs, None, state, reason)
+
+
+def _with_index(run: Run, index: Index) -> Run:
+    if run.settings.get("negative_index") != index.path.name:
+        return run
+    return dataclasses.replace(run, index=index, flags=(*run.flags, "--negative_index", str(index.path)))
+
+
+def _settings(config: Mapping[str, Any], annotation_sha256: str) -> dict[str, Any]:
+    """The settings that decide the results; those that ``config`` lacks, being older, have their default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    known = {name: config.get(name, default) for name, default in defaults.items() if name not in NOT_DECIDING}
+    known["negative_index"] = Path(known["negative_index"]).name if known["ithn"] != "off" else ""
+    # As JSON gives it back: tuples become lists.
+    return json.loads(json.dumps(known)) | {"annotation_sha256": annotation_sha256}
+
+
+def _state(folder: Path, wanted: Mapping[str, Any]) -> tuple[str, str]:
+    """State of a run's folder, and for CHANGED what differs."""
+    if (folder / RESULTS).is_file():
+        content = read_json(folder / RESULTS)
+        found = _settings(content.get("config", {}), content.get("provenance", {}).get("annotation_sha256", ""))
+        state = DONE
+    elif not (folder / CHECKPOINT).is_file():
+        return MISSING, ""
+    elif not (folder / RECORD).is_file():
+        return CHANGED, f"{CHECKPOINT} without {RECORD}: another program started it"
+    else:
+        found, state = read_json(folder / RECORD).get("settings", {}), CUT
+    if not wanted["annotation_sha256"]:  # not made yet: nothing to compare with
+        found = dict(found) | {"annotation_sha256": ""}
+    if fingerprint(found) == fingerprint(wanted):
+        return state, ""
+    return CHANGED, _difference(found, wanted)
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    shown = [f"{name} {_short(found.get(name))}, now {_short(wanted.get(name))}" for name in names[:SHOWN_DIFFERENCES]]
+    more = f"; and {len(names) - SHOWN_DIFFERENCES} more" if len(names) > SHOWN_DIFFERENCES else ""
+    return "; ".join(shown) + more
+
+
+def _short(value: Any) -> str:
+    return str(value)[:40]

@@ -1,0 +1,146 @@
+"""Gathers the results of a table's runs: mean and spread over seeds, intervals, significance, floors, paper's own."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modules.errors import InputError
+from modules.records import write_private
+from modules.tables import Cell, ScoreTable, TableRow, to_csv, to_latex, to_markdown
+from scripts.experiment_files import DataSet, Row, Table
+from scripts.experiment_plan import DONE, RESULTS, UNAVAILABLE, Run, read_json
+
+if TYPE_CHECKING:
+    from modules.report_statistics import ReportStatistics
+
+MODEL = "model"
+STATISTICS = "statistics.npz"
+
+
+class Results:
+    """Scores and per-report statistics of a row's finished runs, by seed, for the model and the floors."""
+
+    def __init__(self, runs: Sequence[Run]):
+        contents = {run.seed: read_json(run.folder / RESULTS) for run in runs}
+        self.scores = {seed: _scores(content, runs[0].folder) for seed, content in contents.items()}
+        self.systems = list(next(iter(self.scores.values()), {}))
+        self.synthetic = any(content.get("synthetic") for content in contents.values())
+        self._folders = {run.seed: run.folder for run in runs}
+
+    def cells(self, system: str) -> dict[str, Cell]:
+        """Mean, standard deviation and interval of each score of a system; no p values."""
+        from modules.bootstrap import intervals, over_seeds
+
+        spreads = over_seeds([scores[system] for scores in self.scores.values() if system in scores])
+        statistics = self.statistics(system, self.scores)
+        limits = intervals(*statistics) if statistics else {}
+        return {key: Cell(spread.mean, spread.sd, *limits.get(key, (None, None))) for key, spread in spreads.items()}
+
+    def statistics(self, system: str, seeds: Sequence[int] | Mapping[int, Any]) -> "list[ReportStatistics]":
+        """Statistics of the runs with ``seeds``; none where a run has not kept them."""
+        from modules.report_statistics import load_statistics
+
+        paths = [self._folders[seed] / STATISTICS for seed in seeds]
+        if not all(path.is_file() for path in paths):
+            return []
+        found = [load_statistics(path).get(system) for path in paths]
+        return [] if None in found else found
+
+
+def gather(table: Table, datasets: Mapping[str, DataSet], runs: Sequence[Run], failed: Mapping[str, str]) -> ScoreTable:
+    """The score table of what is done so far; rows that are not say so."""
+    results = {row.name: Results([run for run in runs if run.row is row and run.state == DONE]) for row in table.rows}
+    notes, rows = _notes(table, datasets, results), []
+    for dataset in dict.fromkeys(row.dataset for row in table.rows):
+        group = datasets[dataset].title
+        own_rows = [row for row in table.rows if row.dataset == dataset]
+        for row in own_rows:
+            found = results[row.name]
+            cells = found.cells(MODEL) if found.scores else {}
+            if cells and row.baseline not in ("", row.name):
+                cells = _with_significance(row, cells, found, results[row.baseline], notes)
+            source = _source(row, [run for run in runs if run.row is row], failed)
+            rows.append(TableRow(row.label, group, source, cells, row.published, datasets[row.published_on].title
+                                 if row.published_on in datasets else row.published_on))
+        rows += _floors(own_rows, results, group)
+    notes += [f"{run.name}: {failed.get(run.name) or run.reason}" for run in runs
+              if run.name in failed or (run.reason and run.state != UNAVAILABLE)]
+    return ScoreTable(table.title, [(column.key, column.label) for column in table.columns], rows, notes)
+
+
+def write(table: ScoreTable, out: Path) -> list[Path]:
+    """Write table.md, table.csv and table.tex into ``out``."""
+    paths = []
+    for name, content in (("table.md", to_markdown(table)), ("table.csv", to_csv(table)),
+                          ("table.tex", to_latex(table))):
+        write_private(out / name, content)
+        paths.append(out / name)
+    return paths
+
+
+def _scores(content: Mapping[str, Any], folder: Path) -> dict[str, dict[str, float | None]]:
+    """Scores by system; what is known of a system's variety stands beside its scores."""
+    try:
+        return {system: content.get("variety", {}).get(system, {}) | scores
+                for system, scores in content["test"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / RESULTS}: has no scores of the test split; delete it to run this again") from error
+
+
+def _with_significance(row: Row, cells: dict[str, Cell], own: Results, baseline: Results,
+                       notes: list[str]) -> dict[str, Cell]:
+    from modules.bootstrap import compare
+
+    shared = [seed for seed in own.scores if seed in baseline.scores]
+    sides = [side.statistics(MODEL, shared) for side in (own, baseline)]
+    if not all(sides):
+        return cells
+    try:
+        found = compare(*sides)
+    except InputError as error:
+        notes.append(f"{row.label}: not compared with {row.baseline}: {error}")
+        return cells
+    return {key: Cell(cell.mean, cell.sd, cell.low, cell.high, found[key].p_randomisation if key in found else None)
+            for key, cell in cells.items()}
+
+
+def _floors(rows: Sequence[Row], results: Mapping[str, Results], group: str) -> list[TableRow]:
+    """What needs no decoder, as the first finished row's runs have scored it."""
+    for row in rows:
+        found = results[row.name]
+        names = [system for system in found.systems if system != MODEL]
+        if names:
+            return [TableRow(f"Floor: {name}", group, f"of {row.label}", found.cells(name), is_floor=True)
+                    for name in names]
+    return []
+
+
+def _source(row: Row, runs: Sequence[Run], failed: Mapping[str, str]) -> str:
+    done = sum(run.state == DONE for run in runs)
+    if runs[0].state == UNAVAILABLE:
+        return "not available: " + runs[0].reason.partition(":")[0]
+    if done == len(runs):
+        return f"{done} seed" + ("s" if done > 1 else "")
+    bad = sum(run.name in failed for run in runs)
+    return f"{done} of {len(runs)} seeds" + (f", {bad} failed" if bad else "")
+
+
+def _notes(table: Table, datasets: Mapping[str, DataSet], results: Mapping[str, Results]) -> list[str]:
+    notes = [table.note] if table.note else []
+    if any(found.synthetic for found in results.values()):
+        notes.append("The data is SYNTHETIC (drawn radiographs, generated reports): these scores say nothing about "
+                     "patients and cannot be held against the paper's figures.")
+    elsewhere = sorted({datasets[row.published_on].title for row in table.rows
+                        if row.published and row.published_on != row.dataset and row.published_on in datasets})
+    if elsewhere:
+        notes.append(f"The paper's figures are those on {' and '.join(elsewhere)}, for orientation only.")
+    notes.append("Mean ± standard deviation over seeds (n - 1). The interval covers the choice of the test reports: "
+                 "percentile bootstrap, 2,000 resamples, the seeds' scores averaged within each.")
+    labels = {row.name: row.label for row in table.rows}
+    pairs = [f"{row.label} with {labels[row.baseline]}" for row in table.rows if row.baseline not in ("", row.name)]
+    if pairs:
+        notes.append("* p < 0.05, ** p < 0.01: approximate randomisation over the test reports, two-sided, not "
+                     f"corrected for the number of comparisons: {'; '.join(pairs)}.")
+    seeds = sorted({(row.seeds) for row in table.rows})
+    notes.append("Seeds: " + "; ".join(" ".join(map(str, each)) for each in seeds) + ".")
+    return notes

@@ -1,0 +1,130 @@
+"""Run a table of experiments: every row (a flag set) with every seed, then one table of all scores.
+
+What is done is skipped, what was cut goes on from its checkpoint, what is missing is trained and tested by
+main_train.py in a process of its own, into OUT/<row>/seed<k>. A folder that was made with other settings is named, and
+nothing is run. Hard negatives are mined once per data set, where a row needs them.
+
+  python scripts/run_experiments.py experiments/table3_components.json --dataset demo
+  python scripts/run_experiments.py experiments/table1_iu_xray.json --dry_run
+  python scripts/run_experiments.py my_rows.csv --dataset demo --seeds 1 2 --overrides "--epochs 2"
+
+The table is written to OUT/table.md, table.csv and table.tex: mean and standard deviation over seeds, intervals,
+significance against each row's baseline, floors, and the paper's figures. See docs/EXPERIMENT_TABLES.md.
+"""
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modules.environment import ROOT
+from modules.errors import InputError, run_entry_point
+from scripts.experiment_files import DataSet, Table, choose, read_datasets, read_table
+from scripts.experiment_plan import CHANGED, CUT, MISSING, Run, changed_line, plan
+from scripts.experiment_runs import execute, locked, mine, prepare, put_aside, states
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("table", type=Path, metavar="TABLE", help="table of rows, .json or .csv, such as those in experiments/")
+    add("--dataset", default="", metavar="NAME", help="data set for every row, such as demo; default: each row's own")
+    add("--datasets", type=Path, default=ROOT / "experiments" / "datasets.json", metavar="FILE",
+        help="data sets by name; default experiments/datasets.json")
+    add("--out", type=Path, metavar="DIR", help="folder of the runs and the table; default results/<table>_<data set>")
+    add("--seeds", type=int, nargs="+", default=[], metavar="S", help="seeds of every row; default: the table's")
+    add("--rows", nargs="+", default=[], metavar="ROW", help="run these rows only (the table still shows all)")
+    add("--overrides", default="", metavar="FLAGS", help="flags of main_train.py for all rows, in quotes; they win")
+    add("--text_encoder", default="", metavar="NAME",
+        help="for mining, as scripts/mine_hard_negatives.py takes it; default: the table's, else the data set's")
+    add("--jobs", type=int, default=1, metavar="N", help="trainings at a time; default %(default)s")
+    add("--dry_run", action="store_true", help="list what is done and what would run, and stop")
+    add("--table_only", action="store_true", help="run nothing, write the table of what is done")
+    add("--redo_changed", action="store_true",
+        help="put folders made with other settings aside (renamed, not deleted) and run those rows again")
+    return parser
+
+
+def available_models() -> list[str]:
+    """Backbones that --model_name may name; importing them takes seconds."""
+    from models import MODELS
+
+    return list(MODELS)
+
+
+def run_table(arguments: argparse.Namespace, table: Table, datasets: dict[str, DataSet], out: Path) -> int:
+    """Prepare, plan, run, write; returns the exit code, 1 where a run failed."""
+    models = available_models()
+
+    def make_plan() -> list[Run]:
+        return plan(table, datasets, out, overrides=shlex.split(arguments.overrides),
+                    text_encoder=arguments.text_encoder, models=models)
+
+    if arguments.dry_run:
+        print(states(make_plan(), {}))
+        return 0
+    with locked(out) as lock:
+        failed: dict[str, str] = {}
+        if not arguments.table_only:
+            failed = run_missing(arguments, make_plan, datasets, lock)
+        runs = make_plan()
+        from scripts.experiment_tables import gather, write
+
+        print(states(runs, dict.fromkeys(failed, "failed")))
+        paths = write(gather(table, datasets, runs, failed), out)
+    print(paths[0].read_text(encoding="utf-8"))
+    print("table:", ", ".join(map(str, paths)))
+    return 1 if failed else 0
+
+
+def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, DataSet], lock: int) -> dict[str, str]:
+    """Run what is missing or was cut; returns the failures by run."""
+    chosen = chosen_runs(make_plan(), arguments.rows)
+    prepare([datasets[name] for name in dict.fromkeys(run.row.dataset for run in chosen)])
+    runs = chosen_runs(make_plan(), arguments.rows)  # files made just now count in the settings
+    if arguments.redo_changed:
+        put_aside([run for run in runs if run.state == CHANGED])
+        runs = chosen_runs(make_plan(), arguments.rows)
+    elif line := changed_line(runs):
+        raise InputError(line)
+    runs = [run for run in runs if run.state in (MISSING, CUT)]
+    for run in runs:
+        if not run.settings["annotation_sha256"]:
+            raise InputError(f"{run.name}: the annotation of data set {run.row.dataset!r} is not there (data/README.md "
+                             "says how to get it); --dataset demo needs none")
+    mine(runs)
+    return execute(runs, jobs=arguments.jobs, lock=lock) if runs else {}
+
+
+def chosen_runs(runs: Sequence[Run], rows: Sequence[str]) -> list[Run]:
+    """The runs of the named rows, all where none is named."""
+    return [run for run in runs if not rows or run.row.name in rows]
+
+
+def stop(*_) -> None:
+    """SIGTERM ends this script as Ctrl-C does, so that its trainings end with it."""
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Read the command line and the files, then run."""
+    arguments = build_parser().parse_args()
+    signal.signal(signal.SIGTERM, stop)
+    if arguments.jobs < 1:
+        raise InputError(f"--jobs {arguments.jobs}: must be 1 or more")
+    table = choose(read_table(arguments.table), dataset=arguments.dataset, seeds=arguments.seeds)
+    known = [row.name for row in table.rows]
+    for name in arguments.rows:
+        if name not in known:
+            raise InputError(f"--rows {name}: the table has {', '.join(known)}")
+    default = Path("results") / "_".join(filter(None, (table.name, arguments.dataset)))
+    return run_table(arguments, table, read_datasets(arguments.datasets), arguments.out or default)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
