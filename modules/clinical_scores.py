@@ -56,7 +56,7 @@ def scores_of(result: Outcomes) -> dict[str, float]:
     }
     scores = {}
     for averaging, (true_positive, false_positive, false_negative) in sums.items():
-        for name, values in _ratios(true_positive, false_positive, false_negative).items():
+        for name, values in ratios(true_positive, false_positive, false_negative).items():
             scores[f"{name}_{averaging}"] = float(values.mean())
     return scores
 
@@ -82,11 +82,11 @@ def class_table(references: np.ndarray, hypotheses: np.ndarray, uncertain: str =
     true_positive, false_positive, false_negative = (
         count.sum(axis=0) for count in (result.true_positive, result.false_positive, result.false_negative)
     )
-    ratios = _ratios(true_positive, false_positive, false_negative)
+    scores = ratios(true_positive, false_positive, false_negative)
     return [
         {
             "class": name,
-            **{score: float(values[column]) for score, values in ratios.items()},
+            **{score: float(values[column]) for score, values in scores.items()},
             "reference_positives": int(true_positive[column] + false_negative[column]),
             "generated_positives": int(true_positive[column] + false_positive[column]),
         }
@@ -99,10 +99,10 @@ def _binary(labels: np.ndarray, uncertain: str) -> np.ndarray:
     return positive | (labels == -1) if uncertain == "positive" else positive
 
 
-def _ratios(
+def ratios(
     true_positive: np.ndarray, false_positive: np.ndarray, false_negative: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 = 2 TP / (2 TP + FP + FN) of counts, elementwise."""
+    """Return precision, recall and F1 = 2 TP / (2 TP + FP + FN) of counts of any one shape, elementwise."""
     return {
         "precision": true_positive / np.maximum(true_positive + false_positive, 1),
         "recall": true_positive / np.maximum(true_positive + false_negative, 1),

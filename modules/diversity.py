@@ -3,8 +3,20 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 # Above this share of one single report, the scores say little about the images.
 COLLAPSE_SHARE = 0.5
+
+
+def ngram_counts(reports: Sequence[str], sizes: Sequence[int] = (2, 3, 4)) -> np.ndarray:
+    """(N, 2 * len(sizes)) of N reports: how many different n-grams each has for every n, then how many in all."""
+    rows = []
+    for report in reports:
+        words = report.split()
+        ngrams = [_ngrams(words, n) for n in sizes]
+        rows.append([len(set(found)) for found in ngrams] + [len(found) for found in ngrams])
+    return np.array(rows, dtype=np.int32)
 
 
 def repetition(reports: Sequence[str], n: int) -> float | None:
@@ -12,12 +24,7 @@ def repetition(reports: Sequence[str], n: int) -> float | None:
 
     n-grams are unique within their report; both counts are summed over the reports. None where no report has n words.
     """
-    unique = total = 0
-    for report in reports:
-        words = report.split()
-        ngrams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
-        unique += len(set(ngrams))
-        total += len(ngrams)
+    unique, total = ngram_counts(reports, [n]).sum(axis=0).tolist()
     return 100 * (1 - unique / total) if total else None
 
 
@@ -32,10 +39,19 @@ def diversity(reports: Sequence[str]) -> float | None:
     return product
 
 
-def collapse_statistics(reports: Sequence[str]) -> dict[str, float | int | None]:
-    """Describe N reports (at least one): how many differ, the commonest one's share, mean words, SimCTG diversity.
+def distinct(reports: Sequence[str], n: int) -> float | None:
+    """distinct-n (Li et al., 2016) in [0, 1]: different n-grams of all reports together, over all n-grams.
 
-    Texts are compared after white space is normalised; shares are of N.
+    It falls as reports become more, so compare it between equally many. None where no report has n words.
+    """
+    ngrams = [ngram for report in reports for ngram in _ngrams(report.split(), n)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else None
+
+
+def collapse_statistics(reports: Sequence[str]) -> dict[str, float | int | None]:
+    """Describe N reports (at least one): how many differ, the commonest one's share, mean words, and n-gram variety.
+
+    Texts are compared after white space is normalised; shares are of N; repetition_n is in percent, within reports.
     """
     counts = Counter(" ".join(report.split()) for report in reports)
     return {
@@ -45,6 +61,8 @@ def collapse_statistics(reports: Sequence[str]) -> dict[str, float | int | None]
         "commonest_share": max(counts.values()) / len(reports),
         "mean_length": sum(len(report.split()) for report in reports) / len(reports),
         "diversity": diversity(reports),
+        **{f"repetition_{n}": repetition(reports, n) for n in (2, 3, 4)},
+        **{f"distinct_{n}": distinct(reports, n) for n in (1, 2, 3)},
     }
 
 
@@ -54,3 +72,7 @@ def collapse_warning(statistics: dict[str, float | int | None]) -> str | None:
         return None
     return (f"collapse: one and the same report was generated for {statistics['commonest_share']:.0%} of "
             f"{statistics['num_reports']} samples ({statistics['unique_reports']} different reports in all)")
+
+
+def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]

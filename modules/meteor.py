@@ -87,6 +87,10 @@ class Meteor:
             self.close()
             raise
 
+    def report_statistics(self, references: Sequence[str], hypotheses: Sequence[str]) -> list[str]:
+        """Return the jar's numbers for each pair of the latest ``score``: lines for report_statistics.meteor_table."""
+        return [self._statistics[_one_line(r), _one_line(h)] for r, h in zip(references, hypotheses, strict=True)]
+
     def _request_statistics(self, pairs: list[tuple[str, str]]) -> None:
         if len(self._statistics) > _CACHE_LIMIT:
             self._statistics.clear()

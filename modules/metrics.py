@@ -8,16 +8,19 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider_scorer import CiderScorer, precook
 from pycocoevalcap.rouge.rouge import Rouge
 from tqdm import tqdm
 
 from modules.errors import InputError
 from modules.meteor import Meteor, MeteorError
+from modules.report_statistics import FULL, bleu_table, meteor_table
 
 METRIC_NAMES = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
 
+# Scores by name, and the tables that they can be computed from.
+_Part = tuple[dict[str, float | None], dict[str, np.ndarray]]
 # A Java that fails this often in a row is not asked again: each attempt may take the whole timeout.
 _MAX_METEOR_FAILURES = 3
 
@@ -57,63 +60,82 @@ class Metrics:
         Returns BLEU_1..BLEU_4, METEOR, ROUGE_L in [0, 1] and CIDEr in [0, 10]. An empty hypothesis counts and scores
         0. METEOR is None where it cannot run (``meteor_error`` says why) or ``with_meteor`` is false.
         """
+        return self.measure(references, hypotheses, with_meteor=with_meteor)[0]
+
+    def measure(
+        self, references: Sequence[str], hypotheses: Sequence[str], *, with_meteor: bool = True
+    ) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:
+        """As ``compute``, and what each report adds to the scores: tables of modules.report_statistics."""
         assert len(references) == len(hypotheses), (len(references), len(hypotheses))
         if not references:
             raise InputError("no reports to score: the split is empty")
         # ROUGE-L splits on single spaces: a double one would count as a word.
         references = [" ".join(text.split()) for text in references]
         hypotheses = [" ".join(text.split()) for text in hypotheses]
-        parts = [self._overlap, self._cider]
+        parts = [self._bleu, self._rouge, self._cider]
         if with_meteor:
             parts.append(self._meteor)
         scores: dict[str, float | None] = dict.fromkeys(METRIC_NAMES)
+        tables: dict[str, np.ndarray] = {}
         for part in tqdm(parts, desc="scoring", leave=False, disable=None):
-            scores.update(part(references, hypotheses))
-        return scores
+            found, table = part(references, hypotheses)
+            scores.update(found)
+            tables.update(table)
+        return scores, tables
 
-    def _overlap(self, references: list[str], hypotheses: list[str]) -> dict[str, float]:
+    def _bleu(self, references: list[str], hypotheses: list[str]) -> _Part:
+        scorer = BleuScorer(n=4)
+        for reference, hypothesis in zip(references, hypotheses, strict=True):
+            scorer += (hypothesis, [reference])
+        bleu, _ = scorer.compute_score(option="closest")
+        return {f"BLEU_{n}": float(value) for n, value in enumerate(bleu, start=1)}, {"BLEU": bleu_table(scorer.ctest)}
+
+    def _rouge(self, references: list[str], hypotheses: list[str]) -> _Part:
         truth = {i: [text] for i, text in enumerate(references)}
         result = {i: [text] for i, text in enumerate(hypotheses)}
-        bleu, _ = Bleu(4).compute_score(truth, result, verbose=0)
-        rouge, _ = Rouge().compute_score(truth, result)
-        return {f"BLEU_{n}": float(value) for n, value in enumerate(bleu, start=1)} | {"ROUGE_L": float(rouge)}
+        rouge, each = Rouge().compute_score(truth, result)
+        return {"ROUGE_L": float(rouge)}, {"ROUGE_L": each[:, None]}
 
-    def _cider(self, references: list[str], hypotheses: list[str]) -> dict[str, float]:
-        counts = _document_frequencies(references)
-        scores = {"CIDEr": _cider(references, hypotheses, counts, len(references))}
+    def _cider(self, references: list[str], hypotheses: list[str]) -> _Part:
+        each = {"CIDEr": _cider(references, hypotheses, _document_frequencies(references), len(references))}
         if self._train_reports is not None:
             if self._train_frequencies is None:
                 self._train_frequencies = _document_frequencies(self._train_reports)
             size = len(self._train_reports)
-            scores["CIDEr_train_idf"] = _cider(references, hypotheses, self._train_frequencies, size)
-        return scores
+            each["CIDEr_train_idf"] = _cider(references, hypotheses, self._train_frequencies, size)
+        return ({name: float(values.mean()) for name, values in each.items()},
+                {name: values[:, None] for name, values in each.items()})
 
-    def _meteor(self, references: list[str], hypotheses: list[str]) -> dict[str, float | None]:
+    def _meteor(self, references: list[str], hypotheses: list[str]) -> _Part:
         if self._meteor_failures >= _MAX_METEOR_FAILURES:
-            return {"METEOR": None}
+            return {"METEOR": None}, {}
         try:
             score = self.meteor.score(references, hypotheses)
-        except MeteorError as error:
+            table = meteor_table(self.meteor.report_statistics(references, hypotheses))
+        except (MeteorError, ValueError) as error:
+            self.meteor.close()
             self._meteor_failures += 1
             self.meteor_error = str(error)
-            return {"METEOR": None}
+            return {"METEOR": None}, {}
         self._meteor_failures, self.meteor_error = 0, None
-        return {"METEOR": score}
+        return {"METEOR": score}, {"METEOR": table}
 
 
-def score(
+def measure(
     metrics: Metrics, truncated_references: Sequence[str], full_references: Sequence[str], hypotheses: Sequence[str],
     *, with_meteor: bool = True,
-) -> dict[str, float | None]:
-    """Score against both forms of the references, each under its own name.
+) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:
+    """Score against both forms of the references, each under its own name; return scores and tables.
 
     ``BLEU_4`` and so on: references as the R2Gen family has them (cleaned, rare words as ``<unk>``, cut to
     max_seq_length), which published numbers are comparable with. ``BLEU_4_full`` and so on: the whole cleaned report.
     """
-    scores = metrics.compute(truncated_references, hypotheses, with_meteor=with_meteor)
+    scores, tables = metrics.measure(truncated_references, hypotheses, with_meteor=with_meteor)
     # After a failure a second attempt would only double the wait.
-    full = metrics.compute(full_references, hypotheses, with_meteor=scores["METEOR"] is not None)
-    return scores | {f"{name}_full": value for name, value in full.items()}
+    full = metrics.measure(full_references, hypotheses, with_meteor=scores["METEOR"] is not None)
+    for cut, whole in zip((scores, tables), full, strict=True):
+        cut.update({f"{name}{FULL}": value for name, value in whole.items()})
+    return scores, tables
 
 
 def _document_frequencies(reports: Sequence[str]) -> Counter:
@@ -135,8 +157,8 @@ class _CorpusCider(CiderScorer):
         self.document_frequency = frequencies
 
 
-def _cider(references: list[str], hypotheses: list[str], frequencies: Counter, corpus_size: int) -> float:
+def _cider(references: list[str], hypotheses: list[str], frequencies: Counter, corpus_size: int) -> np.ndarray:
     scorer = _CorpusCider(frequencies, corpus_size)
     for reference, hypothesis in zip(references, hypotheses, strict=True):
         scorer += (hypothesis, [reference])
-    return float(np.mean(scorer.compute_cider()))
+    return np.array(scorer.compute_cider())

@@ -15,7 +15,7 @@ from modules.diversity import collapse_statistics, collapse_warning
 from modules.environment import provenance
 from modules.floors import commonest_report_floor, nearest_image_floor
 from modules.html_report import Sample, ScoreRow, write_report
-from modules.metrics import Metrics, score
+from modules.metrics import Metrics, measure
 from modules.objective import Objective
 from modules.progress import Bar
 from modules.records import append_record, write_report_tables, write_results
@@ -32,7 +32,7 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
     """Generate and score the test split, score the floors beside it, and write the results into ``folder``."""
     found = tester.predict(loader, "test")
     reports = {MODEL: found.generated} | _floors(config, data, objective, device, found)
-    scores = {name: score(metrics, found.references, found.full_references, generated, with_meteor=config.meteor)
+    scores = {name: measure(metrics, found.references, found.full_references, generated, with_meteor=config.meteor)[0]
               for name, generated in reports.items()}
     scores[MODEL]["nll"] = found.nll
     variety = {name: collapse_statistics(generated) for name, generated in reports.items() if name != COMMONEST}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from modules.diversity import collapse_statistics, collapse_warning, diversity, repetition
+from modules.diversity import collapse_statistics, collapse_warning, distinct, diversity, ngram_counts, repetition
 from modules.floors import commonest_report_floor, nearest_image_floor
 
 
@@ -27,10 +27,20 @@ def test_diversity_of_nothing_is_not_a_number():
     assert repetition([""], 2) is None
 
 
+def test_distinct_counts_over_all_reports_where_repetition_counts_within_each():
+    reports = ["no effusion .", "no effusion ."]
+    assert repetition(reports, 2) == 0 and distinct(reports, 2) == 2 / 4 and distinct(reports, 1) == 3 / 6
+    assert distinct(["", "one"], 2) is None
+    # Per report: different bigrams, trigrams, four-grams; then all of them.
+    assert ngram_counts(["a b a b a", "", "a"]).tolist() == [[2, 2, 2, 4, 3, 2], [0] * 6, [0] * 6]
+
+
 def test_statistics_and_the_warning_at_one_half():
     statistics = collapse_statistics(["the lungs are clear .", "the  lungs are clear .", "effusion .", ""])
+    # Of 12 words 6 differ, of 9 bigrams 5 ("the lungs" ... "clear .", "effusion ."), of 6 trigrams 3.
     assert statistics == {"num_reports": 4, "unique_reports": 3, "unique_share": 0.75, "commonest_share": 0.5,
-                          "mean_length": 3.0, "diversity": 1.0}
+                          "mean_length": 3.0, "diversity": 1.0, "repetition_2": 0.0, "repetition_3": 0.0,
+                          "repetition_4": 0.0, "distinct_1": 6 / 12, "distinct_2": 5 / 9, "distinct_3": 3 / 6}
     assert "50% of 4 samples (3 different" in collapse_warning(statistics)
     assert collapse_warning(collapse_statistics(["a", "a", "b", "c", "d"])) is None
     assert collapse_warning(collapse_statistics(["only one"])) is None

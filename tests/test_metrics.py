@@ -15,7 +15,7 @@ import pytest
 
 from modules.errors import InputError
 from modules.meteor import Meteor, MeteorError, find_java
-from modules.metrics import METRIC_NAMES, Metrics, score
+from modules.metrics import METRIC_NAMES, Metrics, measure
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = [
@@ -69,8 +69,8 @@ def fake_java(folder: Path, body: str) -> str:
 
 ANSWER_ALL = """
 for line in sys.stdin:
-    count = 1 if line.startswith("SCORE") else line.count("|||") + 1
-    sys.stdout.write("0.5\\n" * count)
+    score = line.startswith("SCORE")
+    sys.stdout.write(("0.5 " * 22 if score else "") + "0.5\\n" * (1 if score else line.count("|||") + 1))
     sys.stdout.flush()
 """
 
@@ -99,8 +99,8 @@ def test_one_process_serves_every_call_and_starts_with_the_first(metrics):
     with Metrics() as unused:
         unused.compute(REFERENCES, HYPOTHESES, with_meteor=False)
         assert unused.meteor.starts == 0
-        scores = score(unused, REFERENCES, REFERENCES, HYPOTHESES, with_meteor=False)
-        assert scores["METEOR"] is None and scores["METEOR_full"] is None
+        scores, tables = measure(unused, REFERENCES, REFERENCES, HYPOTHESES, with_meteor=False)
+        assert scores["METEOR"] is None and scores["METEOR_full"] is None and "METEOR" not in tables
         assert unused.meteor.starts == 0
 
 
@@ -119,10 +119,12 @@ def test_nothing_generated_scores_zero(metrics):
 
 def test_full_and_cut_references_are_scored_under_their_own_names(metrics):
     cut = [" ".join(text.split()[:5]) for text in REFERENCES]
-    scores = score(metrics, cut, REFERENCES, HYPOTHESES)
+    scores, tables = measure(metrics, cut, REFERENCES, HYPOTHESES)
     assert {name: scores[f"{name}_full"] for name in METRIC_NAMES} == pytest.approx(EXPECTED, abs=1e-9)
     assert {name: scores[name] for name in METRIC_NAMES} == metrics.compute(cut, HYPOTHESES)
     assert scores["BLEU_4"] != scores["BLEU_4_full"]
+    names = ("BLEU", "METEOR", "ROUGE_L", "CIDEr")
+    assert set(tables) == {*names, *(f"{name}_full" for name in names)}
 
 
 def test_cider_with_the_training_corpus_as_document_frequencies():
@@ -156,7 +158,8 @@ def test_an_empty_split_is_the_users_mistake():
     ("print('0.1', flush=True); time.sleep(60)", r"no answer for 0.5 s \(after 1 of 4"),
     ("for line in sys.stdin: print('Error: unknown', flush=True)", "refused"),
     (ANSWER_ALL.replace("0.5", "0,5"), "'0,5' where a score"),
-], ids=["exits", "killed", "hangs", "stalls", "refuses", "comma"])
+    (ANSWER_ALL.replace("22", "21"), "23 numbers a report"),
+], ids=["exits", "killed", "hangs", "stalls", "refuses", "comma", "short"])
 def test_a_java_that_fails_gives_none_and_a_reason_and_the_other_scores(tmp_path, body, reason):
     started = time.monotonic()
     with Metrics(java=fake_java(tmp_path, body), timeout=0.5) as metrics:
@@ -170,7 +173,7 @@ def test_a_java_that_fails_gives_none_and_a_reason_and_the_other_scores(tmp_path
 def test_a_java_that_hangs_is_waited_for_once_in_an_evaluation_and_three_times_in_a_run(tmp_path):
     with Metrics(java=fake_java(tmp_path, "time.sleep(60)"), timeout=0.2) as metrics:
         for starts in (1, 2, 3, 3, 3):
-            scores = score(metrics, REFERENCES, REFERENCES, HYPOTHESES)
+            scores, _ = measure(metrics, REFERENCES, REFERENCES, HYPOTHESES)
             assert scores["METEOR"] is None and scores["METEOR_full"] is None
             assert "no answer" in metrics.meteor_error
             assert metrics.meteor.starts == starts
