@@ -188,4 +188,6 @@ DENIED = {
     "edema": {"Edema"},
     "nodules": {"Lung Lesion"},
     "suspicious mass": {"Lung Lesion"},
+    "masses": {"Lung Lesion"},
+    "adenopathy": set(),
 }
