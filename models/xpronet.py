@@ -72,7 +72,7 @@ class EncoderDecoder(nn.Module):
         x = self.att_embed(features.patches, features.patch_mask)
         response = self.cmn(x, prototypes.keys, prototypes.values, prototypes.selected)
         fused = self.fuse_feature(torch.cat([x, response], dim=-1))
-        return self.model.encoder(self.model.src_embed[0](fused), source_mask(features)), response
+        return self.model.encoder(self.model.src_embed[0](fused), features.attention_mask), response
 
     def embed(self, tokens: Tensor, prototypes: Prototypes, position: int | None = None) -> tuple[Tensor, Tensor]:
         """Decoder input and response, (B, T, d) each: prototypes are read after positions are added."""
@@ -91,11 +91,6 @@ class EncoderDecoder(nn.Module):
             for key in [key for key in state_dict if key.startswith(own)]:
                 state_dict.setdefault(other + key.removeprefix(own), state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def source_mask(features: VisualFeatures) -> Tensor | None:
-    """(B, 1, 1, S) mask that keeps attention off absent views, None where all are present."""
-    return None if features.patch_mask is None else features.patch_mask[:, None, None, :]
 
 
 class XProNet(Backbone):
@@ -157,7 +152,7 @@ class XProNet(Backbone):
         encoded, image_response = network.encode(features, prototypes)
         x, text_response = network.embed(tokens, prototypes)
         decoder = network.model.decoder
-        hidden = decoder(x, decoder.source_keys_values(encoded), decoder_mask(tokens), source_mask(features))
+        hidden = decoder(x, decoder.source_keys_values(encoded), decoder_mask(tokens), features.attention_mask)
         auxiliary = {}
         rows = len(tokens) if supervised_rows is None else supervised_rows
         if labels is not None and rows:
@@ -236,7 +231,7 @@ class Session:
         self.prototypes = network.prototypes(labels)
         encoded, _ = network.encode(features, self.prototypes)
         self.sources = network.model.decoder.source_keys_values(encoded)
-        self.source_mask = source_mask(features)
+        self.source_mask = features.attention_mask
         self.cache = DecodingCache(len(self.sources), decoding.max_seq_length, decoding.num_hypotheses)
 
     def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:

@@ -40,12 +40,16 @@ _VARIETY = (
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A line of the score table; ``scores`` as modules.metrics.score names them, None where one could not run."""
+    """A line of the score table; ``scores`` as modules.metrics.score names them, None where one could not run.
+
+    ``tag`` says beside its name, and beside its headline figures, what they cannot be compared without knowing.
+    """
 
     name: str
     split: str
     scores: Mapping[str, float | None]
     is_floor: bool = False
+    tag: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def _tiles(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
                   if row.is_floor and row.split == model.split and row.scores.get(name) is not None]
         floor = max(floors, default=None)
         above = None if floor is None or value is None else value > floor[0]
-        tiles.append({"name": _shown_name(name), "split": model.split, "value": _shown(value), "above": above,
+        shown = f"{_shown_name(name)} {model.tag}".rstrip()
+        tiles.append({"name": shown, "split": model.split, "value": _shown(value), "above": above,
                       "floor": floor and (_shown(floor[0]), floor[1])})
     return tiles
 
@@ -158,7 +163,8 @@ def _score_line(row: ScoreRow, names: Sequence[str], rows: Sequence[ScoreRow]) -
         value = row.scores.get(name)
         best = len(rivals) > 1 and value is not None and value == (min(rivals) if name == "nll" else max(rivals))
         cells.append({"text": _shown(value), "best": best})
-    return {"name": row.name, "split": row.split, "is_floor": row.is_floor, "cells": cells}
+    name = f"{row.name} ({row.tag})" if row.tag else row.name
+    return {"name": name, "split": row.split, "is_floor": row.is_floor, "cells": cells}
 
 
 def _variety(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

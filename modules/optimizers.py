@@ -82,11 +82,12 @@ class EpochSchedule:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, *, lr_scheduler: str, step_size: int, gamma: float,
-                    plateau_patience: int, epochs: int) -> EpochSchedule | PlateauOnAny:
+                    plateau_patience: int, epochs: int, plateau_metrics: tuple[str, ...] = ("BLEU_3", "BLEU_4"),
+                    ) -> EpochSchedule | PlateauOnAny:
     """The schedule named by ``lr_scheduler``; its ``step(scores)`` is called once after each epoch."""
     kinds = torch.optim.lr_scheduler
     if lr_scheduler == "ReduceLROnPlateau":
-        return PlateauOnAny(optimizer, factor=gamma, patience=plateau_patience)
+        return PlateauOnAny(optimizer, factor=gamma, patience=plateau_patience, metrics=plateau_metrics)
     if lr_scheduler == "CosineAnnealingLR":
         return EpochSchedule(kinds.CosineAnnealingLR(optimizer, T_max=epochs))
     if lr_scheduler == "StepLR":

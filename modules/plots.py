@@ -28,11 +28,11 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel("loss", "Losses", lambda key: key == "val_nll" or (
+    _Panel("loss", "Losses", lambda key: key.startswith("val_nll") or (
         key.startswith("train_") and key not in _NOT_LOSSES and key not in _SIMILARITIES)),
-    _Panel("bleu", "BLEU on validation", lambda key: key in {f"val_BLEU_{n}" for n in (1, 2, 3, 4)}),
+    _Panel("bleu", "BLEU on validation", lambda key: key.startswith("val_BLEU_")),
     _Panel("other_scores", "METEOR, ROUGE-L and CIDEr on validation",
-           lambda key: key in {"val_METEOR", "val_ROUGE_L", "val_CIDEr"}),
+           lambda key: key.startswith(("val_METEOR", "val_ROUGE_L", "val_CIDEr"))),
     _Panel("hardness", "Hardness λ of the synthesised negatives", lambda key: key == "train_hardness"),
     _Panel("similarity", "Cosine of an image and a report; retrieval", lambda key: key in _SIMILARITIES),
     _Panel("learning_rate", "Learning rate", lambda key: key.startswith("lr"), logarithmic=True),
@@ -93,7 +93,7 @@ def _draw(axes, panel: _Panel, series: Mapping[str, list[float]], history: Histo
     epochs = [row["epoch"] for row in history]
     for i, (key, values) in enumerate(series.items()):
         axes.plot(epochs, values, label=_label(key), color=_COLOURS[i % 7], linewidth=1.5,
-                  linestyle="--" if key == "val_nll" else "-", marker=_MARKERS[i % 7], markersize=3.5,
+                  linestyle="--" if key.startswith("val_nll") else "-", marker=_MARKERS[i % 7], markersize=3.5,
                   markevery=max(1, len(epochs) // 12), drawstyle="steps-post" if panel.logarithmic else "default")
     if best_epoch is not None:
         axes.axvline(best_epoch, color="#777777", linewidth=1, linestyle=":", label="best epoch")
@@ -112,8 +112,8 @@ def _draw(axes, panel: _Panel, series: Mapping[str, list[float]], history: Histo
 
 
 def _label(key: str) -> str:
-    if key == "val_nll":
-        return "nll (validation)"
+    if key.startswith("val_nll"):
+        return f"{key.removeprefix('val_')} (validation)"
     if key.startswith("lr_"):
         return {"lr_ve": "visual extractor", "lr_ed": "everything else"}.get(key, key)
     if key in _SIMILARITIES:

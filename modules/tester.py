@@ -36,19 +36,32 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=dtype)
 
 
+def tagged(name: str, tag: str) -> str:
+    """A score's name with ``tag`` in it, if any: BLEU_4_<tag>; the suffix _full stays at the end."""
+    if not tag:
+        return name
+    return f"{name.removesuffix('_full')}_{tag}" + ("_full" if name.endswith("_full") else "")
+
+
+def untagged(name: str, tag: str) -> str:
+    """The name that ``tagged`` was given."""
+    return name.replace(f"_{tag}", "") if tag else name
+
+
 class Tester:
     """Writes reports with a trained objective's backbone and scores them.
 
     ``clean`` maps a raw report to its cleaned text; ``score(references, full_references, generated)`` returns the
-    metrics by name; ``progress(iterable, description)`` shows a bar.
+    metrics by name; ``progress(iterable, description)`` shows a bar. ``score_tag`` becomes part of the names of all
+    scores.
     """
 
     def __init__(self, objective: nn.Module, *, tokenizer: Any, decoding: DecodingOptions, device: torch.device,
                  precision: str, clean: Callable[[str], str], score: Callable[[list, list, list], Mapping],
-                 progress: Callable[[Iterable, str], Iterable]):
+                 progress: Callable[[Iterable, str], Iterable], score_tag: str = ""):
         self.objective, self.tokenizer, self.decoding = objective, tokenizer, decoding
         self.device, self.precision = device, precision
-        self.clean, self.score, self.progress = clean, score, progress
+        self.clean, self.score, self.progress, self.score_tag = clean, score, progress, score_tag
 
     @torch.inference_mode()
     def predict(self, loader: Iterable, description: str) -> Predictions:
@@ -85,4 +98,4 @@ class Tester:
         """Metrics by name, ``nll`` among them, and the predictions that they were computed from."""
         found = self.predict(loader, description)
         scores = dict(self.score(found.references, found.full_references, found.generated))
-        return {**scores, "nll": found.nll}, found
+        return {tagged(name, self.score_tag): value for name, value in {**scores, "nll": found.nll}.items()}, found

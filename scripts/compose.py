@@ -1,5 +1,6 @@
 """Builds the parts of a run from its Config: the one place, with main_* and the other scripts, that sees all of it."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import MODELS, build_model
+from models import MODELS, Backbone, build_model
 from modules.annotations import Annotation, Study, read_annotation
 from modules.config import Config
 from modules.datasets import MAX_VIEWS, EpochLoader, ReportDataset, build_loader
@@ -15,11 +16,14 @@ from modules.decoding import DecodingOptions
 from modules.environment import check_precision, choose_device
 from modules.errors import InputError
 from modules.images import ImageFolder, eval_transform, train_transform
+from modules.label_files import NO_FINDING, LabelTable, class_order, read_labels
 from modules.mining import HardNegativeIndex
 from modules.objective import Objective
+from modules.prototype_files import load_prototypes
 from modules.tokenizers import Tokenizer
 from modules.visual_extractor import VisualExtractor
 
+logger = logging.getLogger("ithn")
 # R2GenCMN resizes to 256 and crops 224; other image sizes keep that proportion.
 RESIZE_PER_CROP = 256 / 224
 
@@ -33,6 +37,7 @@ class Data:
     strategy: str  # of the objective; "off" for the plain backbone, and where nothing is trained
     index: HardNegativeIndex | None
     trained_with: str  # strategy that the weights were, or are being, trained with
+    labels: LabelTable | None = None  # where the backbone is trained with labels, or generates from given ones
 
 
 def prepare_device(config: Config) -> torch.device:
@@ -61,7 +66,26 @@ def read_data(config: Config, *, tokenizer: Tokenizer | None = None, trained_wit
         reports = [study.report for study in annotation.splits["train"]]
         tokenizer = Tokenizer.from_reports(reports, config.threshold, config.dataset_name)
     strategy, index = _hard_negatives(config, annotation) if trained_with is None else ("off", None)
-    return Data(annotation, tokenizer, strategy, index, trained_with or strategy)
+    labels = None
+    if _backbone_class(config).needs_labels and (trained_with is None or score_tag(config)):
+        labels = read_labels(config.label_path, config.label_order)
+    if score_tag(config):
+        logger.warning("--xpronet_labels reference: reports are generated from labels that come from the reference "
+                       "reports; every score of this run is named *_%s and is none of a model that sees images only",
+                       score_tag(config))
+    return Data(annotation, tokenizer, strategy, index, trained_with or strategy, labels)
+
+
+def _backbone_class(config: Config) -> type[Backbone]:
+    if config.model_name not in MODELS:
+        raise InputError(f"--model_name {config.model_name}: must be one of {', '.join(MODELS)}")
+    return MODELS[config.model_name]
+
+
+def score_tag(config: Config) -> str:
+    """What the names of scores carry where generation is given labels of the reference reports; else nothing."""
+    leaks = _backbone_class(config).needs_labels and config.xpronet_labels == "reference"
+    return "reference_labels" if leaks else ""
 
 
 def _hard_negatives(config: Config, annotation: Annotation) -> tuple[str, HardNegativeIndex | None]:
@@ -104,11 +128,9 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
 
 def build_objective(config: Config, data: Data, device: torch.device, *, pretrained: bool) -> Objective:
     """Backbone and losses, on ``device``."""
-    if config.model_name not in MODELS:
-        raise InputError(f"--model_name {config.model_name}: must be one of {', '.join(MODELS)}")
     extractor = build_extractor(config, device, pretrained=pretrained)
     backbone = build_model(config.model_name, visual_extractor=extractor, num_ids=data.tokenizer.num_ids,
-                           **backbone_options(config))
+                           **backbone_options(config, pretrained=pretrained))
     objective = Objective(
         backbone,
         strategy=data.strategy,
@@ -129,12 +151,26 @@ def build_objective(config: Config, data: Data, device: torch.device, *, pretrai
     return objective.to(device)
 
 
-def backbone_options(config: Config) -> dict[str, Any]:
+def backbone_options(config: Config, *, pretrained: bool) -> dict[str, Any]:
     """The constructor's keyword arguments of the backbone that --model_name names."""
     shared = {name: getattr(config, name) for name in ("d_model", "d_ff", "num_heads", "num_layers", "dropout",
                                                        "drop_prob_lm", "use_bn")}
-    own = {"r2gen": ("rm_num_slots", "rm_num_heads", "rm_d_model"), "r2gencmn": ("topk", "cmm_size", "cmm_dim")}
-    return shared | {name: getattr(config, name) for name in own[config.model_name]}
+    own = {"r2gen": ("rm_num_slots", "rm_num_heads", "rm_d_model"), "r2gencmn": ("topk", "cmm_size", "cmm_dim"),
+           "xpronet": ("topk", "num_cluster", "num_protype", "d_img_ebd", "d_txt_ebd", "weight_img_con_loss",
+                       "weight_txt_con_loss", "img_con_margin", "txt_con_margin", "xpronet_labels",
+                       "label_loss_weight")}
+    options = shared | {name: getattr(config, name) for name in own[config.model_name]}
+    return options | _prototypes(config, pretrained) if config.model_name == "xpronet" else options
+
+
+def _prototypes(config: Config, pretrained: bool) -> dict[str, Any]:
+    """XProNet's clusters by name, and the prototypes to start from unless a checkpoint brings them."""
+    classes = class_order(config.label_order or "chexpert")
+    initial = None
+    if pretrained and config.init_protypes_path:
+        initial = load_prototypes(config.init_protypes_path, classes, num_protype=config.num_protype,
+                                  d_img_ebd=config.d_img_ebd, d_txt_ebd=config.d_txt_ebd)
+    return {"no_finding": classes.index(NO_FINDING), "init_prototypes": initial}
 
 
 def count_samples(config: Config, studies: tuple[Study, ...]) -> int:
@@ -151,8 +187,11 @@ def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extr
     else:
         transform = eval_transform(**look)
     neighbours = data.index.neighbours if negatives and data.index is not None else None
+    studies = data.annotation.splits[split]
+    # Labels that generation must not see do not get near it.
+    labelled = data.labels is not None and (split == "train" or score_tag(config))
     return ReportDataset(
-        data.annotation.splits[split],
+        studies,
         data.tokenizer,
         ImageFolder(config.image_dir, follow_links=config.follow_links),
         transform,
@@ -163,6 +202,7 @@ def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extr
         neighbours=neighbours,
         num_neighbours=config.num_neighbours if data.strategy == "mochi" else 1,
         annotation_negatives=negatives and neighbours is None,
+        labels=data.labels.of(studies) if labelled else None,
         on_bad_image=config.on_bad_image,
     )
 

@@ -1,6 +1,7 @@
 """Label the reports of a CSV file with the 14 CheXpert classes, by rules: no model is needed.
 
 The output has the input's columns, then the classes by name: 1 positive, 0 negative, -1 uncertain, empty unmentioned.
+From an annotation.json the columns are id, split and report: main_train.py --label_path takes the output.
 """
 
 import argparse
@@ -9,15 +10,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from modules.annotations import read_annotation
 from modules.clinical import CLASSES, label_report, with_parents
-from modules.clinical_files import class_columns, read_table, report_column, write_table
+from modules.clinical_files import Table, class_columns, read_table, report_column, write_table
 from modules.errors import run_entry_point
+
+
+def read_reports(path: str) -> Table:
+    """The table in a CSV file, or the records of all splits in an annotation.json."""
+    if not path.endswith(".json"):
+        return read_table(path)
+    splits = read_annotation(path, required_splits=()).splits
+    rows = [[study.id, study.split, study.report] for studies in splits.values() for study in studies]
+    return Table(path, ["id", "split", "report"], rows)
 
 
 def main() -> None:
     """Read the reports, label them, write the labelled table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", metavar="IN.csv", help="a CSV file with a column report or findings")
+    parser.add_argument("input", metavar="IN.csv",
+                        help="a CSV file with a column report or findings, or an annotation.json")
     parser.add_argument("--out", required=True, metavar="OUT.csv", help="the labelled CSV file to write")
     parser.add_argument("--column", help="the column with the reports (default: report, reports or findings)")
     parser.add_argument("--hierarchy", action="store_true",
@@ -26,7 +38,7 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    table = read_table(arguments.input)
+    table = read_reports(arguments.input)
     column = report_column(table, arguments.column)
     old_labels = set(class_columns(table).values())
     if old_labels:

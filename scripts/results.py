@@ -19,7 +19,7 @@ from modules.metrics import Metrics, measure
 from modules.objective import Objective
 from modules.progress import Bar
 from modules.records import append_record, write_report_tables, write_results
-from modules.tester import Predictions, Tester, autocast
+from modules.tester import Predictions, Tester, autocast, tagged, untagged
 from modules.tokenizers import Tokenizer
 from scripts import compose
 
@@ -40,23 +40,25 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
     validation = _validation_scores(history, best_epoch)
     run = provenance(str(device)) | {
         "annotation_sha256": data.annotation.sha256, "vocabulary_sha256": data.tokenizer.sha256, "seed": config.seed}
+    tag = tester.score_tag
+    rows = _score_rows(scores, validation, tag)
+    scores[MODEL] = {tagged(name, tag): value for name, value in scores[MODEL].items()}
     _log(scores, variety[MODEL], metrics)
     write_results(folder / "results.json", {
-        "split": "test", "best_epoch": best_epoch, "val": validation, "test": scores, "variety": variety,
+        "split": "test", "best_epoch": best_epoch, "val": validation, "test": scores,
+        "variety": variety | {MODEL: {tagged(name, tag): value for name, value in variety[MODEL].items()}},
         "meteor_error": metrics.meteor_error, "synthetic": data.annotation.synthetic,
         "config": dataclasses.asdict(config), "provenance": run})
     write_report_tables(folder, found.generated, found.references)
     append_record(config.record_dir, config.dataset_name, epoch=best_epoch, seed=config.seed, val=validation,
                   test=scores[MODEL], extra=_record(config, data))
-    rows = [ScoreRow(name, "test", values, is_floor=name != MODEL) for name, values in scores.items()]
-    if validation:
-        rows.append(ScoreRow(MODEL, "val", validation))
     write_report(
         folder / "report.html",
         title=f"{config.exp_name or config.model_name} on {config.dataset_name}",
         subtitle=f"{_method(config, data)}; {len(found.ids)} test samples; best epoch {best_epoch} of {len(history)}",
         synthetic=data.annotation.synthetic, scores=rows, meteor_error=metrics.meteor_error, history=history,
-        best_epoch=best_epoch or None, variety=variety,
+        best_epoch=best_epoch or None,
+        variety={f"{name} ({tag})" if tag and name == MODEL else name: values for name, values in variety.items()},
         warnings=[line for line in (collapse_warning(variety[MODEL]),) if line],
         samples=_samples(loader.dataset, found, config.report_samples),
         flags=dataclasses.asdict(config), provenance=run)
@@ -93,6 +95,16 @@ def _pooled_features(objective: Objective, loader: Any, device: torch.device, pr
 def cut_report(report: str, tokenizer: Tokenizer, max_seq_length: int) -> str:
     """A report as the R2Gen family scores references: cleaned, rare words as <unk>, cut to ``max_seq_length`` ids."""
     return tokenizer.decode(tokenizer.encode(report)[:max_seq_length][1:])
+
+
+def _score_rows(scores: Mapping[str, Mapping], validation: Mapping[str, Any], tag: str) -> list[ScoreRow]:
+    """The page's lines: ``tag`` goes with the line there, so that a model stands in the same columns as the floors."""
+    rows = [ScoreRow(name, "test", values, is_floor=name != MODEL, tag=tag if name == MODEL else "")
+            for name, values in scores.items()]
+    if validation:
+        plain = {untagged(name, tag): value for name, value in validation.items()}
+        rows.append(ScoreRow(MODEL, "val", plain, tag=tag if plain.keys() != validation.keys() else ""))
+    return rows
 
 
 def _validation_scores(history: Sequence[Mapping], best_epoch: int) -> dict[str, float | None]:

@@ -28,7 +28,7 @@ from modules.plots import training_curves
 from modules.progress import Bar
 from modules.records import private_folder, write_private, write_results
 from modules.run_log import start_log
-from modules.tester import Tester
+from modules.tester import Tester, tagged
 from modules.tokenizers import Tokenizer, clean_report
 from modules.trainer import Best, Trainer
 from scripts import compose
@@ -94,6 +94,7 @@ def build_tester(config: Config, tokenizer: Tokenizer, objective: Objective, dev
         # While training only what model selection and the curves need; the full references come with the test.
         score=lambda references, _, generated: metrics.compute(references, generated, with_meteor=config.meteor),
         progress=Bar,
+        score_tag=compose.score_tag(config),
     )
 
 
@@ -104,7 +105,8 @@ def _trainer(config: Config, data: compose.Data, objective: Objective, device: t
         adam_betas=config.adam_betas, adam_eps=config.adam_eps, amsgrad=config.amsgrad)
     scheduler = build_scheduler(
         optimizer, lr_scheduler=config.lr_scheduler, step_size=config.step_size, gamma=config.gamma,
-        plateau_patience=config.plateau_patience, epochs=config.epochs)
+        plateau_patience=config.plateau_patience, epochs=config.epochs,
+        plateau_metrics=tuple(tagged(name, compose.score_tag(config)) for name in ("BLEU_3", "BLEU_4")))
     if config.compile:
         objective.compile()
     return Trainer(
@@ -120,7 +122,7 @@ def _trainer(config: Config, data: compose.Data, objective: Objective, device: t
         precision=config.precision,
         epochs=config.epochs,
         early_stop=config.early_stop,
-        monitor_metric=config.monitor_metric,
+        monitor_metric=tagged(config.monitor_metric, compose.score_tag(config)),
         monitor_mode="min" if config.monitor_metric == "nll" else config.monitor_mode,
         save_period=config.save_period,
         log_period=config.log_period,
