@@ -40,14 +40,15 @@ class Spread:
 
 
 def intervals(
-    statistics: ReportStatistics, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+    *runs: ReportStatistics, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap interval of every score (Efron, 1979): what other test reports of this kind would give.
 
-    It covers the choice of the test reports, not that of the training seed.
+    Of several runs (seeds) on the same test reports it is the interval of their mean score. It covers the choice of
+    the test reports, not that of the training seed. InputError where the runs are not about the same reports.
     """
-    columns = _Columns([statistics])
-    drawn = _stack(columns.scores(counts) for counts in _resamples(len(statistics), resamples, seed))
+    columns = _Columns(runs, _comparable(runs))
+    drawn = _stack(columns.scores(counts) for counts in _resamples(len(runs[0]), resamples, seed))
     return {name: _interval(values, level) for name, values in drawn.items()}
 
 

@@ -115,7 +115,8 @@ def _grouped(rows: Iterable[TableRow]) -> list[tuple[str, list[TableRow]]]:
     return list(groups.items())
 
 
-def _lines(table: ScoreTable, row: TableRow, plus_minus: str, bold: Callable[[str], str]) -> list[tuple[str, str, list[str]]]:
+def _lines(table: ScoreTable, row: TableRow, plus_minus: str,
+           bold: Callable[[str], str]) -> list[tuple[str, str, list[str]]]:
     """(method, source, cells) of a row: its scores, its intervals if any, the paper's figures if any."""
     best = {} if row.is_floor else table.best(row.group)
     scores, intervals, published = [], [], []
