@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+aten = torch.ops.aten
+
 
 class Weights(NamedTuple):
     """What every step multiplies by; queries, keys and values are one product."""
@@ -50,6 +52,22 @@ class Trace(NamedTuple):
     candidate: Tensor  # (T, s*B, d) tanh of the new content
     gates: Tensor  # (T, s*B, 2d) input gate, forget gate
 
+    @staticmethod
+    def allocate(tokens: Tensor, slots: int, num_heads: int) -> "Trace":
+        """Room for the steps over ``tokens`` (T, B, d); nothing is initialised."""
+        length, batch, width = tokens.shape
+
+        def new(*shape: int) -> Tensor:
+            return tokens.new_empty(length, *shape)
+
+        return Trace(
+            tokens.new_empty(length + 1, slots + 1, batch, width),
+            new(slots + 1, batch, 3 * width),
+            new(slots, slots + 1, batch, num_heads),
+            *(new(slots * batch, width) for _ in range(6)),
+            new(slots * batch, 2 * width),
+        )
+
 
 def run(
     weights: Weights, tokens: Tensor, token_gates: Tensor, memory: Tensor, num_heads: int, kept: Tensor | None = None
@@ -59,33 +77,17 @@ def run(
     ``token_gates`` (T, B, 2d) are the tokens' share of the gates, ``kept`` (T, s, s+1, B, h) the dropout of the
     attention as factors.
     """
-    length, batch, width = tokens.shape
-    slots = memory.size(0)
+    slots, batch, width = memory.shape
     rows = slots * batch
-
-    def new(*shape: int) -> Tensor:
-        return tokens.new_empty(length, *shape)
-
-    trace = Trace(
-        tokens.new_empty(length + 1, slots + 1, batch, width),
-        new(slots + 1, batch, 3 * width),
-        new(slots, slots + 1, batch, num_heads),
-        *(new(rows, width) for _ in range(6)),
-        new(rows, 2 * width),
-    )
+    trace = Trace.allocate(tokens, slots, num_heads)
     trace.states[:-1, slots] = tokens
     trace.states[0, :slots] = memory
     trace.qkv[:, slots, :, width:] = tokens @ weights.qkv[:, width:] + weights.qkv_bias[width:]
-    for t, (state, qkv, probs, attended, updated, hidden, mlp_out, squashed, candidate, gates) in enumerate(
-        zip(trace.states, *trace[1:], strict=False)
-    ):
-        memory = state[:slots].view(rows, width)
+    for t in range(len(tokens)):
+        _, qkv, _, attended, updated, hidden, mlp_out, squashed, candidate, gates = (x[t] for x in trace)
+        memory = trace.states[t, :slots].view(rows, width)
         torch.addmm(weights.qkv_bias, memory, weights.qkv, out=qkv[:slots].view(rows, -1))
-        q, k, v = qkv.view(slots + 1, batch, 3, num_heads, -1).unbind(2)  # (s+1, B, h, w) each
-        scores = (q[:slots].unsqueeze(1) * k).sum(-1).mul_(k.size(-1) ** -0.5)
-        torch.softmax(scores, dim=1, out=probs)
-        dropped = probs if kept is None else probs * kept[t]
-        torch.sum(dropped.unsqueeze(-1) * v, dim=1, out=attended.view(slots, batch, num_heads, -1))
+        attend(trace, t, kept)
         torch.addmm(weights.output_bias, attended, weights.output, out=updated).add_(memory)
         torch.addmm(weights.mlp_in_bias, updated, weights.mlp_in, out=hidden).relu_()
         torch.addmm(weights.mlp_out_bias, hidden, weights.mlp_out, out=mlp_out).relu_()
@@ -93,10 +95,23 @@ def run(
         torch.tanh(memory, out=squashed)
         torch.mm(squashed, weights.gates, out=gates)
         gates.view(slots, batch, -1).add_(token_gates[t])
-        gates.sigmoid_()
-        write, keep = gates.chunk(2, dim=-1)
+        write, keep = gates.sigmoid_().chunk(2, dim=-1)
         torch.addcmul(write * candidate, keep, memory, out=trace.states[t + 1, :slots].view(rows, width))
     return trace
+
+
+def attend(trace: Trace, t: int, kept: Tensor | None) -> None:
+    """Fill ``probs`` and ``attended`` of step ``t``: every slot attends to all slots and to the token.
+
+    Products and sums over so few keys are as fast as batched matrix products, and take any layout.
+    """
+    probs = trace.probs[t]
+    slots, _, batch, heads = probs.shape
+    q, k, v = trace.qkv[t].view(slots + 1, batch, 3, heads, -1).unbind(2)  # (s+1, B, h, w) each
+    scores = (q[:slots].unsqueeze(1) * k).sum(-1).mul_(k.size(-1) ** -0.5)
+    torch.softmax(scores, dim=1, out=probs)
+    dropped = probs if kept is None else probs * kept[t]
+    torch.sum(dropped.unsqueeze(-1) * v, dim=1, out=trace.attended[t].view(slots, batch, heads, -1))
 
 
 def memories(trace: Trace) -> Tensor:
@@ -131,20 +146,18 @@ class Recurrence(torch.autograd.Function):
         for t in range(length - 1, -1, -1):
             d_memory = grad[t] + carried
             memory = trace.states[t, :slots].view(rows, width)
-            gates, candidate, squashed = trace.gates[t], trace.candidate[t], trace.squashed[t]
-            write, keep = gates.chunk(2, dim=-1)
-            torch.mul(d_memory, candidate, out=d_gates[t, :, :width])
+            write, keep = trace.gates[t].chunk(2, dim=-1)
+            torch.mul(d_memory, trace.candidate[t], out=d_gates[t, :, :width])
             torch.mul(d_memory, memory, out=d_gates[t, :, width:])
-            d_gates[t].mul_(gates).mul_(1 - gates)
-            d_new = d_memory * write
-            d_new.addcmul_(d_new * candidate, candidate, value=-1)
-            torch.mul(d_new, trace.mlp_out[t] > 0, out=d_out[t])
-            torch.mm(d_out[t], weights.mlp_out, out=d_in[t]).mul_(trace.mlp_hidden[t] > 0)
+            aten.sigmoid_backward(d_gates[t], trace.gates[t], grad_input=d_gates[t])
+            d_new = aten.tanh_backward(d_memory * write, trace.candidate[t])
+            aten.threshold_backward(d_new, trace.mlp_out[t], 0, grad_input=d_out[t])
+            torch.mm(d_out[t], weights.mlp_out, out=d_in[t])
+            aten.threshold_backward(d_in[t], trace.mlp_hidden[t], 0, grad_input=d_in[t])
             torch.addmm(d_new, d_in[t], weights.mlp_in, out=d_output[t])
-            attention_backward(d_output[t] @ weights.output, trace, t, kept, d_qkv[t])
-            d_squashed = d_gates[t] @ weights.gates
-            d_squashed.addcmul_(d_squashed * squashed, squashed, value=-1)
-            carried = torch.addcmul(d_squashed + d_output[t], d_memory, keep)
+            attend_backward(d_output[t] @ weights.output, trace, t, kept, d_qkv[t])
+            carried = aten.tanh_backward(d_gates[t] @ weights.gates, trace.squashed[t])
+            carried.add_(d_output[t]).addcmul_(d_memory, keep)
             carried.addmm_(d_qkv[t, :slots].view(rows, -1), weights.qkv)
         d_tokens = d_qkv[:, slots, :, width:] @ weights.qkv[width:]
         d_token_gates = d_gates.view(length, slots, -1, 2 * width).sum(dim=1)
@@ -154,8 +167,11 @@ class Recurrence(torch.autograd.Function):
         return d_tokens, d_token_gates, None, None, None, *d_weights, *(x.sum(dim=0) for x in given[:-1])
 
 
-def attention_backward(grad: Tensor, trace: Trace, t: int, kept: Tensor | None, d_qkv: Tensor) -> None:
-    """Write the gradients of step ``t``'s queries, keys and values into ``d_qkv`` (s+1, B, 3d); grad (s*B, d)."""
+def attend_backward(grad: Tensor, trace: Trace, t: int, kept: Tensor | None, d_qkv: Tensor) -> None:
+    """Write the gradients of step ``t``'s queries, keys and values into ``d_qkv`` (s+1, B, 3d).
+
+    ``grad`` (s*B, d) is that of ``attended``.
+    """
     probs = trace.probs[t]
     slots, _, batch, heads = probs.shape
     q, k, v = trace.qkv[t].view(slots + 1, batch, 3, heads, -1).unbind(2)
@@ -218,6 +234,7 @@ class RelationalMemory(nn.Module):
         """The tokens' share of the gates, with all of their bias."""
         return F.linear(tokens, self.W.weight, self.W.bias + self.U.bias)
 
+    @torch.compiler.disable  # unrolled, 20 tokens took 214 s to compile, and every length is compiled anew
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, s*d): the memory after each of the tokens ``x`` (B, T, d), from its initial state on."""
         # A state that is written sixty times over is kept in float32, whatever autocast chose for the rest.
