@@ -1,0 +1,187 @@
+"""Put two results folders side by side: scores, differences, their significance, and the reports that differ most.
+
+This prints report text, because that is what was asked for: to the terminal, and with --html or --markdown into the
+folder of B (files that you alone can read). --show 0 prints numbers only.
+
+  python scripts/compare_runs.py results/iu_xray_base results/iu_xray_ithn --html
+
+A folder needs res.csv and gts.csv (R2Gen's own serve as well); statistics.npz and results.json, which main_train.py
+writes beside them, add METEOR, clinical scores and the settings.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modules.errors import InputError, run_entry_point
+from scripts.experiment_plan import NOT_DECIDING, read_json
+
+if TYPE_CHECKING:
+    from modules.comparison import Comparison
+    from modules.report_statistics import ReportStatistics
+
+SHOWN_CLINICAL = ("f1_micro_14_uncertain_negative", "f1_macro_14_uncertain_negative")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a results folder holds."""
+
+    path: Path
+    references: list[str]
+    generated: list[str]
+    results: Mapping[str, Any]  # empty where there is no results.json
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("first", type=Path, metavar="A", help="results folder, the baseline")
+    add("second", type=Path, metavar="B", help="results folder of the other run on the same test reports")
+    add("--by", default="ROUGE_L", metavar="SCORE",
+        help="score of single reports that ranks them, such as CIDEr or BLEU_4; default %(default)s")
+    add("--show", type=int, default=3, metavar="K",
+        help="reports shown where B gains most, and where it loses most; default %(default)s")
+    add("--all_scores", action="store_true", help="every score, not only the main ones")
+    add("--html", action="store_true", help="write B/comparison_with_<A>.html too")
+    add("--markdown", action="store_true", help="write B/comparison_with_<A>.md too")
+    return parser
+
+
+def read_folder(path: Path) -> Folder:
+    """Read res.csv, gts.csv and, where it is there, results.json."""
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; give the --save_dir of a tested run")
+    generated, references = (_reports(path / name) for name in ("res.csv", "gts.csv"))
+    if len(generated) != len(references):
+        raise InputError(f"{path}: res.csv has {len(generated)} reports and gts.csv {len(references)}; test the run "
+                         "again with main_test.py")
+    results = read_json(path / "results.json") if (path / "results.json").is_file() else {}
+    return Folder(path, references, generated, results)
+
+
+def _reports(path: Path) -> list[str]:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); main_train.py and "
+                         "main_test.py write it") from error
+    for number, row in enumerate(rows, 1):
+        if len(row) > 1:
+            raise InputError(f"{path}, row {number}: has {len(row)} fields, expected one report a row")
+    return [row[0] if row else "" for row in rows]
+
+
+def statistics_of(folders: tuple[Folder, Folder]) -> "tuple[list[ReportStatistics], list[str]]":
+    """Both runs' per-report statistics, computed from the reports where a folder has none; and what is to be said."""
+    from modules.report_statistics import load_statistics
+
+    paths = [folder.path / "statistics.npz" for folder in folders]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        return [_computed(folder) for folder in folders], [
+            f"{missing[0]} is not there: BLEU, ROUGE-L and CIDEr were computed from res.csv and gts.csv."]
+    found = []
+    for folder, path in zip(folders, paths, strict=True):
+        statistics = load_statistics(path).get("model")
+        if statistics is None or len(statistics) != len(folder.generated):
+            raise InputError(f"{path}: is not about the {len(folder.generated)} reports of res.csv beside it; test the "
+                             "run again with main_test.py")
+        found.append(statistics)
+    return found, []
+
+
+def _computed(folder: Folder) -> "ReportStatistics":
+    from modules.metrics import Metrics
+    from modules.report_statistics import ReportStatistics, digest
+
+    with Metrics() as metrics:
+        _, tables = metrics.measure(folder.references, folder.generated, with_meteor=False)
+    same = digest([], folder.references)
+    return ReportStatistics(tables, same, same)
+
+
+def check_same_reports(folders: tuple[Folder, Folder], statistics: "list[ReportStatistics]") -> None:
+    """InputError, in one line without report text, where the two runs were not tested on the same reports."""
+    first, second = folders
+    if statistics[0].full_references == statistics[1].full_references:
+        return
+    counts = [len(folder.references) for folder in folders]
+    if counts[0] != counts[1]:
+        how = f"{counts[0]} and {counts[1]} reports"
+    else:
+        rows = [number for number, pair in enumerate(zip(first.references, second.references, strict=True), 1)
+                if pair[0] != pair[1]]
+        how = f"their references differ first in row {rows[0]}" if rows else "other ids, or another order"
+    raise InputError(f"{first.path} and {second.path} were not tested on the same reports ({how}): they cannot be "
+                     "compared; give two runs on one annotation with the same --views")
+
+
+def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_scores: bool) -> "Comparison":
+    """Everything that is shown."""
+    from modules.bootstrap import compare
+    from modules.comparison import Comparison, ReportPair, ScoreLine, rank, report_scores, settings_that_differ
+
+    statistics, notes = statistics_of(folders)
+    check_same_reports(folders, statistics)
+    changes = compare(statistics[1:], statistics[:1])
+    values = [run.scores() for run in statistics]
+    if "BLEU_4" not in changes:
+        notes.append("The runs cut references differently (--max_seq_length or vocabulary): only scores against whole "
+                     "references are compared.")
+    lines = [ScoreLine(name, values[0][name], values[1][name], change) for name, change in changes.items()
+             if all_scores or _is_main(name, "BLEU_4" in changes)]
+    each = [report_scores(run, by) for run in statistics]
+    if each[0] is None or each[1] is None:
+        raise InputError(f"--by {by}: must be one of {', '.join(changes)}")
+    first, second = folders
+
+    def pairs(rows: list[int]) -> list[ReportPair]:
+        return [ReportPair(row + 1, first.references[row], first.generated[row], second.generated[row],
+                           float(each[0][row]), float(each[1][row])) for row in rows]
+
+    gains, losses = rank(each[1] - each[0], show)
+    configs = [folder.results.get("config", {}) for folder in folders]
+    return Comparison(
+        names=(str(first.path), str(second.path)), notes=notes, scores=lines, by=by, count=len(first.generated),
+        synthetic=any(folder.results.get("synthetic") for folder in folders),
+        settings=settings_that_differ(*configs, NOT_DECIDING | {"negative_index"}) if all(configs) else [],
+        same=sum(a == b for a, b in zip(first.generated, second.generated, strict=True)),
+        better=pairs(gains), worse=pairs(losses))
+
+
+def _is_main(name: str, cut: bool) -> bool:
+    if name.startswith("ce_"):
+        return name.endswith(SHOWN_CLINICAL)
+    return name.endswith("_full") is not cut or name == "diversity"
+
+
+def main() -> None:
+    """Compare, print, write what was asked for."""
+    arguments = build_parser().parse_args()
+    if arguments.show < 0:
+        raise InputError(f"--show {arguments.show}: must be 0 or more")
+    folders = (read_folder(arguments.first), read_folder(arguments.second))
+
+    from modules.comparison import to_html, to_markdown, to_text
+    from modules.records import write_private
+
+    comparison = compare_folders(folders, by=arguments.by, show=arguments.show, all_scores=arguments.all_scores)
+    print(to_text(comparison), end="")
+    stem = "_".join(("comparison_with", *arguments.first.resolve().parts[-2:]))
+    for wanted, suffix, form in ((arguments.html, ".html", to_html), (arguments.markdown, ".md", to_markdown)):
+        if wanted:
+            write_private(arguments.second / f"{stem}{suffix}", form(comparison))
+            print(f"written: {arguments.second / stem}{suffix}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
