@@ -134,11 +134,12 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
     check_same_reports(folders, statistics)
     changes = compare(statistics[1:], statistics[:1])
     values = [run.scores() for run in statistics]
-    if "BLEU_4" not in changes:
+    cut_alike = statistics[0].references == statistics[1].references
+    if not cut_alike:
         notes.append("The runs cut references differently (--max_seq_length or vocabulary): only scores against whole "
                      "references are compared.")
     lines = [ScoreLine(name, values[0][name], values[1][name], change) for name, change in changes.items()
-             if all_scores or _is_main(name, "BLEU_4" in changes)]
+             if all_scores or _is_main(name, cut_alike)]
     each = [report_scores(run, by) for run in statistics]
     if each[0] is None or each[1] is None:
         raise InputError(f"--by {by}: must be one of {', '.join(changes)}")
@@ -158,10 +159,10 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
         better=pairs(gains), worse=pairs(losses))
 
 
-def _is_main(name: str, cut: bool) -> bool:
+def _is_main(name: str, cut_alike: bool) -> bool:
     if name.startswith("ce_"):
         return name.endswith(SHOWN_CLINICAL)
-    return name.endswith("_full") is not cut or name == "diversity"
+    return name.endswith("_full") is not cut_alike or name == "diversity"
 
 
 def main() -> None:
