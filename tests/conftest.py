@@ -1,5 +1,9 @@
 """A tiny synthetic data set, drawn once per test run, and the settings of the smallest network that trains on it."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -35,6 +39,15 @@ def demo_index(demo):
         ["--ann_path", str(demo / "annotation.json"), "--out", str(path), "--text_encoder", "tfidf", "--top_k", "3",
          "--device", "cpu"])
     mine(arguments, read_annotation(demo / "annotation.json")).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_labels(demo):
+    """CSV file with the 14 labels of every study of the tiny data set, by scripts/label_reports.py."""
+    path = demo / "labels.csv"
+    script = Path(__file__).parent.parent / "scripts" / "label_reports.py"
+    subprocess.run([sys.executable, script, demo / "annotation.json", "--out", path], check=True, capture_output=True)
     return path
 
 

@@ -1,0 +1,167 @@
+"""Make XProNet's initial prototypes: k-means over the training set's image and report features, label by label.
+
+A study's feature is the mean of its patches, of all views, beside its report's embedding. The training studies of each
+of the 14 classes are clustered on their own; as published, half of a class's prototypes come from mirrored images.
+Report embeddings are scaled to the root mean square of the image features, beside which unit vectors would not count.
+
+  python scripts/build_prototypes.py --label_path labels.csv --out data/iu_xray/init_prototypes.safetensors
+  python scripts/build_prototypes.py ... --text_encoder tfidf            needs no weights of a text encoder
+
+main_train.py takes the file by --init_protypes_path; the other flags that go with it are printed at the end.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modules.config import DATASETS, NUM_CLASSES, Config
+from modules.errors import InputError, run_entry_point
+from modules.flags import boolean
+
+# Flags that mean what they mean in main_train.py.
+SHARED = ("ann_path", "image_dir", "dataset_name", "visual_extractor", "visual_extractor_pretrained",
+          "visual_extractor_weights", "image_size", "batch_size", "num_workers", "seed", "device")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    for name in SHARED:
+        field = Config.__dataclass_fields__[name]
+        add(f"--{name}", type=boolean if field.type is bool else field.type, default=field.default,
+            choices=DATASETS if name == "dataset_name" else None, metavar=field.type.__name__.upper(),
+            help=f"{field.metadata['help']} (default: {field.default})")
+    add("--label_path", required=True, metavar="FILE", help=Config.__dataclass_fields__["label_path"].metadata["help"])
+    add("--label_order", default="", metavar="ORDER", help="as in main_train.py; a pickle needs it")
+    add("--out", required=True, type=Path, metavar="FILE", help="file to write (.safetensors), readable by you alone")
+    add("--num_protype", type=int, default=20, metavar="N", help="prototypes of each class; default %(default)s")
+    add("--mirrored", type=boolean, default=True, metavar="{true,false}",
+        help="half of them from mirrored images; default true, as published")
+    add("--text_encoder", default="zzxslp/RadBERT-RoBERTa-4m", metavar="NAME",
+        help="hub id of a transformers encoder (downloaded once), a local folder with one, minilm (a pip package) or "
+             "tfidf; default %(default)s")
+    add("--pooling", default="mean", choices=("mean", "first"), help="of the encoder's tokens; default %(default)s")
+    add("--max_length", type=int, default=512, metavar="T", help="tokens read of a report; default %(default)s")
+    add("--tfidf_width", type=int, default=768, metavar="W",
+        help="singular vectors that tf-idf is reduced to, at most; default %(default)s")
+    return parser
+
+
+def image_features(config: Config, data, device, mirrored: bool) -> list:
+    """(N, C) pooled visual features of the training studies; with ``mirrored`` also those of the mirrored images."""
+    import numpy as np
+    import torch
+
+    from modules.progress import Bar
+    from scripts import compose
+
+    extractor = compose.build_extractor(config, device, pretrained=True).to(device).eval()
+    dataset = compose.build_dataset(config, data, "train", augment=False, extractor=extractor)
+    dataset.check_files(dataset.read_image)
+    loader = compose.build_split_loader(config, dataset, device, shuffle=False)
+    sides: list[list] = [[], []] if mirrored else [[]]
+    with torch.inference_mode():
+        for batch in Bar(loader, "image features"):
+            pair = batch.to(device).positive
+            for number, side in enumerate(sides):
+                images = pair.images.flip(-1) if number else pair.images
+                side.append(extractor(images, pair.view_mask)[2].float().cpu().numpy())
+    return [np.concatenate(side) for side in sides]
+
+
+def text_features(arguments: argparse.Namespace, reports: list[str], device: str) -> tuple:
+    """(N, W) embeddings of the reports, and the encoder's description."""
+    import numpy as np
+    from scipy import sparse
+
+    from modules.text_encoders import build_text_encoder
+
+    encoder = build_text_encoder(arguments.text_encoder, pooling=arguments.pooling, max_length=arguments.max_length,
+                                 device=device, batch_size=arguments.batch_size)
+    rows = {text: row for row, text in enumerate(dict.fromkeys(reports))}
+    vectors = encoder.encode(list(rows), progress=True)
+    if sparse.issparse(vectors):
+        from sklearn.decomposition import TruncatedSVD
+
+        width = min(arguments.tfidf_width, *vectors.shape)
+        vectors = TruncatedSVD(width, random_state=arguments.seed).fit_transform(vectors)
+    return np.asarray(vectors, np.float32)[[rows[text] for text in reports]], encoder.describe()
+
+
+def cluster(arguments: argparse.Namespace, sides: list, texts, labels, classes: tuple[str, ...]) -> tuple:
+    """(C * num_protype, width) prototypes, the scale of the text part, and the classes with too few members."""
+    import numpy as np
+
+    from modules.prototype_clusters import cluster_by_label, mean_square
+
+    scale = (mean_square(sides[0]) / max(mean_square(texts), 1e-12)) ** 0.5
+    shares = [arguments.num_protype]
+    if len(sides) == 2:
+        shares = [arguments.num_protype - arguments.num_protype // 2, arguments.num_protype // 2]
+    parts, short = [], {}
+    for number, (images, num) in enumerate(zip(sides, shares, strict=True)):
+        features = np.concatenate([images, scale * texts], axis=1)
+        centres, found = cluster_by_label(features, labels, num, classes=classes, seed=arguments.seed + number,
+                                          description=("k-means", "k-means, mirrored")[number])
+        parts.append(centres)
+        short |= {name: {"different_members": count, "needed": num} for name, count in found.items()}
+    return np.concatenate(parts, axis=1).reshape(len(classes) * arguments.num_protype, -1), scale, short
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """InputError for values out of range."""
+    for flag in ("num_protype", "tfidf_width", "max_length"):
+        if getattr(arguments, flag) < 1:
+            raise InputError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
+    if arguments.mirrored and arguments.num_protype < 2:
+        raise InputError(f"--num_protype {arguments.num_protype}: one cannot be halved; add --mirrored false")
+
+
+def describe(arguments: argparse.Namespace, widths: dict[str, int], short: dict[str, dict]) -> None:
+    """Name the classes with too few members, and the flags that the file asks for."""
+    for name, found in short.items():
+        others = "copies with noise" if found["different_members"] else "drawn around the mean of all studies"
+        print(f"{name}: {found['different_members']} different members for {found['needed']} prototypes; the others "
+              f"are {others}")
+    flags = {"init_protypes_path": arguments.out, "num_cluster": NUM_CLASSES, "num_protype": arguments.num_protype,
+             **widths} | ({"label_order": arguments.label_order} if arguments.label_order else {})
+    print(f"wrote {arguments.out}; train with " + " ".join(f"--{name} {value}" for name, value in flags.items()))
+
+
+def main() -> None:
+    """Read, embed, cluster, write, report."""
+    arguments = build_parser().parse_args()
+    check(arguments)
+    config = Config(**{name: getattr(arguments, name) for name in SHARED}, ithn="off")
+
+    import torch
+
+    from modules.environment import provenance
+    from modules.label_files import NO_FINDING, class_order, read_labels
+    from modules.prototype_files import save_prototypes
+    from scripts import compose
+
+    device = compose.prepare_device(config)
+    data = compose.read_data(config)
+    studies = data.annotation.splits["train"]
+    classes = class_order(arguments.label_order or "chexpert")
+    labels = read_labels(arguments.label_path, arguments.label_order).of(studies)
+    labels[labels.sum(axis=1) == 0, classes.index(NO_FINDING)] = 1
+    texts, encoder = text_features(arguments, [" ".join(study.report.split()) for study in studies], str(device))
+    sides = image_features(config, data, device, arguments.mirrored)
+    prototypes, scale, short = cluster(arguments, sides, texts, labels, classes)
+    widths = {"d_img_ebd": sides[0].shape[1], "d_txt_ebd": texts.shape[1]}
+    save_prototypes(arguments.out, torch.from_numpy(prototypes), classes, {
+        "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
+        **widths, "text_scale": scale, "text_encoder": encoder, "too_few": short,
+        "members": dict(zip(classes, map(int, labels.sum(axis=0)), strict=True)),
+        "annotation_sha256": data.annotation.sha256, "train_sha256": data.annotation.train_sha256,
+        "synthetic": data.annotation.synthetic, **provenance(str(device))})
+    describe(arguments, widths, short)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
