@@ -7,7 +7,8 @@ slots come first, (s, B, d): the slots of all rows are one matrix, and the token
 
 The loop over tokens cannot be opened up, so everything that can leave it does. What depends on tokens alone is one
 product for all of them. Backward, the loop carries only the memory's gradient on, and the weights' gradients are one
-product each over all T * s * B rows at its end: autograd would add them up step by step, hence the pass by hand.
+product each over all T * s * B rows at its end. Autograd would add them up step by step, hence the pass by hand: 0.39 s
+against 0.60 s, forward and backward, for B = 16, T = 59, s = 3, d = 512 on one core (benchmarks/r2gen_step.py).
 """
 
 from typing import NamedTuple
