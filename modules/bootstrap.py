@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from modules.errors import InputError
-from modules.report_statistics import FULL, ReportStatistics, scores_of_sums
+from modules.report_statistics import ReportStatistics, scores_of_sums
+from modules.score_names import FULL, tagged
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -97,7 +98,7 @@ class _Columns:
         tables = [run.columns() for run in runs]
         self.names = list(tables[0] if names is None else names)
         self.widths = [tables[0][name].shape[1] for name in self.names]
-        self.count = len(runs[0])
+        self.count, self.tag = len(runs[0]), runs[0].tag
         self.matrices = [np.concatenate([table[name] for name in self.names], axis=1) for table in tables]  # (N, K)
 
     def scores(self, counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -109,7 +110,7 @@ class _Columns:
         ends = np.cumsum(self.widths)[:-1]
         runs = [scores_of_sums(dict(zip(self.names, np.split(total, ends, axis=1), strict=True)), self.count)
                 for total in sums]
-        return {name: np.mean([run[name] for run in runs], axis=0) for name in runs[0]}
+        return {tagged(name, self.tag): np.mean([run[name] for run in runs], axis=0) for name in runs[0]}
 
 
 def _exchange(sides: Sequence[_Columns], swapped: np.ndarray) -> list[dict[str, np.ndarray]]:
@@ -124,6 +125,8 @@ def _comparable(runs: Sequence[ReportStatistics]) -> list[str]:
     """Tables that all runs have and that mean the same in all of them."""
     if len({run.full_references for run in runs}) > 1:
         raise InputError("the runs were not tested on the same reports, in the same order: they cannot be compared")
+    if len(tags := sorted({run.tag for run in runs})) > 1:
+        raise InputError(f"runs whose scores have {' or '.join(map(repr, tags))} in their names cannot be compared")
     cut_alike = len({run.references for run in runs}) == 1
     names = [name for name in runs[0].tables if all(name in run.tables for run in runs)]
     return [name for name in names if cut_alike or name.endswith(FULL) or name == "diversity"]

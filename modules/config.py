@@ -7,7 +7,9 @@ from modules.errors import InputError
 
 DATASETS = ("iu_xray", "mimic_cxr")
 NUM_CLASSES = 14  # of CheXpert's labels
-MONITORED = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr", "nll")
+RADIOLOGY = ("iu_xray", "mimic_cxr")
+CLINICAL_MONITORED = tuple(f"ce_rule_f1_{average}_14_uncertain_negative" for average in ("micro", "macro", "example"))
+MONITORED = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr", "nll", *CLINICAL_MONITORED)
 
 
 def flag(default: Any, group: str, help: str, *, choices: tuple | None = None, low: float | None = None,
@@ -165,6 +167,13 @@ class Config:
     meteor: bool = flag(True, "results", "METEOR (needs Java); false leaves it out")
     floors: bool = flag(True, "results", "score the commonest report and the nearest training image's beside the model")
     tensorboard: bool = flag(True, "results", "write TensorBoard curves (numbers only) into --save_dir")
+    clinical: bool = flag(True, "results", "clinical scores of labels by rules (radiology data sets only)")
+    chexbert_path: str = flag("", "results", "chexbert.pth: clinical scores of CheXbert's labels too")
+    chexbert_encoder: str = flag("bert-base-uncased", "results", "folder with config.json and vocab.txt of CheXbert's "
+                                 "BERT, or a hub id to download them from")
+    bertscore_path: str = flag("", "results", "folder of a text encoder: BERTScore with it too")
+    bertscore_layer: int = flag(0, "results", "hidden layer that BERTScore compares; 0: the published tool's for this "
+                                "architecture", low=0)
     report_samples: int = flag(40, "results", "studies shown in report.html", low=0)
 
     def __post_init__(self) -> None:
@@ -179,6 +188,11 @@ class Config:
 
     def variant_default(self, name: str, paper: Any, released: Any) -> Any:
         """The value of a flag whose default depends on --ithn_variant."""
+    @property
+    def labels_by_rules(self) -> bool:
+        """Whether reports are labelled by rules and scored clinically."""
+        return self.clinical and self.dataset_name in RADIOLOGY
+
         value = getattr(self, name)
         return (released if self.released else paper) if value is None else value
 
@@ -221,6 +235,8 @@ def _check_together(config: Config) -> None:
     if config.ithn == "off" and config.released:
         raise InputError("--ithn_variant released has no effect with --ithn off; leave one of them out")
 
+    if config.monitor_metric in CLINICAL_MONITORED and not config.labels_by_rules:
+        raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
 
 def _check_xpronet(config: Config) -> None:
     if config.num_cluster != NUM_CLASSES:

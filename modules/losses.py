@@ -12,6 +12,11 @@ EPS = 1e-6
 CONTRASTIVE_FORMS = ("standard", "decoupled")
 
 
+def _kept_nll(log_probs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    nll = -_at_least_float32(log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1))  # (B, T)
+    return torch.where(mask, nll, 0.0)
+
+
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -31,10 +36,14 @@ def token_nll(log_probs: Tensor, targets: Tensor, mask: Tensor, token_count: Ten
     padding does not). ``token_count`` replaces the number of kept tokens where the normaliser is that of a larger
     batch: all accumulation steps and all processes.
     """
-    nll = -_at_least_float32(log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1))  # (B, T)
     if token_count is None:
         token_count = mask.sum().clamp(min=1)
-    return torch.where(mask, nll, 0.0).sum() / token_count
+    return _kept_nll(log_probs, targets, mask).sum() / token_count
+
+
+def report_nll(log_probs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Summed negative log-likelihood (B,) of each report's kept tokens; arguments as in ``token_nll``."""
+    return _kept_nll(log_probs, targets, mask).sum(1)
 
 
 def cosine_loss(image: Tensor, negative_image: Tensor, rows: Tensor | None = None, absolute: bool = False) -> Tensor:

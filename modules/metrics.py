@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from modules.errors import InputError
 from modules.meteor import Meteor, MeteorError
-from modules.report_statistics import FULL, bleu_table, meteor_table
+from modules.report_statistics import bleu_table, meteor_table
+from modules.score_names import FULL
 
 METRIC_NAMES = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
 

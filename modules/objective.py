@@ -23,6 +23,7 @@ from modules.losses import (
     cosine_loss,
     modified_scores,
     normalise,
+    report_nll,
     token_nll,
 )
 from modules.negatives import PreviousEpoch
@@ -119,10 +120,10 @@ class Objective(nn.Module):
             terms |= contrast
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
 
-    def nll_sum(self, pair: Any, features: Any = None) -> Tensor:
-        """Summed negative log-likelihood of the reports of a modules.datasets.Pair; ``features`` replace its images."""
+    def report_nll(self, pair: Any, features: Any = None) -> Tensor:
+        """Negative log-likelihood (B,) of each report of a modules.datasets.Pair; ``features`` replace its images."""
         output = self._teach(pair, features=features)
-        return token_nll(output.log_probs, pair.tokens[:, 1:], pair.token_mask[:, 1:], token_count=1)
+        return report_nll(output.log_probs, pair.tokens[:, 1:], pair.token_mask[:, 1:])
 
     def after_step(self) -> None:
         """To be called after each optimiser step: keeps 1/tau at 100 at most (the released variant has no cap)."""

@@ -20,8 +20,9 @@ from modules.clinical_rules import CLASSES
 from modules.clinical_scores import CLASS_SETS, UNCERTAIN_POLICIES, outcomes, ratios
 from modules.errors import InputError
 from modules.records import write_private
+from modules.score_names import FULL, tagged
 
-FULL = "_full"
+_TAG = "tag"
 # METEOR 1.5, English, task "rank" (Denkowski and Lavie, 2014): weights of exact, stem, synonym and paraphrase matches.
 _METEOR_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
@@ -32,12 +33,14 @@ class ReportStatistics:
     """The tables (N, k) of one run's reports, in the order of its split.
 
     ``references`` and ``full_references`` are digests of the ids and the references as they were scored: only runs
-    for which they agree can be compared, on the cut references or on the whole ones.
+    for which they agree can be compared, on the cut references or on the whole ones. ``tag`` is part of all names of
+    scores: see modules.score_names.
     """
 
     tables: Mapping[str, np.ndarray]
     references: str
     full_references: str
+    tag: str = ""
 
     def __len__(self) -> int:
         return len(next(iter(self.tables.values())))
@@ -50,7 +53,7 @@ class ReportStatistics:
     def scores(self) -> dict[str, float]:
         """The scores of the reports as they are."""
         sums = {name: table.sum(axis=0, keepdims=True) for name, table in self.columns().items()}
-        return {name: float(values[0]) for name, values in scores_of_sums(sums, len(self)).items()}
+        return {tagged(name, self.tag): float(values[0]) for name, values in scores_of_sums(sums, len(self)).items()}
 
 
 def scores_of_sums(sums: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
@@ -84,6 +87,7 @@ def save_statistics(path: str | Path, systems: Mapping[str, ReportStatistics]) -
     first = next(iter(systems.values()))
     arrays = {f"{system}/{name}": table for system, statistics in systems.items()
               for name, table in statistics.tables.items()}
+    arrays |= {f"{system}/{_TAG}": np.array(statistics.tag) for system, statistics in systems.items()}
     content = io.BytesIO()
     np.savez_compressed(content, **arrays, references=first.references, full_references=first.full_references)
     write_private(path, content.getvalue())
@@ -103,7 +107,8 @@ def load_statistics(path: str | Path) -> dict[str, ReportStatistics]:
     for key, table in arrays.items():
         system, _, name = key.partition("/")
         systems.setdefault(system, {})[name] = table
-    return {system: ReportStatistics(tables, *digests) for system, tables in systems.items()}
+    return {system: ReportStatistics({name: table for name, table in tables.items() if name != _TAG}, *digests,
+                                     tag=str(tables[_TAG])) for system, tables in systems.items()}
 
 
 def bleu_table(parts: Iterable[Mapping]) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.decoding import DecodingOptions
+from modules.score_names import tagged
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,7 +25,8 @@ class Predictions:
     generated: list[str] = field(default_factory=list)
     references: list[str] = field(default_factory=list)  # as the R2Gen family scores: cleaned, <unk>, cut
     full_references: list[str] = field(default_factory=list)  # cleaned only
-    nll: float = float("nan")  # mean negative log-likelihood of a reference token
+    reports: list[str] = field(default_factory=list)  # as the annotation has them
+    nll: Tensor | None = None  # (samples, 2) float64: a reference's negative log-likelihood, and its tokens
     visual_features: Tensor | None = None  # (studies, C) pooled, on the CPU
 
 
@@ -34,18 +36,6 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
-
-
-def tagged(name: str, tag: str) -> str:
-    """A score's name with ``tag`` in it, if any: BLEU_4_<tag>; the suffix _full stays at the end."""
-    if not tag:
-        return name
-    return f"{name.removesuffix('_full')}_{tag}" + ("_full" if name.endswith("_full") else "")
-
-
-def untagged(name: str, tag: str) -> str:
-    """The name that ``tagged`` was given."""
-    return name.replace(f"_{tag}", "") if tag else name
 
 
 class Tester:
@@ -69,20 +59,19 @@ class Tester:
         was_training = self.objective.training
         self.objective.eval()
         found, pooled = Predictions(), []
-        nll_sum, token_count = torch.zeros((), dtype=torch.float64), 0
+        likelihoods = []
         for batch in self.progress(loader, description):
             pair = batch.to(self.device).positive
             with autocast(self.device, self.precision):
                 features = self.objective.backbone.extract(pair.images, pair.view_mask)
                 tokens = self.objective.backbone.generate(None, view_mask=pair.view_mask, labels=pair.labels,
                                                           features=features, decoding=self.decoding)
-                nll = self.objective.nll_sum(pair, features)
-            nll_sum += nll.double().cpu()
-            token_count += int(pair.token_mask[:, 1:].sum())
+                nll = self.objective.report_nll(pair, features)
+            likelihoods.append(torch.stack([nll.double(), pair.token_mask[:, 1:].sum(1).double()], dim=1).cpu())
             pooled.append(features.pooled.float().cpu())
             self._collect(found, batch, tokens)
         self.objective.train(was_training)
-        found.nll = float(nll_sum) / max(token_count, 1)
+        found.nll = torch.cat(likelihoods)
         found.visual_features = torch.cat(pooled)
         return found
 
@@ -93,9 +82,17 @@ class Tester:
         found.generated += self.tokenizer.decode_batch(first)
         found.references += self.tokenizer.decode_batch(batch.positive.tokens[:, 1:].tolist())
         found.full_references += [self.clean(report) for report in batch.reports]
+        found.reports += batch.reports
 
     def evaluate(self, loader: Iterable, description: str) -> tuple[dict[str, float | None], Predictions]:
         """Metrics by name, ``nll`` among them, and the predictions that they were computed from."""
         found = self.predict(loader, description)
         scores = dict(self.score(found.references, found.full_references, found.generated))
-        return {tagged(name, self.score_tag): value for name, value in {**scores, "nll": found.nll}.items()}, found
+        scores["nll"] = mean_nll(found)
+        return {tagged(name, self.score_tag): value for name, value in scores.items()}, found
+
+
+def mean_nll(found: Predictions) -> float:
+    """Mean negative log-likelihood of a reference token."""
+    total, tokens = found.nll.sum(0).tolist()
+    return total / max(tokens, 1)

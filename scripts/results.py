@@ -9,60 +9,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.bootstrap import LEVEL, RESAMPLES
 from modules.config import Config
 from modules.datasets import ReportDataset
 from modules.diversity import collapse_statistics, collapse_warning
 from modules.environment import provenance
 from modules.floors import commonest_report_floor, nearest_image_floor
 from modules.html_report import Sample, ScoreRow, write_report
-from modules.metrics import Metrics, measure
+from modules.images import ImageFolder
+from modules.leaderboards import write_exports, write_labelled
 from modules.objective import Objective
 from modules.progress import Bar
 from modules.records import append_record, write_report_tables, write_results
-from modules.tester import Predictions, Tester, autocast, tagged, untagged
+from modules.report_statistics import save_statistics
+from modules.score_names import FULL, tagged, untagged, with_aliases
+from modules.tester import Predictions, Tester, autocast
 from modules.tokenizers import Tokenizer
 from scripts import compose
+from scripts.scoring import RULE, Scored, Scoring, class_tables
 
 logger = logging.getLogger("ithn")
 MODEL, COMMONEST, NEAREST = "model", "commonest training report", "nearest training image"
 
 
 def test_and_write(config: Config, data: compose.Data, objective: Objective, device: torch.device, *, tester: Tester,
-                   loader: Any, metrics: Metrics, folder: Path, history: Sequence[Mapping], best_epoch: int) -> None:
+                   loader: Any, scoring: Scoring, folder: Path, history: Sequence[Mapping], best_epoch: int) -> None:
     """Generate and score the test split, score the floors beside it, and write the results into ``folder``."""
     found = tester.predict(loader, "test")
+    tag = tester.score_tag
     reports = {MODEL: found.generated} | _floors(config, data, objective, device, found)
-    scores = {name: measure(metrics, found.references, found.full_references, generated, with_meteor=config.meteor)[0]
-              for name, generated in reports.items()}
-    scores[MODEL]["nll"] = found.nll
+    scored = scoring.test(found, reports, {MODEL: tag})
     variety = {name: collapse_statistics(generated) for name, generated in reports.items() if name != COMMONEST}
     variety["references"] = collapse_statistics(found.references)
     validation = _validation_scores(history, best_epoch)
     run = provenance(str(device)) | {
         "annotation_sha256": data.annotation.sha256, "vocabulary_sha256": data.tokenizer.sha256, "seed": config.seed}
-    tag = tester.score_tag
-    rows = _score_rows(scores, validation, tag)
-    scores[MODEL] = {tagged(name, tag): value for name, value in scores[MODEL].items()}
-    _log(scores, variety[MODEL], metrics)
+    scores = scored.scores | {MODEL: {tagged(name, tag): value for name, value in scored.scores[MODEL].items()}}
+    classes = class_tables(scored, MODEL)
+    _log(scores, variety[MODEL], scoring.metrics.meteor_error)
     write_results(folder / "results.json", {
-        "split": "test", "best_epoch": best_epoch, "val": validation, "test": scores,
+        "split": "test", "best_epoch": best_epoch, "val": validation,
+        "test": {name: with_aliases(values) for name, values in scores.items()}, "intervals": scored.intervals,
+        "intervals_are": f"percentile bootstrap over reports, {RESAMPLES} resamples, level {LEVEL:g}",
         "variety": variety | {MODEL: {tagged(name, tag): value for name, value in variety[MODEL].items()}},
-        "meteor_error": metrics.meteor_error, "synthetic": data.annotation.synthetic,
-        "config": dataclasses.asdict(config), "provenance": run})
-    write_report_tables(folder, found.generated, found.references)
+        "clinical_classes": classes, "meteor_error": scoring.metrics.meteor_error,
+        "synthetic": data.annotation.synthetic, "config": dataclasses.asdict(config), "provenance": run})
+    _write_files(folder, found, scored)
     append_record(config.record_dir, config.dataset_name, epoch=best_epoch, seed=config.seed, val=validation,
-                  test=scores[MODEL], extra=_record(config, data))
+                  test=_recorded(scores[MODEL]), extra=_record(config, data))
     write_report(
         folder / "report.html",
         title=f"{config.exp_name or config.model_name} on {config.dataset_name}",
         subtitle=f"{_method(config, data)}; {len(found.ids)} test samples; best epoch {best_epoch} of {len(history)}",
-        synthetic=data.annotation.synthetic, scores=rows, meteor_error=metrics.meteor_error, history=history,
-        best_epoch=best_epoch or None,
+        synthetic=data.annotation.synthetic, scores=_score_rows(scored, validation, tag), classes=classes,
+        meteor_error=scoring.metrics.meteor_error, history=history, best_epoch=best_epoch or None,
         variety={f"{name} ({tag})" if tag and name == MODEL else name: values for name, values in variety.items()},
         warnings=[line for line in (collapse_warning(variety[MODEL]),) if line],
-        samples=_samples(loader.dataset, found, config.report_samples),
+        samples=_samples(loader.dataset, compose.image_folder(config), found, config.report_samples),
         flags=dataclasses.asdict(config), provenance=run)
-    logger.info("results in %s: report.html, results.json, res.csv, gts.csv", folder)
+    logger.info("results in %s: report.html, results.json, res.csv, gts.csv, statistics.npz, exports/", folder)
+
+
+def _write_files(folder: Path, found: Predictions, scored: Scored) -> None:
+    """The reports as R2Gen and others read them, and what compares this run with another without scoring it again."""
+    write_report_tables(folder, found.generated, found.references)
+    write_exports(folder / "exports", found.ids, found.generated, found.reports)
+    if labels := scored.labels.get(RULE):
+        write_labelled(folder / "exports", found.generated, found.references, labels[MODEL], labels["references"])
+    save_statistics(folder / "statistics.npz", scored.statistics)
 
 
 def _floors(config: Config, data: compose.Data, objective: Objective, device: torch.device,
@@ -97,10 +111,13 @@ def cut_report(report: str, tokenizer: Tokenizer, max_seq_length: int) -> str:
     return tokenizer.decode(tokenizer.encode(report)[:max_seq_length][1:])
 
 
-def _score_rows(scores: Mapping[str, Mapping], validation: Mapping[str, Any], tag: str) -> list[ScoreRow]:
+def _score_rows(scored: Scored, validation: Mapping[str, Any], tag: str) -> list[ScoreRow]:
     """The page's lines: ``tag`` goes with the line there, so that a model stands in the same columns as the floors."""
-    rows = [ScoreRow(name, "test", values, is_floor=name != MODEL, tag=tag if name == MODEL else "")
-            for name, values in scores.items()]
+    rows = []
+    for name, values in scored.scores.items():
+        own_tag = tag if name == MODEL else ""
+        limits = {untagged(score, own_tag): found for score, found in scored.intervals[name].items()}
+        rows.append(ScoreRow(name, "test", values, is_floor=name != MODEL, tag=own_tag, intervals=limits))
     if validation:
         plain = {untagged(name, tag): value for name, value in validation.items()}
         rows.append(ScoreRow(MODEL, "val", plain, tag=tag if plain.keys() != validation.keys() else ""))
@@ -125,20 +142,26 @@ def _record(config: Config, data: compose.Data) -> dict[str, Any]:
             "ithn_variant": config.ithn_variant, "alpha": config.alpha, "save_dir": config.save_dir}
 
 
-def _log(scores: Mapping[str, Mapping], variety: Mapping[str, Any], metrics: Metrics) -> None:
+def _recorded(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the clinical scores, one line of a record keeps those of 14 classes with uncertain as negative."""
+    return {name: value for name, value in scores.items()
+            if not name.startswith("ce_") or name.endswith("_14_uncertain_negative")}
+
+
+def _log(scores: Mapping[str, Mapping], variety: Mapping[str, Any], meteor_error: str | None) -> None:
     for name, values in scores.items():
-        shown = " ".join(f"{key}={'-' if value is None else f'{value:.4f}'}" for key, value in values.items()
-                         if not key.endswith("_full"))
+        shown = " ".join(f"{key}={'-' if value is None else f'{value:.4f}'}" for key, value in _recorded(values).items()
+                         if not key.endswith(FULL) and not ("_precision_" in key or "_recall_" in key))
         logger.info("test, %s: %s", name, shown)
     logger.info("test, different reports: %d of %d; the commonest is %.1f %%", variety["unique_reports"],
                 variety["num_reports"], 100 * variety["commonest_share"])
     if line := collapse_warning(variety):
         logger.warning("%s", line)
-    if metrics.meteor_error:
-        logger.warning("METEOR is missing: %s", metrics.meteor_error)
+    if meteor_error:
+        logger.warning("METEOR is missing: %s", meteor_error)
 
 
-def _samples(dataset: ReportDataset, found: Predictions, count: int) -> Iterator[Sample]:
+def _samples(dataset: ReportDataset, folder: ImageFolder, found: Predictions, count: int) -> Iterator[Sample]:
     """``count`` samples spread evenly over the split, with their images."""
     total = len(found.ids)
     for i in range(min(count, total)):
@@ -146,6 +169,6 @@ def _samples(dataset: ReportDataset, found: Predictions, count: int) -> Iterator
         row, view = dataset.samples[index]
         study = dataset.studies[row]
         chosen = [view] if dataset.separate else range(min(dataset.num_views, len(study.image_paths)))
-        yield Sample(id=found.ids[index], images=[dataset.read_image(study.image_paths[v]) for v in chosen],
+        yield Sample(id=found.ids[index], images=[folder(study.image_paths[v]) for v in chosen],
                      views=[study.views[v] for v in chosen], reference=found.full_references[index],
                      generated=found.generated[index])

@@ -7,12 +7,12 @@ from typing import Any
 
 from modules.checkpoint import FORMAT, load_checkpoint
 from modules.flags import resolve_config
-from modules.metrics import Metrics
 from modules.records import private_folder
 from modules.run_log import start_log
 from modules.tokenizers import Tokenizer
 from scripts import compose
 from scripts.results import test_and_write
+from scripts.scoring import Scoring
 from scripts.training import build_tester
 
 
@@ -39,9 +39,9 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
         dataset.check_files(dataset.read_image)
     loader = compose.build_split_loader(config, dataset, device, shuffle=False)
     history = _history(content, Path(path).parent) if ours else []
-    with Metrics() as metrics:
-        tester = build_tester(config, data.tokenizer, objective, device, metrics)
-        test_and_write(config, data, objective, device, tester=tester, loader=loader, metrics=metrics, folder=folder,
+    with Scoring(config, device) as scoring:
+        tester = build_tester(config, data.tokenizer, objective, device, scoring)
+        test_and_write(config, data, objective, device, tester=tester, loader=loader, scoring=scoring, folder=folder,
                        history=history, best_epoch=int(content.get("epoch") or 0))
 
 

@@ -21,18 +21,19 @@ from modules.config import Config
 from modules.environment import provenance
 from modules.errors import InputError
 from modules.flags import resolve_config
-from modules.metrics import Metrics
 from modules.objective import Objective
 from modules.optimizers import build_optimizer, build_scheduler
 from modules.plots import training_curves
 from modules.progress import Bar
 from modules.records import private_folder, write_private, write_results
 from modules.run_log import start_log
-from modules.tester import Tester, tagged
+from modules.score_names import tagged
+from modules.tester import Tester
 from modules.tokenizers import Tokenizer, clean_report
 from modules.trainer import Best, Trainer
 from scripts import compose
 from scripts.results import test_and_write
+from scripts.scoring import Scoring
 
 
 def run_training(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
@@ -54,8 +55,8 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
              "no ITHN" if data.strategy == "off" else f"ITHN ({config.ithn_variant}), strategy {data.strategy}")
     loaders = {split: compose.build_split_loader(config, dataset, device, shuffle=split == "train")
                for split, dataset in datasets.items()}
-    with Metrics() as metrics:
-        tester = build_tester(config, data.tokenizer, objective, device, metrics)
+    with Scoring(config, device) as scoring:
+        tester = build_tester(config, data.tokenizer, objective, device, scoring)
         trainer = _trainer(config, data, objective, device, loaders, tester, folder)
         if resumed is not None:
             _restore(trainer, objective, resumed, config, data.tokenizer)
@@ -66,7 +67,7 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
             return
         best = folder / BEST
         compose.load_weights(objective, load_checkpoint(best)["state_dict"], str(best))
-        test_and_write(config, data, objective, device, tester=tester, loader=loaders["test"], metrics=metrics,
+        test_and_write(config, data, objective, device, tester=tester, loader=loaders["test"], scoring=scoring,
                        folder=folder, history=trainer.history, best_epoch=trainer.best.epoch)
 
 
@@ -83,7 +84,7 @@ def _datasets(config: Config, data: compose.Data, objective: Objective) -> dict[
 
 
 def build_tester(config: Config, tokenizer: Tokenizer, objective: Objective, device: torch.device,
-            metrics: Metrics) -> Tester:
+                 scoring: Scoring) -> Tester:
     return Tester(
         objective,
         tokenizer=tokenizer,
@@ -91,8 +92,7 @@ def build_tester(config: Config, tokenizer: Tokenizer, objective: Objective, dev
         device=device,
         precision=config.precision,
         clean=lambda report: clean_report(report, tokenizer.cleaner),
-        # While training only what model selection and the curves need; the full references come with the test.
-        score=lambda references, _, generated: metrics.compute(references, generated, with_meteor=config.meteor),
+        score=lambda references, _, generated: scoring.validation(references, generated),
         progress=Bar,
         score_tag=compose.score_tag(config),
     )

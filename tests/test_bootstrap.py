@@ -1,5 +1,6 @@
 """Intervals and paired tests against arithmetic that can be done another way, and their speed."""
 
+import dataclasses
 import itertools
 import time
 
@@ -93,6 +94,9 @@ def test_only_what_means_the_same_is_compared():
     assert set(compare([first], [without])) == {"CIDEr"}
     with pytest.raises(InputError, match="not tested on the same reports"):
         compare([means([1.0, 2.0])], [means([1.0, 2.0], whole="others")])
+    with pytest.raises(InputError, match="'' or 'reflabels' in their names"):
+        compare([first], [dataclasses.replace(first, tag="reflabels")])
+    assert "CIDEr_reflabels" in intervals(dataclasses.replace(first, tag="reflabels"))
     with pytest.raises(InputError, match="1 runs cannot be compared with 2"):
         compare([means([1.0, 2.0])], [means([1.0, 2.0])] * 2)
 

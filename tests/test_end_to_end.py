@@ -13,6 +13,7 @@ import torch
 from modules.checkpoint import load_checkpoint
 from modules.errors import InputError
 from modules.flags import parse_flags
+from modules.report_statistics import load_statistics
 
 
 def main_test(*argv):
@@ -41,7 +42,29 @@ def test_main_job(train, demo_index, tmp_path):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((folder / "report.html").stat().st_mode) == 0o600
     _check_nothing_private(folder, demo_index.parent)
+    _check_scores(folder, results)
     _check_test_repeats(folder, results, tmp_path)
+
+
+def _check_scores(folder, results):
+    """Both forms of the references, clinical scores, an interval around every score, and what a comparison needs."""
+    model = results["test"]["model"]
+    assert model["BLEU_4_truncated"] == model["BLEU_4"] and "BLEU_4_full" in model
+    assert {f"ce_rule_f1_{averaging}_{classes}_uncertain_{policy}{suffix}"
+            for averaging in ("micro", "macro", "example") for classes in (14, 5)
+            for policy in ("negative", "positive") for suffix in ("", "_full", "_truncated")} <= set(model)
+    for system, scores in results["test"].items():
+        limits = results["intervals"][system]
+        assert {name for name in scores if not name.endswith("_truncated")} | {"diversity"} == set(limits)
+        assert all(low <= high for low, high in limits.values())
+    found = load_statistics(folder / "statistics.npz")
+    for system, statistics in found.items():
+        again = statistics.scores()
+        assert all(again[name] == pytest.approx(value, abs=1e-12) for name, value in results["test"][system].items()
+                   if not name.endswith("_truncated"))
+    assert [row["class"] for row in results["clinical_classes"]["rule"]][0] == "No Finding"
+    for entry in [folder / "statistics.npz", *(folder / "exports").iterdir()]:
+        assert stat.S_IMODE(entry.stat().st_mode) == 0o600
 
 
 def _check_nothing_private(folder, demo):

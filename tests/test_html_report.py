@@ -74,6 +74,8 @@ def page(path, text="plain", **changes):
     """Write a page that shows ``text`` wherever a text can come from outside."""
     arguments = {
         "title": text, "subtitle": text, "synthetic": True, "meteor_error": text, "history": history(), "best_epoch": 2,
+        "classes": {text: [{"class": text, "precision": 0.5, "recall": 0.25, "f1": 1 / 3, "reference_positives": 8,
+                            "generated_positives": 4}]},
         "scores": [ScoreRow(text, "test", {"BLEU_4": 0.2, "METEOR": None}), ScoreRow("floor", text, {text: 0.1}, True)],
         "variety": {text: collapse_statistics([text, "other words here too"])}, "warnings": [text],
         "samples": [Sample(text, [film(), film()], (text, ""), text, f"{text} . clear .")],
@@ -165,6 +167,32 @@ def test_a_model_below_a_floor_is_said_to_be(tmp_path):
     assert "METEOR test – ROUGE-L" in text and "METEOR did not run: no java." in text
     assert "Full references" in text and "0.150" in text
     assert len(found.find("td", **{"class": "number best"})) == 3  # test BLEU-4, CIDEr, full BLEU-4
+
+
+def test_intervals_and_clinical_scores_stand_in_tables_of_their_own(tmp_path):
+    key = "ce_rule_f1_{}_14_uncertain_negative_full"
+    model = ScoreRow("model", "test", {"BLEU_4": 0.2, key.format("micro"): 0.4, "ce_chexbert_f1_macro_5_uncertain_"
+                                       "negative_full": 0.9, "ce_rule_f1_micro_14_uncertain_positive": 0.987},
+                     intervals={"BLEU_4": (0.1, 0.3), key.format("micro"): (0.35, 0.4554)})
+    floor = ScoreRow("nearest", "test", {"BLEU_4": 0.1, key.format("micro"): 0.5}, True)
+    found = page(tmp_path / "report.html", scores=[model, floor, ScoreRow("model", "val", {"BLEU_4": 0.25})])
+    text = " ".join("".join(found.texts).split())
+    assert "Clinical F1 (rules) test 0.400 0.350 – 0.455 not above the better floor, 0.500 (nearest)" in text
+    assert "0.200 0.100 – 0.300" in text.replace("0.2000.100", "0.200 0.100") and "Small: 95 % interval" in text
+    captions = text.split("Clinical efficacy against full references: ")[1:]
+    assert [line.split(",")[0] for line in captions] == ["labels by rules", "labels by CheXbert"]
+    assert "0.900" in text and "0.987" not in text
+    # The validation row has none of these scores and is left out of their tables.
+    assert " val " not in captions[0] + captions[1]
+
+
+def test_a_class_without_any_report_has_no_score(tmp_path):
+    line = {"class": "Edema", "precision": 0.0, "recall": 0.0, "f1": 0.0, "reference_positives": 0,
+            "generated_positives": 0}
+    found = page(tmp_path / "report.html", classes={"rule": [line, line | {"class": "Fracture",
+                                                                          "reference_positives": 3}]})
+    text = "|".join(part.strip() for part in found.texts if part.strip())
+    assert "Edema|–|–|–|0|0|Fracture|–|0.000|0.000|3|0" in text
 
 
 def test_sentences_are_compared_whatever_their_order_and_case():

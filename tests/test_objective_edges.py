@@ -100,10 +100,10 @@ def test_auxiliary_losses_are_those_of_the_positives(batch, joint_pass):
     torch.testing.assert_close(terms["loss"], plain["loss"] + 0.1 * terms["contrastive"] + 0.2 * terms["cosine"])
 
 
-def test_nll_sum(batch):
+def test_report_nll(batch):
     objective = make_objective()
     expected = objective(batch, 1)["nll"] * sum(length - 1 for length in LENGTHS)
-    torch.testing.assert_close(objective.nll_sum(batch.positive).detach(), expected)
+    torch.testing.assert_close(objective.report_nll(batch.positive).detach().sum(), expected)
 
 
 # ---- the harder negative of the epoch before

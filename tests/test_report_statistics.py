@@ -1,5 +1,6 @@
 """Sums of per-report statistics give exactly the scores of the published tools, of a split and of any resample."""
 
+import dataclasses
 import os
 import stat
 
@@ -93,6 +94,9 @@ def test_the_file_brings_everything_back_and_is_the_owners_alone(metrics, tmp_pa
     assert list(found) == ["model", "commonest training report"]
     assert found["model"].scores() == statistics.scores()
     assert (found["model"].references, found["model"].full_references) == ("cut", "whole")
+    save_statistics(path, {"model": dataclasses.replace(statistics, tag="reflabels")})
+    tagged = load_statistics(path)["model"].scores()
+    assert tagged["BLEU_4_reflabels_full"] == statistics.scores()["BLEU_4_full"] and "BLEU_4" not in tagged
     content = path.read_bytes()
     assert not any(word.encode() in content for word in ("heart", "effusion", "pneumothorax"))
 

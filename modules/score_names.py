@@ -1,0 +1,24 @@
+"""What the names of scores say beside the metric: which references, and how the reports were generated."""
+
+from collections.abc import Mapping
+from typing import Any
+
+FULL = "_full"  # whole references
+TRUNCATED = "_truncated"  # references cut to max_seq_length, as the R2Gen family has them; the same as no suffix
+
+
+def tagged(name: str, tag: str) -> str:
+    """A score's name with ``tag`` in it, if any: BLEU_4_<tag>; the suffix _full stays at the end."""
+    if not tag:
+        return name
+    return f"{name.removesuffix(FULL)}_{tag}" + (FULL if name.endswith(FULL) else "")
+
+
+def untagged(name: str, tag: str) -> str:
+    """The name that ``tagged`` was given."""
+    return name.replace(f"_{tag}", "") if tag else name
+
+
+def with_aliases(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores, and each one that also has a ``_full`` form a second time as ``<name>_truncated``."""
+    return {**scores, **{f"{name}{TRUNCATED}": value for name, value in scores.items() if f"{name}{FULL}" in scores}}

@@ -1,0 +1,119 @@
+"""Scores the reports of a run: words, clinical labels, optional encoders; with intervals and per-report statistics."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from modules.bootstrap import intervals
+from modules.clinical import label_reports
+from modules.clinical_scores import class_table, clinical_scores
+from modules.config import CLINICAL_MONITORED, Config
+from modules.diversity import ngram_counts
+from modules.metrics import Metrics, measure
+from modules.report_statistics import ReportStatistics, clinical_tables, digest
+from modules.score_names import FULL
+from modules.tester import Predictions, mean_nll
+
+RULE, CHEXBERT = "rule", "chexbert"
+
+
+@dataclass
+class Scored:
+    """What the reports of several systems (the model, the floors) came to, by system."""
+
+    scores: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    statistics: dict[str, ReportStatistics] = field(default_factory=dict)
+    labels: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # labeler -> text -> (N, 14)
+
+
+class Scoring:
+    """The scorers that a run's flags ask for. Optional models are read at once: a wrong path ends a run at its start.
+
+    Use it as a context manager: METEOR's process and its memory end with it.
+    """
+
+    def __init__(self, config: Config, device: torch.device):
+        self.metrics = Metrics()
+        self._config, self._device = config, device
+        self._chexbert = self._bertscore = self._radgraph = None
+        if config.chexbert_path:
+            from modules.chexbert import Chexbert
+
+            self._chexbert = Chexbert(config.chexbert_path, config.chexbert_encoder)
+        if config.bertscore_path:
+            from modules.bertscore import BertScore
+
+            self._bertscore = BertScore(config.bertscore_path, config.bertscore_layer)
+
+    def __enter__(self) -> "Scoring":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.metrics.close()
+
+    def validation(self, references: Sequence[str], generated: Sequence[str]) -> dict[str, float | None]:
+        """While training only what model selection and the curves need; the full references come with the test."""
+        scores = self.metrics.compute(references, generated, with_meteor=self._config.meteor)
+        if self._config.monitor_metric in CLINICAL_MONITORED:
+            clinical = clinical_scores(label_reports(references), label_reports(generated), RULE)
+            scores |= {name: clinical[name] for name in CLINICAL_MONITORED}
+        return scores
+
+    def test(self, found: Predictions, systems: Mapping[str, Sequence[str]], tags: Mapping[str, str]) -> Scored:
+        """Score each system's reports against both forms of the references; ``tags`` mark the names of its scores.
+
+        The model's are ``found.generated`` itself, which alone has a likelihood.
+        """
+        references = {"": found.references, FULL: found.full_references}
+        digests = [digest(found.ids, texts) for texts in references.values()]
+        scored = Scored(labels=self._labels(references, systems))
+        for system, generated in systems.items():
+            scores, tables = measure(self.metrics, *references.values(), generated, with_meteor=self._config.meteor)
+            if generated is found.generated:
+                scores["nll"], tables["nll"] = mean_nll(found), found.nll.numpy()
+            tables["diversity"] = ngram_counts(generated)
+            for suffix, texts in references.items():
+                for labeler, labels in scored.labels.items():
+                    pair = labels[f"references{suffix}"], labels[system]
+                    scores |= _suffixed(clinical_scores(*pair, labeler), suffix)
+                    tables |= _suffixed(clinical_tables(*pair, labeler), suffix)
+                own = self._encoder_scores(texts, generated)
+                scores |= _suffixed({name: float(values.mean()) for name, values in own.items()}, suffix)
+                tables |= _suffixed(own, suffix)
+            statistics = ReportStatistics(tables, *digests, tag=tags.get(system, ""))
+            scored.scores[system], scored.statistics[system] = scores, statistics
+            scored.intervals[system] = intervals(statistics)
+        return scored
+
+    def _labels(self, references: Mapping[str, Sequence[str]],
+                systems: Mapping[str, Sequence[str]]) -> dict[str, dict[str, np.ndarray]]:
+        """Labels (N, 14) by labeler, of both forms of the references and of each system's reports."""
+        texts = {f"references{suffix}": reports for suffix, reports in references.items()} | dict(systems)
+        found = {}
+        if self._config.labels_by_rules:
+            found[RULE] = {name: label_reports(reports) for name, reports in texts.items()}
+        if self._chexbert is not None:
+            self._chexbert.to(self._device)
+            found[CHEXBERT] = {name: self._chexbert.label(reports) for name, reports in texts.items()}
+            self._chexbert.to("cpu")
+        return found
+
+    def _encoder_scores(self, references: Sequence[str], generated: Sequence[str]) -> dict[str, np.ndarray]:
+        """(N, 1) each, by name, of the scorers that need an encoder's weights."""
+        if self._bertscore is None:
+            return {}
+        return self._bertscore.to(self._device).score(references, generated)
+
+
+def class_tables(scored: Scored, system: str) -> dict[str, list[dict[str, Any]]]:
+    """Precision, recall and F1 of each class by labeler, against whole references, uncertain labels as negative."""
+    return {labeler: class_table(labels[f"references{FULL}"], labels[system])
+            for labeler, labels in scored.labels.items()}
+
+
+def _suffixed(values: Mapping[str, Any], suffix: str) -> dict[str, Any]:
+    return {f"{name}{suffix}": value for name, value in values.items()}
