@@ -26,7 +26,9 @@ def _map_tensors(record, function: Callable[[Tensor], Tensor]):
 class Pair:
     """Images and report that go through a backbone together. B samples, N views, T positions."""
 
-    images: Tensor  # (B, N, 3, H, W) uint8 as loaded, float32 normalised after Batch.to; absent views are zero
+    # (B, N, 3, H, W) uint8 as loaded, float32 normalised after Batch.to; or stored features (B, N, S, C) float32.
+    # Absent views are zero.
+    images: Tensor
     view_mask: Tensor  # (B, N) bool, True = view present
     tokens: Tensor  # (B, T) int64: begin, words, end, then zeros; cut to max_seq_length, so a long report has no end
     token_mask: Tensor  # (B, T) bool, True = kept position, begin and end included

@@ -46,6 +46,8 @@ class Config:
     visual_extractor_pretrained: bool = flag(True, "backbone", "start from ImageNet weights")
     visual_extractor_weights: str = flag("", "backbone", "start the visual extractor from this file instead")
     freeze_visual_extractor: bool = flag(False, "backbone", "keep the visual extractor's weights as they are")
+    feature_cache: str = flag("", "backbone", "with a frozen visual extractor: folder for its features, computed once "
+                              "without augmentation; training then takes minutes on a CPU")
     batch_norm: str = flag("joint", "backbone", "joint: one call for all views; per_view: each view normalised by its "
                            "own statistics, as the published code does", choices=("joint", "per_view"))
     d_model: int = flag(512, "backbone", "width of the transformer", low=1)
@@ -165,8 +167,6 @@ class Config:
     early_stop: int = flag(50, "results", "stop after more than this many epochs without improvement", low=1)
     start_eval_epoch: int = flag(0, "results", "no validation before this epoch", low=0)
     meteor: bool = flag(True, "results", "METEOR (needs Java); false leaves it out")
-    floors: bool = flag(True, "results", "score the commonest report and the nearest training image's beside the model")
-    tensorboard: bool = flag(True, "results", "write TensorBoard curves (numbers only) into --save_dir")
     clinical: bool = flag(True, "results", "clinical scores of labels by rules (radiology data sets only)")
     chexbert_path: str = flag("", "results", "chexbert.pth: clinical scores of CheXbert's labels too")
     chexbert_encoder: str = flag("bert-base-uncased", "results", "folder with config.json and vocab.txt of CheXbert's "
@@ -174,6 +174,8 @@ class Config:
     bertscore_path: str = flag("", "results", "folder of a text encoder: BERTScore with it too")
     bertscore_layer: int = flag(0, "results", "hidden layer that BERTScore compares; 0: the published tool's for this "
                                 "architecture", low=0)
+    floors: bool = flag(True, "results", "score the commonest report and the nearest training image's beside the model")
+    tensorboard: bool = flag(True, "results", "write TensorBoard curves (numbers only) into --save_dir")
     report_samples: int = flag(40, "results", "studies shown in report.html", low=0)
 
     def __post_init__(self) -> None:
@@ -186,13 +188,13 @@ class Config:
         """Whether the released code's departures from the paper are asked for."""
         return self.ithn_variant == "released"
 
-    def variant_default(self, name: str, paper: Any, released: Any) -> Any:
-        """The value of a flag whose default depends on --ithn_variant."""
     @property
     def labels_by_rules(self) -> bool:
         """Whether reports are labelled by rules and scored clinically."""
         return self.clinical and self.dataset_name in RADIOLOGY
 
+    def variant_default(self, name: str, paper: Any, released: Any) -> Any:
+        """The value of a flag whose default depends on --ithn_variant."""
         value = getattr(self, name)
         return (released if self.released else paper) if value is None else value
 
@@ -226,17 +228,20 @@ def _check_together(config: Config) -> None:
         raise InputError(f"--rm_d_model {config.rm_d_model} cannot be divided by --rm_num_heads {config.rm_num_heads}")
     if config.model_name == "xpronet":
         _check_xpronet(config)
+    if config.feature_cache and not config.freeze_visual_extractor:
+        raise InputError(f"--feature_cache {config.feature_cache}: only a visual extractor that stays as it is can be "
+                         "cached; add --freeze_visual_extractor true")
     if config.beam_size % config.group_size:
         raise InputError(f"--beam_size {config.beam_size} cannot be divided by --group_size {config.group_size}")
     if not all(0.0 <= beta < 1.0 for beta in config.adam_betas):
         raise InputError(f"--adam_betas {config.adam_betas}: both must be in [0, 1)")
+    if config.monitor_metric in CLINICAL_MONITORED and not config.labels_by_rules:
+        raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
     if config.n_gpu > 1:
         raise InputError(f"--n_gpu {config.n_gpu}: this version trains in one process; use --n_gpu 1")
     if config.ithn == "off" and config.released:
         raise InputError("--ithn_variant released has no effect with --ithn off; leave one of them out")
 
-    if config.monitor_metric in CLINICAL_MONITORED and not config.labels_by_rules:
-        raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
 
 def _check_xpronet(config: Config) -> None:
     if config.num_cluster != NUM_CLASSES:

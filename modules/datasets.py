@@ -13,6 +13,7 @@ from tqdm import tqdm
 from modules.annotations import Study
 from modules.batches import Batch, Pair, Sample, SamplePair, collate
 from modules.errors import InputError
+from modules.feature_cache import FeatureCache
 from modules.images import ImageFolder, Transform
 from modules.loaders import (
     AUGMENT_NEGATIVE,
@@ -36,7 +37,8 @@ class ReportDataset(Dataset):
     """The studies of one split as Samples; ``dataset[epoch, index]`` depends on nothing but seed, epoch and index.
 
     ``views``: "paired" makes a sample of every study with its first ``max_views`` images, "separate" one of every
-    image, with the study's report. ``read_image`` maps a path to a PIL image.
+    image, with the study's report. ``read_image`` maps a path to a PIL image; a FeatureCache given for it and for
+    ``transform`` puts the stored features (N, S, C) where images would be.
 
     Hard negatives come from ``neighbours`` (num_studies, k), rows of ``studies`` best first with -1 for none: the
     nearest, or with ``num_neighbours`` > 1 one drawn uniformly from that many (MoCHi). With ``annotation_negatives``
@@ -49,8 +51,8 @@ class ReportDataset(Dataset):
         self,
         studies: Sequence[Study],
         tokenizer: Tokenizer,
-        read_image: Callable[[str], Image.Image],
-        transform: Transform,
+        read_image: Callable[[str], Image.Image] | FeatureCache,
+        transform: Transform | FeatureCache,
         *,
         max_seq_length: int,
         views: str = "paired",
@@ -157,7 +159,7 @@ class ReportDataset(Dataset):
         paths = study.image_paths[: self.num_views]
         if self.separate and view < len(study.image_paths):
             paths = (study.image_paths[view],)
-        images = torch.zeros(self.num_views, 3, self.transform.size, self.transform.size, dtype=torch.uint8)
+        images = self.transform.blank(self.num_views)
         for position, path in enumerate(paths):
             image = _naming(study, self.read_image, path)
             images[position] = self.transform.pixels(image, keyed_generator(self.seed, *key, position))

@@ -142,6 +142,10 @@ class Transform:
         """``rng`` decides crop and flip; evaluation needs none."""
         return self.normalise(self.pixels(image, rng))
 
+    def blank(self, num_views: int) -> Tensor:
+        """(N, 3, size, size) uint8 of zeros, for a sample's views."""
+        return torch.zeros(num_views, 3, self.size, self.size, dtype=torch.uint8)
+
     def pixels(self, image: Image.Image, rng: torch.Generator | None = None) -> Tensor:
         """(3, size, size) uint8 after resizing and cropping; one channel is spread over three."""
         if self.resize is None:

@@ -67,14 +67,15 @@ class VisualExtractor(nn.Module):
         """Patches (B, N*S, C) with view 0 first, their mask (B, N*S) and the mean over present patches (B, C).
 
         ``images`` (B, N, 3, H, W); ``view_mask`` (B, N) bool. Absent views are not run, so that they do not touch
-        batch statistics; their patches are 0. The mask is None where every view is present.
+        batch statistics; their patches are 0. The mask is None where every view is present. ``images`` may also be
+        stored patches (B, N, S, C), absent views 0, which nothing is run on.
         """
         batch, views = images.shape[:2]
         if view_mask is None or views == 1 or bool(view_mask.all()):
-            patches = self._all_views(images)  # (B, N, S, C)
+            patches = images if images.dim() == 4 else self._all_views(images)  # (B, N, S, C)
             patches = patches.flatten(1, 2)
             return patches, None, patches.mean(dim=1)
-        patches = self._present_views(images, view_mask)
+        patches = images if images.dim() == 4 else self._present_views(images, view_mask)
         present = view_mask.to(images.device, non_blocking=True)
         pooled = patches.mean(dim=2).sum(dim=1) / present.sum(dim=1, keepdim=True)
         patch_mask = present.repeat_interleave(patches.size(2), dim=1)

@@ -15,11 +15,14 @@ from modules.datasets import MAX_VIEWS, EpochLoader, ReportDataset, build_loader
 from modules.decoding import DecodingOptions
 from modules.environment import check_precision, choose_device
 from modules.errors import InputError
+from modules.feature_cache import FeatureCache, build_feature_cache
 from modules.images import ImageFolder, eval_transform, train_transform
 from modules.label_files import NO_FINDING, LabelTable, class_order, read_labels
 from modules.mining import HardNegativeIndex
 from modules.objective import Objective
+from modules.progress import Bar
 from modules.prototype_files import load_prototypes
+from modules.records import private_folder
 from modules.tokenizers import Tokenizer
 from modules.visual_extractor import VisualExtractor
 
@@ -37,6 +40,7 @@ class Data:
     strategy: str  # of the objective; "off" for the plain backbone, and where nothing is trained
     index: HardNegativeIndex | None
     trained_with: str  # strategy that the weights were, or are being, trained with
+    features: FeatureCache | None = None  # --feature_cache: what a frozen visual extractor saw in every image
     labels: LabelTable | None = None  # where the backbone is trained with labels, or generates from given ones
 
 
@@ -178,11 +182,31 @@ def count_samples(config: Config, studies: tuple[Study, ...]) -> int:
     return len(studies) if config.views == "paired" else sum(len(study.image_paths) for study in studies)
 
 
+def image_folder(config: Config) -> ImageFolder:
+    """Where the annotation's image paths start."""
+    return ImageFolder(config.image_dir, follow_links=config.follow_links)
+
+
+def cache_features(config: Config, data: Data, extractor: VisualExtractor, device: torch.device) -> None:
+    """With --feature_cache, have the frozen extractor see every image once; call it when its weights are in place."""
+    if not config.feature_cache:
+        return
+    views = None if config.views == "separate" else MAX_VIEWS[config.dataset_name]
+    paths = [path for studies in data.annotation.splits.values() for study in studies
+             for path in (*study.image_paths[:views], *study.negative_image_paths)]
+    data.features = build_feature_cache(
+        private_folder(config.feature_cache), image_folder(config), list(dict.fromkeys(paths)), extractor=extractor,
+        transform=eval_transform(size=config.image_size, mean=extractor.mean, std=extractor.std), device=device,
+        batch_size=config.batch_size, progress=Bar)
+
+
 def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extractor: nn.Module,
                   negatives: bool = False) -> ReportDataset:
     """One split; ``augment`` takes the training transform, ``negatives`` adds each sample's hard negative."""
     look = {"size": config.image_size, "mean": extractor.mean, "std": extractor.std}
-    if augment:
+    if data.features is not None:
+        transform = data.features
+    elif augment:
         transform = train_transform(**look, resize=round(config.image_size * RESIZE_PER_CROP), flip=config.flip)
     else:
         transform = eval_transform(**look)
@@ -193,7 +217,7 @@ def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extr
     return ReportDataset(
         studies,
         data.tokenizer,
-        ImageFolder(config.image_dir, follow_links=config.follow_links),
+        data.features or image_folder(config),
         transform,
         max_seq_length=config.max_seq_length,
         views=config.views,

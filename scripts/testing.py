@@ -33,6 +33,7 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     data = compose.read_data(config, tokenizer=tokenizer, trained_with=content.get("strategy", "unknown"))
     objective = compose.build_objective(config, data, device, pretrained=False)
     compose.load_weights(objective, content["state_dict"], path)
+    compose.cache_features(config, data, objective.backbone.visual_extractor, device)
     dataset = compose.build_dataset(config, data, "test", augment=False,
                                     extractor=objective.backbone.visual_extractor)
     if config.on_bad_image == "stop":

@@ -49,6 +49,7 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     device = compose.prepare_device(config)
     data = compose.read_data(config)
     objective = compose.build_objective(config, data, device, pretrained=resumed is None)
+    compose.cache_features(config, data, objective.backbone.visual_extractor, device)
     datasets = _datasets(config, data, objective)
     log.info("%s on %s: %d training, %d validation and %d test samples, vocabulary %d, %s",
              config.model_name, device, *map(len, datasets.values()), data.tokenizer.vocab_size,

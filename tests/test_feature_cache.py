@@ -1,0 +1,78 @@
+"""Stored features of a frozen extractor: the same numbers, computed once, found again, and never for other weights."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from modules.errors import InputError
+from modules.feature_cache import build_feature_cache
+from modules.images import ImageFolder, eval_transform
+from modules.progress import Bar
+from modules.visual_extractor import VisualExtractor
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    torch.manual_seed(0)
+    return VisualExtractor("resnet18", image_size=32, frozen=True)
+
+
+def build(demo, folder, extractor, **changes):
+    paths = sorted(path.relative_to(demo / "images").as_posix() for path in (demo / "images").glob("*/*.png"))[:5]
+    settings = {"extractor": extractor, "transform": eval_transform(32), "device": torch.device("cpu"),
+                "batch_size": 2, "progress": Bar} | changes
+    return build_feature_cache(folder, ImageFolder(demo / "images"), paths, **settings)
+
+
+def test_features_are_the_extractors(demo, tmp_path, extractor):
+    cache = build(demo, tmp_path, extractor)
+    images = ImageFolder(demo / "images")
+    for path in cache.rows:
+        pixels = eval_transform(32)(images(path))
+        expected, _, _ = extractor(pixels[None, None])
+        torch.testing.assert_close(cache(path), expected[0], rtol=1e-5, atol=1e-5)
+    assert oct(cache.file.stat().st_mode)[-3:] == "600" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_file_is_found_again_and_belongs_to_weights_and_images(demo, tmp_path, extractor):
+    class Unused(torch.nn.Module):
+        patches_per_view, width = extractor.patches_per_view, extractor.width
+
+        def state_dict(self):
+            return extractor.state_dict()
+
+    first = build(demo, tmp_path, extractor)
+    assert build(demo, tmp_path, Unused()).file == first.file
+    torch.manual_seed(1)
+    assert build(demo, tmp_path, VisualExtractor("resnet18", image_size=32, frozen=True)).file != first.file
+    assert build(demo, tmp_path, extractor, transform=eval_transform(32, mean=(0.5,) * 3)).file != first.file
+    image = demo / "images" / next(iter(first.rows))
+    status = image.stat()
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert build(demo, tmp_path, extractor).file != first.file
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_training_on_stored_features(train, demo_index, tmp_path):
+    """Scores with and without the store are those of one and the same model; its loader processes read the file too."""
+    frozen = ["--freeze_visual_extractor", "true", "--negative_index", demo_index, "--num_workers", 1]
+    folder = train(*frozen, "--feature_cache", tmp_path / "cache", "--epochs", 2)
+    with_cache = json.loads((folder / "results.json").read_text())
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+    from modules.flags import parse_flags
+    from scripts.testing import run_testing
+
+    run_testing(*parse_flags(["--load", str(folder / "model_best.pth"), "--feature_cache", ""], "main_test.py", ""))
+    without = json.loads((folder / "results.json").read_text())
+    assert without["config"]["feature_cache"] == ""
+    for row, scores in with_cache["test"].items():
+        numbers = {name: value for name, value in scores.items() if value is not None}
+        assert {name: without["test"][row][name] for name in numbers} == pytest.approx(numbers, rel=1e-4), row
+
+
+def test_only_a_frozen_extractor_is_stored(train, tmp_path):
+    with pytest.raises(InputError, match="--freeze_visual_extractor true"):
+        train("--feature_cache", tmp_path)
