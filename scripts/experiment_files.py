@@ -53,6 +53,16 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A file that has to be there before the first run, and the script that makes it."""
+
+    makes: str
+    script: str  # in scripts/
+    arguments: tuple[str, ...]
+    model: str  # the backbone that needs it; "" for all
+
+
+@dataclass(frozen=True, eq=False)
 class DataSet:
     """Flags that a data set brings to every row, and what has to be made before the first run."""
 
@@ -61,7 +71,7 @@ class DataSet:
     flags: tuple[str, ...]
     model_flags: Mapping[str, tuple[str, ...]]  # by --model_name
     text_encoder: str
-    prepare: tuple[tuple[str, tuple[str, ...]], ...]  # (file that it makes, script and its arguments)
+    prepare: tuple[Step, ...]
 
 
 def read_table(path: str | Path) -> Table:
@@ -103,10 +113,19 @@ def read_datasets(path: str | Path) -> dict[str, DataSet]:
         where = f"{path}, data set {name!r}"
         item = _mapping(item, where, DATASET_KEYS)
         model_flags = {model: _flags(where, flags) for model, flags in item.get("model_flags", {}).items()}
-        prepare = tuple((step["makes"], tuple(shlex.split(step["run"]))) for step in item.get("prepare", []))
         found[name] = DataSet(name, _string(where, item, "title", name), _flags(where, item.get("flags", "")),
-                              model_flags, _string(where, item, "text_encoder", "tfidf"), prepare)
+                              model_flags, _string(where, item, "text_encoder", "tfidf"),
+                              tuple(_step(where, step) for step in item.get("prepare", [])))
     return found
+
+
+def _step(where: str, item: Any) -> Step:
+    item = _mapping(item, f"{where}, prepare", ("makes", "run", "model"))
+    script, *arguments = shlex.split(_string(where, item, "run", "")) or [""]
+    # A table from elsewhere runs nothing but what this project does anyway.
+    if not re.fullmatch(r"scripts/\w+\.py", script):
+        raise InputError(f"{where}, prepare: run {script!r} must be a script of this project, scripts/NAME.py")
+    return Step(_string(where, item, "makes", ""), script, tuple(arguments), _string(where, item, "model", ""))
 
 
 def _text(path: Path) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,16 @@ from modules.errors import InputError
 from modules.flags import parse_flags, resolve_config
 from scripts.experiment_files import DataSet, Row, Table
 
-RESULTS, RECORD, CHECKPOINT = "results.json", "experiment.json", "current_checkpoint.pth"
+RESULTS, RECORD, CHECKPOINT, BEST = "results.json", "experiment.json", "current_checkpoint.pth", "model_best.pth"
 DONE, CUT, MISSING, CHANGED, UNAVAILABLE = "done", "cut", "missing", "changed", "not available"
+UNTESTED = "to be tested again"  # trained as wanted, scored by other flags
 # Flags that move files about or say where to compute: another value gives the same results.
 NOT_DECIDING = frozenset((
     "ann_path", "image_dir", "follow_links", "num_workers", "n_gpu", "device", "resume", "load", "save_dir",
     "record_dir", "exp_name", "save_period", "log_period", "tensorboard", "report_samples"))
+# Flags that act after training: the best model is tested again, not trained again.
+SCORING = frozenset(("meteor", "clinical", "chexbert_path", "chexbert_encoder", "bertscore_path", "bertscore_layer",
+                     "radgraph_path", "floors"))
 SHOWN_DIFFERENCES = 3
 
 
@@ -47,6 +51,11 @@ class Run:
     index: Index | None  # to be mined first, where it is not there
     state: str
     reason: str = ""
+
+    @property
+    def model(self) -> str:
+        """Backbone, "" where it is not available."""
+        return self.settings.get("model_name", "")
 
     @property
     def name(self) -> str:
@@ -193,11 +202,13 @@ def _state(folder: Path, wanted: Mapping[str, Any]) -> tuple[str, str]:
         found = dict(found) | {"annotation_sha256": ""}
     if fingerprint(found) == fingerprint(wanted):
         return state, ""
-    return CHANGED, _difference(found, wanted)
-
-
-def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    if SCORING.issuperset(names) and (state == CUT or (folder / BEST).is_file()):
+        return (CUT if state == CUT else UNTESTED), ""
+    return CHANGED, _difference(names, found, wanted)
+
+
+def _difference(names: Sequence[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     shown = [f"{name} {_short(found.get(name))}, now {_short(wanted.get(name))}" for name in names[:SHOWN_DIFFERENCES]]
     more = f"; and {len(names) - SHOWN_DIFFERENCES} more" if len(names) > SHOWN_DIFFERENCES else ""
     return "; ".join(shown) + more

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from modules.environment import ROOT
 from modules.errors import InputError
 from modules.records import private_folder, write_results
 from scripts.experiment_files import DataSet
-from scripts.experiment_plan import CHECKPOINT, CUT, RECORD, Index, Run, fingerprint
+from scripts.experiment_plan import BEST, CHECKPOINT, CUT, RECORD, RESULTS, UNTESTED, Index, Run, fingerprint
 
 CONSOLE = "console.log"
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -36,18 +36,14 @@ def locked(out: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def prepare(datasets: Sequence[DataSet]) -> None:
-    """Make the files of the data sets that are not there and that a script of ours can make."""
-    for dataset in datasets:
-        for makes, command in dataset.prepare:
-            if Path(makes).exists():
+def prepare(datasets: Mapping[DataSet, Collection[str]]) -> None:
+    """Make the files that are not there and that a script of ours can make, for each data set and its rows' models."""
+    for dataset, models in datasets.items():
+        for step in dataset.prepare:
+            if Path(step.makes).exists() or (step.model and step.model not in models):
                 continue
-            script = ROOT / command[0]
-            if script.parent != ROOT / "scripts" or not script.is_file():
-                raise InputError(f"data set {dataset.name}: {makes} is made by {command[0]!r}, which is no script of "
-                                 "this project")
-            print(f"{dataset.name}: making {makes}", flush=True)
-            _call([str(script), *command[1:]], f"data set {dataset.name}: {makes}")
+            print(f"{dataset.name}: making {step.makes}", flush=True)
+            _call([str(ROOT / step.script), *step.arguments])
 
 
 def mine(runs: Sequence[Run]) -> None:
@@ -59,13 +55,13 @@ def mine(runs: Sequence[Run]) -> None:
         print(f"mining hard negatives with {index.text_encoder} into {path}", flush=True)
         _call([str(ROOT / "scripts" / "mine_hard_negatives.py"), "--ann_path", index.ann_path, "--dataset_name",
                index.dataset_name, "--text_encoder", index.text_encoder, "--top_k", str(index.top_k), "--examples",
-               "0", "--out", str(path)], f"hard negatives {path}")
+               "0", "--out", str(path)])
 
 
-def _call(command: Sequence[str], what: str) -> None:
-    # Its error line has just been printed.
-    if subprocess.run([sys.executable, *command]).returncode:
-        raise InputError(f"{what} could not be made: see the line above")
+def _call(command: Sequence[str]) -> None:
+    code = subprocess.run([sys.executable, *command]).returncode
+    if code:
+        sys.exit(code if code > 0 else 1)  # it has printed its error line
 
 
 @dataclass
@@ -82,7 +78,9 @@ def execute(runs: Sequence[Run], *, jobs: int, lock: int) -> dict[str, str]:
     A failure ends its run only. However this function is left, no training stays behind.
     """
     waiting, active, failed = list(runs), [], {}
-    bar = tqdm(total=sum(run.epochs for run in runs), desc="experiments", unit="epoch", dynamic_ncols=True)
+    # A log file gets a line every half minute instead of two a second.
+    bar = tqdm(total=sum(run.epochs for run in runs), desc="experiments", unit="epoch", dynamic_ncols=True,
+               mininterval=0.1 if sys.stderr.isatty() else 30)
     try:
         while waiting or active:
             while waiting and len(active) < jobs:
@@ -94,7 +92,7 @@ def execute(runs: Sequence[Run], *, jobs: int, lock: int) -> dict[str, str]:
                     continue
                 active.remove(item)
                 _count(bar, item, item.run.epochs)  # stopped early, or failed: its other epochs will not come
-                if item.process.returncode:
+                if item.process.returncode or not (item.run.folder / RESULTS).is_file():
                     failed[item.run.name] = _last_words(item)
                     tqdm.write(f"{item.run.name} failed: {failed[item.run.name]} ({item.run.folder / CONSOLE})")
             if active:
@@ -107,6 +105,8 @@ def execute(runs: Sequence[Run], *, jobs: int, lock: int) -> dict[str, str]:
 
 def command(run: Run) -> list[str]:
     """The command line of a run."""
+    if run.state == UNTESTED:
+        return [sys.executable, str(ROOT / "main_test.py"), "--load", str(run.folder / BEST), *run.flags]
     resume = ["--resume", str(run.folder / CHECKPOINT)] if run.state == CUT else []
     return [sys.executable, str(ROOT / "main_train.py"), *run.flags, *resume]
 
@@ -141,7 +141,7 @@ def _last_words(item: _Active) -> str:
     lines = (item.run.folder / CONSOLE).read_bytes()[item.before:].decode(errors="replace").splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return (errors[-1:] or [last])[0] if code > 0 else f"killed by signal {-code}"
+    return (errors[-1:] or [last])[0] if code >= 0 else f"killed by signal {-code}"
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:

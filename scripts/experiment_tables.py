@@ -49,7 +49,7 @@ class Results:
 
 def gather(table: Table, datasets: Mapping[str, DataSet], runs: Sequence[Run], failed: Mapping[str, str]) -> ScoreTable:
     """The score table of what is done so far; rows that are not say so."""
-    results = {row.name: Results([run for run in runs if run.row is row and run.state == DONE]) for row in table.rows}
+    results = {row.name: Results([run for run in runs if run.row.name == row.name and run.state == DONE]) for row in table.rows}
     notes, rows = _notes(table, datasets, results), []
     for dataset in dict.fromkeys(row.dataset for row in table.rows):
         group = datasets[dataset].title
@@ -59,7 +59,7 @@ def gather(table: Table, datasets: Mapping[str, DataSet], runs: Sequence[Run], f
             cells = found.cells(MODEL) if found.scores else {}
             if cells and row.baseline not in ("", row.name):
                 cells = _with_significance(row, cells, found, results[row.baseline], notes)
-            source = _source(row, [run for run in runs if run.row is row], failed)
+            source = _source(row, [run for run in runs if run.row.name == row.name], failed)
             rows.append(TableRow(row.label, group, source, cells, row.published, datasets[row.published_on].title
                                  if row.published_on in datasets else row.published_on))
         rows += _floors(own_rows, results, group)

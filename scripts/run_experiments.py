@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.environment import ROOT
 from modules.errors import InputError, run_entry_point
 from scripts.experiment_files import DataSet, Table, choose, read_datasets, read_table
-from scripts.experiment_plan import CHANGED, CUT, MISSING, Run, changed_line, plan
+from scripts.experiment_plan import CHANGED, CUT, MISSING, UNAVAILABLE, UNTESTED, Run, changed_line, plan
 from scripts.experiment_runs import execute, locked, mine, prepare, put_aside, states
 
 
@@ -85,14 +85,15 @@ def run_table(arguments: argparse.Namespace, table: Table, datasets: dict[str, D
 def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, DataSet], lock: int) -> dict[str, str]:
     """Run what is missing or was cut; returns the failures by run."""
     chosen = chosen_runs(make_plan(), arguments.rows)
-    prepare([datasets[name] for name in dict.fromkeys(run.row.dataset for run in chosen)])
+    prepare({datasets[name]: {run.model for run in chosen if run.row.dataset == name}
+             for name in dict.fromkeys(run.row.dataset for run in chosen if run.state != UNAVAILABLE)})
     runs = chosen_runs(make_plan(), arguments.rows)  # files made just now count in the settings
     if arguments.redo_changed:
         put_aside([run for run in runs if run.state == CHANGED])
         runs = chosen_runs(make_plan(), arguments.rows)
     elif line := changed_line(runs):
         raise InputError(line)
-    runs = [run for run in runs if run.state in (MISSING, CUT)]
+    runs = [run for run in runs if run.state in (MISSING, CUT, UNTESTED)]
     for run in runs:
         if not run.settings["annotation_sha256"]:
             raise InputError(f"{run.name}: the annotation of data set {run.row.dataset!r} is not there (data/README.md "

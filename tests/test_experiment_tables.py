@@ -1,0 +1,107 @@
+"""The tables that run_experiments.py writes, on small results; and the whole script on trainings of seconds."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from modules.report_statistics import ReportStatistics, save_statistics
+from scripts.experiment_files import choose, read_datasets, read_table
+from scripts.experiment_plan import UNAVAILABLE
+from scripts.experiment_tables import gather, write
+from tests.experiment_support import by_name, finish, planned, write_files
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Both rows with two seeds, 40 reports each; ITHN is better in every report."""
+    files = write_files(tmp_path)
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0, 0.5, 40)
+    for name, run in by_name(planned(files)).items():
+        if run.state == UNAVAILABLE:
+            continue
+        values = base + (0.2 if "ithn" in name else 0.0) + 0.001 * run.seed
+        finish(run, score=values.mean())
+        system = ReportStatistics({"BLEU_4": values[:, None]}, "cut", "whole")
+        save_statistics(run.folder / "statistics.npz", {"model": system, "nearest training image": system})
+    return files
+
+
+def gathered(files, failed=()):
+    table = choose(read_table(files / "rows.csv"), dataset="tiny", seeds=())
+    return gather(table, read_datasets(files / "datasets.json"), planned(files), dict(failed))
+
+
+def test_table_has_spread_intervals_marks_floors_and_the_papers_figures(finished):
+    table = gathered(finished)
+    base, ithn, gpt, floor = table.rows
+    cell = ithn.cells["BLEU_4"]
+    assert cell.mean - base.cells["BLEU_4"].mean == pytest.approx(0.2)
+    assert cell.sd == pytest.approx(0.001 / 2 ** 0.5) and cell.low < cell.mean < cell.high
+    assert cell.p < 0.01 and base.cells["BLEU_4"].p is None
+    assert ithn.published == {"BLEU_4": 0.5} and ithn.published_on == "IU X-Ray" and ithn.group == "tiny data"
+    assert gpt.source == "not available: --model_name gpt" and not gpt.cells
+    assert floor.is_floor and floor.cells["BLEU_4"].mean == 0.02
+    paths = write(table, finished / "out")
+    markdown, csv_text, latex = (path.read_text() for path in paths)
+    assert f"**{cell.mean:.3f}** ± 0.001 \\*\\* |" in markdown and r"Base\_1" in markdown
+    assert f"[{cell.low:.3f}, {cell.high:.3f}]" in markdown and "| paper, IU X-Ray | 0.500 |" in markdown
+    assert "SYNTHETIC" in markdown and "SYNTHETIC" in latex
+    assert csv_text.splitlines()[0].startswith("dataset,method,source,paper_dataset,BLEU_4_mean,BLEU_4_sd,BLEU_4_low")
+    assert f"\\textbf{{{cell.mean:.3f}}} $\\pm$ 0.001 $^{{**}}$" in latex and r"Base\_1" in latex
+    assert latex.count(r"\begin") == latex.count(r"\end") == 2
+
+
+def test_table_of_unfinished_work_says_so(finished):
+    (finished / "out/ithn/seed2/results.json").unlink()
+    table = gathered(finished, {"ithn seed 2": "no such thing"})
+    ithn = table.rows[1]
+    assert ithn.source == "1 of 2 seeds, 1 failed" and ithn.cells["BLEU_4"].sd is None
+    # Compared on the seed that both rows have.
+    assert ithn.cells["BLEU_4"].p < 0.01
+    assert "ithn seed 2: no such thing" in table.notes
+
+
+def test_rows_on_other_reports_are_not_compared(finished):
+    for seed in (1, 2):
+        system = ReportStatistics({"BLEU_4": np.ones((40, 1))}, "cut", "others")
+        save_statistics(finished / f"out/ithn/seed{seed}/statistics.npz", {"model": system})
+    table = gathered(finished)
+    assert table.rows[1].cells["BLEU_4"].p is None
+    assert any("+ ITHN: not compared with base" in note for note in table.notes)
+
+
+def test_rows_without_statistics_still_have_means(finished):
+    for path in (finished / "out").glob("ithn/*/statistics.npz"):
+        path.unlink()
+    cell = gathered(finished).rows[1].cells["BLEU_4"]
+    assert cell.sd > 0 and cell.low is None and cell.p is None
+
+
+@pytest.mark.slow
+def test_the_whole_on_real_trainings(demo, tmp_path):
+    from tests.conftest import TINY
+
+    (tmp_path / "datasets.json").write_text(json.dumps({"tiny": {
+        "flags": ["--ann_path", str(demo / "annotation.json"), "--image_dir", str(demo / "images"), *TINY,
+                  "--epochs", "1"]}}))
+    (tmp_path / "rows.csv").write_text("name,flags,baseline\nbase,--ithn off,\nithn,--ithn on,base\n")
+
+    def call(*flags):
+        return subprocess.run(
+            [sys.executable, "scripts/run_experiments.py", tmp_path / "rows.csv", "--datasets",
+             tmp_path / "datasets.json", "--dataset", "tiny", "--out", tmp_path / "out", "--seeds", "1", *flags],
+            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    done = call()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2,000 resamples" in done.stdout and (tmp_path / "out/table.tex").is_file()
+    before = (tmp_path / "out/ithn/seed1/results.json").stat().st_mtime_ns
+    assert call().returncode == 0
+    assert (tmp_path / "out/ithn/seed1/results.json").stat().st_mtime_ns == before
+    changed = call("--overrides", "--alpha 0.5")
+    assert changed.returncode == 2 and changed.stderr.count("\n") == 1 and "alpha 0.01, now 0.5" in changed.stderr

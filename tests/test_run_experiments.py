@@ -1,0 +1,288 @@
+"""run_experiments.py: tables read or refused, runs told apart by their settings, run, resumed, skipped."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from modules.config import Config
+from modules.errors import InputError
+from modules.flags import parse_flags, resolve_config
+from scripts import experiment_runs
+from scripts.experiment_files import choose, read_datasets, read_table
+from scripts.experiment_plan import (
+    CHANGED,
+    CUT,
+    DONE,
+    MISSING,
+    NOT_DECIDING,
+    UNAVAILABLE,
+    UNTESTED,
+    changed_line,
+    plan,
+)
+from tests.experiment_support import MODELS, by_name, finish, planned, write_files
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = sorted(path for path in (ROOT / "experiments").glob("*.json") if path.name != "datasets.json")
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """The support's files; the runner looks at its runs often."""
+    monkeypatch.setattr(experiment_runs, "SECONDS_BETWEEN_LOOKS", 0.02)
+    return write_files(tmp_path)
+
+
+# ---- the files
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_shipped_tables_run_on_the_demo_data_and_on_their_own(path, tmp_path):
+    table, datasets = read_table(path), read_datasets(ROOT / "experiments" / "datasets.json")
+    assert all(len(row.seeds) == 3 and row.published for row in table.rows)
+    keys = {column.key for column in table.columns}
+    assert all(set(row.published) <= keys for row in table.rows)
+    for chosen in (table, choose(table, dataset="demo", seeds=())):
+        runs = plan(chosen, datasets, tmp_path, overrides=(), text_encoder="", models=MODELS)
+        assert len(runs) == 3 * len(table.rows)
+        for run in runs:
+            assert (run.state == UNAVAILABLE) is ("visualgpt" in run.row.flags), run.reason
+    assert all("tfidf" in str(run.index.path) for run in runs if run.index)
+
+
+def test_figures_of_the_paper():
+    components = {row.name: row.published for row in read_table(ROOT / "experiments/table3_components.json").rows}
+    assert components["ithn"] == {"BLEU_4": 0.183, "ROUGE_L": 0.387, "CIDEr": 0.495}
+    table1 = {row.name: row.published for row in read_table(ROOT / "experiments/table1_iu_xray.json").rows}
+    assert list(table1["r2gencmn_ithn"].values()) == [0.496, 0.319, 0.220, 0.160, 0.378, 0.194, 0.461]
+
+
+@pytest.mark.parametrize("name", ["iu_xray", "mimic_cxr"])
+def test_data_sets_have_the_settings_of_the_run_scripts(name, tmp_path):
+    scripted = _flags_of_script(f"run_{name}.sh", tmp_path)
+    dataset = read_datasets(ROOT / "experiments" / "datasets.json")[name]
+    assert _config(dataset.flags) == _config(scripted)
+
+
+def test_demo_has_the_settings_of_the_demo_script():
+    script = (ROOT / "run_demo.sh").read_text()
+    command = script[script.index("main_train.py --ann_path"):].partition('"$@"')[0].replace("\\\n", " ")
+    words = [word for word in command.split()[1:]]
+    assert _config(read_datasets(ROOT / "experiments" / "datasets.json")["demo"].flags) == _config(words)
+
+
+def _config(flags):
+    given, _ = parse_flags(flags, "", "")
+    for name in ("seed", "save_dir", "negative_index"):
+        given.pop(name, None)
+    return resolve_config(given)
+
+
+def _flags_of_script(script, folder):
+    """What a run script calls main_train.py with: a stand-in for Python writes it down."""
+    (folder / "scripts").mkdir()
+    for name in (script, "scripts/mine_train_test.sh"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    stand_in = folder / ".venv/bin/python"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text(f'#!/bin/sh\n[ "$1" = main_train.py ] && printf "%s\\n" "$@" >{folder}/calls\nexit 0\n')
+    stand_in.chmod(0o755)
+    subprocess.run(["bash", folder / script], check=True, stdout=subprocess.DEVNULL)
+    return (folder / "calls").read_text().splitlines()[1:]
+
+
+@pytest.mark.parametrize(("name", "content", "part"), [
+    ("t.json", "[1]", "must be an object in braces, found list"), ("t.json", "{", "line 1: not JSON"),
+    ("t.json", '{"rows": []}', "must be a list of one row or more"), ("t.json", '{"row": []}', "'row' is none of"),
+    ("t.json", '{"rows": [{"name": "a/b"}]}', "name 'a/b'"), ("t.json", '{"rows": [{"name": "a", "x": 1}]}', "'x'"),
+    ("t.json", '{"rows": [{"name": "a", "flags": "alpha"}]}', "flags start with --"),
+    ("t.json", '{"rows": [{"name": "a", "flags": "--x \'"}]}', "flags must be text"),
+    ("t.json", '{"rows": [{"name": "a", "seeds": [1, 1]}]}', "different numbers"),
+    ("t.json", '{"rows": [{"name": "a", "seeds": ["x"]}]}', "seeds must be whole numbers"),
+    ("t.json", '{"rows": [{"name": "a", "published": {"BLEU_4": "high"}}]}', "published figures must be numbers"),
+    ("t.json", '{"rows": [{"name": "a"}, {"name": "a"}]}', "two rows are named 'a'"),
+    ("t.json", '{"rows": [{"name": "a", "baseline": "b"}]}', "baseline 'b' is none of"),
+    ("t.csv", "row,flags\n", "has the columns name and flags"), ("t.csv", "name,flags\na\n", "line 2: has not the 2"),
+    ("t.json", None, "No such file")])
+def test_wrong_tables_get_one_line(tmp_path, name, content, part):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=part) as error:
+        read_table(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_data_sets_run_nothing_but_scripts_of_the_project(tmp_path):
+    path = tmp_path / "datasets.json"
+    for command in ("/bin/sh -c x", "scripts/../../x.py", ""):
+        path.write_text(json.dumps({"d": {"prepare": [{"makes": "x", "run": command}]}}))
+        with pytest.raises(InputError, match="must be a script of this project"):
+            read_datasets(path)
+
+
+# ---- what is to be done
+
+
+def test_states(files):
+    runs = by_name(planned(files))
+    assert [run.state for run in runs.values()] == [MISSING] * 4 + [UNAVAILABLE]
+    assert "r2gencmn" in runs["gpt seed 1"].reason
+    finish(runs["base seed 1"])
+    finish(runs["base seed 2"], alpha=0.5, device="cuda", save_dir="elsewhere")
+    finish(runs["ithn seed 1"], meteor=False)
+    runs["ithn seed 2"].folder.mkdir(parents=True)
+    (runs["ithn seed 2"].folder / "current_checkpoint.pth").touch()
+    runs = by_name(planned(files))
+    assert [run.state for run in runs.values()] == [DONE, CHANGED, UNTESTED, CHANGED, UNAVAILABLE]
+    assert runs["base seed 2"].reason == "alpha 0.5, now 0.01"
+    line = changed_line(runs.values())
+    assert "base seed 2 (and 1 more" in line and "alpha 0.5, now 0.01" in line and "\n" not in line
+    experiment_runs.put_aside([run for run in runs.values() if run.state == CHANGED])
+    assert (files / "out/base/seed2.old1/results.json").is_file()
+    assert changed_line(planned(files)) is None
+
+
+def test_another_annotation_is_noticed_and_another_place_is_not(files):
+    for run in planned(files)[:4]:
+        finish(run)
+    assert {run.state for run in planned(files)[:4]} == {DONE}
+    (files / "moved.json").write_bytes((files / "annotation.json").read_bytes())
+    moved = planned(files, ["--ann_path", str(files / "moved.json"), "--num_workers", "0"])
+    assert {run.state for run in moved[:4]} == {DONE}
+    (files / "annotation.json").write_text('{"more": 1}')
+    assert "annotation_sha256" in planned(files)[0].reason
+
+
+def test_an_older_result_without_a_new_setting_is_still_the_same(files):
+    run = planned(files)[0]
+    finish(run)
+    content = json.loads((run.folder / "results.json").read_text())
+    del content["config"]["clamp_segment"], content["config"]["alpha"]
+    (run.folder / "results.json").write_text(json.dumps(content))
+    assert planned(files)[0].state == DONE
+    assert planned(files, ["--alpha", "0.3"])[0].reason == "alpha 0.01, now 0.3"
+
+
+def test_one_index_for_the_rows_that_need_one(files):
+    (files / "rows.csv").write_text("name,flags\noff,--ithn off\ncon,--ithn on --strategy contrastive\n"
+                                    "ithn,--ithn on\nmochi,--ithn on --strategy mochi --num_neighbours 9\n"
+                                    "own,--ithn on --negative_index mine.safetensors\n")
+    runs = {run.row.name: run for run in planned(files)}
+    assert [name for name, run in runs.items() if run.index] == ["ithn", "mochi"]
+    assert runs["ithn"].index == runs["mochi"].index and runs["mochi"].index.top_k == 9
+    assert runs["ithn"].index.text_encoder == "tfidf" and str(runs["ithn"].index.path) in runs["ithn"].flags
+    finish(runs["ithn"])
+    (files / "rows.csv").write_text("name,flags\nithn,--ithn on\n")
+    assert planned(files)[2].index.top_k == 5 and planned(files)[2].state == DONE
+
+
+@pytest.mark.parametrize(("flags", "part"), [
+    ("--alpha x", "row base: argument --alpha"), ("--seed 3", "row base: --seed is set for each run"),
+    ("--heads 3", "row base: unrecognized"), ("--d_model 7", "row base: --d_model 7 cannot")])
+def test_wrong_flags_name_their_row(files, flags, part):
+    with pytest.raises(InputError, match=part):
+        planned(files, flags.split())
+
+
+# ---- running, with a stand-in for main_train.py
+
+
+STAND_IN = """
+import json, pathlib, sys, time
+flags = sys.argv[1:]
+value = lambda name: flags[flags.index(name) + 1]
+folder = pathlib.Path(value("--save_dir"))
+(folder / "calls").open("a").write(" ".join(flags) + "\\n")
+if "--alpha" in flags:
+    print("error: no such thing", file=sys.stderr)
+    sys.exit(2)
+(folder / "current_checkpoint.pth").touch()
+(folder / "history.json").write_text("[1, 2]")
+while (pathlib.Path(__file__).parent / "wait").exists():
+    time.sleep(0.02)
+(folder / "results.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def stand_in(files, monkeypatch):
+    monkeypatch.setattr(experiment_runs, "ROOT", files)
+    for name in ("main_train.py", "main_test.py"):
+        (files / name).write_text(STAND_IN)
+    with experiment_runs.locked(files / "out") as lock:
+        yield lambda runs, **options: experiment_runs.execute(runs, lock=lock, **({"jobs": 2} | options))
+
+
+def test_runs_what_is_given_and_goes_on_after_a_failure(files, stand_in):
+    bad = planned(files, ["--alpha", "0.3"])[0]
+    good = planned(files)[1:4]
+    assert stand_in([bad, *good]) == {"base seed 1": "no such thing"}
+    assert all((run.folder / "results.json").is_file() for run in good)
+    assert "--seed 2" in (good[0].folder / "calls").read_text()
+    assert (good[0].folder / "console.log").stat().st_mode & 0o077 == 0
+    record = json.loads((good[0].folder / "experiment.json").read_text())
+    assert record["seed"] == 2 and len(record["hash"]) == 12
+
+
+def test_a_cut_run_goes_on_and_a_failed_one_is_not_believed(files, stand_in):
+    (files / "wait").touch()
+    run = planned(files)[0]
+    process = experiment_runs._start(run, lock=os.open(files / "out/.lock", os.O_RDONLY)).process
+    while not (run.folder / "history.json").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    (files / "wait").unlink()
+    run = planned(files)[0]
+    assert run.state == CUT
+    assert stand_in([run]) == {}
+    first, second = (run.folder / "calls").read_text().splitlines()
+    assert "--resume" not in first and second.endswith(f"--resume {run.folder / 'current_checkpoint.pth'}")
+    (files / "main_train.py").write_text("print('no validation was run')")
+    assert stand_in([planned(files)[1]]) == {"base seed 2": "no validation was run"}
+
+
+def test_untested_runs_are_tested_again(files, stand_in):
+    finish(planned(files)[0], meteor=False)
+    [run] = [run for run in planned(files) if run.state == UNTESTED]
+    command = experiment_runs.command(run)
+    assert command[1].endswith("main_test.py") and command[2:4] == ["--load", str(run.folder / "model_best.pth")]
+
+
+def test_two_runners_do_not_share_a_folder(files, stand_in):
+    with pytest.raises(InputError, match=r"another run_experiments\.py"), experiment_runs.locked(files / "out"):
+        pass
+
+
+def test_stopping_leaves_no_training_behind(files, stand_in):
+    (files / "wait").touch()
+    script = f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from scripts import experiment_runs, run_experiments
+import signal
+experiment_runs.ROOT = pathlib.Path({str(files)!r})
+run_experiments.available_models = lambda: {MODELS}
+run_experiments.mine = lambda runs: None
+sys.argv = ["x", {str(files / 'rows.csv')!r}, "--datasets", {str(files / 'datasets.json')!r}, "--dataset", "tiny",
+            "--out", {str(files / 'other')!r}, "--jobs", "2"]
+run_experiments.run_entry_point(run_experiments.main)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while len(list((files / "other").glob("*/*/history.json"))) < 2 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == b"" and process.returncode == 130
+    with experiment_runs.locked(files / "other"):  # nobody holds it any more
+        assert not list((files / "other").glob("*/*/results.json"))
+
+
+def test_every_flag_that_is_not_compared_exists():
+    assert {field.name for field in dataclasses.fields(Config)} >= NOT_DECIDING
