@@ -15,8 +15,8 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "xpronet": {
         "batch_size": 16, "lr_ve": 1e-3, "lr_ed": 2e-3, "lr_scheduler": "StepLR", "step_size": 10, "gamma": 0.8,
-        "epochs": 30, "topk": 15, "num_protype": 20, "num_cluster": 14, "weight_img_con_loss": 1.0,
-        "weight_txt_con_loss": 0.1, "flip": False, "drop_last": True, "views": "paired",
+        "epochs": 30, "topk": 15, "num_protype": 20, "num_cluster": 14, "d_img_ebd": 2048, "d_txt_ebd": 768,
+        "weight_img_con_loss": 1.0, "weight_txt_con_loss": 0.1, "flip": False, "drop_last": True, "views": "paired",
     },
 }
 # What changes on MIMIC-CXR: longer reports, a smaller vocabulary, fewer epochs.
