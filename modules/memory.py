@@ -65,6 +65,7 @@ class _ChosenScores(torch.autograd.Function):
         return d_query.detach(), d_keys, None, None
 
 
+@torch.compiler.disable  # the tracer takes no gradient inside a gradient: a break here, instead of in every caller
 def topk_attention(query: Tensor, keys: Tensor, values: Tensor, k: int, dropout: float = 0.0) -> Tensor:
     """Softmax attention of query (R, h, w) over the k best of keys (M, h, w); returns (R, h, w) of values (M, h, w).
 
