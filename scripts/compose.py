@@ -77,7 +77,7 @@ def read_data(config: Config, *, tokenizer: Tokenizer | None = None, trained_wit
         logger.warning("--xpronet_labels reference: reports are generated from labels that come from the reference "
                        "reports; every score of this run is named *_%s and is none of a model that sees images only",
                        score_tag(config))
-    return Data(annotation, tokenizer, strategy, index, trained_with or strategy, labels)
+    return Data(annotation, tokenizer, strategy, index, trained_with or strategy, labels=labels)
 
 
 def _backbone_class(config: Config) -> type[Backbone]:
