@@ -31,7 +31,7 @@ class LayerNorm(nn.Module):
 
 
 class ConditionalLayerNorm(LayerNorm):
-    """Layer norm whose scale and shift are changed by the memory at the same position (Eq. 13-16)."""
+    """Layer norm whose scale and shift are changed by the memory at the same position."""
 
     def __init__(self, d_model: int, memory_dim: int):
         super().__init__(d_model)

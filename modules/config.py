@@ -68,9 +68,11 @@ class Config:
     # ---- XProNet
     label_path: str = flag("data/iu_xray/labels.pickle", "XProNet", "labels of every study: a CSV file with columns "
                            "id and the 14 classes (scripts/label_reports.py), or a pickled dictionary of arrays")
-    label_order: str = flag("", "XProNet", "order of the classes in the prototypes, and in a pickle, which has no "
-                            "names: chexpert, chexbert (XProNet's IU X-Ray files), mimic_cxr (its MIMIC-CXR files) or "
-                            "14 names separated by commas; default for CSV files: chexpert")
+    label_columns: str = flag("", "XProNet", "order of a pickle's columns, which have no names: chexpert, chexbert "
+                              "(XProNet's IU X-Ray file), mimic_cxr (its MIMIC-CXR file) or 14 names separated by "
+                              "commas; a CSV file needs none")
+    cluster_order: str = flag("chexpert", "XProNet", "order of the classes in the prototype matrix, likewise: "
+                              "published prototypes and checkpoints follow the labels they were made with")
     init_protypes_path: str = flag("data/iu_xray/init_protypes_512.pt", "XProNet", "initial prototypes, written by "
                                    "scripts/build_prototypes.py or published; an empty name draws them at random")
     num_cluster: int = flag(20, "XProNet", "classes that have prototypes; the labels have 14", low=1)

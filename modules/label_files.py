@@ -32,7 +32,7 @@ class LabelTable:
     """Multi-hot labels by study id; ``path`` is for error messages."""
 
     path: str
-    labels: Mapping[str, np.ndarray]  # (14,) float32 each, in the order that was asked for
+    labels: Mapping[str, np.ndarray]  # (14,) float32 each, in the order of the classes that was asked for
 
     def of(self, studies: Sequence[Study]) -> np.ndarray:
         """(N, 14) float32. A study is looked up by its id, its study_id, or the id's first two "-"-separated pieces.
@@ -51,8 +51,8 @@ class LabelTable:
         return next((self.labels[key] for key in keys if key in self.labels), None)
 
 
-def class_order(text: str) -> tuple[str, ...]:
-    """The 14 classes in the order called ``text``: a name of ORDERS, or all 14 separated by commas."""
+def class_order(text: str, flag: str) -> tuple[str, ...]:
+    """The 14 classes in the order called ``text``, the value of ``flag``: a name of ORDERS, or all 14 with commas."""
     if text in ORDERS:
         return ORDERS[text]
     given = [name.strip().lower() for name in text.split(",")]
@@ -60,16 +60,16 @@ def class_order(text: str) -> tuple[str, ...]:
     if sorted(given) != sorted(known):
         wrong = next((name for name in given if name not in known), None)
         reason = f"no class is called {wrong!r}" if wrong else f"{len(set(given))} of the 14 classes are named"
-        raise InputError(f"--label_order: {reason}; give {', '.join(ORDERS)}, or the 14 classes separated by commas: "
+        raise InputError(f"--{flag}: {reason}; give {', '.join(ORDERS)}, or the 14 classes separated by commas: "
                          f"{', '.join(CLASSES)}")
     return tuple(known[name] for name in given)
 
 
-def read_labels(path: str | Path, order: str = "") -> LabelTable:
+def read_labels(path: str | Path, classes: Sequence[str] = CLASSES, columns: str = "") -> LabelTable:
     """Read a CSV file (an id column and the 14 classes by name) or a pickled dictionary of id -> 14 numbers.
 
-    ``order`` (see ``class_order``) is that of the labels returned, by default CLASSES; a pickle's columns have no
-    names, so for one it must be given and is also how the file is read. InputError for a file that does not fit.
+    The labels come in the order of ``classes``, whatever the file's. A pickle's columns have no names: ``columns``
+    (see ``class_order``) must say what they are. InputError for a file that does not fit.
     """
     try:
         with open(path, "rb") as file:
@@ -77,32 +77,36 @@ def read_labels(path: str | Path, order: str = "") -> LabelTable:
     except OSError as error:
         raise InputError(f"--label_path {path}: cannot be read: {error.strerror}; a CSV file with the columns id and "
                          "the 14 classes is needed (scripts/label_reports.py makes one)") from error
-    if is_pickle and not order:
-        raise InputError(f"{path}: the columns of a pickle have no names; say their order with --label_order chexbert "
+    if is_pickle and not columns:
+        raise InputError(f"{path}: the columns of a pickle have no names; say them with --label_columns chexbert "
                          "(XProNet's IU X-Ray file), mimic_cxr (its MIMIC-CXR file) or 14 names")
-    if is_pickle:
-        return LabelTable(str(path), _pickled_labels(path))
-    return LabelTable(str(path), _csv_labels(path, class_order(order or "chexpert")))
+    own, labels = class_order(columns, "label_columns") if is_pickle else CLASSES, {}
+    by_name = [own.index(name) for name in classes]
+    read = _pickled_labels if is_pickle else _csv_labels
+    for key, values in read(path).items():
+        labels[key] = values[by_name]
+    return LabelTable(str(path), labels)
 
 
-def _csv_labels(path: str | Path, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _csv_labels(path: str | Path) -> dict[str, np.ndarray]:
+    """In the order of CLASSES."""
     table = read_table(path)
     columns = [column.strip().lower() for column in table.columns]
     id_column = next((columns.index(name) for name in ID_COLUMNS if name in columns), None)
     if id_column is None:
         raise InputError(f"{path}: no column {', '.join(ID_COLUMNS)} with the ids of the studies; the columns are "
                          f"{', '.join(table.columns)}")
-    by_name = [CLASSES.index(name) for name in classes]
     values = np.array([[label in (1, -1) for label in row] for row in parse_labels(table)], np.float32)
     labels: dict[str, np.ndarray] = {}
     for number, (row, value) in enumerate(zip(table.rows, values, strict=True), start=1):
         if row[id_column] in labels:
             raise InputError(f"{path}: row {number}: id {row[id_column]!r} appears twice")
-        labels[row[id_column]] = value[by_name]
+        labels[row[id_column]] = value
     return labels
 
 
 def _pickled_labels(path: str | Path) -> dict[str, np.ndarray]:
+    """In the order of the file."""
     labels = {}
     for key, values in read_pickled_arrays(path).items():
         if values.shape != (len(CLASSES),):

@@ -31,4 +31,6 @@ BACKBONES = tuple(_PUBLISHED)
 def preset(backbone: str, dataset_name: str) -> dict[str, Any]:
     """Flag values by name of ``backbone`` on ``dataset_name``."""
     lengths = {"max_seq_length": 60, "threshold": 3}
-    return lengths | _PUBLISHED[backbone] | (_MIMIC_CXR[backbone] if dataset_name == "mimic_cxr" else {})
+    # XProNet's prototypes and checkpoints are ordered as the label files of their data set.
+    clusters = {"cluster_order": {"iu_xray": "chexbert", "mimic_cxr": "mimic_cxr"}[dataset_name]}
+    return lengths | _PUBLISHED[backbone] | (clusters if backbone == "xpronet" else {}) | (_MIMIC_CXR[backbone] if dataset_name == "mimic_cxr" else {})

@@ -1,6 +1,6 @@
 """R2Gen's relational memory: slots that attend to themselves and to the newest token, then change through gates.
 
-Chen et al., EMNLP 2020 (arXiv 2010.16056), Eq. 4-12.
+Chen et al., EMNLP 2020 (arXiv 2010.16056).
 
 Shapes: B rows (studies, or their hypotheses), T tokens, s slots, d = d_model, h heads of width w. Inside the recurrence
 slots come first, (s, B, d): the slots of all rows are one matrix, and the token is the row that stands after them.

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
             choices=DATASETS if name == "dataset_name" else None, metavar=field.type.__name__.upper(),
             help=f"{field.metadata['help']} (default: {field.default})")
     add("--label_path", required=True, metavar="FILE", help=Config.__dataclass_fields__["label_path"].metadata["help"])
-    add("--label_order", default="", metavar="ORDER", help="as in main_train.py; a pickle needs it")
+    add("--label_columns", default="", metavar="ORDER", help="as in main_train.py; a pickle needs it")
     add("--out", required=True, type=Path, metavar="FILE", help="file to write (.safetensors), readable by you alone")
     add("--num_protype", type=int, default=20, metavar="N", help="prototypes of each class; default %(default)s")
     add("--mirrored", type=boolean, default=True, metavar="{true,false}",
@@ -127,7 +127,7 @@ def describe(arguments: argparse.Namespace, widths: dict[str, int], short: dict[
         print(f"{name}: {found['different_members']} different members for {found['needed']} prototypes; the others "
               f"are {others}")
     flags = {"init_protypes_path": arguments.out, "num_cluster": NUM_CLASSES, "num_protype": arguments.num_protype,
-             **widths} | ({"label_order": arguments.label_order} if arguments.label_order else {})
+             **widths}
     print(f"wrote {arguments.out}; train with " + " ".join(f"--{name} {value}" for name, value in flags.items()))
 
 
@@ -140,24 +140,23 @@ def main() -> None:
     import torch
 
     from modules.environment import provenance
-    from modules.label_files import NO_FINDING, class_order, read_labels
+    from modules.label_files import CLASSES, NO_FINDING, read_labels
     from modules.prototype_files import save_prototypes
     from scripts import compose
 
     device = compose.prepare_device(config)
     data = compose.read_data(config)
     studies = data.annotation.splits["train"]
-    classes = class_order(arguments.label_order or "chexpert")
-    labels = read_labels(arguments.label_path, arguments.label_order).of(studies)
-    labels[labels.sum(axis=1) == 0, classes.index(NO_FINDING)] = 1
+    labels = read_labels(arguments.label_path, columns=arguments.label_columns).of(studies)
+    labels[labels.sum(axis=1) == 0, CLASSES.index(NO_FINDING)] = 1
     texts, encoder = text_features(arguments, [" ".join(study.report.split()) for study in studies], str(device))
     sides = image_features(config, data, device, arguments.mirrored)
-    prototypes, scale, short = cluster(arguments, sides, texts, labels, classes)
+    prototypes, scale, short = cluster(arguments, sides, texts, labels, CLASSES)
     widths = {"d_img_ebd": sides[0].shape[1], "d_txt_ebd": texts.shape[1]}
-    save_prototypes(arguments.out, torch.from_numpy(prototypes), classes, {
+    save_prototypes(arguments.out, torch.from_numpy(prototypes), CLASSES, {
         "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
         **widths, "text_scale": scale, "text_encoder": encoder, "too_few": short,
-        "members": dict(zip(classes, map(int, labels.sum(axis=0)), strict=True)),
+        "members": dict(zip(CLASSES, map(int, labels.sum(axis=0)), strict=True)),
         "annotation_sha256": data.annotation.sha256, "train_sha256": data.annotation.train_sha256,
         "synthetic": data.annotation.synthetic, **provenance(str(device))})
     describe(arguments, widths, short)

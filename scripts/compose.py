@@ -72,7 +72,7 @@ def read_data(config: Config, *, tokenizer: Tokenizer | None = None, trained_wit
     strategy, index = _hard_negatives(config, annotation) if trained_with is None else ("off", None)
     labels = None
     if _backbone_class(config).needs_labels and (trained_with is None or score_tag(config)):
-        labels = read_labels(config.label_path, config.label_order)
+        labels = read_labels(config.label_path, _clusters(config), config.label_columns)
     if score_tag(config):
         logger.warning("--xpronet_labels reference: reports are generated from labels that come from the reference "
                        "reports; every score of this run is named *_%s and is none of a model that sees images only",
@@ -90,6 +90,11 @@ def score_tag(config: Config) -> str:
     """What the names of scores carry where generation is given labels of the reference reports; else nothing."""
     leaks = _backbone_class(config).needs_labels and config.xpronet_labels == "reference"
     return "reference_labels" if leaks else ""
+
+
+def _clusters(config: Config) -> tuple[str, ...]:
+    """The label classes in the order of their prototypes."""
+    return class_order(config.cluster_order, "cluster_order")
 
 
 def _hard_negatives(config: Config, annotation: Annotation) -> tuple[str, HardNegativeIndex | None]:
@@ -169,7 +174,7 @@ def backbone_options(config: Config, *, pretrained: bool) -> dict[str, Any]:
 
 def _prototypes(config: Config, pretrained: bool) -> dict[str, Any]:
     """XProNet's clusters by name, and the prototypes to start from unless a checkpoint brings them."""
-    classes = class_order(config.label_order or "chexpert")
+    classes = _clusters(config)
     initial = None
     if pretrained and config.init_protypes_path:
         initial = load_prototypes(config.init_protypes_path, classes, num_protype=config.num_protype,

@@ -51,7 +51,7 @@ def named(row, order):
 def test_csv_columns_are_read_by_name(tmp_path, order):
     shuffled = CLASSES[::2] + CLASSES[1::2]
     path = csv_file(tmp_path / "labels.csv", shuffled)
-    found = read_labels(path, order).of([study(key) for key in IDS])
+    found = read_labels(path, ORDERS[order]).of([study(key) for key in IDS])
     assert found.dtype == np.float32 and found.shape == (2, 14)
     assert [named(row, order) for row in found] == POSITIVE
 
@@ -67,19 +67,20 @@ def test_uncertain_is_positive_and_unmentioned_negative(tmp_path, cells):
     assert [named(row, "chexpert") for row in read_labels(path).of([study(key) for key in IDS])] == POSITIVE
 
 
-@pytest.mark.parametrize("order", ["chexbert", "mimic_cxr"])
+@pytest.mark.parametrize(("columns", "order"), [
+    ("chexbert", "chexbert"), ("mimic_cxr", "chexbert"), ("chexbert", "chexpert")])
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_pickle_is_read_in_the_order_that_was_named(tmp_path, order, protocol):
-    content = arrays(order)
+def test_pickle_is_arranged_by_the_names_given_for_it(tmp_path, columns, order, protocol):
+    content = arrays(columns)
     if protocol == 2:  # bytes have no opcode of their own there, so arrays cannot be told from calls of codecs
         content = {key: values.tolist() for key, values in content.items()}
-    found = read_labels(pickle_file(tmp_path / "labels.pickle", content, protocol), order)
+    found = read_labels(pickle_file(tmp_path / "labels.pickle", content, protocol), ORDERS[order], columns)
     assert [named(row, order) for row in found.of([study(key) for key in IDS])] == POSITIVE
 
 
-def test_pickle_without_order_is_refused(tmp_path):
+def test_pickle_without_names_is_refused(tmp_path):
     path = pickle_file(tmp_path / "labels.pickle", arrays("chexbert"))
-    with pytest.raises(InputError, match="no names; say their order with --label_order chexbert"):
+    with pytest.raises(InputError, match="no names; say them with --label_columns chexbert"):
         read_labels(path)
 
 
@@ -94,7 +95,7 @@ def test_lookup_by_id_study_and_the_first_two_pieces(tmp_path):
 @pytest.mark.parametrize(("text", "expected"), [
     ("chexbert", ORDERS["chexbert"]), (", ".join(CLASSES[::-1]).upper(), CLASSES[::-1])])
 def test_class_order(text, expected):
-    assert class_order(text) == expected
+    assert class_order(text, "cluster_order") == expected
     assert sorted(expected) == sorted(CLASSES)
 
 
@@ -102,8 +103,8 @@ def test_class_order(text, expected):
     ("edema", "1 of the 14 classes are named"), ("chexbart", "no class is called 'chexbart'"),
     (",".join([*CLASSES[:-1], CLASSES[0]]), "13 of the 14")])
 def test_class_order_names_the_mistake(text, reason):
-    with pytest.raises(InputError, match=reason):
-        class_order(text)
+    with pytest.raises(InputError, match=f"--cluster_order: {reason}"):
+        class_order(text, "cluster_order")
 
 
 @pytest.mark.parametrize(("change", "reason"), [
@@ -136,7 +137,7 @@ def test_missing_file_says_what_makes_one(tmp_path):
 ])
 def test_pickles_of_anything_else_are_refused(tmp_path, content, reason):
     with pytest.raises(InputError, match=reason):
-        read_labels(pickle_file(tmp_path / "labels.pickle", content), "chexbert")
+        read_labels(pickle_file(tmp_path / "labels.pickle", content), columns="chexbert")
 
 
 class Harmful:
