@@ -16,14 +16,15 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     "xpronet": {
         "batch_size": 16, "lr_ve": 1e-3, "lr_ed": 2e-3, "lr_scheduler": "StepLR", "step_size": 10, "gamma": 0.8,
         "epochs": 30, "topk": 15, "num_protype": 20, "num_cluster": 14, "d_img_ebd": 2048, "d_txt_ebd": 768,
-        "weight_img_con_loss": 1.0, "weight_txt_con_loss": 0.1, "flip": False, "drop_last": True, "views": "paired",
+        "cluster_order": "chexbert", "weight_img_con_loss": 1.0, "weight_txt_con_loss": 0.1, "flip": False,
+        "drop_last": True, "views": "paired",
     },
 }
 # What changes on MIMIC-CXR: longer reports, a smaller vocabulary, fewer epochs.
 _MIMIC_CXR: dict[str, dict[str, Any]] = {
     "r2gen": {"max_seq_length": 100, "threshold": 10, "epochs": 30},
     "r2gencmn": {"max_seq_length": 100, "threshold": 10, "epochs": 30, "step_size": 3},
-    "xpronet": {"max_seq_length": 100, "threshold": 10},
+    "xpronet": {"max_seq_length": 100, "threshold": 10, "cluster_order": "mimic_cxr"},
 }
 BACKBONES = tuple(_PUBLISHED)
 
@@ -31,6 +32,4 @@ BACKBONES = tuple(_PUBLISHED)
 def preset(backbone: str, dataset_name: str) -> dict[str, Any]:
     """Flag values by name of ``backbone`` on ``dataset_name``."""
     lengths = {"max_seq_length": 60, "threshold": 3}
-    # XProNet's prototypes and checkpoints are ordered as the label files of their data set.
-    clusters = {"cluster_order": {"iu_xray": "chexbert", "mimic_cxr": "mimic_cxr"}[dataset_name]}
-    return lengths | _PUBLISHED[backbone] | (clusters if backbone == "xpronet" else {}) | (_MIMIC_CXR[backbone] if dataset_name == "mimic_cxr" else {})
+    return lengths | _PUBLISHED[backbone] | (_MIMIC_CXR[backbone] if dataset_name == "mimic_cxr" else {})

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.config import DATASETS, NUM_CLASSES, Config
+from modules.clinical_rules import CLASSES
+from modules.config import DATASETS, Config
 from modules.errors import InputError, run_entry_point
 from modules.flags import boolean
 
@@ -91,7 +92,7 @@ def text_features(arguments: argparse.Namespace, reports: list[str], device: str
     return np.asarray(vectors, np.float32)[[rows[text] for text in reports]], encoder.describe()
 
 
-def cluster(arguments: argparse.Namespace, sides: list, texts, labels, classes: tuple[str, ...]) -> tuple:
+def cluster(arguments: argparse.Namespace, sides: list, texts, labels) -> tuple:
     """(C * num_protype, width) prototypes, the scale of the text part, and the classes with too few members."""
     import numpy as np
 
@@ -104,11 +105,11 @@ def cluster(arguments: argparse.Namespace, sides: list, texts, labels, classes: 
     parts, short = [], {}
     for number, (images, num) in enumerate(zip(sides, shares, strict=True)):
         features = np.concatenate([images, scale * texts], axis=1)
-        centres, found = cluster_by_label(features, labels, num, classes=classes, seed=arguments.seed + number,
+        centres, found = cluster_by_label(features, labels, num, classes=CLASSES, seed=arguments.seed + number,
                                           description=("k-means", "k-means, mirrored")[number])
         parts.append(centres)
         short |= {name: {"different_members": count, "needed": num} for name, count in found.items()}
-    return np.concatenate(parts, axis=1).reshape(len(classes) * arguments.num_protype, -1), scale, short
+    return np.concatenate(parts, axis=1).reshape(len(CLASSES) * arguments.num_protype, -1), scale, short
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -126,7 +127,7 @@ def describe(arguments: argparse.Namespace, widths: dict[str, int], short: dict[
         others = "copies with noise" if found["different_members"] else "drawn around the mean of all studies"
         print(f"{name}: {found['different_members']} different members for {found['needed']} prototypes; the others "
               f"are {others}")
-    flags = {"init_protypes_path": arguments.out, "num_cluster": NUM_CLASSES, "num_protype": arguments.num_protype,
+    flags = {"init_protypes_path": arguments.out, "num_cluster": len(CLASSES), "num_protype": arguments.num_protype,
              **widths}
     print(f"wrote {arguments.out}; train with " + " ".join(f"--{name} {value}" for name, value in flags.items()))
 
@@ -140,7 +141,7 @@ def main() -> None:
     import torch
 
     from modules.environment import provenance
-    from modules.label_files import CLASSES, NO_FINDING, read_labels
+    from modules.label_files import NO_FINDING, read_labels
     from modules.prototype_files import save_prototypes
     from scripts import compose
 
@@ -151,7 +152,7 @@ def main() -> None:
     labels[labels.sum(axis=1) == 0, CLASSES.index(NO_FINDING)] = 1
     texts, encoder = text_features(arguments, [" ".join(study.report.split()) for study in studies], str(device))
     sides = image_features(config, data, device, arguments.mirrored)
-    prototypes, scale, short = cluster(arguments, sides, texts, labels, CLASSES)
+    prototypes, scale, short = cluster(arguments, sides, texts, labels)
     widths = {"d_img_ebd": sides[0].shape[1], "d_txt_ebd": texts.shape[1]}
     save_prototypes(arguments.out, torch.from_numpy(prototypes), CLASSES, {
         "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
