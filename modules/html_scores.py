@@ -71,7 +71,7 @@ def score_tables(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
         columns = {f"ce_{labeler}_{key}_uncertain_negative{FULL}": heading for key, heading in _CLINICAL.items()}
         caption = (f"Clinical efficacy against full references: {_LABELERS.get(labeler, labeler)}, 14 classes, "
                    "uncertain as negative")
-        tables.append(_table(caption, columns, [row for row in rows if any(name in row.scores for name in columns)]))
+        tables.append(_table(caption, columns, rows))
     return [table for table in tables if table["columns"]]
 
 
@@ -94,7 +94,7 @@ def _labelers(row: ScoreRow) -> list[str]:
 
 def _table(caption: str, columns: Mapping[str, str], rows: Sequence[ScoreRow]) -> dict[str, Any]:
     shown = {name: heading for name, heading in columns.items() if any(name in row.scores for row in rows)}
-    lines = [_line(row, list(shown), rows) for row in rows]
+    lines = [_line(row, list(shown), rows) for row in rows if any(name in row.scores for name in shown)]
     return {"caption": caption, "columns": list(shown.values()), "rows": lines}
 
 

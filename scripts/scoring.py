@@ -39,7 +39,7 @@ class Scoring:
     def __init__(self, config: Config, device: torch.device):
         self.metrics = Metrics()
         self._config, self._device = config, device
-        self._chexbert = self._bertscore = self._radgraph = None
+        self._chexbert, self._encoders = None, []
         if config.chexbert_path:
             from modules.chexbert import Chexbert
 
@@ -47,7 +47,11 @@ class Scoring:
         if config.bertscore_path:
             from modules.bertscore import BertScore
 
-            self._bertscore = BertScore(config.bertscore_path, config.bertscore_layer)
+            self._encoders.append(BertScore(config.bertscore_path, config.bertscore_layer))
+        if config.radgraph_path:
+            from modules.radgraph import RadGraph
+
+            self._encoders.append(RadGraph(config.radgraph_path, config.radgraph_python))
 
     def __enter__(self) -> "Scoring":
         return self
@@ -81,9 +85,11 @@ class Scoring:
                     pair = labels[f"references{suffix}"], labels[system]
                     scores |= _suffixed(clinical_scores(*pair, labeler), suffix)
                     tables |= _suffixed(clinical_tables(*pair, labeler), suffix)
-                own = self._encoder_scores(texts, generated)
-                scores |= _suffixed({name: float(values.mean()) for name, values in own.items()}, suffix)
-                tables |= _suffixed(own, suffix)
+                for encoder in self._encoders:
+                    own = _suffixed(encoder.to(self._device).score(texts, generated), suffix)
+                    encoder.to("cpu")
+                    scores |= {name: float(values.mean()) for name, values in own.items()}
+                    tables |= own
             statistics = ReportStatistics(tables, *digests, tag=tags.get(system, ""))
             scored.scores[system], scored.statistics[system] = scores, statistics
             scored.intervals[system] = intervals(statistics)
@@ -101,12 +107,6 @@ class Scoring:
             found[CHEXBERT] = {name: self._chexbert.label(reports) for name, reports in texts.items()}
             self._chexbert.to("cpu")
         return found
-
-    def _encoder_scores(self, references: Sequence[str], generated: Sequence[str]) -> dict[str, np.ndarray]:
-        """(N, 1) each, by name, of the scorers that need an encoder's weights."""
-        if self._bertscore is None:
-            return {}
-        return self._bertscore.to(self._device).score(references, generated)
 
 
 def class_tables(scored: Scored, system: str) -> dict[str, list[dict[str, Any]]]:
