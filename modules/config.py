@@ -175,9 +175,9 @@ class Config:
                                  "BERT, or a hub id to download them from")
     bertscore_path: str = flag("", "results", "folder of a text encoder: BERTScore with it too")
     bertscore_layer: int = flag(0, "results", "hidden layer that BERTScore compares; 0: the published tool's for this "
+                                "architecture", low=0)
     radgraph_path: str = flag("", "results", "folder of a RadGraph model: RadGraph F1 too, by the package radgraph")
     radgraph_python: str = flag("", "results", "the Python that has the package radgraph; default: this one")
-                                "architecture", low=0)
     floors: bool = flag(True, "results", "score the commonest report and the nearest training image's beside the model")
     tensorboard: bool = flag(True, "results", "write TensorBoard curves (numbers only) into --save_dir")
     report_samples: int = flag(40, "results", "studies shown in report.html", low=0)
