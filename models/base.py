@@ -42,6 +42,8 @@ class Backbone(nn.Module):
     report_dim: int  # D, the width of Output.report_features
     vocabulary_entry: str = "encoder_decoder.logit.weight"  # state-dict entry with a row for every token id
     pad_id: int = 0  # the token that fills up the shorter of two joined batches
+    # Names of the settings that the constructor takes beside visual_extractor and num_ids; each is a flag.
+    flags: tuple[str, ...] = ("d_model", "d_ff", "num_heads", "num_layers", "dropout", "drop_prob_lm", "use_bn")
     needs_labels: bool = False  # whether training needs the 14 labels of every study
     visual_extractor: nn.Module
 

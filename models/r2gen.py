@@ -102,6 +102,8 @@ class EncoderDecoder(nn.Module):
 class R2Gen(Backbone):
     """The published model; ``num_ids`` = V+1 rows of embedding and logits, ``visual_extractor`` has ``width`` C."""
 
+    flags = (*Backbone.flags, "rm_num_slots", "rm_num_heads", "rm_d_model")
+
     def __init__(
         self,
         *,

@@ -110,6 +110,8 @@ def source_mask(features: VisualFeatures) -> Tensor | None:
 class R2GenCMN(Backbone):
     """The published model; ``num_ids`` = V+1 rows of embedding and logits, ``visual_extractor`` has ``width`` C."""
 
+    flags = (*Backbone.flags, "topk", "cmm_size", "cmm_dim")
+
     def __init__(
         self,
         *,

@@ -108,6 +108,9 @@ class XProNet(Backbone):
 
     needs_labels = True
 
+    flags = (*Backbone.flags, "topk", "num_cluster", "num_protype", "d_img_ebd", "d_txt_ebd", "weight_img_con_loss",
+             "weight_txt_con_loss", "img_con_margin", "txt_con_margin", "xpronet_labels", "label_loss_weight")
+
     def __init__(self, *, visual_extractor: nn.Module, num_ids: int, no_finding: int, num_cluster: int = 14,
                  num_protype: int = 20, d_img_ebd: int = 2048, d_txt_ebd: int = 768, topk: int = 15,
                  init_prototypes: Tensor | None = None, xpronet_labels: str = "predicted",
@@ -120,6 +123,9 @@ class XProNet(Backbone):
         if topk > num_prototypes:
             raise ValueError(f"topk {topk}: num_cluster {num_cluster} times num_protype {num_protype} are only "
                              f"{num_prototypes} prototypes")
+        if xpronet_labels == "predicted" and not label_loss_weight:
+            raise ValueError("label_loss_weight 0 trains no predicted labels: give it a weight, or --xpronet_labels "
+                             "reference")
         if not 0 <= no_finding < num_cluster:
             raise ValueError(f"no_finding {no_finding}: must be one of the {num_cluster} clusters, from 0")
         if xpronet_labels not in LABEL_SOURCES:

@@ -112,7 +112,8 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
 
 def require_resumable(content: Mapping[str, Any], path: str) -> None:
     """Raise InputError unless ``content`` is a checkpoint of ours that training can go on from."""
-    missing = [key for key in ("objective", "optimizer", "scheduler", "rng", "history", "vocabulary") if key not in content]
+    needed = ("objective", "optimizer", "scheduler", "rng", "history", "vocabulary")
+    missing = [key for key in needed if key not in content]
     if content.get("format") != FORMAT or missing:
         raise InputError(f"--resume {path}: weights only, or of another program; training goes on from our "
                          f"{CURRENT} (to start from published weights use --load with main_test.py)")

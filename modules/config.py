@@ -6,7 +6,6 @@ from typing import Any
 from modules.errors import InputError
 
 DATASETS = ("iu_xray", "mimic_cxr")
-NUM_CLASSES = 14  # of CheXpert's labels
 RADIOLOGY = ("iu_xray", "mimic_cxr")
 CLINICAL_MONITORED = tuple(f"ce_rule_f1_{average}_14_uncertain_negative" for average in ("micro", "macro", "example"))
 MONITORED = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr", "nll", *CLINICAL_MONITORED)
@@ -222,16 +221,6 @@ def _check_together(config: Config) -> None:
         raise InputError(f"--d_model {config.d_model} cannot be divided by --num_heads {config.num_heads}")
     if config.d_model % 2:
         raise InputError(f"--d_model {config.d_model}: must be even (sinusoidal positions come in pairs)")
-    if config.model_name == "r2gencmn" and config.cmm_dim != config.d_model:
-        raise InputError(f"--cmm_dim {config.cmm_dim}: must equal --d_model {config.d_model}")
-    if config.model_name == "r2gencmn" and config.topk > config.cmm_size:
-        raise InputError(f"--topk {config.topk}: the memory has only --cmm_size {config.cmm_size} rows")
-    if config.model_name == "r2gen" and config.rm_d_model != config.d_model:
-        raise InputError(f"--rm_d_model {config.rm_d_model}: must equal --d_model {config.d_model}")
-    if config.model_name == "r2gen" and config.rm_d_model % config.rm_num_heads:
-        raise InputError(f"--rm_d_model {config.rm_d_model} cannot be divided by --rm_num_heads {config.rm_num_heads}")
-    if config.model_name == "xpronet":
-        _check_xpronet(config)
     if config.feature_cache and not config.freeze_visual_extractor:
         raise InputError(f"--feature_cache {config.feature_cache}: only a visual extractor that stays as it is can be "
                          "cached; add --freeze_visual_extractor true")
@@ -245,16 +234,3 @@ def _check_together(config: Config) -> None:
         raise InputError(f"--n_gpu {config.n_gpu}: this version trains in one process; use --n_gpu 1")
     if config.ithn == "off" and config.released:
         raise InputError("--ithn_variant released has no effect with --ithn off; leave one of them out")
-
-
-def _check_xpronet(config: Config) -> None:
-    if config.num_cluster != NUM_CLASSES:
-        raise InputError(f"--num_cluster {config.num_cluster}: the labels have {NUM_CLASSES} classes with a cluster of "
-                         f"prototypes each; give --num_cluster {NUM_CLASSES}")
-    rows = config.num_cluster * config.num_protype
-    if config.topk > rows:
-        raise InputError(f"--topk {config.topk}: --num_cluster {config.num_cluster} times --num_protype "
-                         f"{config.num_protype} are only {rows} prototypes")
-    if config.xpronet_labels == "predicted" and not config.label_loss_weight:
-        raise InputError("--label_loss_weight 0 trains no predicted labels: give it a weight, or --xpronet_labels "
-                         "reference")

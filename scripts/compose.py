@@ -138,8 +138,7 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
 def build_objective(config: Config, data: Data, device: torch.device, *, pretrained: bool) -> Objective:
     """Backbone and losses, on ``device``."""
     extractor = build_extractor(config, device, pretrained=pretrained)
-    backbone = build_model(config.model_name, visual_extractor=extractor, num_ids=data.tokenizer.num_ids,
-                           **backbone_options(config, pretrained=pretrained))
+    backbone = build_backbone(config, extractor, data.tokenizer.num_ids, pretrained=pretrained)
     objective = Objective(
         backbone,
         strategy=data.strategy,
@@ -160,21 +159,24 @@ def build_objective(config: Config, data: Data, device: torch.device, *, pretrai
     return objective.to(device)
 
 
-def backbone_options(config: Config, *, pretrained: bool) -> dict[str, Any]:
-    """The constructor's keyword arguments of the backbone that --model_name names."""
-    shared = {name: getattr(config, name) for name in ("d_model", "d_ff", "num_heads", "num_layers", "dropout",
-                                                       "drop_prob_lm", "use_bn")}
-    own = {"r2gen": ("rm_num_slots", "rm_num_heads", "rm_d_model"), "r2gencmn": ("topk", "cmm_size", "cmm_dim"),
-           "xpronet": ("topk", "num_cluster", "num_protype", "d_img_ebd", "d_txt_ebd", "weight_img_con_loss",
-                       "weight_txt_con_loss", "img_con_margin", "txt_con_margin", "xpronet_labels",
-                       "label_loss_weight")}
-    options = shared | {name: getattr(config, name) for name in own[config.model_name]}
-    return options | _prototypes(config, pretrained) if config.model_name == "xpronet" else options
+def build_backbone(config: Config, extractor: nn.Module, num_ids: int, *, pretrained: bool) -> Backbone:
+    """The backbone that --model_name names, with the flags that it asks for; InputError where they do not fit."""
+    kind = _backbone_class(config)
+    options = {name: getattr(config, name) for name in kind.flags}
+    if kind.needs_labels:
+        options |= _prototypes(config, pretrained)
+    try:
+        return build_model(config.model_name, visual_extractor=extractor, num_ids=num_ids, **options)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
 
 
 def _prototypes(config: Config, pretrained: bool) -> dict[str, Any]:
-    """XProNet's clusters by name, and the prototypes to start from unless a checkpoint brings them."""
+    """The labels' clusters by name, and the prototypes to start from unless a checkpoint brings them."""
     classes = _clusters(config)
+    if config.num_cluster != len(classes):
+        raise InputError(f"--num_cluster {config.num_cluster}: the labels have {len(classes)} classes with a cluster "
+                         f"of prototypes each; give --num_cluster {len(classes)}")
     initial = None
     if pretrained and config.init_protypes_path:
         initial = load_prototypes(config.init_protypes_path, classes, num_protype=config.num_protype,

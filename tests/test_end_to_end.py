@@ -138,7 +138,8 @@ def test_published_checkpoint_is_tested_with_its_flags(train, demo, tmp_path):
     main_test("--load", tmp_path / "published.pth", *flags)
     ours = json.loads((tmp_path / "results" / "results.json").read_text())
     assert json.loads((tmp_path / "p" / "results.json").read_text())["test"] == ours["test"]
-    with pytest.raises(InputError, match=r"published\.pth: made for a vocabulary of \d+ words, .* gives \d+;.*--threshold"):
+    reason = r"published\.pth: made for a vocabulary of \d+ words, .* gives \d+;.*--threshold"
+    with pytest.raises(InputError, match=reason):
         main_test("--load", tmp_path / "published.pth", *flags, "--threshold", 1)
 
 
@@ -164,6 +165,8 @@ def test_more_than_one_percent_of_replaced_images_stops(train, demo, tmp_path):
 @pytest.mark.parametrize(("flags", "part"), [
     (["--ithn", "on"], "needs hard negatives"),
     (["--negative_index", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--cmm_dim", "32"], "--cmm_dim 32: must equal d_model 16"),
+    (["--model_name", "r2gen", "--rm_d_model", "32"], "--rm_d_model 32: must equal d_model 16"),
     (["--model_name", "gpt"], "--model_name gpt: must be one of"),
     (["--visual_extractor", "resnet10"], "did you mean"),
     (["--image_dir", "nowhere"], "nowhere"),
