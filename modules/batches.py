@@ -50,12 +50,18 @@ class Batch:
     transform: Transform | None = None  # made the images, and knows how they are normalised
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """The batch on ``device``, its images normalised there if they are still as they were loaded."""
+        """The batch on ``device``, its images normalised there if they are still as they were loaded.
+
+        The view masks stay on the CPU: whether every view is there is asked each step, and must not wait for a GPU.
+        """
         batch = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        for pair in (batch.positive, batch.negative):
-            if pair is not None and pair.images.dtype == torch.uint8:
+        for own, pair in ((self.positive, batch.positive), (self.negative, batch.negative)):
+            if pair is None:
+                continue
+            if pair.images.dtype == torch.uint8:
                 absent = ~pair.view_mask[..., None, None, None]
                 pair.images = self.transform.normalise(pair.images).masked_fill_(absent, 0)
+            pair.view_mask = own.view_mask
         return batch
 
     def pin_memory(self) -> "Batch":
