@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from modules.bootstrap import Difference
 from modules.report_statistics import ReportStatistics, scores_of_sums
+from modules.score_names import untagged
 from modules.sentences import compare_sentences
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -65,11 +66,14 @@ class Comparison:
 
 
 def report_scores(statistics: ReportStatistics, name: str) -> np.ndarray | None:
-    """Each report's own score (N,), as if it were the whole split; None where the run has no such score."""
+    """Each report's own score (N,), as if it were the whole split; None where the run has no such score.
+
+    ``name`` may be given with or without the tag that the run's names have.
+    """
     for table, columns in statistics.columns().items():
         found = scores_of_sums({table: columns}, 1)
-        if name in found:
-            return found[name]
+        if untagged(name, statistics.tag) in found:
+            return found[untagged(name, statistics.tag)]
     return None
 
 

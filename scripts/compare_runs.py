@@ -129,6 +129,7 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
     """Everything that is shown."""
     from modules.bootstrap import compare
     from modules.comparison import Comparison, ReportPair, ScoreLine, rank, report_scores, settings_that_differ
+    from modules.score_names import untagged
 
     statistics, notes = statistics_of(folders)
     check_same_reports(folders, statistics)
@@ -139,7 +140,7 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
         notes.append("The runs cut references differently (--max_seq_length or vocabulary): only scores against whole "
                      "references are compared.")
     lines = [ScoreLine(name, values[0][name], values[1][name], change) for name, change in changes.items()
-             if all_scores or _is_main(name, cut_alike)]
+             if all_scores or _is_main(untagged(name, statistics[0].tag), cut_alike)]
     each = [report_scores(run, by) for run in statistics]
     if each[0] is None or each[1] is None:
         raise InputError(f"--by {by}: must be one of {', '.join(changes)}")

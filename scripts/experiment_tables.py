@@ -49,7 +49,8 @@ class Results:
 
 def gather(table: Table, datasets: Mapping[str, DataSet], runs: Sequence[Run], failed: Mapping[str, str]) -> ScoreTable:
     """The score table of what is done so far; rows that are not say so."""
-    results = {row.name: Results([run for run in runs if run.row.name == row.name and run.state == DONE]) for row in table.rows}
+    results = {row.name: Results([run for run in runs if run.row.name == row.name and run.state == DONE])
+               for row in table.rows}
     notes, rows = _notes(table, datasets, results), []
     for dataset in dict.fromkeys(row.dataset for row in table.rows):
         group = datasets[dataset].title
@@ -63,6 +64,7 @@ def gather(table: Table, datasets: Mapping[str, DataSet], runs: Sequence[Run], f
             rows.append(TableRow(row.label, group, source, cells, row.published, datasets[row.published_on].title
                                  if row.published_on in datasets else row.published_on))
         rows += _floors(own_rows, results, group)
+    notes += _explanations(table, rows)
     notes += [f"{run.name}: {failed.get(run.name) or run.reason}" for run in runs
               if run.name in failed or (run.reason and run.state != UNAVAILABLE)]
     return ScoreTable(table.title, [(column.key, column.label) for column in table.columns], rows, notes)
@@ -134,13 +136,22 @@ def _notes(table: Table, datasets: Mapping[str, DataSet], results: Mapping[str, 
                         if row.published and row.published_on != row.dataset and row.published_on in datasets})
     if elsewhere:
         notes.append(f"The paper's figures are those on {' and '.join(elsewhere)}, for orientation only.")
-    notes.append("Mean ± standard deviation over seeds (n - 1). The interval covers the choice of the test reports: "
-                 "percentile bootstrap, 2,000 resamples, the seeds' scores averaged within each.")
+    return notes
+
+
+def _explanations(table: Table, rows: Sequence[TableRow]) -> list[str]:
+    """What the marks mean that the table has."""
+    cells = [cell for row in rows for cell in row.cells.values()]
+    notes = []
+    if any(cell.sd is not None for cell in cells):
+        notes.append("Mean ± standard deviation over seeds (n - 1).")
+    if any(cell.low is not None for cell in cells):
+        notes.append("The interval covers the choice of the test reports: percentile bootstrap, 2,000 resamples, the "
+                     "seeds' scores averaged within each.")
     labels = {row.name: row.label for row in table.rows}
     pairs = [f"{row.label} with {labels[row.baseline]}" for row in table.rows if row.baseline not in ("", row.name)]
-    if pairs:
-        notes.append("* p < 0.05, ** p < 0.01: approximate randomisation over the test reports, two-sided, not "
-                     f"corrected for the number of comparisons: {'; '.join(pairs)}.")
-    seeds = sorted({(row.seeds) for row in table.rows})
-    notes.append("Seeds: " + "; ".join(" ".join(map(str, each)) for each in seeds) + ".")
-    return notes
+    if any(cell.p is not None for cell in cells):
+        notes.append("* p < 0.05, ** p < 0.01: better or worse by approximate randomisation over the test reports, two-"
+                     f"sided, not corrected for the number of comparisons: {'; '.join(pairs)}.")
+    seeds = sorted({row.seeds for row in table.rows})
+    return [*notes, "Seeds: " + "; ".join(" ".join(map(str, each)) for each in seeds) + "."]

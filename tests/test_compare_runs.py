@@ -128,6 +128,9 @@ def test_a_reports_own_score_is_that_of_a_split_of_one():
     for name in ("BLEU_4", "ROUGE_L"):
         assert report_scores(statistics, name) == pytest.approx([scores[name] for scores in alone])
     assert report_scores(statistics, "METEOR") is None
+    marked = ReportStatistics(tables, "", "", tag="reference_labels")
+    for name in ("ROUGE_L", "ROUGE_L_reference_labels"):
+        assert report_scores(marked, name) == pytest.approx(report_scores(statistics, "ROUGE_L"))
 
 
 def test_rank_leaves_out_what_has_not_changed():
