@@ -19,7 +19,8 @@ def write_exports(folder: str | Path, ids: Sequence[str], generated: Sequence[st
 
     ``reports.json``: a list of {id, report, reference}. ``predicted_reports.csv`` and ``gt_reports.csv``: study_id and
     report, for CXR-Report-Metric (BLEU, BERTScore, CheXbert similarity, RadGraph F1, RadCliQ). ``rexrank.json``: what
-    ReXrank's scripts take, by id, the reference as its findings. ``captions.json``: COCO's form of results.
+    ReXrank's scripts take, by id, the reference as its findings. ``captions.json``: COCO's form of results, with its
+    integer ids.
     """
     folder = Path(folder)
     triples = list(zip(ids, generated, references, strict=True))
@@ -28,7 +29,8 @@ def write_exports(folder: str | Path, ids: Sequence[str], generated: Sequence[st
     write_results(folder / "rexrank.json", {
         key: {"model_prediction": report, "section_findings": reference, "section_impression": None}
         for key, report, reference in triples})
-    write_results(folder / "captions.json", [{"image_id": key, "caption": report} for key, report, _ in triples])
+    write_results(folder / "captions.json", [
+        {"image_id": int(key) if key.isdecimal() else key, "caption": report} for key, report, _ in triples])
     for name, reports in (("predicted_reports.csv", generated), ("gt_reports.csv", references)):
         _write_csv(folder / name, [("study_id", "report"), *zip(ids, reports, strict=True)])
 

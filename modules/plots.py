@@ -33,6 +33,8 @@ _PANELS = (
     _Panel("bleu", "BLEU on validation", lambda key: key.startswith("val_BLEU_")),
     _Panel("other_scores", "METEOR, ROUGE-L and CIDEr on validation",
            lambda key: key.startswith(("val_METEOR", "val_ROUGE_L", "val_CIDEr"))),
+    _Panel("clinical", "Clinical F1 on validation (14 classes, labels by rules)",
+           lambda key: key.startswith("val_ce_rule_f1_")),
     _Panel("hardness", "Hardness λ of the synthesised negatives", lambda key: key == "train_hardness"),
     _Panel("similarity", "Cosine of an image and a report; retrieval", lambda key: key in _SIMILARITIES),
     _Panel("learning_rate", "Learning rate", lambda key: key.startswith("lr"), logarithmic=True),
@@ -114,6 +116,8 @@ def _draw(axes, panel: _Panel, series: Mapping[str, list[float]], history: Histo
 def _label(key: str) -> str:
     if key.startswith("val_nll"):
         return f"{key.removeprefix('val_')} (validation)"
+    if key.startswith("val_ce_rule_f1_"):
+        return key.removeprefix("val_ce_rule_f1_").partition("_14_")[0]
     if key.startswith("lr_"):
         return {"lr_ve": "visual extractor", "lr_ed": "everything else"}.get(key, key)
     if key in _SIMILARITIES:

@@ -33,17 +33,21 @@ def main() -> None:
     parser.add_argument("--out", metavar="JSON", help="where to write all scores and the table of classes")
     arguments = parser.parse_args()
 
+    from modules.bootstrap import intervals
     from modules.clinical_scores import class_table, clinical_scores
+    from modules.report_statistics import ReportStatistics, clinical_tables
 
     references, hypotheses = read_table(arguments.gts, headerless=True), read_table(arguments.res, headerless=True)
     hypotheses = match_rows(references, hypotheses)
     labeler = choose_labeler(references, hypotheses, arguments.labeler)
     truth, claim = labels_of(references), labels_of(hypotheses)
     scores = clinical_scores(truth, claim, labeler)
+    limits = intervals(ReportStatistics(clinical_tables(truth, claim, labeler), "", ""))
     table = class_table(truth, claim, arguments.uncertain)
-    print(render_scores(scores), render_classes(table, labeler, arguments.uncertain), sep="\n\n")
+    print(render_scores(scores, limits), render_classes(table, labeler, arguments.uncertain), sep="\n\n")
     if arguments.out:
-        content = {"reports": len(truth), "scores": scores, "uncertain": arguments.uncertain, "classes": table}
+        content = {"reports": len(truth), "scores": scores, "intervals": limits,
+                   "uncertain": arguments.uncertain, "classes": table}
         write_results(arguments.out, content)
 
 
@@ -103,13 +107,19 @@ def labels_of(table: Table) -> "np.ndarray":
     return label_reports([row[column] for row in table.rows], progress=True)
 
 
-def render_scores(scores: dict[str, float]) -> str:
-    """Return all scores as a Markdown table of precision, recall and F1 per averaging, class set and policy."""
-    lines = ["| averaging, classes, uncertain | precision | recall | F1 |", "|---|---|---|---|"]
+def render_scores(scores: dict[str, float], limits: dict[str, tuple[float, float]]) -> str:
+    """Return all scores as a Markdown table of precision, recall and F1 per averaging, class set and policy.
+
+    ``limits``: the bootstrap interval of each score; that of F1 is shown.
+    """
+    lines = ["| averaging, classes, uncertain | precision | recall | F1 | 95 % interval of F1 |"]
+    lines.append("|---|---|---|---|---|")
     for key, precision in scores.items():
         if "_precision_" in key:
             recall, f1 = (scores[key.replace("_precision_", f"_{name}_")] for name in ("recall", "f1"))
-            lines.append(f"| {key.replace('_precision_', '_*_')} | {precision:.4f} | {recall:.4f} | {f1:.4f} |")
+            low, high = limits[key.replace("_precision_", "_f1_")]
+            lines.append(f"| {key.replace('_precision_', '_*_')} | {precision:.4f} | {recall:.4f} | {f1:.4f} "
+                         f"| {low:.4f} – {high:.4f} |")
     return "\n".join(lines)
 
 

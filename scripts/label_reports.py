@@ -1,4 +1,4 @@
-"""Label the reports of a CSV file with the 14 CheXpert classes, by rules: no model is needed.
+"""Label the reports of a CSV file with the 14 CheXpert classes: by rules, or with CheXbert's weights.
 
 The output has the input's columns, then the classes by name: 1 positive, 0 negative, -1 uncertain, empty unmentioned.
 From an annotation.json the columns are id, split and report: main_train.py --label_path takes the output.
@@ -25,6 +25,20 @@ def read_reports(path: str) -> Table:
     return Table(path, ["id", "split", "report"], rows)
 
 
+def label_all(reports: list[str], chexbert_path: str | None, encoder: str) -> list[dict[str, int | None]]:
+    """Labels of each report by class, of the rules or, given its weights, of CheXbert."""
+    if chexbert_path is None:
+        from tqdm import tqdm
+
+        return [label_report(report) for report in tqdm(reports, desc="labels", unit="report")]
+    from modules.chexbert import Chexbert
+    from modules.environment import choose_device
+
+    labels = Chexbert(chexbert_path, encoder).to(choose_device("auto")).label(reports)
+    return [{name: None if value != value else int(value) for name, value in zip(CLASSES, row, strict=True)}
+            for row in labels.tolist()]
+
+
 def main() -> None:
     """Read the reports, label them, write the labelled table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,9 +48,10 @@ def main() -> None:
     parser.add_argument("--column", help="the column with the reports (default: report, reports or findings)")
     parser.add_argument("--hierarchy", action="store_true",
                         help="also label the parents of each observation, e.g. Lung Opacity for Edema")
+    parser.add_argument("--chexbert_path", metavar="PTH", help="chexbert.pth: label with CheXbert, not by rules")
+    parser.add_argument("--chexbert_encoder", default="bert-base-uncased", metavar="FOLDER",
+                        help="folder with config.json and vocab.txt of its BERT, or a hub id (default: %(default)s)")
     arguments = parser.parse_args()
-
-    from tqdm import tqdm
 
     table = read_reports(arguments.input)
     column = report_column(table, arguments.column)
@@ -44,9 +59,9 @@ def main() -> None:
     if old_labels:
         print(f"{table.path}: its {len(old_labels)} label columns are replaced in {arguments.out}", file=sys.stderr)
     kept = [index for index in range(len(table.columns)) if index not in old_labels]
-    rows = []
-    for row in tqdm(table.rows, desc="labels", unit="report"):
-        labels = label_report(row[column])
+    reports, rows = [row[column] for row in table.rows], []
+    found = label_all(reports, arguments.chexbert_path, arguments.chexbert_encoder)
+    for row, labels in zip(table.rows, found, strict=True):
         if arguments.hierarchy:
             labels = with_parents(labels)
         cells = ["" if label is None else str(label) for label in labels.values()]

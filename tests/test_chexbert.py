@@ -1,5 +1,10 @@
 """The CheXbert adapter on a tiny random model in the layout of the public checkpoint."""
 
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +108,17 @@ def test_a_single_process_checkpoint_is_read_too(encoder, checkpoint, tmp_path):
                                    for key, value in content["model_state_dict"].items()}
     torch.save(content, tmp_path / "plain.pth")
     assert np.array_equal(Chexbert(tmp_path / "plain.pth", encoder).label(REPORTS), expected, equal_nan=True)
+
+
+def test_script_labels_a_file_with_it(encoder, checkpoint, tmp_path):
+    (tmp_path / "in.csv").write_text("id,report\na,the heart is normal .\nb,mild edema\n")
+    script = Path(__file__).parent.parent / "scripts" / "label_reports.py"
+    subprocess.run([sys.executable, script, tmp_path / "in.csv", "--out", tmp_path / "out.csv", "--chexbert_path",
+                    checkpoint(), "--chexbert_encoder", encoder], check=True, capture_output=True)
+    with open(tmp_path / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = Chexbert(checkpoint(), encoder).label(["the heart is normal .", "mild edema"])
+    assert [[float(row[name] or "nan") for name in CLASSES] for row in rows] == pytest.approx(expected, nan_ok=True)
 
 
 def test_mistakes_are_one_line_with_the_flag(encoder, checkpoint, tmp_path):

@@ -112,7 +112,8 @@ def test_compute_ce_of_reports_without_header(tmp_path):
     # Edema right; the fracture missed, and No Finding claimed instead.
     assert result["scores"]["ce_rule_f1_micro_14_uncertain_negative"] == pytest.approx(2 / 4)
     assert [row["recall"] for row in result["classes"] if row["class"] in ("Edema", "Fracture")] == [1.0, 0.0]
-    assert "| ce_rule_*_micro_14_uncertain_negative | 0.5000 | 0.5000 | 0.5000 |" in done.stdout
+    assert "| ce_rule_*_micro_14_uncertain_negative | 0.5000 | 0.5000 | 0.5000 | 0.0000 – 1.0000 |" in done.stdout
+    assert result["intervals"]["ce_rule_f1_micro_14_uncertain_negative"] == [0, 1]
 
 
 def test_compute_ce_of_labelled_files_by_name(tmp_path):

@@ -27,7 +27,7 @@ def test_every_form_brings_all_reports_back(tmp_path):
                                for key, report, reference in zip(IDS, GENERATED, REFERENCES, strict=True)]
     assert [(key, entry["model_prediction"], entry["section_findings"], entry["section_impression"])
             for key, entry in read["rexrank"].items()] == [*zip(IDS, GENERATED, REFERENCES, [None] * 2, strict=True)]
-    assert read["captions"] == [{"image_id": key, "caption": report}
+    assert read["captions"] == [{"image_id": int(key), "caption": report}
                                 for key, report in zip(IDS, GENERATED, strict=True)]
 
 
