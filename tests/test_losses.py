@@ -171,3 +171,16 @@ def test_normalise_has_unit_length_and_survives_zero(dtype):
 def test_unknown_form_names_the_choices():
     with pytest.raises(ValueError, match="'dcl' is unknown: one of standard, decoupled"):
         contrastive_loss(torch.zeros(2, 2), "dcl")
+
+
+def test_equation_11_has_a_second_minimum_where_images_oppose_all_reports():
+    """What docs/ABLATIONS.md warns of: with S_3' of Eq. 11 no image need know its report for a small L_CP."""
+    batch, scale = 16, 1 / 0.07
+    own = torch.eye(2 * batch, dtype=torch.float64)[:batch]
+    far = torch.eye(2 * batch, dtype=torch.float64)[batch:]
+    aligned = contrastive_loss(modified_scores(own, own, far, far, far, scale))  # S_1 = S_2 = I, S_3 = 0
+    one = normalise(torch.ones(batch, 4, dtype=torch.float64))
+    opposed = contrastive_loss(modified_scores(one, -one, one, -one, -one, scale))  # every cosine is -1
+    torch.testing.assert_close(opposed, aligned)
+    assert aligned.item() == pytest.approx(math.log(1 + (batch - 1) * math.exp(-2 / 3 * scale)))
+    assert contrastive_loss(clip_scores(one, -one, scale)).item() == pytest.approx(math.log(batch))

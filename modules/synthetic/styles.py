@@ -26,7 +26,7 @@ _NEVER: Normal = (0.0, ())
 
 STYLES = (
     Style(
-        weight=0.34, terse=False, order="hlnbd",
+        weight=0.50, terse=False, order="hlnbd",
         heart=(1.0, ("The heart is normal in size.", "The heart size is normal.", "The heart is not enlarged.")),
         mediastinum=(0.7, ("The mediastinum is unremarkable.", "The mediastinal contours are unremarkable.",
                               "Mediastinal structures lie in the midline.")),
@@ -42,7 +42,7 @@ STYLES = (
                 "There is no pneumothorax or effusion."),
     ),
     Style(
-        weight=0.21, terse=True, order="dhlbn",
+        weight=0.18, terse=True, order="dhlbn",
         heart=(1.0, ("Heart size normal.", "Heart size within normal limits.", "Heart normal.")),
         mediastinum=(0.3, ("Mediastinum normal.", "Mediastinal contours unremarkable.")),
         vessels=(0.3, ("Pulmonary vascularity normal.", "Hila unchanged.", "Aorta smooth.")),
@@ -56,7 +56,7 @@ STYLES = (
                 "Both lungs are clear and expanded. Heart and mediastinum normal."),
     ),
     Style(
-        weight=0.17, terse=False, order="hlnbd",
+        weight=0.12, terse=False, order="hlnbd",
         heart=(1.0, ("The cardiac silhouette is within normal limits for size.", "The cardiac silhouette is normal.")),
         mediastinum=(0.6, ("Mediastinal contours are normal.", "The trachea is midline.",
                            "The hilar shadows are symmetric and of usual density.")),
@@ -72,7 +72,7 @@ STYLES = (
                 "osseous structures are without acute abnormality.",),
     ),
     Style(
-        weight=0.12, terse=True, order="nlhdb",
+        weight=0.08, terse=True, order="nlhdb",
         heart=(1.0, ("Normal heart size.", "Normal cardiac size.")),
         mediastinum=(0.6, ("Normal mediastinal contour.",)),
         vessels=_NEVER,
@@ -84,7 +84,7 @@ STYLES = (
                 "are within normal limits. No acute bony abnormality.",),
     ),
     Style(
-        weight=0.09, terse=False, order="dlnhb",
+        weight=0.07, terse=False, order="dlnhb",
         heart=(1.0, ("Cardiac size appears normal.", "Heart size is within normal limits.")),
         mediastinum=(0.4, ("Hilar and mediastinal contours are sharp and normal.",)),
         vessels=(0.4, ("Pulmonary vascularity is normal.",)),
@@ -96,7 +96,7 @@ STYLES = (
                 "effusion. Cardiac size appears normal.",),
     ),
     Style(
-        weight=0.07, terse=False, order="lnhbd",
+        weight=0.05, terse=False, order="lnhbd",
         heart=(1.0, ("The heart is normal in appearance.",)),
         mediastinum=(0.7, ("Mediastinal structures are midline and normal.",)),
         vessels=(0.3, ("Central vessels are of normal caliber.",)),
