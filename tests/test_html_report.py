@@ -63,7 +63,8 @@ class Page(HTMLParser):
 def history(epochs=3):
     return [{"epoch": e, "lr_ve": 5e-5, "lr_ed": 7e-4, "train_loss": 3 / e, "train_nll": 2 / e,
              "train_hardness": 0.01 * e, "train_cos_positive": 0.1, "val_BLEU_4": 0.1 * e,
-             "val_ce_rule_f1_micro_14_uncertain_negative": 0.2 * e, "val_METEOR": None if e == 2 else 0.1} for e in range(1, epochs + 1)]
+             "val_ce_rule_f1_micro_14_uncertain_negative": 0.2 * e,
+             "val_METEOR": None if e == 2 else 0.1} for e in range(1, epochs + 1)]
 
 
 def film(size=(40, 30), value=90):
