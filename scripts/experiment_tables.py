@@ -61,13 +61,14 @@ def gather(table: Table, datasets: Mapping[str, DataSet], runs: Sequence[Run], f
             if cells and row.baseline not in ("", row.name):
                 cells = _with_significance(row, cells, found, results[row.baseline], notes)
             source = _source(row, [run for run in runs if run.row.name == row.name], failed)
-            rows.append(TableRow(row.label, group, source, cells, row.published, datasets[row.published_on].title
-                                 if row.published_on in datasets else row.published_on))
+            rows.append(TableRow(row.label, group, source, cells, row.published, _title(row.published_on, datasets)))
         rows += _floors(own_rows, results, group)
     notes += _explanations(table, rows)
     notes += [f"{run.name}: {failed.get(run.name) or run.reason}" for run in runs
               if run.name in failed or (run.reason and run.state != UNAVAILABLE)]
-    return ScoreTable(table.title, [(column.key, column.label) for column in table.columns], rows, notes)
+    elsewhere = [datasets[row.dataset].title for row in table.rows if row.dataset != row.published_on]
+    title = f"{table.title}; here on {', '.join(dict.fromkeys(elsewhere))}" if elsewhere else table.title
+    return ScoreTable(title, [(column.key, column.label) for column in table.columns], rows, notes)
 
 
 def write(table: ScoreTable, out: Path) -> list[Path]:
@@ -127,13 +128,17 @@ def _source(row: Row, runs: Sequence[Run], failed: Mapping[str, str]) -> str:
     return f"{done} of {len(runs)} seeds" + (f", {bad} failed" if bad else "")
 
 
+def _title(dataset: str, datasets: Mapping[str, DataSet]) -> str:
+    return datasets[dataset].title if dataset in datasets else dataset
+
+
 def _notes(table: Table, datasets: Mapping[str, DataSet], results: Mapping[str, Results]) -> list[str]:
     notes = [table.note] if table.note else []
     if any(found.synthetic for found in results.values()):
         notes.append("The data is SYNTHETIC (drawn radiographs, generated reports): these scores say nothing about "
                      "patients and cannot be held against the paper's figures.")
-    elsewhere = sorted({datasets[row.published_on].title for row in table.rows
-                        if row.published and row.published_on != row.dataset and row.published_on in datasets})
+    elsewhere = sorted({_title(row.published_on, datasets) for row in table.rows
+                        if row.published and row.published_on != row.dataset})
     if elsewhere:
         notes.append(f"The paper's figures are those on {' and '.join(elsewhere)}, for orientation only.")
     return notes
