@@ -111,3 +111,16 @@ def test_backbone_and_model_name_must_agree():
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_presets_hold_flags_that_exist(backbone, dataset_name):
     Config(model_name=backbone, **preset(backbone, dataset_name))
+
+
+@pytest.mark.parametrize(("backbone", "dataset_name", "published"), [
+    ("r2gen", "iu_xray", (60, 3, 100, 5e-5, 1e-4, 50, 0.1, 9223)),
+    ("r2gen", "mimic_cxr", (100, 10, 30, 5e-5, 1e-4, 1, 0.8, 456789)),
+    ("r2gencmn", "iu_xray", (60, 3, 100, 1e-4, 5e-4, 10, 0.8, 7580)),
+    ("r2gencmn", "mimic_cxr", (100, 10, 30, 1e-4, 5e-4, 3, 0.8, 9153)),
+    ("xpronet", "iu_xray", (60, 3, 30, 1e-3, 2e-3, 10, 0.8, 7580)),
+    ("xpronet", "mimic_cxr", (100, 10, 30, 5e-5, 1e-4, 3, 0.8, 7580)),
+])
+def test_presets_are_those_of_the_papers_run_scripts(backbone, dataset_name, published):
+    names = ("max_seq_length", "threshold", "epochs", "lr_ve", "lr_ed", "step_size", "gamma", "seed")
+    assert tuple(preset(backbone, dataset_name)[name] for name in names) == published
