@@ -259,7 +259,8 @@ def decoding_options(config: Config) -> DecodingOptions:
 def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path: str) -> None:
     """Load ``weights`` of ours or of a published checkpoint into ``objective``; InputError when they do not fit."""
     entry = objective.backbone.vocabulary_entry
-    here, there = (len(state[entry]) if entry in state else None
+    # Trained on several GPUs, the published codes save the wrapper's names.
+    here, there = (next((len(value) for name, value in state.items() if name.removeprefix("module.") == entry), None)
                    for state in (objective.backbone.state_dict(), weights))
     if there is not None and here != there:
         raise InputError(
