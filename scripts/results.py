@@ -46,7 +46,7 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
         "annotation_sha256": data.annotation.sha256, "vocabulary_sha256": data.tokenizer.sha256, "seed": config.seed}
     scores = scored.scores | {MODEL: {tagged(name, tag): value for name, value in scored.scores[MODEL].items()}}
     classes = class_tables(scored, MODEL)
-    _log(scores, variety[MODEL], scoring.metrics.meteor_error)
+    _log(scores, tag, variety[MODEL], scoring.metrics.meteor_error)
     write_results(folder / "results.json", {
         "split": "test", "best_epoch": best_epoch, "val": validation,
         "test": {name: with_aliases(values) for name, values in scores.items()}, "intervals": scored.intervals,
@@ -56,7 +56,7 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
         "synthetic": data.annotation.synthetic, "config": dataclasses.asdict(config), "provenance": run})
     _write_files(folder, found, scored)
     append_record(config.record_dir, config.dataset_name, epoch=best_epoch, seed=config.seed, val=validation,
-                  test=_recorded(scores[MODEL]), extra=_record(config, data))
+                  test=_recorded(scores[MODEL], tag), extra=_record(config, data))
     write_report(
         folder / "report.html",
         title=f"{config.exp_name or config.model_name} on {config.dataset_name}",
@@ -142,16 +142,17 @@ def _record(config: Config, data: compose.Data) -> dict[str, Any]:
             "ithn_variant": config.ithn_variant, "alpha": config.alpha, "save_dir": config.save_dir}
 
 
-def _recorded(scores: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded(scores: Mapping[str, Any], tag: str) -> dict[str, Any]:
     """Of the clinical scores, one line of a record keeps those of 14 classes with uncertain as negative."""
     return {name: value for name, value in scores.items()
-            if not name.startswith("ce_") or name.endswith("_14_uncertain_negative")}
+            if not name.startswith("ce_") or untagged(name, tag).endswith("_14_uncertain_negative")}
 
 
-def _log(scores: Mapping[str, Mapping], variety: Mapping[str, Any], meteor_error: str | None) -> None:
+def _log(scores: Mapping[str, Mapping], tag: str, variety: Mapping[str, Any], meteor_error: str | None) -> None:
     for name, values in scores.items():
-        shown = " ".join(f"{key}={'-' if value is None else f'{value:.4f}'}" for key, value in _recorded(values).items()
-                         if not key.endswith(FULL) and not ("_precision_" in key or "_recall_" in key))
+        kept = {key: value for key, value in _recorded(values, tag).items()
+                if not key.endswith(FULL) and not ("_precision_" in key or "_recall_" in key)}
+        shown = " ".join(f"{key}={'-' if value is None else f'{value:.4f}'}" for key, value in kept.items())
         logger.info("test, %s: %s", name, shown)
     logger.info("test, different reports: %d of %d; the commonest is %.1f %%", variety["unique_reports"],
                 variety["num_reports"], 100 * variety["commonest_share"])
