@@ -1,7 +1,8 @@
 """Test a checkpoint: ``python main_test.py --load results/iu_xray/model_best.pth`` writes the scores and report.html.
 
 With a checkpoint of ours ``--load`` alone is enough: its settings are taken over, and flags given here go before them.
-A published checkpoint of R2GenCMN or the released ITHN needs the flags it was trained with.
+A published checkpoint of R2Gen, R2GenCMN, XProNet or the released ITHN needs the flags it was trained with, by
+``--backbone`` those of its paper; XProNet's also ``--xpronet_labels reference`` and ``--label_path``.
 """
 
 import sys
