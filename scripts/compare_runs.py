@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.errors import InputError, run_entry_point
+from modules.score_names import FULL
 from scripts.experiment_plan import NOT_DECIDING, read_json
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
     if not cut_alike:
         notes.append("The runs cut references differently (--max_seq_length or vocabulary): only scores against whole "
                      "references are compared.")
+        by = f"{by.removesuffix(FULL)}{FULL}"
     lines = [ScoreLine(name, values[0][name], values[1][name], change) for name, change in changes.items()
              if all_scores or _is_main(untagged(name, statistics[0].tag), cut_alike)]
     each = [report_scores(run, by) for run in statistics]
@@ -161,9 +163,9 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
 
 
 def _is_main(name: str, cut_alike: bool) -> bool:
-    if name.startswith("ce_"):
-        return name.endswith(SHOWN_CLINICAL)
-    return name.endswith("_full") is not cut_alike or name == "diversity"
+    if name.startswith("ce_") and not name.removesuffix(FULL).endswith(SHOWN_CLINICAL):
+        return False
+    return name.endswith(FULL) is not cut_alike or name == "diversity"
 
 
 def main() -> None:

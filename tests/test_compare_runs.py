@@ -76,10 +76,14 @@ def test_kept_statistics_are_used(runs):
 
 
 def test_runs_that_cut_references_differently_are_compared_on_whole_ones(runs):
+    labels = np.zeros((4, 42), bool)
     for path, cut in zip(runs, ("cut at 60", "cut at 100"), strict=True):
-        keep_statistics(path, {"CIDEr": np.ones((4, 1)), "CIDEr_full": np.ones((4, 1))}, references=cut)
-    comparison = compared(runs, by="CIDEr_full")
-    assert [line.name for line in comparison.scores] == ["CIDEr_full"]
+        keep_statistics(path, {name: table for suffix in ("", "_full") for name, table in (
+            (f"CIDEr{suffix}", np.ones((4, 1))), (f"ce_rule_uncertain_negative{suffix}", labels))}, references=cut)
+    comparison = compared(runs, by="CIDEr")
+    assert comparison.by == "CIDEr_full"
+    assert [line.name for line in comparison.scores] == [
+        "CIDEr_full", *(f"ce_rule_f1_{average}_14_uncertain_negative_full" for average in ("micro", "macro"))]
     assert "--max_seq_length" in comparison.notes[0]
 
 
