@@ -14,6 +14,7 @@ import pytest
 from modules.config import Config
 from modules.errors import InputError
 from modules.flags import parse_flags, resolve_config
+from modules.presets import preset
 from scripts import experiment_runs
 from scripts.experiment_files import choose, read_datasets, read_table
 from scripts.experiment_plan import (
@@ -69,6 +70,14 @@ def test_data_sets_have_the_settings_of_the_run_scripts(name, tmp_path):
     scripted = _flags_of_script(f"run_{name}.sh", tmp_path)
     dataset = read_datasets(ROOT / "experiments" / "datasets.json")[name]
     assert _config(dataset.flags) == _config(scripted)
+
+
+@pytest.mark.parametrize("name", ["iu_xray", "mimic_cxr"])
+def test_xpronet_is_the_published_model(name):
+    flags = read_datasets(ROOT / "experiments" / "datasets.json")[name].model_flags["xpronet"]
+    config, published = dataclasses.asdict(_config(flags)), preset("xpronet", name)
+    own = ("topk", "num_cluster", "num_protype", "d_img_ebd", "d_txt_ebd", "weight_img_con_loss", "weight_txt_con_loss")
+    assert {key: config[key] for key in own} == {key: published[key] for key in own}
 
 
 def test_demo_has_the_settings_of_the_demo_script():
