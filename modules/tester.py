@@ -76,10 +76,8 @@ class Tester:
         return found
 
     def _collect(self, found: Predictions, batch: Any, tokens: Tensor) -> None:
-        # (B * sample_n, L): the first of a study's samples is the best beam, or the first draw.
-        first = tokens[:: self.decoding.sample_n].tolist()
         found.ids += batch.ids
-        found.generated += self.tokenizer.decode_batch(first)
+        found.generated += self.tokenizer.decode_batch(tokens.tolist())  # (B, L): the likeliest of each study
         found.references += self.tokenizer.decode_batch(batch.positive.tokens[:, 1:].tolist())
         found.full_references += [self.clean(report) for report in batch.reports]
         found.reports += batch.reports
