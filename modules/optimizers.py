@@ -39,8 +39,13 @@ class PlateauOnAny:
         self.best: dict[str, float] = {}
         self.bad_epochs = 0
 
-    def step(self, scores: Mapping[str, float | None]) -> None:
-        """Take one epoch's validation scores; scores that are missing or None do not count as better."""
+    def step(self, scores: Mapping[str, float | None] | None) -> None:
+        """Take one epoch's validation scores, None where there was no validation.
+
+        Scores that are missing or None do not count as better.
+        """
+        if scores is None:
+            return
         better = False
         for name in self.metrics:
             value = scores.get(name)
@@ -68,7 +73,7 @@ class EpochSchedule:
     def __init__(self, scheduler: torch.optim.lr_scheduler.LRScheduler):
         self.scheduler = scheduler
 
-    def step(self, scores: Mapping[str, float | None]) -> None:
+    def step(self, scores: Mapping[str, float | None] | None) -> None:
         """Advance by one epoch; the scores have no influence."""
         self.scheduler.step()
 

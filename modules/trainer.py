@@ -74,12 +74,12 @@ class Trainer:
             row = {"epoch": epoch, "lr_ve": self.optimizer.param_groups[0]["lr"],
                    "lr_ed": self.optimizer.param_groups[-1]["lr"]}
             row |= {f"train_{name}": value for name, value in self._train_epoch(epoch).items()}
-            improved = False
+            improved, scores = False, None
             if epoch >= self.start_eval_epoch:
                 scores = self.validate(epoch)
                 row |= {f"val_{name}": value for name, value in scores.items()}
                 improved = self.best.judge(scores.get(self.monitor_metric), epoch, self.monitor_mode)
-                self.scheduler.step(scores)
+            self.scheduler.step(scores)
             self.history.append(row | {"seconds": time.monotonic() - started})
             self._log_epoch(self.history[-1], improved)
             if improved or epoch % self.save_period == 0 or epoch == self.epochs:

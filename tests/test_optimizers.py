@@ -65,6 +65,13 @@ def test_plateau_waits_for_either_metric():
     assert optim.param_groups[0]["lr"] == pytest.approx(1e-5)
 
 
+def test_an_epoch_without_validation_is_not_one_without_progress():
+    optim = optimizer(Tiny())
+    plateau = PlateauOnAny(optim, factor=0.1, patience=0)
+    plateau.step(None)
+    assert optim.param_groups[1]["lr"] == 5e-4
+
+
 @pytest.mark.parametrize("kind", ["StepLR", "ReduceLROnPlateau", "CosineAnnealingLR", "constant"])
 def test_a_restored_schedule_goes_on_alike(kind):
     def make():

@@ -117,6 +117,14 @@ def test_no_validation_before_its_first_epoch():
     assert "val_BLEU_4" not in one.history[0] and saved == [(1, False), (2, True)]
 
 
+def test_the_learning_rate_falls_before_the_first_validation():
+    one, _ = trainer([batch([1.0])], scores=[0.9] * 3, start_eval_epoch=3)
+    one.scheduler = build_scheduler(one.optimizer, lr_scheduler="StepLR", step_size=1, gamma=0.5, plateau_patience=0,
+                                    epochs=3)
+    one.train()
+    assert [row["lr_ed"] for row in one.history] == [0.1, 0.05, 0.025]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_gradient_never_reaches_the_weights(bad):
     one, _ = trainer([batch([1.0]), batch([bad]), batch([1.0])])
