@@ -153,7 +153,7 @@ class Config:
                           choices=("float32", "bfloat16", "float16"))
     compile: bool = flag(False, "run", "compile the objective with torch.compile")
     deterministic: bool = flag(False, "run", "deterministic kernels only: equal runs on one machine, slower")
-    seed: int = flag(9233, "run", "seed of weights, order and augmentation", low=0)
+    seed: int = flag(9233, "run", "seed of weights, order and augmentation", low=0, high=2**63 - 1)
     resume: str = flag("", "run", "go on from this checkpoint")
     load: str = flag("", "run", "main_test.py: the checkpoint to test; our own brings its settings along")
 
@@ -230,6 +230,14 @@ def _check_together(config: Config) -> None:
         raise InputError(f"--adam_betas {config.adam_betas}: both must be in [0, 1)")
     if config.monitor_metric in CLINICAL_MONITORED and not config.labels_by_rules:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
+    if config.monitor_metric == "METEOR" and not config.meteor:
+        raise InputError("--monitor_metric METEOR: needs --meteor true")
+    if config.start_eval_epoch > config.epochs:
+        raise InputError(f"--start_eval_epoch {config.start_eval_epoch}: no epoch of --epochs {config.epochs} would be "
+                         "validated, so no best model could be chosen")
+    for name in ("save_dir", "record_dir"):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is empty: name a folder")
     if config.n_gpu > 1:
         raise InputError(f"--n_gpu {config.n_gpu}: this version trains in one process; use --n_gpu 1")
     if config.ithn == "off" and config.released:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from modules.errors import InputError
+
 
 class _BarSafeHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
@@ -13,14 +15,20 @@ class _BarSafeHandler(logging.Handler):
 
 
 def start_log(path: Path) -> logging.Logger:
-    """The logger "ithn", writing to the terminal and appending to ``path`` (mode 0600); call it once per run."""
+    """The logger "ithn", writing to the terminal and appending to ``path`` (mode 0600); call it once per run.
+
+    InputError where the file cannot be written.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        raise InputError(f"file {str(path)!r} cannot be written: {error.strerror}") from error
     logger = logging.getLogger("ithn")
     logger.setLevel(logging.INFO)
     logger.handlers.clear()
     logger.propagate = False
     terminal = _BarSafeHandler()
     terminal.setFormatter(logging.Formatter("%(message)s"))
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     file = logging.StreamHandler(os.fdopen(handle, "a", encoding="utf-8"))
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(terminal)

@@ -25,6 +25,7 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     saved = content["config"] | {"save_dir": str(Path(path).parent), "resume": ""} if ours else None
     config = resolve_config(given, saved)
     folder = private_folder(config.save_dir)
+    private_folder(config.record_dir)  # rather now than after hours of work
     log = start_log(folder / "test.log")
     for line in ignored:
         log.warning("%s", line)

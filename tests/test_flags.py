@@ -66,6 +66,10 @@ def test_names_of_visualgpt_are_translated():
     (["--amsgrad", "maybe"], "neither true nor false"),
     (["--no_such_flag", "1"], "--no_such_flag"),
     (["--workers", "many"], "--workers many"),
+    (["--monitor_metric", "METEOR", "--meteor", "false"], "needs --meteor true"),
+    (["--start_eval_epoch", "9", "--epochs", "3"], "--start_eval_epoch 9: no epoch"),
+    (["--seed", str(2**63)], "--seed 9223372036854775808: must be at most"),
+    (["--save_dir", ""], "--save_dir is empty"),
 ])
 def test_a_mistake_names_flag_and_value(argv, part):
     with pytest.raises(InputError) as error:
