@@ -51,7 +51,7 @@ def keep_as_best(current: Path, best: Path) -> None:
     try:
         os.link(current, temporary)
     except OSError:
-        shutil.copyfile(current, temporary)
+        shutil.copy(current, temporary)  # with the mode 0600
     os.replace(temporary, best)
     _sync_folder(best.parent)
 

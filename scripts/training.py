@@ -1,6 +1,7 @@
 """What main_train.py runs: composes data, objective, optimiser, trainer and tester; trains; tests the best model."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ from scripts import compose
 from scripts.results import test_and_write
 from scripts.scoring import Scoring
 
+# Flags that the kept states of optimiser and schedule decide when a run goes on.
+KEPT = ("optim", "lr_ve", "lr_ed", "weight_decay", "adam_betas", "adam_eps", "amsgrad", "lr_scheduler", "step_size",
+        "gamma")
+
 
 def run_training(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     """Train as the flags ``given`` say, or go on from --resume with its settings beneath them; then test."""
@@ -43,6 +48,7 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
         require_resumable(resumed, given["resume"])
     config = resolve_config(given, saved=resumed and resumed["config"])
     folder = private_folder(config.save_dir)
+    private_folder(config.record_dir)  # rather now than after hours of work
     log = start_log(folder / "train.log")
     for line in ignored:
         log.warning("%s", line)
@@ -61,10 +67,12 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
         trainer = _trainer(config, data, objective, device, loaders, tester, folder)
         if resumed is not None:
             _restore(trainer, objective, resumed, config, data.tokenizer)
+            _bring_best(trainer, Path(config.resume), folder)
             log.info("resumed after epoch %d", trainer.first_epoch - 1)
         trainer.train()
         if not trainer.best.epoch:
-            log.warning("no validation was run, so no best model was chosen and the test split was left alone")
+            log.warning("no epoch had a validation %s to choose a best model by: the test split was left alone",
+                        config.monitor_metric)
             return
         best = folder / BEST
         compose.load_weights(objective, load_checkpoint(best)["state_dict"], str(best))
@@ -187,6 +195,7 @@ def _epoch_writer(config: Config, folder: Path) -> Callable[[list[dict]], None]:
 def _restore(trainer: Trainer, objective: Objective, content: Mapping[str, Any], config: Config,
              tokenizer: Tokenizer) -> None:
     """Put everything back as the checkpoint has it; training goes on with the epoch after it."""
+    _require_unchanged(config, resolve_config({}, content["config"]))
     if content["vocabulary"] != tokenizer.state():
         raise InputError(f"--resume {config.resume}: it was trained with another vocabulary than {config.ann_path} "
                          f"gives with --threshold {config.threshold}; use the annotation it was trained on")
@@ -202,3 +211,25 @@ def _restore(trainer: Trainer, objective: Objective, content: Mapping[str, Any],
     trainer.best = Best(**content["best"])
     trainer.first_epoch = content["epoch"] + 1
     restore_rng_state(content["rng"])
+
+
+def _require_unchanged(config: Config, began: Config) -> None:
+    """InputError for a flag that was changed for a resume, but would be overruled by what the checkpoint kept."""
+    # The cosine is laid out over all epochs.
+    for name in KEPT + (("epochs",) if config.lr_scheduler == "CosineAnnealingLR" else ()):
+        now, then = getattr(config, name), getattr(began, name)
+        if now != then:
+            raise InputError(f"--{name} {now}: the run of --resume {config.resume} began with {then} and must go on "
+                             "with it; leave the flag out, or start a new run")
+
+
+def _bring_best(trainer: Trainer, resumed: Path, folder: Path) -> None:
+    """Have the best model so far in ``folder``: a run that goes on elsewhere may never find a better one."""
+    if not trainer.best.epoch:
+        return
+    source = resumed if trainer.best.epoch == trainer.first_epoch - 1 else resumed.with_name(BEST)
+    if not source.is_file():
+        logging.getLogger("ithn").warning("no %s beside --resume: epochs to come choose the best model anew", BEST)
+        trainer.best = Best()
+    elif source.resolve() != (folder / BEST).resolve():
+        keep_as_best(source, folder / BEST)

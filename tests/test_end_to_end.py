@@ -106,6 +106,37 @@ def test_resume_is_exact(train, demo_index, tmp_path, extra):
         assert all(torch.equal(state[key], other[key]) for key in state)
 
 
+def test_a_run_that_goes_on_elsewhere_takes_its_best_model_along(train, tmp_path):
+    first = train("--epochs", 2, "--lr_scheduler", "CosineAnnealingLR", "--monitor_metric", "nll")
+    resume = ["--resume", first / "current_checkpoint.pth", "--lr_scheduler", "CosineAnnealingLR", "--monitor_metric",
+              "nll", "--epochs", 2, "--save_dir", tmp_path / "elsewhere"]
+    elsewhere = train(*resume)
+    best = load_checkpoint(first / "model_best.pth")["state_dict"]
+    assert all(torch.equal(value, best[key])
+               for key, value in load_checkpoint(elsewhere / "model_best.pth")["state_dict"].items())
+    assert (elsewhere / "results.json").is_file()
+    for flag, value in (("--optim", "SGD"), ("--lr_ed", "0.5"), ("--lr_scheduler", "constant"), ("--epochs", "9")):
+        with pytest.raises(InputError, match=f"{flag} {value}: the run of --resume .* began with"):
+            train(*resume, flag, value)
+
+
+def test_a_best_model_that_was_left_behind_is_chosen_anew(train, tmp_path):
+    content = load_checkpoint(train("--epochs", 2, "--monitor_metric", "nll") / "current_checkpoint.pth")
+    content["best"] = {"score": 0.0, "epoch": 1, "epochs_without": 1}  # better than any to come
+    torch.save(content, tmp_path / "alone.pth")
+    other = train("--epochs", 3, "--monitor_metric", "nll", "--resume", tmp_path / "alone.pth",
+                  "--save_dir", tmp_path / "other")
+    assert load_checkpoint(other / "model_best.pth")["epoch"] == 3
+    assert "choose the best model anew" in (other / "train.log").read_text()
+
+
+@pytest.mark.parametrize("flags", [["--sample_method", "sample"], ["--beam_size", "4"]])
+def test_one_of_several_answers_is_kept(train, flags):
+    folder = train(*flags, "--sample_n", 3)
+    with open(folder / "res.csv", newline="") as generated:
+        assert len(list(csv.reader(generated))) == 4
+
+
 def test_plain_backbone_needs_no_negatives(train):
     folder = train()
     assert load_checkpoint(folder / "model_best.pth")["strategy"] == "off"
@@ -173,6 +204,8 @@ def test_more_than_one_percent_of_replaced_images_stops(train, demo, tmp_path):
     (["--visual_extractor", "resnet10"], "did you mean"),
     (["--image_dir", "nowhere"], "nowhere"),
     (["--ann_path", "nowhere.json"], "nowhere.json"),
+    (["--save_dir", "/proc/self"], "'/proc/self/train.log' cannot be written"),
+    (["--record_dir", "README.md"], "folder 'README.md' cannot be made"),
     (["--resume", "nowhere.pth"], "nowhere.pth"),
 ])
 def test_mistakes_get_one_line_before_training(train, flags, part):
