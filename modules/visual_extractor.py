@@ -15,6 +15,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESNETS = ("resnet", "resnext", "wide_resnet")
 WITH_FEATURES = ("densenet", "efficientnet", "convnext", "mobilenet", "vgg")
+FAMILIES = (*RESNETS, *WITH_FEATURES, "vit_")  # of torchvision; timm has the others
 HEADS = ("fc.", "classifier.", "heads.", "head.")
 # Packages that carry ImageNet weights of a timm model inside: (module, class with the path of the file).
 PACKAGED_WEIGHTS = {
@@ -50,8 +51,8 @@ class VisualExtractor(nn.Module):
         self.batch_norm = batch_norm
         self.channels_last = channels_last
         self.frozen = frozen
-        known_family = name.startswith((*RESNETS, *WITH_FEATURES, "vit_"))
-        build = _torchvision_trunk if known_family and name in torchvision.models.list_models() else _timm_trunk
+        from_torchvision = name.startswith(FAMILIES) and name in torchvision.models.list_models()
+        build = _torchvision_trunk if from_torchvision else _timm_trunk
         self.model, self.mean, self.std = build(name, pretrained and not weights, weights, image_size)
         self.width, self.patches_per_view = self._measure(image_size)
         if channels_last:
@@ -158,6 +159,8 @@ def _torchvision_trunk(name: str, pretrained: bool, weights: str | None, image_s
         model = torchvision.models.get_model(name, weights="IMAGENET1K_V1" if pretrained else None, **sizes)
     except OSError as error:
         raise _not_fetched(name, error) from error
+    except AssertionError as error:  # of a vision transformer
+        raise ValueError(f"visual_extractor {name}: an image_size of {image_size} gives no whole patches") from error
     if weights:
         _load_weights(model, weights)
     if name.startswith(RESNETS):
@@ -175,7 +178,8 @@ def _timm_trunk(name: str, pretrained: bool, weights: str | None, image_size: in
     import timm
 
     if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(name.split(".")[0]):
-        known = torchvision.models.list_models() + timm.list_models()
+        served = [known for known in torchvision.models.list_models() if known.startswith(FAMILIES)]
+        known = dict.fromkeys(served + timm.list_models())
         close = ", ".join(difflib.get_close_matches(name, known, n=3)) or "resnet101, densenet121, vit_b_16"
         raise ValueError(f"visual_extractor {name!r}: neither torchvision nor timm has it; did you mean {close}?")
     packaged = _packaged_weights(name) if pretrained else None
@@ -213,14 +217,20 @@ def _not_fetched(name: str, error: Exception) -> ValueError:
 def _read_weights(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise ValueError(f"visual_extractor_weights {path}: no such file")
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise whatever the damaged bytes lead them to
+        raise ValueError(f"visual_extractor_weights {path}: damaged, or holds more than tensors and plain values "
+                         f"({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"visual_extractor_weights {path}: holds a {type(state).__name__}, expected a state dict")
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state.get(key), dict) else state
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _load_weights(model: nn.Module, path: str) -> None:

