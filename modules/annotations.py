@@ -41,7 +41,8 @@ def read_annotation(path: str | Path, required_splits: tuple[str, ...] = SPLITS)
     """
     content, data = _read_json(path)
     if not isinstance(data, dict):
-        raise InputError(f"{path}: holds {_kind(data)}, expected an object with the keys {', '.join(SPLITS)}")
+        kind = _kind(data) if data else "nothing"
+        raise InputError(f"{path}: holds {kind}, expected an object with the keys {', '.join(SPLITS)}")
     splits: dict[str, tuple[Study, ...]] = {}
     first_seen: dict[str, str] = {}
     for split in SPLITS:
@@ -114,6 +115,10 @@ def _read_study(item: object, split: str, where: str) -> Study:
     if len(views) > len(images):
         raise InputError(f"{where}: field 'view' has {len(views)} entries for {len(images)} image(s)")
     negative_reports = _strings(item, "neg_report", where)
+    if bool(negative_reports) != bool(negative_images):
+        raise InputError(f"{where}: has only one of the fields neg_report and neg_image_path; a negative needs both")
+    if negative_reports and not negative_reports[0].strip():
+        raise InputError(f"{where}: field 'neg_report' is empty, expected a text")
     return Study(
         id=identity,
         report=_report(item, where),

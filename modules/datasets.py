@@ -119,7 +119,8 @@ class ReportDataset(Dataset):
     def check_files(self, folder: ImageFolder) -> None:
         """InputError for the first image that is missing, empty or outside ``folder``; none is opened."""
         for study in tqdm(self.studies, desc="looking for the images", leave=False):
-            for path in study.image_paths if self.separate else study.image_paths[: self.num_views]:
+            negatives = study.negative_image_paths[: self.num_views] if self.annotation_negatives else ()
+            for path in (*(study.image_paths if self.separate else study.image_paths[: self.num_views]), *negatives):
                 _naming(study, folder.locate, path)
 
     def _sample(self, epoch: int, index: int) -> Sample:

@@ -331,6 +331,9 @@ def test_missing_files_are_found_before_training(make, tmp_path):
     (tmp_path / "b" / "1.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"study 'b': image '.*b/1.png' is empty"):
         dataset.check_files(dataset.read_image)
+    dataset = make([study("a", negative_report="Text .", negative_image_paths=("n.png",))], annotation_negatives=True)
+    with pytest.raises(InputError, match=r"study 'a': image '.*n.png'"):
+        dataset.check_files(dataset.read_image)
 
 
 def test_unreadable_images_are_replaced_the_same_way_every_time(make, tmp_path):
