@@ -88,7 +88,7 @@ def _backbone_class(config: Config) -> type[Backbone]:
 
 def score_tag(config: Config) -> str:
     """What the names of scores carry where generation is given labels of the reference reports; else nothing."""
-    leaks = _backbone_class(config).needs_labels and config.xpronet_labels == "reference"
+    leaks = "xpronet_labels" in _backbone_class(config).flags and config.xpronet_labels == "reference"
     return "reference_labels" if leaks else ""
 
 
@@ -163,7 +163,7 @@ def build_backbone(config: Config, extractor: nn.Module, num_ids: int, *, pretra
     """The backbone that --model_name names, with the flags that it asks for; InputError where they do not fit."""
     kind = _backbone_class(config)
     options = {name: getattr(config, name) for name in kind.flags}
-    if kind.needs_labels:
+    if "num_protype" in kind.flags:
         options |= _prototypes(config, pretrained)
     try:
         return build_model(config.model_name, visual_extractor=extractor, num_ids=num_ids, **options)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models import MODELS, Backbone, Output
@@ -112,6 +113,30 @@ class BagOfPatches(Backbone):
             token = torch.where((token == 0) & (len(report) > 0), 0, following)
             report.append(token)
         return torch.cat(report, dim=1)
+
+
+class LabelledPatches(BagOfPatches):
+    """The same, learning from labels what a study shows; it has no prototypes, as another one has."""
+
+    needs_labels = True
+
+    def __init__(self, *, visual_extractor: nn.Module, num_ids: int, d_model: int):
+        super().__init__(visual_extractor=visual_extractor, num_ids=num_ids, d_model=d_model)
+        self.head = nn.Linear(visual_extractor.width, 14)
+
+    def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None):
+        output = super().forward(images, tokens, view_mask=view_mask, features=features,
+                                 supervised_rows=supervised_rows)
+        if labels is not None:
+            logits = self.head(output.image_features[:supervised_rows])
+            output.auxiliary["shown"] = F.binary_cross_entropy_with_logits(logits, labels[:supervised_rows])
+        return output
+
+
+def test_a_backbone_of_ones_own_gets_labels(train, demo_index, demo_labels, monkeypatch):
+    monkeypatch.setitem(MODELS, "labelled", LabelledPatches)
+    folder = train("--model_name", "labelled", "--negative_index", demo_index, "--label_path", demo_labels)
+    assert json.loads((folder / "history.json").read_text())[0]["train_shown"] > 0
 
 
 @pytest.mark.parametrize("strategy", ["ithn", "mochi"])
