@@ -41,7 +41,7 @@ def load_prototypes(path: str | Path, classes: Sequence[str], *, num_protype: in
                          "it was not loaded") from error
     rows, width = len(classes) * num_protype, d_img_ebd + d_txt_ebd
     if not isinstance(tensor, Tensor) or tensor.shape != (rows, width):
-        held = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+        held = f"a tensor of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
         raise InputError(f"--init_protypes_path {path}: holds {held}, but --num_cluster {len(classes)} times "
                          f"--num_protype {num_protype} rows of --d_img_ebd {d_img_ebd} + --d_txt_ebd {d_txt_ebd} make "
                          f"({rows}, {width})")
