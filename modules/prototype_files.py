@@ -41,10 +41,10 @@ def load_prototypes(path: str | Path, classes: Sequence[str], *, num_protype: in
                          "it was not loaded") from error
     rows, width = len(classes) * num_protype, d_img_ebd + d_txt_ebd
     if not isinstance(tensor, Tensor) or tensor.shape != (rows, width):
-        held = f"a tensor of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
-        raise InputError(f"--init_protypes_path {path}: holds {held}, but --num_cluster {len(classes)} times "
-                         f"--num_protype {num_protype} rows of --d_img_ebd {d_img_ebd} + --d_txt_ebd {d_txt_ebd} make "
-                         f"({rows}, {width})")
+        shape = f" of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else ""
+        raise InputError(f"--init_protypes_path {path}: holds a {type(tensor).__name__}{shape}, but --num_cluster "
+                         f"{len(classes)} times --num_protype {num_protype} rows of --d_img_ebd {d_img_ebd} + "
+                         f"--d_txt_ebd {d_txt_ebd} make ({rows}, {width})")
     tensor = tensor.detach().to(torch.float32)
     if not torch.isfinite(tensor).all():
         raise InputError(f"--init_protypes_path {path}: holds numbers that are not finite")

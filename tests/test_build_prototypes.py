@@ -77,7 +77,7 @@ def test_a_published_file_is_taken_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "reason"), [
-    (torch.zeros(28, 5), r"holds a tensor of shape \(28, 5\), but --num_cluster 14 times --num_protype 2 rows of --d_img"),
+    (torch.zeros(28, 5), r"holds a Tensor of shape \(28, 5\), but --num_cluster 14 times --num_protype 2 rows"),
     ({"weights": torch.zeros(28, 4)}, "holds a dict"),
     (torch.full((28, 4), torch.nan), "not finite"),
 ])
