@@ -129,6 +129,12 @@ def test_wrong_arguments_are_refused_before_anything_is_written(arguments, probl
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make_demo_data.py", "--out", "/proc/demo", "--studies", "3"])
+    with pytest.raises(InputError, match="--out /proc/demo: cannot be written"):
+        make_demo_data.main()
+
+
 # ---- findings CSV
 
 @pytest.mark.parametrize(("text", "problem"), [

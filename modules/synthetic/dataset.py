@@ -89,8 +89,11 @@ def prepare_folder(out: Path) -> None:
             raise InputError(f"--out {out}: holds files that are no synthetic data set; name an empty or a new folder")
         _remove_old_images(out / "images")
         (out / "annotation.json").unlink(missing_ok=True)  # written last: where it is missing, a run was interrupted
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    (out / "README.txt").write_text(f"{SIGNATURE}\n", encoding="utf-8")
+    try:
+        (out / "images").mkdir(parents=True, exist_ok=True)
+        (out / "README.txt").write_text(f"{SIGNATURE}\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
 
 
 def _remove_old_images(images: Path) -> None:
