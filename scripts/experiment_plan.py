@@ -23,7 +23,7 @@ NOT_DECIDING = frozenset((
     "record_dir", "exp_name", "save_period", "log_period", "tensorboard", "report_samples"))
 # Flags that act after training: the best model is tested again, not trained again.
 SCORING = frozenset(("meteor", "clinical", "chexbert_path", "chexbert_encoder", "bertscore_path", "bertscore_layer",
-                     "radgraph_path", "floors"))
+                     "radgraph_path", "radgraph_python", "floors"))
 SHOWN_DIFFERENCES = 3
 
 

@@ -23,6 +23,7 @@ from scripts.experiment_plan import (
     DONE,
     MISSING,
     NOT_DECIDING,
+    SCORING,
     UNAVAILABLE,
     UNTESTED,
     changed_line,
@@ -295,3 +296,9 @@ run_experiments.run_entry_point(run_experiments.main)
 
 def test_every_flag_that_is_not_compared_exists():
     assert {field.name for field in dataclasses.fields(Config)} >= NOT_DECIDING
+
+
+def test_flags_of_results_train_nothing_anew_unless_they_choose_the_model():
+    flags = {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "results"}
+    choosing = {"monitor_metric", "monitor_mode", "early_stop", "start_eval_epoch"}
+    assert flags == choosing | SCORING | NOT_DECIDING & flags
