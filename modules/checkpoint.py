@@ -112,7 +112,8 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
 
 def require_resumable(content: Mapping[str, Any], path: str) -> None:
     """Raise InputError unless ``content`` is a checkpoint of ours that training can go on from."""
-    needed = ("objective", "optimizer", "scheduler", "rng", "history", "vocabulary")
+    needed = ("objective", "optimizer", "scheduler", "scaler", "rng", "epoch", "best", "history", "vocabulary",
+              "config")
     missing = [key for key in needed if key not in content]
     if content.get("format") != FORMAT or missing:
         raise InputError(f"--resume {path}: weights only, or of another program; training goes on from our "

@@ -36,9 +36,9 @@ from scripts import compose
 from scripts.results import test_and_write
 from scripts.scoring import Scoring
 
-# Flags that the kept states of optimiser and schedule decide when a run goes on.
+# Flags that the kept states of optimiser, schedule and model selection decide when a run goes on.
 KEPT = ("optim", "lr_ve", "lr_ed", "weight_decay", "adam_betas", "adam_eps", "amsgrad", "lr_scheduler", "step_size",
-        "gamma")
+        "gamma", "monitor_metric", "monitor_mode")
 
 
 def run_training(given: Mapping[str, Any], ignored: Sequence[str]) -> None:

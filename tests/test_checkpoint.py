@@ -102,3 +102,10 @@ def test_missing_file_and_weights_without_training_state(tmp_path):
         load_checkpoint(tmp_path / "none.pth")
     with pytest.raises(InputError, match="weights only"):
         require_resumable({"state_dict": {}}, "published.pth")
+
+
+def test_a_checkpoint_without_its_settings_is_no_start_for_more_training(tmp_path):
+    save_checkpoint(tmp_path / "c.pth", state(1.0) | dict.fromkeys(
+        ["objective", "optimizer", "scheduler", "scaler", "rng", "best", "vocabulary"], {}))
+    with pytest.raises(InputError, match=r"--resume c\.pth: weights only"):
+        require_resumable(load_checkpoint(tmp_path / "c.pth"), "c.pth")

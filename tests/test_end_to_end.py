@@ -115,7 +115,7 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_model_along(train, tmp_path
     assert all(torch.equal(value, best[key])
                for key, value in load_checkpoint(elsewhere / "model_best.pth")["state_dict"].items())
     assert (elsewhere / "results.json").is_file()
-    for flag, value in (("--optim", "SGD"), ("--lr_ed", "0.5"), ("--lr_scheduler", "constant"), ("--epochs", "9")):
+    for flag, value in (("--optim", "SGD"), ("--lr_ed", "0.5"), ("--monitor_metric", "CIDEr"), ("--epochs", "9")):
         with pytest.raises(InputError, match=f"{flag} {value}: the run of --resume .* began with"):
             train(*resume, flag, value)
 
