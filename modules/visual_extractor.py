@@ -54,7 +54,11 @@ class VisualExtractor(nn.Module):
         from_torchvision = name.startswith(FAMILIES) and name in torchvision.models.list_models()
         build = _torchvision_trunk if from_torchvision else _timm_trunk
         self.model, self.mean, self.std = build(name, pretrained and not weights, weights, image_size)
-        self.width, self.patches_per_view = self._measure(image_size)
+        try:
+            self.width, self.patches_per_view = self._measure(image_size)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"visual_extractor {name}: takes no image_size of {image_size} ({reason})") from error
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         if frozen:

