@@ -116,6 +116,11 @@ class ReportDataset(Dataset):
         except InputError as error:
             return [error]
 
+    def sample_id(self, index: int) -> str:
+        """The study's id, with the view where every image is a sample."""
+        row, view = self.samples[index]
+        return f"{self.studies[row].id}#{view}" if self.separate else self.studies[row].id
+
     def check_files(self, folder: ImageFolder) -> None:
         """InputError for the first image that is missing, empty or outside ``folder``; none is opened."""
         for study in tqdm(self.studies, desc="looking for the images", leave=False):
@@ -134,7 +139,7 @@ class ReportDataset(Dataset):
             has_negative=negative is not None,
             sample_index=index,
             report_key=self.report_keys[row],
-            id=f"{study.id}#{view}" if self.separate else study.id,
+            id=self.sample_id(index),
             report=study.report,
             transform=self.transform,
         )

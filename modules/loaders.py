@@ -1,5 +1,6 @@
 """Which samples come when: an order keyed by seed and epoch, shared out over processes, resumable at any batch."""
 
+import logging
 import signal
 from collections.abc import Iterator
 
@@ -93,6 +94,9 @@ class EpochLoader(DataLoader):
                     f"more than {REPLACED_LIMIT:.0%}; check --image_dir and the files"
                 )
             yield batch
+        if self.replaced:
+            logging.getLogger("ithn").warning("%d of %.0f samples stood in for some with unreadable images",
+                                              self.replaced, share)
 
 
 def _collate_or_report(samples):

@@ -86,24 +86,28 @@ def _floors(config: Config, data: compose.Data, objective: Objective, device: to
         return {}
     extractor = objective.backbone.visual_extractor
     dataset = compose.build_dataset(config, data, "train", augment=False, extractor=extractor)
-    features = _pooled_features(objective, compose.build_split_loader(config, dataset, device, shuffle=False), device,
-                                config.precision)
+    ids, features = _pooled_features(objective, compose.build_split_loader(config, dataset, device, shuffle=False),
+                                     device, config.precision)
     texts = [cut_report(study.report, data.tokenizer, config.max_seq_length) for study in dataset.studies]
-    per_sample = [texts[row] for row, _ in dataset.samples]
+    # By id: where an image was unreadable, another sample stands in.
+    by_id = {dataset.sample_id(index): texts[row] for index, (row, _) in enumerate(dataset.samples)}
+    per_sample = [by_id[sample] for sample in ids]
     return {COMMONEST: commonest_report_floor(per_sample, len(found.ids)),
             NEAREST: nearest_image_floor(features.numpy(), per_sample, found.visual_features.numpy())}
 
 
 @torch.inference_mode()
-def _pooled_features(objective: Objective, loader: Any, device: torch.device, precision: str) -> Tensor:
-    """Pooled visual features (N, C) of every sample, on the CPU."""
+def _pooled_features(objective: Objective, loader: Any, device: torch.device,
+                     precision: str) -> tuple[list[str], Tensor]:
+    """The samples' ids, and their pooled visual features (N, C) on the CPU."""
     objective.eval()
-    pooled = []
+    ids, pooled = [], []
     for batch in Bar(loader, "features of the training images"):
         pair = batch.to(device).positive
         with autocast(device, precision):
             pooled.append(objective.backbone.extract(pair.images, pair.view_mask).pooled.float().cpu())
-    return torch.cat(pooled)
+        ids += batch.ids
+    return ids, torch.cat(pooled)
 
 
 def cut_report(report: str, tokenizer: Tokenizer, max_seq_length: int) -> str:
@@ -165,9 +169,11 @@ def _log(scores: Mapping[str, Mapping], tag: str, variety: Mapping[str, Any], me
 def _samples(dataset: ReportDataset, folder: ImageFolder, found: Predictions, count: int) -> Iterator[Sample]:
     """``count`` samples spread evenly over the split, with their images."""
     total = len(found.ids)
+    # By id: where an image was unreadable, another sample stands in.
+    rows = {dataset.sample_id(index): sample for index, sample in enumerate(dataset.samples)}
     for i in range(min(count, total)):
         index = i * total // min(count, total)
-        row, view = dataset.samples[index]
+        row, view = rows[found.ids[index]]
         study = dataset.studies[row]
         chosen = [view] if dataset.separate else range(min(dataset.num_views, len(study.image_paths)))
         yield Sample(id=found.ids[index], images=[folder(study.image_paths[v]) for v in chosen],

@@ -195,6 +195,17 @@ def test_more_than_one_percent_of_replaced_images_stops(train, demo, tmp_path):
         train("--image_dir", _break_image(demo, tmp_path, b""), "--on_bad_image", "skip")
 
 
+def test_a_replaced_test_image_is_counted_and_not_shown(train, demo, tmp_path):
+    annotation = json.loads((demo / "annotation.json").read_text())
+    annotation["test"] = [study | {"id": f"{study['id']}_{copy}"} for copy in range(26) for study in annotation["test"]]
+    annotation["test"][0] |= {"id": "unreadable", "image_path": ["none.png"], "view": []}
+    (tmp_path / "one_bad.json").write_text(json.dumps(annotation))
+    folder = train("--ann_path", tmp_path / "one_bad.json", "--on_bad_image", "skip", "--report_samples", 200)
+    assert "1 of 104 samples stood in" in (folder / "train.log").read_text()
+    assert "unreadable" not in (folder / "exports" / "predicted_reports.csv").read_text()
+    assert (folder / "report.html").read_text().count("<article") == 104
+
+
 @pytest.mark.parametrize(("flags", "part"), [
     (["--ithn", "on"], "needs hard negatives"),
     (["--negative_index", "nowhere.safetensors"], "nowhere.safetensors"),
