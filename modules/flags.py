@@ -95,9 +95,9 @@ def _pair(name: str, parts: Sequence[Any]) -> tuple[float, float]:
 
 
 def parse_flags(argv: Sequence[str], prog: str, description: str) -> tuple[dict[str, Any], list[str]]:
-    """The flags that were given, and a --backbone's preset beneath them, by name; and lines for the log.
+    """The flags that were given, by name, ``backbone`` among them; and lines for the log.
 
-    The lines name the given flags that are ignored, and the values that came from the preset.
+    The lines name the given flags that are ignored, and the values that come from a --backbone's preset.
     """
     given = vars(build_parser(prog, description).parse_args(list(argv)))
     ignored = [f"--{name} is accepted and ignored" + (f": {WHY_IGNORED[name]}" if name in WHY_IGNORED else "")
@@ -110,18 +110,24 @@ def parse_flags(argv: Sequence[str], prog: str, description: str) -> tuple[dict[
         given["adam_betas"] = _pair("adam_betas", given["adam_betas"])
     if "model_name" in given:
         given["model_name"] = given["model_name"].lower()
-    backbone = given.pop("backbone", None)
-    return _apply_preset(given, backbone, ignored) if backbone else (given, ignored)
+    if "backbone" not in given:
+        return given, ignored
+    if given.setdefault("model_name", given["backbone"]) != given["backbone"]:
+        raise InputError(f"--backbone {given['backbone']} and --model_name {given['model_name']} disagree: give one of "
+                         "them")
+    return given, ignored + _preset_notes(given)
 
 
-def _apply_preset(given: dict[str, Any], backbone: str, notes: list[str]) -> tuple[dict[str, Any], list[str]]:
-    if given.setdefault("model_name", backbone) != backbone:
-        raise InputError(f"--backbone {backbone} and --model_name {given['model_name']} disagree: give one of them")
+def _preset_notes(given: Mapping[str, Any]) -> list[str]:
+    backbone = given["backbone"]
     dataset_name = given.get("dataset_name", Config.dataset_name)
     added = {name: value for name, value in preset(backbone, dataset_name).items() if name not in given}
     shown = ", ".join(f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
                       for name, value in added.items())
-    return added | given, [*notes, f"from the published settings of {backbone} on {dataset_name}: {shown}"]
+    notes = [f"from the published settings of {backbone} on {dataset_name}: {shown}"]
+    if given.get("resume") or given.get("load"):
+        notes.append("the settings that a checkpoint of ours brings along go before these")
+    return notes
 
 
 def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:
@@ -140,9 +146,13 @@ def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Config:
-    """Config from the flags given, over the settings ``saved`` in a checkpoint, over the defaults."""
+    """Config from the flags given, over those ``saved`` in a checkpoint, --backbone's preset, and the defaults."""
     names = {item.name for item in dataclasses.fields(Config)}
     values = {name: value for name, value in (saved or {}).items() if name in names}
     if "adam_betas" in values:
         values["adam_betas"] = tuple(values["adam_betas"])
-    return Config(**(values | dict(given)))
+    given = dict(given)
+    backbone = given.pop("backbone", None)
+    dataset_name = (values | given).get("dataset_name", Config.dataset_name)
+    beneath = preset(backbone, dataset_name) if backbone else {}
+    return Config(**(beneath | values | given))

@@ -101,9 +101,18 @@ def test_a_mistake_exits_with_2_and_one_line():
 
 def test_a_backbone_brings_its_published_settings_beneath_the_flags_given():
     given, notes = parse_flags(["--backbone", "r2gen", "--lr_ve", "1e-3", "--dataset_name", "mimic_cxr"], "x", "")
-    assert (given["model_name"], given["lr_ve"], given["lr_ed"]) == ("r2gen", 1e-3, 1e-4)
-    assert (given["clip_value"], given["max_seq_length"], given["threshold"]) == (0.1, 100, 10)
+    config = resolve_config(given)
+    assert (config.model_name, config.lr_ve, config.lr_ed) == ("r2gen", 1e-3, 1e-4)
+    assert (config.clip_value, config.max_seq_length, config.threshold) == (0.1, 100, 10)
     assert "--lr_ed 0.0001" in notes[-1] and "--lr_ve" not in notes[-1]
+
+
+def test_a_checkpoints_own_settings_go_before_the_published_ones():
+    given, notes = parse_flags(["--backbone", "r2gen", "--load", "model_best.pth", "--beam_size", "5"], "x", "")
+    saved = {"model_name": "r2gen", "dataset_name": "mimic_cxr", "max_seq_length": 24, "beam_size": 2}
+    config = resolve_config(given, saved)
+    assert (config.max_seq_length, config.beam_size, config.threshold) == (24, 5, 10)
+    assert "checkpoint" in notes[-1]
 
 
 def test_backbone_and_model_name_must_agree():
