@@ -245,8 +245,10 @@ def build_split_loader(config: Config, dataset: ReportDataset, device: torch.dev
                         drop_last=shuffle and config.drop_last)
 
 
-def decoding_options(config: Config) -> DecodingOptions:
-    """How reports are generated."""
+def decoding_options(config: Config, num_ids: int) -> DecodingOptions:
+    """How reports are generated, from a vocabulary of ``num_ids`` token ids."""
+    if config.beam_size > num_ids:
+        raise InputError(f"--beam_size {config.beam_size}: at most the {num_ids} token ids of the vocabulary")
     names = ("sample_method", "beam_size", "max_seq_length", "temperature", "sample_n", "group_size",
              "diversity_lambda")
     try:
