@@ -69,6 +69,8 @@ def read_data(config: Config, *, tokenizer: Tokenizer | None = None, trained_wit
     if tokenizer is None:
         reports = [study.report for study in annotation.splits["train"]]
         tokenizer = Tokenizer.from_reports(reports, config.threshold, config.dataset_name)
+    if config.beam_size > tokenizer.num_ids:
+        raise InputError(f"--beam_size {config.beam_size}: at most the {tokenizer.num_ids} token ids of the vocabulary")
     strategy, index = _hard_negatives(config, annotation) if trained_with is None else ("off", None)
     labels = None
     if _backbone_class(config).needs_labels and (trained_with is None or score_tag(config)):
@@ -245,10 +247,8 @@ def build_split_loader(config: Config, dataset: ReportDataset, device: torch.dev
                         drop_last=shuffle and config.drop_last)
 
 
-def decoding_options(config: Config, num_ids: int) -> DecodingOptions:
-    """How reports are generated, from a vocabulary of ``num_ids`` token ids."""
-    if config.beam_size > num_ids:
-        raise InputError(f"--beam_size {config.beam_size}: at most the {num_ids} token ids of the vocabulary")
+def decoding_options(config: Config) -> DecodingOptions:
+    """How reports are generated."""
     names = ("sample_method", "beam_size", "max_seq_length", "temperature", "sample_n", "group_size",
              "diversity_lambda")
     try:

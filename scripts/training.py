@@ -97,7 +97,7 @@ def build_tester(config: Config, tokenizer: Tokenizer, objective: Objective, dev
     return Tester(
         objective,
         tokenizer=tokenizer,
-        decoding=compose.decoding_options(config, tokenizer.num_ids),
+        decoding=compose.decoding_options(config),
         device=device,
         precision=config.precision,
         clean=lambda report: clean_report(report, tokenizer.cleaner),
