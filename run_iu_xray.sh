@@ -12,9 +12,9 @@
 #   bash run_iu_xray.sh --backbone r2gencmn --ithn off --save_dir results/iu_xray_r2gencmn
 # XProNet (as published without flips and incomplete batches) reads labels and starts from prototypes of its own:
 #   python scripts/label_reports.py data/iu_xray/annotation.json --out data/iu_xray/labels.csv
-#   python scripts/build_prototypes.py --label_path data/iu_xray/labels.csv --out data/iu_xray/prototypes.safetensors
+#   python scripts/build_prototypes.py --label_path data/iu_xray/labels.csv --out data/iu_xray/init_prototypes.safetensors
 #   bash run_iu_xray.sh --backbone xpronet --label_path data/iu_xray/labels.csv \
-#       --init_protypes_path data/iu_xray/prototypes.safetensors --save_dir results/iu_xray_xpronet_ithn
+#       --init_protypes_path data/iu_xray/init_prototypes.safetensors --save_dir results/iu_xray_xpronet_ithn
 # The released ITHN code's objective and settings:
 #   bash run_iu_xray.sh --ithn_variant released --epochs 100 --lr_ve 1e-4 --lr_ed 5e-4 \
 #       --lr_scheduler StepLR --step_size 10 --gamma 0.8 --early_stop 25 --save_dir results/iu_xray_released

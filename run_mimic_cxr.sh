@@ -12,10 +12,10 @@
 #   bash run_mimic_cxr.sh --backbone r2gencmn --ithn off --save_dir results/mimic_cxr_r2gencmn
 # XProNet (as published without flips and incomplete batches) reads labels and starts from prototypes of its own:
 #   python scripts/label_reports.py data/mimic_cxr/annotation.json --out data/mimic_cxr/labels.csv
-#   python scripts/build_prototypes.py --label_path data/mimic_cxr/labels.csv --out data/mimic_cxr/prototypes.safetensors \
+#   python scripts/build_prototypes.py --label_path data/mimic_cxr/labels.csv --out data/mimic_cxr/init_prototypes.safetensors \
 #       --dataset_name mimic_cxr --ann_path data/mimic_cxr/annotation.json --image_dir data/mimic_cxr/images/
 #   bash run_mimic_cxr.sh --backbone xpronet --label_path data/mimic_cxr/labels.csv \
-#       --init_protypes_path data/mimic_cxr/prototypes.safetensors --save_dir results/mimic_cxr_xpronet_ithn
+#       --init_protypes_path data/mimic_cxr/init_prototypes.safetensors --save_dir results/mimic_cxr_xpronet_ithn
 # The released ITHN code's objective and settings:
 #   bash run_mimic_cxr.sh --ithn_variant released --max_seq_length 60 --epochs 100 --lr_ve 1e-4 --lr_ed 5e-4 \
 #       --lr_scheduler StepLR --step_size 10 --gamma 0.8 --early_stop 25 --save_dir results/mimic_cxr_released

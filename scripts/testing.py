@@ -28,7 +28,7 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     private_folder(config.record_dir)  # rather now than after hours of work
     log = start_log(folder / "test.log")
     for line in ignored:
-        log.warning("%s", line)
+        log.info("%s", line)
     device = compose.prepare_device(config)
     tokenizer = Tokenizer.from_state(content["vocabulary"]) if ours else None
     data = compose.read_data(config, tokenizer=tokenizer, trained_with=content.get("strategy", "unknown"))

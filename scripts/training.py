@@ -51,7 +51,7 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     private_folder(config.record_dir)  # rather now than after hours of work
     log = start_log(folder / "train.log")
     for line in ignored:
-        log.warning("%s", line)
+        log.info("%s", line)
     device = compose.prepare_device(config)
     data = compose.read_data(config)
     objective = compose.build_objective(config, data, device, pretrained=resumed is None)
