@@ -66,9 +66,11 @@ class Trainer:
         # on the device, with no synchronisation.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if precision == "float16" else 1.0)
         self.best, self.history, self.first_epoch = Best(), [], 1
+        self.steps, self.taken = 0, 0  # steps of all epochs, and at the last check those that reached the weights
 
     def train(self) -> None:
         """Run the remaining epochs; stop when validation has not improved for more than ``early_stop`` epochs."""
+        self.taken = self._steps_taken()
         for epoch in range(self.first_epoch, self.epochs + 1):
             started = time.monotonic()
             row = {"epoch": epoch, "lr_ve": self.optimizer.param_groups[0]["lr"],
@@ -94,22 +96,22 @@ class Trainer:
         self.objective.train()
         self.loader.set_epoch(epoch)
         sums: dict[str, Tensor] = {}
-        skipped_before, steps, batches = self._steps_taken(), 0, 0
+        steps, batches = 0, 0
         bar = self.progress(self.loader, f"epoch {epoch}/{self.epochs}")
         for group in _groups(bar, self.grad_accumulation):
             for terms in self._accumulate(group, epoch):
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0) + value
             self._update()
-            steps, batches = steps + 1, batches + len(group)
+            steps, batches, self.steps = steps + 1, batches + len(group), self.steps + 1
             # Reading a value waits for the device: only when the bar is due, or once in log_period steps.
             if steps % self.log_period == 0 or bar.due():
                 means = _means(sums, steps, batches)
                 bar.show(means)
                 if steps % self.log_period == 0:
                     logger.info("epoch %d step %d %s", epoch, steps, _shown(means))
-            if steps % MOST_SKIPPED_IN_A_ROW == 0:
-                skipped_before = self._require_progress(skipped_before)
+            if self.steps % MOST_SKIPPED_IN_A_ROW == 0:
+                self.taken = self._require_progress(self.taken)
         return _means(sums, steps, batches) | {"steps": steps}
 
     def _accumulate(self, group: list, epoch: int) -> Iterator[dict[str, Tensor]]:

@@ -141,6 +141,13 @@ def test_a_run_of_bad_gradients_ends_the_run():
     assert torch.isfinite(one.objective.w)
 
 
+def test_a_run_of_bad_gradients_ends_short_epochs_too():
+    one, _ = trainer([batch([float("nan")])] * 10, scores=[0.1] * 9)
+    with pytest.raises(InputError, match="not finite in 25 steps in a row"):
+        one.train()
+    assert len(one.history) == 2
+
+
 @pytest.mark.parametrize(("settings", "expected"), [({"clip_value": 0.1}, -0.01), ({"clip_norm": 0.5}, -0.05)])
 def test_clipping(settings, expected):
     one, _ = trainer([batch([3.0])], sgd=True, **settings)
