@@ -39,5 +39,5 @@ else
         --out "$index"
 fi
 if [[ $(value_of --ithn auto "$@") != off ]]; then arguments+=(--negative_index "$index"); fi
+# Ends with the test of the best model: the test split is generated once.
 "$python" main_train.py "${arguments[@]}"
-"$python" main_test.py --load "$save_dir/model_best.pth"

@@ -68,11 +68,11 @@ def value(call, flag):
 @pytest.mark.parametrize("script", STUDIES)
 def test_study_mines_trains_and_tests(study, script):
     dataset = script.removeprefix("run_").removesuffix(".sh")
-    mining, training, testing = study(script, "--epochs", "2", "--exp_name", "two words")
+    mining, training = study(script, "--epochs", "2", "--exp_name", "two words")
     index = f"results/{dataset}/hard_negatives.safetensors"
     assert mining[0] == "scripts/mine_hard_negatives.py" and "RadBERT" in value(mining, "--text_encoder")
     assert value(mining, "--out") == value(training, "--negative_index") == index
-    assert testing == ["main_test.py", "--load", f"results/{dataset}/model_best.pth"]
+    assert training[0] == "main_train.py"  # which ends with the test of the best model
     given, ignored = parse_flags(training[1:], "main_train.py", "")
     config = resolve_config(given)
     assert not ignored
@@ -83,30 +83,29 @@ def test_study_mines_trains_and_tests(study, script):
 
 
 def test_study_takes_a_backbones_own_settings(study):
-    _, training, _ = study("run_mimic_cxr.sh", "--backbone", "r2gencmn", "--lr_ve", "1e-5")
+    _, training = study("run_mimic_cxr.sh", "--backbone", "r2gencmn", "--lr_ve", "1e-5")
     config = resolve_config(parse_flags(training[1:], "main_train.py", "")[0])
     assert (config.lr_ve, config.lr_ed, config.lr_scheduler, config.step_size) == (1e-5, 5e-4, "StepLR", 3)
     assert (config.epochs, config.max_seq_length, config.threshold, config.strategy) == (30, 100, 10, "ithn")
 
 
 def test_study_follows_the_users_flags(study):
-    mining, training, testing = study("run_iu_xray.sh", "--ann_path=other.json", "--save_dir", "out dir",
+    mining, training = study("run_iu_xray.sh", "--ann_path=other.json", "--save_dir", "out dir",
                                       "--num_neighbours", "9", TEXT_ENCODER="tfidf")
     assert value(mining, "--ann_path") == "other.json"
     assert (value(mining, "--text_encoder"), value(mining, "--top_k")) == ("tfidf", "9")
     assert value(training, "--negative_index") == "out dir/hard_negatives.safetensors"
-    assert testing[-1] == "out dir/model_best.pth"
 
 
 def test_study_mines_only_where_it_must(study):
     index = study.folder / "results/iu_xray/hard_negatives.safetensors"
     index.parent.mkdir(parents=True)
     index.touch()
-    assert [call[0] for call in study("run_iu_xray.sh")] == ["main_train.py", "main_test.py"]
+    assert [call[0] for call in study("run_iu_xray.sh")] == ["main_train.py"]
     index.unlink()
-    plain, _ = study("run_iu_xray.sh", "--ithn", "off")
+    (plain,) = study("run_iu_xray.sh", "--ithn", "off")
     assert plain[0] == "main_train.py" and "--negative_index" not in plain
-    own, _ = study("run_iu_xray.sh", "--negative_index", "")
+    (own,) = study("run_iu_xray.sh", "--negative_index", "")
     assert own[0] == "main_train.py" and value(own, "--negative_index") == ""
 
 
