@@ -143,6 +143,12 @@ def test_plain_backbone_needs_no_negatives(train):
     assert "train_contrastive" not in json.loads((folder / "history.json").read_text())[0]
 
 
+def test_the_contrastive_strategy_needs_no_negatives(train):
+    folder = train("--strategy", "contrastive")
+    assert load_checkpoint(folder / "model_best.pth")["strategy"] == "contrastive"
+    assert json.loads((folder / "history.json").read_text())[0]["train_contrastive"] > 0
+
+
 def test_test_labels_do_not_choose_the_model(train, demo, tmp_path):
     flags = ["--epochs", 3, "--lr_ed", "1e-2"]
     first = load_checkpoint(train(*flags) / "model_best.pth")
@@ -208,6 +214,8 @@ def test_a_replaced_test_image_is_counted_and_not_shown(train, demo, tmp_path):
 
 @pytest.mark.parametrize(("flags", "part"), [
     (["--ithn", "on"], "needs hard negatives"),
+    (["--strategy", "prior"], "--strategy prior needs hard negatives"),
+    (["--ithn_variant", "released"], "needs hard negatives"),
     (["--negative_index", "nowhere.safetensors"], "nowhere.safetensors"),
     (["--cmm_dim", "32"], "--cmm_dim 32: must equal d_model 16"),
     (["--model_name", "r2gen", "--rm_d_model", "32"], "--rm_d_model 32: must equal d_model 16"),

@@ -37,8 +37,8 @@ STYLES = (
                 ("focal consolidation", "pleural effusion", "pneumothorax")),
         bones=(0.35, ("The bony structures are intact.", "The skeletal structures are unremarkable.",
                       "The thoracic cage shows no focal destruction.")),
-        canned=("The heart is normal in size. The mediastinum is unremarkable. The lungs are clear. There is no pleural "
-                "effusion or pneumothorax.",
+        canned=("The heart is normal in size. The mediastinum is unremarkable. The lungs are clear. There is no "
+                "pleural effusion or pneumothorax.",
                 "The heart is normal in size and contour. The lungs are clear, without evidence of infiltrate. "
                 "There is no pneumothorax or effusion."),
     ),
