@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from modules.errors import InputError
+from modules.errors import InputError, Problem, stop_at
+from modules.input_files import open_regular
 
 SPLITS = ("train", "val", "test")
 
@@ -35,9 +37,12 @@ class Annotation:
     synthetic: bool = False  # some record says "synthetic": true, as scripts/make_demo_data.py writes it
 
 
-def read_annotation(path: str | Path, required_splits: tuple[str, ...] = SPLITS) -> Annotation:
+def read_annotation(
+    path: str | Path, required_splits: tuple[str, ...] = SPLITS, note: Callable[[Problem], None] = stop_at
+) -> Annotation:
     """Read and check annotation.json: {"train": [...], "val": [...], "test": [...]} of records with id, report and
-    image_path. InputError names file, split, record and field of the first mistake.
+    image_path. InputError names file, split, record and field of the first mistake. Given another ``note``, it is
+    called with every mistake in splits and records, and those records are left out of what is returned.
     """
     content, data = _read_json(path)
     if not isinstance(data, dict):
@@ -48,27 +53,30 @@ def read_annotation(path: str | Path, required_splits: tuple[str, ...] = SPLITS)
     for split in SPLITS:
         if split not in data and split not in required_splits:
             continue
-        splits[split] = _read_split(path, data, split, first_seen)
-        if not splits[split] and split in required_splits:
-            raise InputError(f"{path}: split '{split}' is empty, it needs at least one record")
+        splits[split] = _read_split(path, data, split, first_seen, note)
+        if not splits[split] and split in required_splits and data.get(split) == []:
+            note(Problem("split is empty", f"{path}: split '{split}' is empty, it needs at least one record",
+                         str(path), split))
     train = [[study.id, study.report] for study in splits.get("train", ())]
     return Annotation(
         path=str(path),
         splits=splits,
         sha256=hashlib.sha256(content).hexdigest(),
         train_sha256=hashlib.sha256(json.dumps(train).encode()).hexdigest(),
-        synthetic=any(item.get("synthetic") is True for split in splits for item in data[split]),
+        synthetic=any(item.get("synthetic") is True for split in splits for item in data.get(split) or ()
+                      if isinstance(item, dict)),
     )
 
 
 def _read_json(path: str | Path) -> tuple[bytes, object]:
     try:
-        content = Path(path).read_bytes()
+        with open_regular(path) as file:
+            content = file.read()
     except OSError as error:
         raise InputError(f"{path}: cannot read the annotation: {error.strerror}") from error
     try:
         # utf-8-sig: a byte order mark, which Windows editors put in front, is no mistake.
-        return content, json.loads(content.decode("utf-8-sig"))
+        return content, json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start}); save the annotation as UTF-8") from error
     except RecursionError as error:
@@ -77,95 +85,154 @@ def _read_json(path: str | Path) -> tuple[bytes, object]:
         raise InputError(f"{path}: not valid JSON: {error}") from error
 
 
-def _read_split(path, data: dict, split: str, first_seen: dict[str, str]) -> tuple[Study, ...]:
-    if split not in data:
-        raise InputError(f"{path}: split '{split}' is missing; expected the keys {', '.join(SPLITS)}")
-    if not isinstance(data[split], list):
-        raise InputError(f"{path}: split '{split}' is {_kind(data[split])}, expected a list of records")
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    # JSON readers keep the last of two equal keys: a second "train" would quietly replace the first.
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {_shown(twice)} stands twice in one object")
+    return found
+
+
+def _read_split(path, data: dict, split: str, first_seen: dict[str, str], note) -> tuple[Study, ...]:
+    rows = data.get(split)
+    if not isinstance(rows, list):
+        problem = (f"is {_kind(rows)}, expected a list of records" if split in data
+                   else f"is missing; expected the keys {', '.join(SPLITS)}")
+        note(Problem("split is no list", f"{path}: split '{split}' {problem}", str(path), split))
+        return ()
     studies = []
-    for row, item in enumerate(data[split]):
-        study = _read_study(item, split, f"{path}: split '{split}', record {row}")
-        if study.id in first_seen:
-            other = first_seen[study.id]
+    for row, item in enumerate(rows):
+        record = _Record(str(path), split, row, item, note)
+        study = _read_study(record) if isinstance(item, dict) else None
+        if not isinstance(item, dict):
+            record.refuse("", "record is no object",
+                          f"is {_kind(item)}, expected an object with id, report and image_path")
+        if record.id and record.id in first_seen:
+            other = first_seen[record.id]
             problem = "appears twice" if other == split else f"is in split '{other}' too"
-            raise InputError(f"{path}: split '{split}', id {_shown(study.id)} {problem}; ids must be unique")
-        first_seen[study.id] = split
-        studies.append(study)
+            kind = "id appears twice" if other == split else "id is in two splits"
+            note(Problem(kind, f"{path}: split '{split}', id {_shown(record.id)} {problem}; ids must be unique",
+                         str(path), split, record.id, "id"))
+            continue
+        first_seen[record.id] = split
+        if study is not None:
+            studies.append(study)
     return tuple(studies)
 
 
-def _read_study(item: object, split: str, where: str) -> Study:
-    if not isinstance(item, dict):
-        raise InputError(f"{where}: is {_kind(item)}, expected an object with id, report and image_path")
-    identity = _identifier(item, "id", where)
-    where = f"{where}, id {_shown(identity)}"
+@dataclass
+class _Record:
+    """Where a record stands, and whether it was found sound so far."""
+
+    path: str
+    split: str
+    row: int
+    item: object
+    note: Callable[[Problem], None]
+    id: str = ""
+    sound: bool = True
+
+    def refuse(self, field: str, kind: str, problem: str) -> None:
+        self.sound = False
+        where = f"{self.path}: split '{self.split}', record {self.row}" + (f", id {_shown(self.id)}" if self.id else "")
+        self.note(Problem(kind, f"{where}: {problem}", self.path, self.split, self.id, field))
+
+
+def _read_study(record: _Record) -> Study | None:
+    item, split = record.item, record.split
+    record.id = _identifier(record, "id")
     # A record's own split is not needed, but one that contradicts its list would leak test data into training.
     if item.get("split", split) in SPLITS and item.get("split", split) != split:
-        raise InputError(f"{where}: field 'split' says '{item['split']}', but the record stands in '{split}'")
-    negative_images = _strings(item, "neg_image_path", where)
-    images = _strings(item, "image_path", where)
-    if negative_images and "image_path" not in item:
-        images = (identity,)  # released ITHN names the image by the id alone
-    if not images:
-        raise InputError(f"{where}: field 'image_path' is {_absence(item, 'image_path')}, expected paths")
-    for image in images + negative_images:
-        if not image.strip() or "\0" in image or image.startswith("/") or ".." in PurePosixPath(image).parts:
-            raise InputError(f"{where}: image path {_shown(image)} must name a file inside image_dir")
-    views = _strings(item, "view", where)
-    if len(views) > len(images):
-        raise InputError(f"{where}: field 'view' has {len(views)} entries for {len(images)} image(s)")
-    negative_reports = _strings(item, "neg_report", where)
+        record.refuse("split", "split contradicts its list",
+                      f"field 'split' says '{item['split']}', but the record stands in '{split}'")
+    negative_images = _strings(record, "neg_image_path")
+    images = _images(record, negative_images)
+    views = _strings(record, "view")
+    if len(views) > len(images) > 0:
+        record.refuse("view", "more views than images",
+                      f"field 'view' has {len(views)} entries for {len(images)} image(s)")
+    negative_reports = _strings(record, "neg_report")
     if bool(negative_reports) != bool(negative_images):
-        raise InputError(f"{where}: has only one of the fields neg_report and neg_image_path; a negative needs both")
+        record.refuse("neg_report", "half a negative",
+                      "has only one of the fields neg_report and neg_image_path; a negative needs both")
     if negative_reports and not negative_reports[0].strip():
-        raise InputError(f"{where}: field 'neg_report' is empty, expected a text")
+        record.refuse("neg_report", "neg_report is empty", "field 'neg_report' is empty, expected a text")
+    report = _report(record)
+    study_id = _identifier(record, "study_id") if "study_id" in item else record.id
+    if not record.sound:
+        return None
     return Study(
-        id=identity,
-        report=_report(item, where),
+        id=record.id,
+        report=report,
         image_paths=images,
         split=split,
-        study_id=_identifier(item, "study_id", where) if "study_id" in item else identity,
+        study_id=study_id,
         views=views + ("",) * (len(images) - len(views)),
         negative_report=negative_reports[0] if negative_reports else None,
         negative_image_paths=negative_images,
     )
 
 
-def _identifier(item: dict, field: str, where: str) -> str:
-    value = item.get(field)
+def _images(record: _Record, negative_images: tuple[str, ...]) -> tuple[str, ...]:
+    images = _strings(record, "image_path")
+    if negative_images and record.id and "image_path" not in record.item:
+        images = (record.id,)  # released ITHN names the image by the id alone
+    if not images and not record.item.get("image_path"):
+        absence = _absence(record.item, "image_path")
+        record.refuse("image_path", f"image_path is {absence}", f"field 'image_path' is {absence}, expected paths")
+    for field, paths in (("image_path", images), ("neg_image_path", negative_images)):
+        for path in paths:
+            if not path.strip() or "\0" in path or path.startswith("/") or ".." in PurePosixPath(path).parts:
+                record.refuse(field, "image path leaves image_dir",
+                              f"image path {_shown(path)} must name a file inside image_dir")
+    return images
+
+
+def _identifier(record: _Record, field: str) -> str:
+    value = record.item.get(field)
     if isinstance(value, int) and not isinstance(value, bool):  # MIMIC-CXR's study_id is a number
         return str(value)
     if not isinstance(value, str) or not value:
-        raise InputError(f"{where}: field '{field}' is {_absence(item, field)}, expected a non-empty string")
-    return _encodable(value, field, where)
+        absence = _absence(record.item, field)
+        record.refuse(field, f"{field} is {absence}", f"field '{field}' is {absence}, expected a non-empty string")
+        return ""
+    return _encodable(record, field, value)
 
 
-def _report(item: dict, where: str) -> str:
-    value = item.get("report")
+def _report(record: _Record) -> str:
+    value = record.item.get("report")
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: field 'report' is {_absence(item, 'report')}, expected a text")
-    return _encodable(value, "report", where)
+        absence = _absence(record.item, "report")
+        record.refuse("report", f"report is {absence}", f"field 'report' is {absence}, expected a text")
+        return ""
+    return _encodable(record, "report", value)
 
 
-def _strings(item: dict, field: str, where: str) -> tuple[str, ...]:
+def _strings(record: _Record, field: str) -> tuple[str, ...]:
     """A field that may be absent, null, a string or a list of strings."""
-    value = item.get(field)
+    value = record.item.get(field)
     if value is None:
         return ()
-    values = value if isinstance(value, list) else [value]
-    for entry in values:
-        if not isinstance(entry, str):
-            raise InputError(f"{where}: field '{field}' holds {_kind(entry)}, expected strings")
-        _encodable(entry, field, where)
-    return tuple(values)
+    found = []
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, str):
+            found.append(_encodable(record, field, entry))
+        else:
+            record.refuse(field, f"{field} holds {_kind(entry)}",
+                          f"field '{field}' holds {_kind(entry)}, expected strings")
+    return tuple(found)
 
 
-def _encodable(value: str, field: str, where: str) -> str:
+def _encodable(record: _Record, field: str, value: str) -> str:
     # JSON can spell half a surrogate pair, which no file or table written later could hold.
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: field '{field}' has a lone surrogate at {error.start}") from error
+        record.refuse(field, f"{field} has a lone surrogate",
+                      f"field '{field}' has a lone surrogate at {error.start}")
+        return ""
     return value
 
 

@@ -2,10 +2,28 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 
 class InputError(ValueError):
     """A mistake in the user's input: one line that says what, where, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One of possibly many mistakes in a file; ``message`` is the whole line about it, ``kind`` what is counted."""
+
+    kind: str
+    message: str
+    file: str
+    split: str = ""
+    id: str = ""
+    field: str = ""
+
+
+def stop_at(problem: Problem) -> None:
+    """Raise the problem as InputError: what a reader does with the first one, unless it is told to note them all."""
+    raise InputError(problem.message)
 
 
 def run_entry_point(main: Callable[[], int | None]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -83,6 +84,7 @@ MISTAKES = {
     "not JSON": (b'{"train": [', ["not valid JSON", "line 1 column 12"]),
     "empty file": (b"", ["not valid JSON"]),
     "deep nesting": (b"[" * 200_000, ["nested too deeply"]),
+    "a key twice": (b'{"train": [], "val": [], "train": []}', ["not valid JSON", "'train' stands twice"]),
     "a list": (b"[]", ["holds nothing", "train, val, test"]),
     "missing split": ({"train": GOOD["train"], "val": GOOD["val"]}, ["split 'test' is missing"]),
     "split of wrong type": ({**GOOD, "val": {"a": 1}}, ["split 'val' is an object", "list of records"]),
@@ -127,6 +129,39 @@ def test_every_mistake_gets_one_line_that_names_it(tmp_path, name):
     assert message.startswith(f"{path}: ") and "\n" not in message
     for part in parts:
         assert part in message
+
+
+def test_all_mistakes_are_noted_where_that_is_asked_for(tmp_path):
+    data = copy.deepcopy(GOOD)
+    data["train"][1] = {"id": "b", "report": " ", "image_path": ["../b.png", "/c.png"], "split": "test", "view": [1]}
+    data["train"] += ["text", {"report": "Clear."}, {"id": "a", "report": "Clear.", "image_path": ["a.png"]}]
+    data["val"] = {}
+    data["test"][0]["neg_report"] = "x"
+    found = []
+    annotation = read_annotation(write(tmp_path, data), note=found.append)
+    assert [(problem.split, problem.id, problem.field, problem.kind) for problem in found] == [
+        ("train", "b", "split", "split contradicts its list"),
+        ("train", "b", "image_path", "image path leaves image_dir"),
+        ("train", "b", "image_path", "image path leaves image_dir"),
+        ("train", "b", "view", "view holds a number"),
+        ("train", "b", "report", "report is empty"),
+        ("train", "", "", "record is no object"),
+        ("train", "", "id", "id is missing"),
+        ("train", "", "image_path", "image_path is missing"),
+        ("train", "a", "id", "id appears twice"),
+        ("val", "", "", "split is no list"),
+        ("test", "d", "neg_report", "half a negative"),
+    ]
+    assert {split: [study.id for study in studies] for split, studies in annotation.splits.items()} == {
+        "train": ["a"], "val": [], "test": []}
+
+
+@pytest.mark.timeout(20)
+def test_what_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "annotation.json")
+    for path in (tmp_path / "annotation.json", "/dev/zero"):
+        with pytest.raises(InputError, match="cannot read the annotation: Not a regular file"):
+            read_annotation(path)
 
 
 def test_missing_file_and_folder_are_named(tmp_path):
