@@ -87,6 +87,13 @@ class Backbone(nn.Module):
             return features
         return VisualFeatures(*self.visual_extractor(images, view_mask))
 
+    def cross_attention(self) -> list[nn.Module]:
+        """The modules that attend to the visual tokens, first decoder layer first; none: nothing can be shown.
+
+        Each has ``weights``, which gives the attention weights (B, heads, T, S) behind a call of the same arguments.
+        """
+        return []
+
     def check_missing(self, names: list[str]) -> None:
         """ValueError for loaded weights that lack ``names``, unless this backbone can do without them."""
         if names:

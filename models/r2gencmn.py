@@ -167,6 +167,9 @@ class R2GenCMN(Backbone):
         )
         return Output(network.log_probs(hidden[:supervised_rows]), features.pooled, hidden)
 
+    def cross_attention(self) -> list[nn.Module]:
+        return [layer.src_attn for layer in self.encoder_decoder.model.decoder.layers]
+
     def generate(self, images, *, view_mask=None, labels=None, features=None, decoding: DecodingOptions) -> Tensor:
         return self.search(images, view_mask=view_mask, features=features, decoding=decoding).tokens[:, 0]
 

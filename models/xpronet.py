@@ -187,6 +187,9 @@ class XProNet(Backbone):
             losses["label"] = self.label_loss_weight * loss
         return losses
 
+    def cross_attention(self) -> list[nn.Module]:
+        return [layer.src_attn for layer in self.encoder_decoder.model.decoder.layers]
+
     def generate(self, images, *, view_mask=None, labels=None, features=None, decoding: DecodingOptions) -> Tensor:
         return self.search(images, view_mask=view_mask, labels=labels, features=features,
                            decoding=decoding).tokens[:, 0]

@@ -65,10 +65,22 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _argument(item: dataclasses.Field) -> dict[str, Any]:
+def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Give the parser of another program the flags ``names`` of main_test.py; absent from its result unless given.
+
+    Their defaults are the checkpoint's, so help shows none.
+    """
+    for item in dataclasses.fields(Config):
+        if item.name in names:
+            parser.add_argument(f"--{item.name}", default=argparse.SUPPRESS, **_argument(item, show_default=False))
+
+
+def _argument(item: dataclasses.Field, *, show_default: bool = True) -> dict[str, Any]:
     kind, choices, default = _kind(item.type), item.metadata["choices"], item.default
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    text = item.metadata["help"] + ("" if shown in ("", None) else f" (default: {str(shown).replace('%', '%%')})")
+    text = item.metadata["help"]
+    if show_default and shown not in ("", None):
+        text += f" (default: {str(shown).replace('%', '%%')})"
     argument: dict[str, Any] = {"help": text, "metavar": "{" + ",".join(map(str, choices)) + "}" if choices else None}
     if typing.get_origin(item.type) is tuple:
         return argument | {"nargs": "+", "metavar": "X"}

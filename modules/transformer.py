@@ -117,6 +117,12 @@ class Attention(nn.Module):
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
         return self.linears[3](attended.transpose(1, 2).flatten(2))
 
+    def weights(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The attention weights (B, h, T, S) behind ``forward`` of the same arguments, without dropout."""
+        query = self.split_heads(self.linears[0](x))
+        scores = query @ keys.transpose(-2, -1) / math.sqrt(keys.size(-1))
+        return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+
 
 class FeedForward(nn.Module):
     """w_2(dropout(relu(w_1 x)))."""

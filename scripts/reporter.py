@@ -1,0 +1,72 @@
+"""Composes a Reporter from a checkpoint alone: no annotation, no data set."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from modules.checkpoint import FORMAT, load_checkpoint
+from modules.datasets import MAX_VIEWS
+from modules.errors import InputError
+from modules.flags import resolve_config
+from modules.images import eval_transform, open_image
+from modules.objective import Objective
+from modules.prediction import Reporter
+from modules.study_files import StudyFiles
+from modules.tokenizers import Tokenizer
+from scripts import compose
+
+# Settings of a run that say nothing about the model.
+UNUSED = {"feature_cache": "", "resume": "", "ithn": "off", "ithn_variant": "paper", "strategy": "ithn"}
+
+
+def load_reporter(path: str, given: Mapping[str, Any]) -> Reporter:
+    """The model in our checkpoint ``path``, with its own settings beneath the flags ``given``."""
+    content = load_checkpoint(path)
+    if content.get("format") != FORMAT:
+        raise InputError(f"--load {path}: it holds no vocabulary and no settings, as published checkpoints do not; "
+                         "make one of ours of it with scripts/convert_checkpoint.py")
+    config = resolve_config(given, content["config"] | UNUSED)
+    if compose.score_tag(config):
+        raise InputError(f"--load {path}: generates from the labels of a reference report (--xpronet_labels "
+                         "reference), which a new image does not have; train with --xpronet_labels predicted")
+    device = compose.prepare_device(config)
+    tokenizer = Tokenizer.from_state(content["vocabulary"])
+    extractor = compose.build_extractor(config, device, pretrained=False)
+    backbone = compose.build_backbone(config, extractor, tokenizer.num_ids, pretrained=False)
+    objective = Objective(backbone, strategy="off").to(device)
+    compose.load_weights(objective, content["state_dict"], path)
+    return Reporter(
+        backbone, tokenizer=tokenizer, device=device, precision=config.precision,
+        transform=eval_transform(size=config.image_size, mean=extractor.mean, std=extractor.std),
+        num_views=1 if config.views == "separate" else MAX_VIEWS[config.dataset_name],
+        decoding=compose.decoding_options(config))
+
+
+class StudyReader:
+    """Opens the studies' images, in batches; what cannot be read is named on stderr, counted, and left out."""
+
+    def __init__(self, studies: Sequence[StudyFiles], num_views: int, batch_size: int):
+        self.studies, self.num_views, self.batch_size = studies, num_views, batch_size
+        self.unreadable = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.studies) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[StudyFiles, list[Image.Image]]]]:
+        for start in range(0, len(self.studies), self.batch_size):
+            opened = [(study, self._open(study)) for study in self.studies[start : start + self.batch_size]]
+            if readable := [(study, images) for study, images in opened if images]:
+                yield readable
+
+    def _open(self, study: StudyFiles) -> list[Image.Image]:
+        if len(study.paths) > self.num_views:
+            print(f"{study.name}: {len(study.paths)} images, of which the model reads the first {self.num_views}",
+                  file=sys.stderr)
+        try:
+            return [open_image(path) for path in study.paths[: self.num_views]]
+        except InputError as error:
+            print(f"error: {error}; no report for {study.name}", file=sys.stderr)
+            self.unreadable += 1
+            return []
