@@ -24,6 +24,7 @@ class Study:
     views: tuple[str, ...]  # projection of each image ("PA", "lateral", ...), "" where the file does not say
     negative_report: str | None = None  # released ITHN: neg_report
     negative_image_paths: tuple[str, ...] = ()  # released ITHN: neg_image_path
+    subject_id: str = ""  # MIMIC-CXR: the patient
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ def _read_study(record: _Record) -> Study | None:
         record.refuse("neg_report", "neg_report is empty", "field 'neg_report' is empty, expected a text")
     report = _report(record)
     study_id = _identifier(record, "study_id") if "study_id" in item else record.id
+    subject_id = _identifier(record, "subject_id") if item.get("subject_id") is not None else ""
     if not record.sound:
         return None
     return Study(
@@ -172,6 +174,7 @@ def _read_study(record: _Record) -> Study | None:
         views=views + ("",) * (len(images) - len(views)),
         negative_report=negative_reports[0] if negative_reports else None,
         negative_image_paths=negative_images,
+        subject_id=subject_id,
     )
 
 

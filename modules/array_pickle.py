@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from modules.errors import InputError
+from modules.input_files import open_regular
 
 
 class _Refused(Exception):
@@ -73,7 +74,7 @@ def read_pickled_arrays(path: str | Path) -> dict[str, np.ndarray]:
     InputError where the file is missing, damaged, or holds anything else.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             content = _Reader(file).load()
     except _Refused as error:
         raise InputError(f"{path}: refused, it holds {error}; of a pickle only a dictionary of numpy arrays is read"

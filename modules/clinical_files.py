@@ -7,12 +7,12 @@ CheXbert write them: 1, 0, -1, and nothing (or "-") for not mentioned.
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from modules.clinical_rules import CLASSES
-from modules.errors import InputError
+from modules.errors import InputError, Problem, stop_at
 from modules.records import write_private
 
 REPORT_COLUMNS = ("report", "reports", "findings")
@@ -33,10 +33,11 @@ class Table:
     rows: list[list[str]]
 
 
-def read_table(path: str | Path, headerless: bool = False) -> Table:
+def read_table(path: str | Path, headerless: bool = False, note: Callable[[Problem], None] = stop_at) -> Table:
     """Read a CSV file (UTF-8, with or without a byte order mark); every row must have as many cells as the first.
 
-    With ``headerless``, a one-column file that begins with a sentence, or with an empty report, has no header.
+    With ``headerless``, a one-column file that begins with a sentence, or with an empty report, has no header. Given
+    another ``note``, rows of another length are noted and left out.
     """
     path = str(path)
     try:
@@ -53,10 +54,14 @@ def read_table(path: str | Path, headerless: bool = False) -> Table:
     columns = lines[0]
     if headerless and len(columns) == 1 and (" " in columns[0].strip() or not columns[0]):
         columns, lines = ["report"], [["report"], *lines]
+    rows = []
     for number, line in enumerate(lines[1:], start=1):
-        if len(line) != len(columns):
-            raise InputError(f"{path}: row {number} has {len(line)} cells where the header has {len(columns)}")
-    return Table(path, columns, lines[1:])
+        if len(line) == len(columns):
+            rows.append(line)
+        else:
+            note(Problem("row of another length", f"{path}: row {number} has {len(line)} cells where the header has "
+                         f"{len(columns)}", path))
+    return Table(path, columns, rows)
 
 
 def report_column(table: Table, name: str | None = None) -> int:
@@ -81,8 +86,11 @@ def class_columns(table: Table) -> dict[str, int]:
     return found
 
 
-def parse_labels(table: Table) -> list[list[int | None]]:
-    """Return N rows of 14 labels in CLASSES order; all classes must be there and every cell 1, 0, -1 or empty."""
+def parse_labels(table: Table, note: Callable[[Problem], None] = stop_at) -> list[list[int | None]]:
+    """Return N rows of 14 labels in CLASSES order; all classes must be there and every cell 1, 0, -1 or empty.
+
+    Given another ``note``, cells that are no labels are noted and count as not mentioned.
+    """
     columns = class_columns(table)
     missing = [name for name in CLASSES if name not in columns]
     if missing:
@@ -92,8 +100,9 @@ def parse_labels(table: Table) -> list[list[int | None]]:
         cells = [row[columns[name]].strip().lower() for name in CLASSES]
         for name, cell in zip(CLASSES, cells, strict=True):
             if cell not in _LABELS:
-                raise InputError(f"{table.path}: row {number}: {name} is {cell!r}; 1, 0, -1 or nothing is a label")
-        labels.append([_LABELS[cell] for cell in cells])
+                note(Problem("cell is no label", f"{table.path}: row {number}: {name} is {cell!r}; 1, 0, -1 or nothing "
+                             "is a label", table.path, field=name))
+        labels.append([_LABELS.get(cell) for cell in cells])
     return labels
 
 

@@ -111,7 +111,11 @@ def parse_flags(argv: Sequence[str], prog: str, description: str) -> tuple[dict[
 
     The lines name the given flags that are ignored, and the values that come from a --backbone's preset.
     """
-    given = vars(build_parser(prog, description).parse_args(list(argv)))
+    return settle_flags(vars(build_parser(prog, description).parse_args(list(argv))))
+
+
+def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What ``parse_flags`` makes of the flags that a parser of ``build_parser`` read."""
     ignored = [f"--{name} is accepted and ignored" + (f": {WHY_IGNORED[name]}" if name in WHY_IGNORED else "")
                for name in IGNORED if name in given]
     given = {name: value for name, value in given.items() if name not in IGNORED}

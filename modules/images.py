@@ -17,12 +17,21 @@ from modules.errors import InputError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 89_000_000  # just below where Pillow starts to warn of decompression bombs
+MAX_BYTES = 2**30  # of a file, which some decoders read whole; 16-bit colour of MAX_PIXELS takes half of it
 MAX_ASPECT = 50  # a thin strip resized by its shorter side would take gigabytes
 # Decoders that run inside Pillow: others (EPS) would start programs.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 DETECTOR_BITS = (8, 10, 12, 14, 16)
 # max_pixels decides; Pillow's own warning would only stand beside the error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(InputError):
+    """An image that cannot be had; ``kind`` is what such images are counted under."""
+
+    def __init__(self, message: str, kind: str = "image cannot be decoded"):
+        super().__init__(message)
+        self.kind = kind
 
 
 class ImageFolder:
@@ -44,15 +53,20 @@ class ImageFolder:
         place = os.path.normpath if self.follow_links else os.path.realpath
         full = place(os.path.join(self.root, path)) if "\0" not in path else ""
         if os.path.isabs(path) or not full.startswith(os.path.join(self.root, "")):
-            raise InputError(f"image {path!r} leaves image_dir {self.root!r}; paths must stay inside it")
+            raise ImageError(f"image {path!r} leaves image_dir {self.root!r}; paths must stay inside it",
+                             "image path leaves image_dir")
         try:
             status = os.stat(full)
         except OSError as error:
-            raise InputError(f"image {full!r}: {error.strerror}") from error
+            missing = isinstance(error, FileNotFoundError)
+            raise ImageError(f"image {full!r}: {error.strerror}",
+                             "image is missing" if missing else "image cannot be opened") from error
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"image {full!r} is not a regular file")
+            raise ImageError(f"image {full!r} is not a regular file", "image is no regular file")
         if status.st_size == 0:
-            raise InputError(f"image {full!r} is empty (0 bytes)")
+            raise ImageError(f"image {full!r} is empty (0 bytes)", "image is empty")
+        if status.st_size > MAX_BYTES:
+            raise ImageError(f"image {full!r} has {status.st_size} bytes, more than {MAX_BYTES}", "image is too large")
         return full
 
     def __call__(self, path: str) -> Image.Image:
@@ -71,17 +85,17 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             width, height = image.size
             shape = f"image {str(path)!r} has {width} x {height} pixels"
             if width * height > max_pixels:
-                raise InputError(f"{shape}, more than max_pixels, {max_pixels}")
+                raise ImageError(f"{shape}, more than max_pixels, {max_pixels}", "image is too large")
             if max(width, height) > MAX_ASPECT * min(width, height):
-                raise InputError(f"{shape}: its sides may differ {MAX_ASPECT}-fold at most")
+                raise ImageError(f"{shape}: its sides may differ {MAX_ASPECT}-fold at most", "image is a thin strip")
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _eight_bits(image)
-    except (InputError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # broken files make the decoders raise almost anything
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise InputError(f"image {str(path)!r} cannot be decoded: {reason}") from error
+        raise ImageError(f"image {str(path)!r} cannot be decoded: {reason}") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -66,9 +66,9 @@ def test_command_line(page, line, monkeypatch):
 
 def test_flags_exist(monkeypatch):
     known = {"--help"}
-    for parser in (build_parser("", ""), *(script_parser(path.stem, monkeypatch)
-                                           for path in sorted((ROOT / "scripts").glob("*.py"))
-                                           if "ArgumentParser(" in path.read_text(encoding="utf-8"))):
+    programs = [path.stem for path in sorted((ROOT / "scripts").glob("*.py"))
+                if re.search(r"ArgumentParser\(|build_parser\(", path.read_text(encoding="utf-8"))]
+    for parser in (build_parser("", ""), *(script_parser(program, monkeypatch) for program in programs)):
         known |= {option for action in parser._actions for option in action.option_strings}
     for script in ROOT.glob("*.sh"):
         known |= set(re.findall(r"--[a-z]\w+", script.read_text(encoding="utf-8")))
