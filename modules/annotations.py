@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -12,12 +12,12 @@ from modules.input_files import open_regular
 SPLITS = ("train", "val", "test")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Study:
     """One record: a report and the images it describes."""
 
     id: str
-    report: str
+    report: str  # COCO: the first caption
     image_paths: tuple[str, ...]  # relative to image_dir
     split: str
     study_id: str  # records that share it show the same study (MIMIC-CXR: one record per image)
@@ -25,6 +25,7 @@ class Study:
     negative_report: str | None = None  # released ITHN: neg_report
     negative_image_paths: tuple[str, ...] = ()  # released ITHN: neg_image_path
     subject_id: str = ""  # MIMIC-CXR: the patient
+    captions: tuple[str, ...] = ()  # COCO: all captions of the image
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Annotation:
 def read_annotation(
     path: str | Path, required_splits: tuple[str, ...] = SPLITS, note: Callable[[Problem], None] = stop_at
 ) -> Annotation:
-    """Read and check annotation.json: {"train": [...], "val": [...], "test": [...]} of records with id, report and
-    image_path. InputError names file, split, record and field of the first mistake. Given another ``note``, it is
+    """Read and check annotation.json: {"train": [...], "val": [...], "test": [...]} of records with id, report (or
+    captions) and image_path. InputError names file, split, record and field of the first mistake. Given another ``note``, it is
     called with every mistake in splits and records, and those records are left out of what is returned.
     """
     content, data = _read_json(path)
@@ -58,15 +59,19 @@ def read_annotation(
         if not splits[split] and split in required_splits and data.get(split) == []:
             note(Problem("split is empty", f"{path}: split '{split}' is empty, it needs at least one record",
                          str(path), split))
-    train = [[study.id, study.report] for study in splits.get("train", ())]
     return Annotation(
         path=str(path),
         splits=splits,
         sha256=hashlib.sha256(content).hexdigest(),
-        train_sha256=hashlib.sha256(json.dumps(train).encode()).hexdigest(),
+        train_sha256=train_sha256(splits.get("train", ())),
         synthetic=any(item.get("synthetic") is True for split in splits for item in data.get(split) or ()
                       if isinstance(item, dict)),
     )
+
+
+def train_sha256(studies: Iterable[Study]) -> str:
+    """Hash of ids and reports in their order."""
+    return hashlib.sha256(json.dumps([[study.id, study.report] for study in studies]).encode()).hexdigest()
 
 
 def _read_json(path: str | Path) -> tuple[bytes, object]:
@@ -160,7 +165,8 @@ def _read_study(record: _Record) -> Study | None:
                       "has only one of the fields neg_report and neg_image_path; a negative needs both")
     if negative_reports and not negative_reports[0].strip():
         record.refuse("neg_report", "neg_report is empty", "field 'neg_report' is empty, expected a text")
-    report = _report(record)
+    captions = _captions(record)
+    report = captions[0] if captions and "report" not in item else _report(record)
     study_id = _identifier(record, "study_id") if "study_id" in item else record.id
     subject_id = _identifier(record, "subject_id") if item.get("subject_id") is not None else ""
     if not record.sound:
@@ -175,6 +181,7 @@ def _read_study(record: _Record) -> Study | None:
         negative_report=negative_reports[0] if negative_reports else None,
         negative_image_paths=negative_images,
         subject_id=subject_id,
+        captions=captions,
     )
 
 
@@ -211,6 +218,17 @@ def _report(record: _Record) -> str:
         record.refuse("report", f"report is {absence}", f"field 'report' is {absence}, expected a text")
         return ""
     return _encodable(record, "report", value)
+
+
+def _captions(record: _Record) -> tuple[str, ...]:
+    captions, value = _strings(record, "captions"), record.item.get("captions")
+    if "captions" in record.item and not (isinstance(value, list) and value):
+        record.refuse("captions", "captions is no list", f"field 'captions' is {_kind(value)}, expected a list of texts")
+    for number, caption in enumerate(captions):
+        if not caption.strip():
+            record.refuse("captions", "a caption is empty",
+                          f"caption {number} of field 'captions' is empty, expected a text")
+    return captions
 
 
 def _strings(record: _Record, field: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from modules.errors import InputError
 
-DATASETS = ("iu_xray", "mimic_cxr")
+DATASETS = ("iu_xray", "mimic_cxr", "coco")
 RADIOLOGY = ("iu_xray", "mimic_cxr")
 CLINICAL_MONITORED = tuple(f"ce_rule_f1_{average}_14_uncertain_negative" for average in ("micro", "macro", "example"))
 MONITORED = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr", "nll", *CLINICAL_MONITORED)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 # A score line's statistics depend on its two texts only, so validation's repeated pairs are asked for once.
 _CACHE_LIMIT = 20_000
 # These change what the command line says (heap, language) or make the runtime print on its own.
-_JAVA_VARIABLES = ("_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS")
+JAVA_VARIABLES = ("_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS")
 
 
 class MeteorError(RuntimeError):
@@ -40,6 +40,12 @@ def _one_line(text: str) -> str:
     return " ".join(text.replace("|||", " ").split())
 
 
+def _questions(references: Sequence[str | Sequence[str]], hypotheses: Sequence[str]) -> list[str]:
+    listed = [[texts] if isinstance(texts, str) else texts for texts in references]
+    return [" ||| ".join(["SCORE", *map(_one_line, texts), _one_line(hypothesis)])
+            for texts, hypothesis in zip(listed, hypotheses, strict=True)]
+
+
 class Meteor:
     """Corpus METEOR (Denkowski and Lavie, 2014; English, normalised), as pycocoevalcap computes it.
 
@@ -53,7 +59,7 @@ class Meteor:
         self._java = java
         self._timeout = timeout
         self._process: subprocess.Popen | None = None
-        self._statistics: dict[tuple[str, str], str] = {}
+        self._statistics: dict[str, str] = {}  # by what the jar was asked
 
     def __enter__(self) -> "Meteor":
         return self
@@ -70,14 +76,17 @@ class Meteor:
             process.stdin.close()
             process.stdout.close()
 
-    def score(self, references: Sequence[str], hypotheses: Sequence[str]) -> float:
-        """Return the corpus score in [0, 1] of N hypotheses against their N references; MeteorError if it cannot."""
-        pairs = [(_one_line(r), _one_line(h)) for r, h in zip(references, hypotheses, strict=True)]
+    def score(self, references: Sequence[str | Sequence[str]], hypotheses: Sequence[str]) -> float:
+        """Return the corpus score in [0, 1] of N hypotheses, each against the best of its references.
+
+        MeteorError if it cannot.
+        """
+        questions = _questions(references, hypotheses)
         try:
-            self._request_statistics(pairs)
-            evaluation = "EVAL" + "".join(f" ||| {self._statistics[pair]}" for pair in pairs)
-            # The jar answers with one score for each pair, then with the score of all of them.
-            answer = self._exchange([evaluation], len(pairs) + 1)[-1]
+            self._request_statistics(questions)
+            evaluation = "EVAL" + "".join(f" ||| {self._statistics[question]}" for question in questions)
+            # The jar answers with one score for each hypothesis, then with the score of all of them.
+            answer = self._exchange([evaluation], len(questions) + 1)[-1]
             return float(answer)
         except ValueError:
             self.close()
@@ -87,28 +96,28 @@ class Meteor:
             self.close()
             raise
 
-    def report_statistics(self, references: Sequence[str], hypotheses: Sequence[str]) -> list[str]:
-        """Return the jar's numbers for each pair of the latest ``score``: lines for report_statistics.meteor_table."""
-        return [self._statistics[_one_line(r), _one_line(h)] for r, h in zip(references, hypotheses, strict=True)]
+    def report_statistics(self, references: Sequence[str | Sequence[str]], hypotheses: Sequence[str]) -> list[str]:
+        """Return the jar's numbers for each report of the latest ``score``, lines for report_statistics.meteor_table."""
+        return [self._statistics[question] for question in _questions(references, hypotheses)]
 
-    def _request_statistics(self, pairs: list[tuple[str, str]]) -> None:
+    def _request_statistics(self, questions: list[str]) -> None:
         if len(self._statistics) > _CACHE_LIMIT:
             self._statistics.clear()
-        wanted = [pair for pair in dict.fromkeys(pairs) if pair not in self._statistics]
+        wanted = [question for question in dict.fromkeys(questions) if question not in self._statistics]
         if not wanted:
             return
-        answers = self._exchange([f"SCORE ||| {ref} ||| {hyp}" for ref, hyp in wanted], len(wanted))
-        for pair, answer in zip(wanted, answers, strict=True):
+        answers = self._exchange(wanted, len(wanted))
+        for question, answer in zip(wanted, answers, strict=True):
             if answer.startswith("Error"):
                 raise MeteorError(f"METEOR refused a pair of reports: {answer[:80]}")
-            self._statistics[pair] = answer
+            self._statistics[question] = answer
 
     def _running(self) -> subprocess.Popen:
         if self._process is not None:
             return self._process
         command = [self._java or find_java(), "-Xmx1G", "-XX:+UseSerialGC", "-Duser.language=en", "-Duser.country=US",
                    "-Dfile.encoding=UTF-8", "-jar", _jar(), "-", "-", "-stdio", "-l", "en", "-norm"]
-        environment = {name: value for name, value in os.environ.items() if name not in _JAVA_VARIABLES}
+        environment = {name: value for name, value in os.environ.items() if name not in JAVA_VARIABLES}
         self.starts += 1
         try:
             # A session of its own: Ctrl-C reaches the trainer alone, which then decides what to finish.

@@ -1,6 +1,6 @@
 """BLEU-1..4, METEOR, ROUGE-L and CIDEr of generated reports, computed with pycocoevalcap as the R2Gen family does.
 
-Texts are split on white space only: the Penn Treebank tokeniser that captioning uses is not applied.
+Texts are split on white space only: captions come here tokenised already, by modules.ptb.
 """
 
 import math
@@ -20,6 +20,8 @@ from modules.score_names import FULL
 
 METRIC_NAMES = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
 
+# References of a hypothesis: one text, or several.
+References = Sequence[str] | Sequence[Sequence[str]]
 # Scores by name, and the tables that they can be computed from.
 _Part = tuple[dict[str, float | None], dict[str, np.ndarray]]
 # A Java that fails this often in a row is not asked again: each attempt may take the whole timeout.
@@ -35,7 +37,7 @@ class Metrics:
     """
 
     def __init__(
-        self, *, java: str | None = None, timeout: float = 50.0, train_reports: Sequence[str] | None = None
+        self, *, java: str | None = None, timeout: float = 50.0, train_reports: References | None = None
     ) -> None:
         self.meteor = Meteor(java=java, timeout=timeout)
         self.meteor_error: str | None = None
@@ -54,9 +56,9 @@ class Metrics:
         self.meteor.close()
 
     def compute(
-        self, references: Sequence[str], hypotheses: Sequence[str], *, with_meteor: bool = True
+        self, references: References, hypotheses: Sequence[str], *, with_meteor: bool = True
     ) -> dict[str, float | None]:
-        """Score N hypotheses against N references, one each.
+        """Score N hypotheses against their references: a text for each, or a list of texts (COCO's five captions).
 
         Returns BLEU_1..BLEU_4, METEOR, ROUGE_L in [0, 1] and CIDEr in [0, 10]. An empty hypothesis counts and scores
         0. METEOR is None where it cannot run (``meteor_error`` says why) or ``with_meteor`` is false.
@@ -64,14 +66,14 @@ class Metrics:
         return self.measure(references, hypotheses, with_meteor=with_meteor)[0]
 
     def measure(
-        self, references: Sequence[str], hypotheses: Sequence[str], *, with_meteor: bool = True
+        self, references: References, hypotheses: Sequence[str], *, with_meteor: bool = True
     ) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:
         """As ``compute``, and what each report adds to the scores: tables of modules.report_statistics."""
         assert len(references) == len(hypotheses), (len(references), len(hypotheses))
         if not references:
             raise InputError("no reports to score: the split is empty")
         # ROUGE-L splits on single spaces: a double one would count as a word.
-        references = [" ".join(text.split()) for text in references]
+        references = _listed(references)
         hypotheses = [" ".join(text.split()) for text in hypotheses]
         parts = [self._bleu, self._rouge, self._cider]
         if with_meteor:
@@ -84,30 +86,30 @@ class Metrics:
             tables.update(table)
         return scores, tables
 
-    def _bleu(self, references: list[str], hypotheses: list[str]) -> _Part:
+    def _bleu(self, references: list[list[str]], hypotheses: list[str]) -> _Part:
         scorer = BleuScorer(n=4)
-        for reference, hypothesis in zip(references, hypotheses, strict=True):
-            scorer += (hypothesis, [reference])
+        for texts, hypothesis in zip(references, hypotheses, strict=True):
+            scorer += (hypothesis, texts)
         bleu, _ = scorer.compute_score(option="closest")
         return {f"BLEU_{n}": float(value) for n, value in enumerate(bleu, start=1)}, {"BLEU": bleu_table(scorer.ctest)}
 
-    def _rouge(self, references: list[str], hypotheses: list[str]) -> _Part:
-        truth = {i: [text] for i, text in enumerate(references)}
+    def _rouge(self, references: list[list[str]], hypotheses: list[str]) -> _Part:
+        truth = dict(enumerate(references))
         result = {i: [text] for i, text in enumerate(hypotheses)}
         rouge, each = Rouge().compute_score(truth, result)
         return {"ROUGE_L": float(rouge)}, {"ROUGE_L": each[:, None]}
 
-    def _cider(self, references: list[str], hypotheses: list[str]) -> _Part:
+    def _cider(self, references: list[list[str]], hypotheses: list[str]) -> _Part:
         each = {"CIDEr": _cider(references, hypotheses, _document_frequencies(references), len(references))}
         if self._train_reports is not None:
             if self._train_frequencies is None:
-                self._train_frequencies = _document_frequencies(self._train_reports)
+                self._train_frequencies = _document_frequencies(_listed(self._train_reports))
             size = len(self._train_reports)
             each["CIDEr_train_idf"] = _cider(references, hypotheses, self._train_frequencies, size)
         return ({name: float(values.mean()) for name, values in each.items()},
                 {name: values[:, None] for name, values in each.items()})
 
-    def _meteor(self, references: list[str], hypotheses: list[str]) -> _Part:
+    def _meteor(self, references: list[list[str]], hypotheses: list[str]) -> _Part:
         if self._meteor_failures >= _MAX_METEOR_FAILURES:
             return {"METEOR": None}, {}
         try:
@@ -123,15 +125,18 @@ class Metrics:
 
 
 def measure(
-    metrics: Metrics, truncated_references: Sequence[str], full_references: Sequence[str], hypotheses: Sequence[str],
-    *, with_meteor: bool = True,
+    metrics: Metrics, truncated_references: References, full_references: References | None,
+    hypotheses: Sequence[str], *, with_meteor: bool = True,
 ) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:
     """Score against both forms of the references, each under its own name; return scores and tables.
 
     ``BLEU_4`` and so on: references as the R2Gen family has them (cleaned, rare words as ``<unk>``, cut to
     max_seq_length), which published numbers are comparable with. ``BLEU_4_full`` and so on: the whole cleaned report.
+    Captions have one form only, and ``full_references`` is None.
     """
     scores, tables = metrics.measure(truncated_references, hypotheses, with_meteor=with_meteor)
+    if full_references is None:
+        return scores, tables
     # After a failure a second attempt would only double the wait.
     full = metrics.measure(full_references, hypotheses, with_meteor=scores["METEOR"] is not None)
     for cut, whole in zip((scores, tables), full, strict=True):
@@ -139,10 +144,17 @@ def measure(
     return scores, tables
 
 
-def _document_frequencies(reports: Sequence[str]) -> Counter:
+def _listed(references: References) -> list[list[str]]:
+    """The references as lists of texts with single spaces."""
+    return [[" ".join(text.split()) for text in ([texts] if isinstance(texts, str) else texts)]
+            for texts in references]
+
+
+def _document_frequencies(references: list[list[str]]) -> Counter:
+    """In how many images' references each n-gram occurs."""
     frequencies: Counter = Counter()
-    for report in reports:
-        frequencies.update(precook(report).keys())
+    for texts in references:
+        frequencies.update({ngram for text in texts for ngram in precook(text)})
     return frequencies
 
 
@@ -158,8 +170,8 @@ class _CorpusCider(CiderScorer):
         self.document_frequency = frequencies
 
 
-def _cider(references: list[str], hypotheses: list[str], frequencies: Counter, corpus_size: int) -> np.ndarray:
+def _cider(references: list[list[str]], hypotheses: list[str], frequencies: Counter, corpus_size: int) -> np.ndarray:
     scorer = _CorpusCider(frequencies, corpus_size)
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
-        scorer += (hypothesis, [reference])
+    for texts, hypothesis in zip(references, hypotheses, strict=True):
+        scorer += (hypothesis, texts)
     return np.array(scorer.compute_cider())

@@ -1,9 +1,11 @@
 """The word tokeniser of the R2Gen family: report cleaning, vocabulary and ids, equal to theirs bit for bit.
 
-One id, 0, is begin, end and padding at once; words have the ids 1..V.
+Captions of natural images have a cleaning of their own. One id, 0, is begin, end and padding at once; words have the
+ids 1..V.
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -19,21 +21,34 @@ _REPLACEMENTS = {
     "iu_xray": [("..", ".")] * 3 + _NUMBERING,
     "mimic_cxr": [("\n", " ")] + [("__", "_")] * 7 + [("  ", " ")] * 6 + [("..", ".")] * 8 + _NUMBERING,
 }
-CLEANERS = tuple(_REPLACEMENTS)
+CLEANERS = tuple(_REPLACEMENTS)  # of reports, by data set
+CAPTION_CLEANER = "coco"
 
 _QUOTES_AND_SLASHES = str.maketrans("", "", "\"/\\'")
 # The published character class holds the range from ":" to "[", which deletes = @ < > too; the hyphen stays.
 _PUNCTUATION = str.maketrans("", "", ".,?;*!%^&_+(){}]" + "".join(map(chr, range(ord(":"), ord("[") + 1))))
+# In captions hyphens, dashes and slashes stand between words; all other punctuation goes
+# without leaving a gap.
+_BETWEEN_WORDS, _NO_WORD = re.compile(r"[-\u2010-\u2015/_]"), re.compile(r"[^\w\s]")
 
 
 def _clean_sentence(sentence: str) -> str:
     return sentence.translate(_QUOTES_AND_SLASHES).strip().lower().translate(_PUNCTUATION)
 
 
+def _require_cleaner(cleaner: str) -> None:
+    if cleaner not in (*CLEANERS, CAPTION_CLEANER):
+        raise InputError(f"cleaner {cleaner!r} is unknown; choose one of {', '.join((*CLEANERS, CAPTION_CLEANER))}")
+
+
 def clean_report(report: str, cleaner: str) -> str:
-    """Lower-cased ``report`` without numbering and punctuation, sentences closed by `` .`` (R2Gen's rules)."""
-    if cleaner not in _REPLACEMENTS:
-        raise InputError(f"cleaner {cleaner!r} is unknown; choose one of {', '.join(CLEANERS)}")
+    """Lower-cased ``report`` without numbering and punctuation, sentences closed by `` .`` (R2Gen's rules).
+
+    A caption ("coco") is lower-cased and loses its punctuation, as VisualGPT's captions do; no full stop is added.
+    """
+    _require_cleaner(cleaner)
+    if cleaner == CAPTION_CLEANER:
+        return " ".join(_NO_WORD.sub("", _BETWEEN_WORDS.sub(" ", report.lower())).split())
     for old, new in _REPLACEMENTS[cleaner]:
         report = report.replace(old, new)
     return " . ".join(_clean_sentence(sentence) for sentence in report.strip().lower().split(". ")) + " ."
@@ -43,8 +58,7 @@ class Tokenizer:
     """Maps reports to ids and back; ``tokens`` are the words of the ids 1..V, in order."""
 
     def __init__(self, tokens: Sequence[str], cleaner: str):
-        if cleaner not in CLEANERS:
-            raise InputError(f"cleaner {cleaner!r} is unknown; choose one of {', '.join(CLEANERS)}")
+        _require_cleaner(cleaner)
         self.cleaner = cleaner
         self.idx2token = dict(enumerate(tokens, start=1))
         self.token2idx = {token: index for index, token in self.idx2token.items()}

@@ -20,9 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.annotations import Annotation, read_annotation
+from modules.captions import split_captions
+from modules.config import DATASETS
 from modules.errors import InputError, run_entry_point
 from modules.flags import boolean
-from modules.tokenizers import CLEANERS, clean_report
+from modules.tokenizers import clean_report
 
 RECORDED = ("text_encoder", "pooling", "max_length", "top_k", "dataset_name", "include_same_study",
             "include_identical_text")
@@ -41,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
              "tfidf; default %(default)s")
     add("--pooling", default="mean", choices=("mean", "first"), help="of the encoder's tokens; default %(default)s")
     add("--top_k", type=int, default=5, metavar="K", help="neighbours kept per report; default %(default)s")
-    add("--dataset_name", default="iu_xray", choices=CLEANERS,
-        help="cleaning rules by which texts count as identical; default %(default)s")
+    add("--dataset_name", default="iu_xray", choices=DATASETS,
+        help="cleaning rules by which texts count as identical; coco: every caption is a record; default %(default)s")
     either = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "{true,false}"}
     add("--include_same_study", **either, help="allow records of the same study as negatives")
     add("--include_identical_text", **either, help="allow reports with the same cleaned text; both flags together are "
@@ -169,6 +171,8 @@ def main() -> None:
     check(arguments)
     start = time.monotonic()
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
+    if arguments.dataset_name == "coco":
+        annotation = split_captions(annotation)
     index = mine(arguments, annotation)
     index.save(arguments.out)
     print_statistics(index)
