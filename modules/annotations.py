@@ -43,8 +43,8 @@ def read_annotation(
     path: str | Path, required_splits: tuple[str, ...] = SPLITS, note: Callable[[Problem], None] = stop_at
 ) -> Annotation:
     """Read and check annotation.json: {"train": [...], "val": [...], "test": [...]} of records with id, report (or
-    captions) and image_path. InputError names file, split, record and field of the first mistake. Given another ``note``, it is
-    called with every mistake in splits and records, and those records are left out of what is returned.
+    captions) and image_path. InputError names file, split, record and field of the first mistake. Given another
+    ``note``, it is called with every mistake in splits and records, and those records are left out of what is returned.
     """
     content, data = _read_json(path)
     if not isinstance(data, dict):
@@ -166,7 +166,7 @@ def _read_study(record: _Record) -> Study | None:
     if negative_reports and not negative_reports[0].strip():
         record.refuse("neg_report", "neg_report is empty", "field 'neg_report' is empty, expected a text")
     captions = _captions(record)
-    report = captions[0] if captions and "report" not in item else _report(record)
+    report = captions[0] if captions and item.get("report") is None else _report(record)
     study_id = _identifier(record, "study_id") if "study_id" in item else record.id
     subject_id = _identifier(record, "subject_id") if item.get("subject_id") is not None else ""
     if not record.sound:
@@ -222,8 +222,9 @@ def _report(record: _Record) -> str:
 
 def _captions(record: _Record) -> tuple[str, ...]:
     captions, value = _strings(record, "captions"), record.item.get("captions")
-    if "captions" in record.item and not (isinstance(value, list) and value):
-        record.refuse("captions", "captions is no list", f"field 'captions' is {_kind(value)}, expected a list of texts")
+    if value is not None and not (isinstance(value, list) and value):
+        record.refuse("captions", "captions is no list",
+                      f"field 'captions' is {_kind(value)}, expected a list of texts")
     for number, caption in enumerate(captions):
         if not caption.strip():
             record.refuse("captions", "a caption is empty",

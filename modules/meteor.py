@@ -97,7 +97,7 @@ class Meteor:
             raise
 
     def report_statistics(self, references: Sequence[str | Sequence[str]], hypotheses: Sequence[str]) -> list[str]:
-        """Return the jar's numbers for each report of the latest ``score``, lines for report_statistics.meteor_table."""
+        """Return the jar's numbers for each report of the latest ``score``: lines for modules.report_statistics."""
         return [self._statistics[question] for question in _questions(references, hypotheses)]
 
     def _request_statistics(self, questions: list[str]) -> None:

@@ -73,7 +73,12 @@ def test_tokens_are_those_of_pycocoevalcaps_wrapper():
 
 def test_references_are_tokenised_once(monkeypatch):
     asked = []
-    monkeypatch.setattr("modules.ptb.ptb_tokenise", lambda texts: asked.append(list(texts)) or list(map(str.lower, texts)))
+
+    def tokenise(texts):
+        asked.append(list(texts))
+        return [text.lower() for text in texts]
+
+    monkeypatch.setattr("modules.ptb.ptb_tokenise", tokenise)
     tokeniser = PtbTokeniser()
     assert tokeniser.references([["A", "B"], ["A"]]) == [["a", "b"], ["a"]]
     assert tokeniser.references([["A"], ["C"]]) == [["a"], ["c"]]
