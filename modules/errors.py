@@ -26,6 +26,14 @@ def stop_at(problem: Problem) -> None:
     raise InputError(problem.message)
 
 
+class ImageError(InputError):
+    """An image that cannot be had; ``kind`` is what such images are counted under."""
+
+    def __init__(self, message: str, kind: str = "image cannot be decoded"):
+        super().__init__(message)
+        self.kind = kind
+
+
 def run_entry_point(main: Callable[[], int | None]) -> None:
     """Run ``main`` and exit the process with its code; an InputError prints one line on stderr and exits with 2."""
     try:

@@ -7,8 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-from modules.errors import InputError
-from modules.images import ImageError, ImageFolder
+from modules.errors import ImageError, InputError
+from modules.images import ImageFolder
 
 _AT_ONCE = 16  # images handed to a process at a time
 

@@ -1,4 +1,4 @@
-"""Images from disk to normalised tensors: every mode comes in as 8 bits, and no path leaves the image folder."""
+"""Images from disk, DICOM too, to normalised tensors: all come in as 8 bits, and no path leaves the image folder."""
 
 import os
 import stat
@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from modules.errors import InputError
+from modules.dicom import is_dicom, load_dicom
+from modules.errors import ImageError, InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -24,14 +25,6 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 DETECTOR_BITS = (8, 10, 12, 14, 16)
 # max_pixels decides; Pillow's own warning would only stand beside the error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-class ImageError(InputError):
-    """An image that cannot be had; ``kind`` is what such images are counted under."""
-
-    def __init__(self, message: str, kind: str = "image cannot be decoded"):
-        super().__init__(message)
-        self.kind = kind
 
 
 class ImageFolder:
@@ -81,21 +74,31 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """As ``load_image``, but one channel stays one ("L"): resizing it costs a third and gives the same values."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            shape = f"image {str(path)!r} has {width} x {height} pixels"
-            if width * height > max_pixels:
-                raise ImageError(f"{shape}, more than max_pixels, {max_pixels}", "image is too large")
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise ImageError(f"{shape}: its sides may differ {MAX_ASPECT}-fold at most", "image is a thin strip")
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _eight_bits(image)
+        with open(path, "rb") as file:
+            if is_dicom(file.read(132)):
+                image = load_dicom(path, max_pixels)
+                _check_shape(path, image.size, max_pixels)
+                return image
+            file.seek(0)
+            with Image.open(file, formats=FORMATS) as image:
+                _check_shape(path, image.size, max_pixels)
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                return _eight_bits(image)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # broken files make the decoders raise almost anything
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise ImageError(f"image {str(path)!r} cannot be decoded: {reason}") from error
+
+
+def _check_shape(path: str | Path, size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    shape = f"image {str(path)!r} has {width} x {height} pixels"
+    if width * height > max_pixels:
+        raise ImageError(f"{shape}, more than max_pixels, {max_pixels}", "image is too large")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(f"{shape}: its sides may differ {MAX_ASPECT}-fold at most", "image is a thin strip")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -1,0 +1,138 @@
+"""Make data/iu_xray (annotation.json and images) of what Open-i or Kaggle offers, as R2Gen has it.
+
+  Open-i:  --reports NLMCXR_reports.tgz --images NLMCXR_png.tgz        (archives, or folders of them unpacked)
+  Kaggle:  --reports FOLDER             --images FOLDER/images/images_normalized
+           where FOLDER holds indiana_reports.csv and indiana_projections.csv
+
+Studies with findings and two images or more are taken: R2Gen's 2,955. --split takes the published split from R2Gen's
+annotation.json (only its ids are read); without it 7:1:2 are drawn with --seed.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modules.annotations import SPLITS
+from modules.errors import InputError, run_entry_point
+from modules.image_placing import WAYS, Placing, keep_settings
+from modules.openi import OpeniStudy, read_openi
+from modules.records import write_private
+from modules.splits import read_split, seeded_split
+
+R2GEN = {"train": 2069, "val": 296, "test": 590}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reports", type=Path, required=True, metavar="PATH",
+                        help="NLMCXR_reports.tgz, a folder of its XML files, or Kaggle's indiana_reports.csv or folder")
+    parser.add_argument("--images", type=Path, metavar="PATH",
+                        help="NLMCXR_png.tgz or the folder of the PNG files (without: the annotation alone is written)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder, e.g. data/iu_xray")
+    parser.add_argument("--split", type=Path, metavar="FILE",
+                        help="R2Gen's annotation.json, JSON {train: [ids], val: [...], test: [...]} or CSV (id, split)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split drawn without --split (default %(default)s)")
+    parser.add_argument("--projections", type=Path, metavar="CSV",
+                        help="indiana_projections.csv: names each image's view (Kaggle's layout has it already)")
+    parser.add_argument("--frontal_first", action="store_true",
+                        help="list a frontal view before a lateral one (R2Gen: the report's order)")
+    parser.add_argument("--place", choices=WAYS[:2], default="link",
+                        help="images from a folder: hard links or copies (default %(default)s)")
+    parser.add_argument("--resize", type=int, default=0, metavar="PX",
+                        help="write images anew with this shorter side, e.g. 256")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="W",
+                        help="processes that place images (default %(default)s)")
+    return parser
+
+
+def choose_studies(studies: list[OpeniStudy], split: Path | None, seed: int) -> dict[str, list[tuple[str, OpeniStudy]]]:
+    """(id, study) of every split, in the order of the split's file, or else of the studies."""
+    usable = {study.number: study for study in studies if study.findings.strip() and len(study.images) >= 2}
+    if not usable:
+        raise InputError("no study has findings and two images: is this all of Open-i's reports?")
+    if split is None:
+        # Open-i removed whatever would name a patient, so a report is the only unit that can be kept whole.
+        print("note: Open-i's files name no patients: each report counts as one patient in the split")
+        drawn = seeded_split(list(usable), seed)
+        chosen = [(study.id, name, study) for study, name in zip(usable.values(), drawn, strict=True)]
+    else:
+        named = read_split(split)
+        numbers = {identity: identity.removeprefix("CXR").split("_")[0] for identity in named}
+        chosen = [(identity, name, usable[numbers[identity]]) for identity, name in named.items()
+                  if numbers[identity] in usable]
+        if not chosen:
+            raise InputError(f"--split {split}: none of its {len(named)} ids is a study of --reports")
+        if len(chosen) < len(named):
+            print(f"warning: {len(named) - len(chosen)} of the {len(named)} studies of {split.name} are not among the "
+                  "reports with findings and two images: left out", file=sys.stderr)
+    return {name: [(identity, study) for identity, own, study in chosen if own == name] for name in SPLITS}
+
+
+def order_of_views(study: OpeniStudy, frontal_first: bool) -> list[int]:
+    """Indices of the study's images in the order in which they are numbered."""
+    order = list(range(len(study.images)))
+    if frontal_first and study.views:
+        # The first of each view, frontal before lateral, then the rest: R2Gen's annotation names two images.
+        leading = [study.views.index(view) for view in ("frontal", "lateral") if view in study.views]
+        order = leading + [index for index in order if index not in leading]
+    return order
+
+
+def record(identity: str, study: OpeniStudy, split: str, order: list[int]) -> dict:
+    """The annotation's record: the first two images, by their places in images/."""
+    views = [study.views[index] for index in order[:2]] if study.views else []
+    return {"id": identity, "report": study.findings, "image_path": [f"{identity}/{place}.png" for place in (0, 1)],
+            "split": split} | ({"view": views} if any(views) else {})
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """InputError for values that cannot work."""
+    if arguments.resize and not 32 <= arguments.resize <= 4096:
+        raise InputError(f"--resize {arguments.resize}: must lie between 32 and 4096 pixels")
+    if arguments.workers < 1:
+        raise InputError(f"--workers {arguments.workers}: must be 1 or more")
+    if arguments.images and not arguments.images.exists():
+        raise InputError(f"--images {arguments.images}: no such file or folder")
+
+
+def main() -> None:
+    """Read the reports, split them, place the images, write the annotation."""
+    arguments = build_parser().parse_args()
+    check(arguments)
+
+    studies = read_openi(arguments.reports, arguments.projections)
+    if arguments.frontal_first and not any(study.views for study in studies):
+        raise InputError("--frontal_first: Open-i's reports do not say which view is which; give --projections "
+                         "indiana_projections.csv (from Kaggle)")
+    chosen = choose_studies(studies, arguments.split, arguments.seed)
+    orders = {identity: order_of_views(study, arguments.frontal_first)
+              for studies in chosen.values() for identity, study in studies}
+    if arguments.images:
+        from modules.openi_images import place_openi_images
+
+        targets = {study.images[index]: arguments.out / "images" / identity / f"{place}.png"
+                   for studies in chosen.values() for identity, study in studies
+                   for place, index in enumerate(orders[identity])}
+        placing = Placing(arguments.place, arguments.resize)
+        keep_settings(arguments.out, placing)
+        missing = place_openi_images(arguments.images, targets, placing, arguments.workers)
+        chosen = {split: [(identity, study) for identity, study in own
+                          if not {study.images[index] for index in orders[identity][:2]} & missing]
+                  for split, own in chosen.items()}
+    annotation = {split: [record(identity, study, split, orders[identity]) for identity, study in own]
+                  for split, own in chosen.items()}
+    write_private(arguments.out / "annotation.json", json.dumps(annotation, ensure_ascii=False))
+    print(f"{len(studies)} reports read from {arguments.reports}")
+    for split in SPLITS:
+        print(f"  {split:<6}{len(annotation[split]):>6} studies    (R2Gen: {R2GEN[split]})")
+    print(f"written: {arguments.out / 'annotation.json'}" + (f" and {arguments.out / 'images'}" if arguments.images else
+                                                             "; no images (--images)"))
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
