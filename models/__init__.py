@@ -5,12 +5,14 @@ from typing import Any
 from models.base import Backbone, Output, VisualFeatures
 from models.r2gen import R2Gen
 from models.r2gencmn import R2GenCMN
+from models.visualgpt import VisualGPT
 from models.xpronet import XProNet
 
 MODELS: dict[str, type[Backbone]] = {
     "r2gen": R2Gen,
     "r2gencmn": R2GenCMN,
     "xpronet": XProNet,
+    "visualgpt": VisualGPT,
 }
 
 

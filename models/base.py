@@ -4,6 +4,7 @@ Shapes: B samples, N views, S visual tokens (all views, view 0 first), C visual 
 D decoder width, V words (ids 1..V, so V+1 logits), L generated tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -93,6 +94,10 @@ class Backbone(nn.Module):
         Each has ``weights``, which gives the attention weights (B, heads, T, S) behind a call of the same arguments.
         """
         return []
+
+    def adopt(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The entries to load for those of a published file, or of ours: the same, unless some mean nothing here."""
+        return state
 
     def check_missing(self, names: list[str]) -> None:
         """ValueError for loaded weights that lack ``names``, unless this backbone can do without them."""

@@ -64,6 +64,20 @@ class Config:
     rm_num_heads: int = flag(8, "backbone", "R2Gen: attention heads of the relational memory", low=1)
     rm_d_model: int = flag(512, "backbone", "R2Gen: width of the relational memory; must equal --d_model", low=1)
 
+    tokenizer: str = flag("auto", "backbone", "word: words of the training reports; bpe: GPT-2's byte pairs, from the "
+                          "files in --gpt2_path; auto: bpe for a backbone that starts from a GPT-2 that has them, "
+                          "else word", choices=("auto", "word", "bpe"))
+
+    # ---- VisualGPT
+    gpt2_path: str = flag("", "VisualGPT", "pretrained GPT-2: a local folder, or a hub id such as gpt2, which is "
+                          "downloaded once; an empty name trains from random weights")
+    gpt2_layers: int = flag(12, "VisualGPT", "layers of the decoder; --num_layers are the encoder's, --d_model and "
+                            "--num_heads go for both, --d_ff for the encoder", low=1)
+    gpt2_positions: int = flag(1024, "VisualGPT", "longest text that the decoder has positions for", low=1)
+    tau: float = flag(0.2, "VisualGPT", "threshold of the self-resurrecting activation unit", low=0.0, high=1.0)
+    visualgpt_compat: str = flag("off", "VisualGPT", "published: bring back the published code's accidents "
+                                 "(docs/VISUALGPT.md)", choices=("off", "published"))
+
     # ---- XProNet
     label_path: str = flag("data/iu_xray/labels.pickle", "XProNet", "labels of every study: a CSV file with columns "
                            "id and the 14 classes (scripts/label_reports.py), or a pickled dictionary of arrays")

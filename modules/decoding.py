@@ -83,9 +83,10 @@ class DecodingSession(Protocol):
         """Go on with the studies ``rows`` (int64 indices) only."""
 
 
-def decode(session: DecodingSession, batch_size: int, device: torch.device, options: DecodingOptions) -> Decoded:
-    """Run the search that ``options`` name for ``batch_size`` studies."""
-    search = BeamSearch if options.sample_method == "beam_search" else Sampling
+def decode(session: DecodingSession, batch_size: int, device: torch.device, options: DecodingOptions,
+           beam_search: "type[Search] | None" = None) -> Decoded:
+    """Run the search that ``options`` name for ``batch_size`` studies; ``beam_search`` replaces the R2Gen family's."""
+    search = (beam_search or BeamSearch) if options.sample_method == "beam_search" else Sampling
     return search(batch_size, device, options).run(session)
 
 

@@ -24,7 +24,8 @@ IGNORED = {
 WHY_IGNORED = {"d_vf": "inferred from the visual extractor"}
 # VisualGPT's names for settings that have another name here.
 ALIASES = {"workers": "num_workers", "random_seed": "seed", "gradient_accumulation_steps": "grad_accumulation",
-           "num_train_epochs": "epochs", "max_grad_norm": "clip_norm", "optimizer_type": "optim"}
+           "num_train_epochs": "epochs", "max_grad_norm": "clip_norm", "optimizer_type": "optim",
+           "head": "num_heads", "lr": "lr_ed"}
 
 
 def boolean(text: str) -> bool:

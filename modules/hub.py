@@ -1,4 +1,4 @@
-"""Fetches the weights of a text encoder from the Hugging Face hub, once, and only what is needed to run it."""
+"""Fetches the weights of a text encoder or language model from the Hugging Face hub, once, and only what it needs."""
 
 from pathlib import Path
 
@@ -8,10 +8,16 @@ _CONFIGURATION = ("*.json", "*.txt", "*.model")  # also the vocabularies of all 
 
 
 def download_encoder(name: str) -> Path:
+    """Folder with the files of the text encoder ``name``; see ``download_model``."""
+    return download_model(name, flag="--text_encoder", otherwise="'--text_encoder tfidf' needs no weights")
+
+
+def download_model(name: str, *, flag: str, otherwise: str) -> Path:
     """Folder with the files of hub model ``name``: from the local hub cache, or else downloaded into it.
 
-    Safetensors are taken where the model has them, PyTorch's files otherwise; code files never. InputError with what
-    to do where the hub cannot be reached or does not have (or give out) the model.
+    Safetensors are taken where the model has them, PyTorch's files otherwise; code files never. InputError where the
+    hub cannot be reached or does not have (or give out) the model: it names the ``flag`` and what can be done
+    ``otherwise``.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -28,26 +34,26 @@ def download_encoder(name: str) -> Path:
     except LocalEntryNotFoundError:
         pass
     except HFValidationError as error:
-        raise InputError(f"--text_encoder {name}: neither a folder nor the id of a hub model (owner/name)") from error
+        raise InputError(f"{flag} {name}: neither a folder nor the id of a hub model (owner/name)") from error
     try:
         files = [entry.rfilename for entry in HfApi().model_info(name, timeout=10).siblings]
         weights = _weights(files)
         if not weights:
-            raise InputError(f"--text_encoder {name}: the hub model has no safetensors and no PyTorch weights")
+            raise InputError(f"{flag} {name}: the hub model has no safetensors and no PyTorch weights")
         return Path(snapshot_download(name, allow_patterns=[*_CONFIGURATION, *weights]))
     except GatedRepoError as error:
         raise InputError(
-            f"--text_encoder {name}: its owner asks for consent on the hub page; then log in with: hf auth login"
+            f"{flag} {name}: its owner asks for consent on the hub page; then log in with: hf auth login"
         ) from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"--text_encoder {name}: no such model on the hub, nor a folder of that name") from error
+        raise InputError(f"{flag} {name}: no such model on the hub, nor a folder of that name") from error
     except InputError:
         raise
     except Exception as error:  # connection, proxy, certificate, disk: the client raises many kinds
         raise InputError(
-            f"--text_encoder {name}: the weights are not on this machine and cannot be downloaded "
+            f"{flag} {name}: the weights are not on this machine and cannot be downloaded "
             f"({type(error).__name__}); where there is a network, run 'hf download {name} --local-dir DIR' and give "
-            f"'--text_encoder DIR', or use '--text_encoder tfidf', which needs no weights"
+            f"'{flag} DIR'; {otherwise}"
         ) from error
 
 

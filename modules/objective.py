@@ -145,7 +145,7 @@ class Objective(nn.Module):
         """
         own = self.state_dict()
         # Trained on several GPUs, the published codes save the wrapper's names.
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+        state = self.backbone.adopt({key.removeprefix("module."): value for key, value in state.items()})
         ours = {key if key.startswith(HEADS) else f"backbone.{key}": value for key, value in state.items()}
         ours = {key: value for key, value in ours.items() if key in own or not key.startswith(HEADS)}
         for key, value in ours.items():

@@ -19,6 +19,12 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "cluster_order": "chexbert", "weight_img_con_loss": 1.0, "weight_txt_con_loss": 0.1, "flip": False,
         "drop_last": True, "views": "paired", "seed": 7580,
     },
+    "visualgpt": {
+        "gpt2_path": "gpt2", "d_model": 768, "num_heads": 12, "gpt2_layers": 12, "num_layers": 3, "d_ff": 2048,
+        "tau": 0.2, "batch_size": 25, "grad_accumulation": 2, "drop_last": True, "optim": "AdamW", "lr_ve": 1e-4,
+        "lr_ed": 1e-4, "adam_betas": (0.9, 0.999), "adam_eps": 1e-8, "amsgrad": False, "weight_decay": 0.01,
+        "lr_scheduler": "constant", "clip_norm": 1.0, "epochs": 100, "beam_size": 5, "seed": 42,
+    },
 }
 # What changes on MIMIC-CXR: longer reports, a smaller vocabulary, and a schedule for more steps an epoch.
 _MIMIC_CXR: dict[str, dict[str, Any]] = {
@@ -26,6 +32,7 @@ _MIMIC_CXR: dict[str, dict[str, Any]] = {
     "r2gencmn": {"max_seq_length": 100, "threshold": 10, "epochs": 30, "step_size": 3, "seed": 9153},
     "xpronet": {"max_seq_length": 100, "threshold": 10, "lr_ve": 5e-5, "lr_ed": 1e-4, "step_size": 3,
                 "cluster_order": "mimic_cxr"},
+    "visualgpt": {"max_seq_length": 100, "threshold": 10},
 }
 BACKBONES = tuple(_PUBLISHED)
 

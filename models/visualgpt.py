@@ -1,0 +1,150 @@
+"""VisualGPT: GPT-2 adapted to captioning by a self-resurrecting activation unit (Chen et al., CVPR 2022, arXiv
+2102.10407).
+
+Shapes: B studies, N visual tokens, T decoder inputs, K hypotheses per study, D = d_model, V words.
+
+Everywhere else token 0 is begin, end and padding at once. GPT-2 has an id for each, and a word at 0: here, and only
+here, 0 becomes begin at the first position and the end id elsewhere, and the end id becomes 0.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import Backbone, Output, VisualFeatures
+from models.visualgpt_decoder import LanguageModel
+from models.visualgpt_encoder import LevelEncoder
+from modules.decoding import Decoded, DecodingOptions, decode
+from modules.decoding_cache import DecodingCache
+from modules.decoding_standard import StandardBeamSearch
+
+COMPATIBILITY = ("off", "published")
+
+
+class VisualGPT(Backbone):
+    """The published model for visual tokens of any kind; ``num_ids`` rows of embedding and logits.
+
+    ``begin_id``, ``end_id`` and ``pad_token`` are the language model's own ids (all 0: a vocabulary without them).
+    ``gpt2`` are weights of a GPT-2 by its names below ``transformer.``; None draws all at random. ``num_layers`` are
+    the encoder's, ``tau`` is the threshold of the gates. ``visualgpt_compat`` "published" brings two accidents of the
+    published code back: its visual mask (LevelEncoder), and every ``pad_token`` taken for padding, a word or not.
+    ValueError for options that do not go together.
+    """
+
+    vocabulary_entry = "decoder.transformer.wte.weight"
+    flags = ("d_model", "d_ff", "num_heads", "num_layers", "dropout", "gpt2_layers", "gpt2_positions", "tau",
+             "visualgpt_compat")
+
+    def __init__(self, *, visual_extractor: nn.Module, num_ids: int, begin_id: int = 0, end_id: int = 0,
+                 pad_token: int = 0, gpt2: Mapping[str, Tensor] | None = None, d_model: int = 768, d_ff: int = 2048,
+                 num_heads: int = 12, num_layers: int = 3, dropout: float = 0.1, gpt2_layers: int = 12,
+                 gpt2_positions: int = 1024, context: int = 60, tau: float = 0.2, visualgpt_compat: str = "off"):
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(f"d_model {d_model}: must be a multiple of num_heads {num_heads}")
+        if visualgpt_compat not in COMPATIBILITY:
+            raise ValueError(f"visualgpt_compat {visualgpt_compat!r}: expected one of {', '.join(COMPATIBILITY)}")
+        if not all(0 <= index < num_ids for index in (begin_id, end_id, pad_token)):
+            raise ValueError(f"special ids {begin_id}, {end_id}, {pad_token}: must be below num_ids {num_ids}")
+        self.visual_extractor = visual_extractor
+        self.image_dim, self.report_dim = visual_extractor.width, d_model
+        self.begin_id, self.end_id, self.pad_token = begin_id, end_id, pad_token
+        published = visualgpt_compat == "published"
+        self.masks_pad_token = published and pad_token not in (begin_id, end_id)
+        self.encoder = LevelEncoder(self.image_dim, d_model, num_heads, d_ff, num_layers, dropout, published)
+        self.decoder = LanguageModel(num_ids, num_positions=gpt2_positions, num_layers=gpt2_layers, d_model=d_model,
+                                     num_heads=num_heads, num_levels=num_layers, context=context, dropout=dropout,
+                                     tau=tau)
+        self._initialise(gpt2)
+
+    def _initialise(self, gpt2: Mapping[str, Tensor] | None) -> None:
+        """GPT-2's weights, all else of the decoder as drawn; without them every matrix is Xavier-uniform."""
+        if gpt2 is None:
+            for parameter in self.decoder.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+            return
+        own = self.decoder.transformer.state_dict()
+        for name, value in gpt2.items():
+            if name not in own or own[name].shape != value.shape:
+                raise ValueError(f"gpt2_path: entry {name} of shape {tuple(value.shape)} has no place in this model")
+        self.decoder.transformer.load_state_dict(dict(gpt2), strict=False)
+
+    def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None) -> Output:
+        features = self.extract(images, view_mask, features)
+        levels, keep = self.encoder(features.patches, features.patch_mask)
+        ids = self.own_ids(tokens)
+        real = self.real(tokens, ids)
+        causal = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool, device=ids.device).tril()
+        network = self.decoder.transformer
+        hidden = network(ids, None, network.sources(levels), real[:, None, None, :] & causal, keep,
+                         real.unsqueeze(-1).to(levels.dtype))
+        return Output(self.log_probs(hidden[:supervised_rows]), features.pooled, hidden)
+
+    def own_ids(self, tokens: Tensor, first: bool = True) -> Tensor:
+        """The language model's ids of ``tokens`` (B, T), which start with begin where ``first`` is true."""
+        ids = torch.where(tokens == 0, self.end_id, torch.where(tokens == self.end_id, 0, tokens))
+        if first:
+            ids[:, 0] = self.begin_id
+        return ids
+
+    def real(self, tokens: Tensor, ids: Tensor) -> Tensor:
+        """(B, T) bool: no padding, which is every 0 after the first one behind begin, the end."""
+        zeros = tokens == 0
+        zeros[:, 0] = False
+        real = zeros.cumsum(dim=1) <= 1
+        return real & (ids != self.pad_token) if self.masks_pad_token else real
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, V) in float32, the end at 0."""
+        logits = self.decoder.lm_head(hidden)
+        if self.end_id:
+            columns = torch.tensor([0, self.end_id], device=logits.device)
+            logits = logits.index_copy_(-1, columns, logits[..., columns.flip(0)])
+        return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+    def generate(self, images, *, view_mask=None, labels=None, features=None, decoding: DecodingOptions) -> Tensor:
+        return self.search(images, view_mask=view_mask, features=features, decoding=decoding).tokens[:, 0]
+
+    @torch.no_grad()
+    def search(self, images, *, view_mask=None, features=None, decoding: DecodingOptions) -> Decoded:
+        """All returned hypotheses with their scores; ``generate`` takes the best. Groups search as R2Gen's do."""
+        features = self.extract(images, view_mask, features)
+        session = Session(self, features, decoding)
+        own_search = StandardBeamSearch if decoding.group_size == 1 else None
+        return decode(session, len(features.patches), features.patches.device, decoding, own_search)
+
+    def adopt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``state`` with this model's own buffers: published ones are constants, or what decoding left behind."""
+        constants = {name: value for name, value in self.state_dict().items()
+                     if name.startswith("decoder.") and name in dict(self.named_buffers())}
+        return dict(state) | constants
+
+
+class Session:
+    """The decoder with everything that stays the same, or is kept, between two tokens of a batch of studies."""
+
+    def __init__(self, model: VisualGPT, features: VisualFeatures, decoding: DecodingOptions):
+        self.model = model
+        levels, self.source_mask = model.encoder(features.patches, features.patch_mask)
+        self.sources = model.decoder.transformer.sources(levels)
+        self.cache = DecodingCache(len(self.sources), decoding.max_seq_length, decoding.num_hypotheses)
+
+    def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
+        """Log-probabilities (B, K, V) after ``tokens`` (B, K), which continue hypotheses ``parents`` (B, K).
+
+        A study's hypotheses stand side by side as query positions, so that they share its keys without a copy.
+        """
+        mask = self.cache.advance(tokens, parents)
+        ids = self.model.own_ids(tokens, first=self.cache.position == 0)
+        hidden = self.model.decoder.transformer(ids, self.cache.position, self.sources, mask, self.source_mask,
+                                                caches=self.cache.layers)
+        return self.model.log_probs(hidden)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with the studies ``rows`` (int64 indices) only."""
+        self.sources = [(keys[rows], values[rows]) for keys, values in self.sources]
+        self.source_mask = None if self.source_mask is None else self.source_mask[rows]
+        self.cache.keep(rows)
