@@ -105,6 +105,9 @@ class VisualGPT(Backbone):
             logits = logits.index_copy_(-1, columns, logits[..., columns.flip(0)])
         return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
+    def cross_attention(self) -> list[nn.Module]:
+        return [block.enc_dec_attn for block in self.decoder.transformer.h]
+
     def generate(self, images, *, view_mask=None, labels=None, features=None, decoding: DecodingOptions) -> Tensor:
         return self.search(images, view_mask=view_mask, features=features, decoding=decoding).tokens[:, 0]
 

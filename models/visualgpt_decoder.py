@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.visualgpt_encoder import split_heads
-from modules.transformer import dropout
+from modules.transformer import dropout, split_heads
 
 CROSS_ATTENTION_DROPOUT = 0.2
 
@@ -77,9 +76,18 @@ class CrossAttention(nn.Module):
         shape = (batch, num_levels * self.num_heads)
         return keys.reshape(*shape, *keys.shape[2:]), values.reshape(*shape, *values.shape[2:])
 
+    def queries(self, x: Tensor, num_heads: int) -> Tensor:
+        """(B, T, D) -> (B, L * h, T, w), the same for every level."""
+        return split_heads(self.fc_q(x), self.num_heads).repeat(1, num_heads // self.num_heads, 1, 1)
+
+    def weights(self, x: Tensor, keys: Tensor, values: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The attention weights (B, L * h, T, N) behind ``forward`` of the same arguments, without dropout."""
+        scores = self.queries(x, keys.size(1)) @ keys.transpose(-2, -1) / math.sqrt(keys.size(-1))
+        return (scores if keep is None else scores.masked_fill(~keep, -torch.inf)).softmax(-1)
+
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, keep: Tensor | None) -> Tensor:
         """``x`` (B, T, D) -> what it finds at each level, (B, L, T, D)."""
-        query = split_heads(self.fc_q(x), self.num_heads).repeat(1, keys.size(1) // self.num_heads, 1, 1)
+        query = self.queries(x, keys.size(1))
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=keep,
                                                   dropout_p=CROSS_ATTENTION_DROPOUT if self.training else 0.0)
         by_level = attended.unflatten(1, (-1, self.num_heads))  # (B, L, h, T, w)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.transformer import dropout
+from modules.transformer import dropout, split_heads
 
 
 class UnusedLinear(nn.Linear):
@@ -17,11 +17,6 @@ class UnusedLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
         self.requires_grad_(False)
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, T, D) -> (B, h, T, w)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class EncoderAttention(nn.Module):

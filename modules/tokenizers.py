@@ -57,6 +57,8 @@ def clean_report(report: str, cleaner: str) -> str:
 class Tokenizer:
     """Maps reports to ids and back; ``tokens`` are the words of the ids 1..V, in order."""
 
+    special_ids = (BOS, EOS, PAD)
+
     def __init__(self, tokens: Sequence[str], cleaner: str):
         _require_cleaner(cleaner)
         self.cleaner = cleaner

@@ -91,6 +91,11 @@ class Residual(nn.Module):
         return x + dropout(sublayer(self.norm(x, *condition)), self.dropout, self.training)
 
 
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, d) -> (B, h, T, d/h)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head attention with ``linears`` 0..3 = query, key, value, output (Vaswani et al., 2017)."""
 
@@ -103,8 +108,7 @@ class Attention(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(4))
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, d) -> (B, h, T, d/h)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return split_heads(x, self.num_heads)
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, h, S, d/h) of ``source`` (B, S, d)."""

@@ -23,8 +23,8 @@ from modules.objective import Objective
 from modules.progress import Bar
 from modules.prototype_files import load_prototypes
 from modules.records import private_folder
-from modules.tokenizers import Tokenizer
 from modules.visual_extractor import VisualExtractor
+from scripts.language_model import AnyTokenizer, build_tokenizer, gpt2_options
 
 logger = logging.getLogger("ithn")
 # R2GenCMN resizes to 256 and crops 224; other image sizes keep that proportion.
@@ -36,7 +36,7 @@ class Data:
     """The annotation with what was derived from it."""
 
     annotation: Annotation
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     strategy: str  # of the objective; "off" for the plain backbone, and where nothing is trained
     index: HardNegativeIndex | None
     trained_with: str  # strategy that the weights were, or are being, trained with
@@ -60,7 +60,7 @@ def prepare_device(config: Config) -> torch.device:
     return device
 
 
-def read_data(config: Config, *, tokenizer: Tokenizer | None = None, trained_with: str | None = None) -> Data:
+def read_data(config: Config, *, tokenizer: AnyTokenizer | None = None, trained_with: str | None = None) -> Data:
     """Read the annotation, the vocabulary (unless a checkpoint brought it) and the hard negatives.
 
     ``trained_with`` names the strategy of a checkpoint that is only tested: no hard negatives are needed then.
@@ -68,7 +68,7 @@ def read_data(config: Config, *, tokenizer: Tokenizer | None = None, trained_wit
     annotation = read_annotation(config.ann_path)
     if tokenizer is None:
         reports = [study.report for study in annotation.splits["train"]]
-        tokenizer = Tokenizer.from_reports(reports, config.threshold, config.dataset_name)
+        tokenizer = build_tokenizer(config, reports, on_gpt2="gpt2_layers" in _backbone_class(config).flags)
     if config.beam_size > tokenizer.num_ids:
         raise InputError(f"--beam_size {config.beam_size}: at most the {tokenizer.num_ids} token ids of the vocabulary")
     strategy, index = _hard_negatives(config, annotation) if trained_with is None else ("off", None)
@@ -142,7 +142,7 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
 def build_objective(config: Config, data: Data, device: torch.device, *, pretrained: bool) -> Objective:
     """Backbone and losses, on ``device``."""
     extractor = build_extractor(config, device, pretrained=pretrained)
-    backbone = build_backbone(config, extractor, data.tokenizer.num_ids, pretrained=pretrained)
+    backbone = build_backbone(config, extractor, data.tokenizer, pretrained=pretrained)
     objective = Objective(
         backbone,
         strategy=data.strategy,
@@ -163,14 +163,16 @@ def build_objective(config: Config, data: Data, device: torch.device, *, pretrai
     return objective.to(device)
 
 
-def build_backbone(config: Config, extractor: nn.Module, num_ids: int, *, pretrained: bool) -> Backbone:
+def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer, *, pretrained: bool) -> Backbone:
     """The backbone that --model_name names, with the flags that it asks for; InputError where they do not fit."""
     kind = _backbone_class(config)
     options = {name: getattr(config, name) for name in kind.flags}
     if "num_protype" in kind.flags:
         options |= _prototypes(config, pretrained)
+    if "gpt2_layers" in kind.flags:
+        options |= gpt2_options(config, tokenizer, pretrained=pretrained)
     try:
-        return build_model(config.model_name, visual_extractor=extractor, num_ids=num_ids, **options)
+        return build_model(config.model_name, visual_extractor=extractor, num_ids=tokenizer.num_ids, **options)
     except ValueError as error:
         raise InputError(f"--{error}") from error
 

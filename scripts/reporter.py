@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from modules.bpe_tokenizer import tokenizer_from_state
 from modules.checkpoint import FORMAT, load_checkpoint
 from modules.datasets import MAX_VIEWS
 from modules.errors import InputError
@@ -14,7 +15,6 @@ from modules.images import eval_transform, open_image
 from modules.objective import Objective
 from modules.prediction import Reporter
 from modules.study_files import StudyFiles
-from modules.tokenizers import Tokenizer
 from scripts import compose
 
 # Settings of a run that say nothing about the model.
@@ -32,9 +32,9 @@ def load_reporter(path: str, given: Mapping[str, Any]) -> Reporter:
         raise InputError(f"--load {path}: generates from the labels of a reference report (--xpronet_labels "
                          "reference), which a new image does not have; train with --xpronet_labels predicted")
     device = compose.prepare_device(config)
-    tokenizer = Tokenizer.from_state(content["vocabulary"])
+    tokenizer = tokenizer_from_state(content["vocabulary"])
     extractor = compose.build_extractor(config, device, pretrained=False)
-    backbone = compose.build_backbone(config, extractor, tokenizer.num_ids, pretrained=False)
+    backbone = compose.build_backbone(config, extractor, tokenizer, pretrained=False)
     objective = Objective(backbone, strategy="off").to(device)
     compose.load_weights(objective, content["state_dict"], path)
     return Reporter(

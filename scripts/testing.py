@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modules.bpe_tokenizer import tokenizer_from_state
 from modules.checkpoint import FORMAT, load_checkpoint
 from modules.flags import resolve_config
 from modules.records import private_folder
 from modules.run_log import start_log
-from modules.tokenizers import Tokenizer
 from scripts import compose
 from scripts.results import test_and_write
 from scripts.scoring import Scoring
@@ -30,7 +30,7 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     for line in ignored:
         log.info("%s", line)
     device = compose.prepare_device(config)
-    tokenizer = Tokenizer.from_state(content["vocabulary"]) if ours else None
+    tokenizer = tokenizer_from_state(content["vocabulary"]) if ours else None
     data = compose.read_data(config, tokenizer=tokenizer, trained_with=content.get("strategy", "unknown"))
     objective = compose.build_objective(config, data, device, pretrained=False)
     compose.load_weights(objective, content["state_dict"], path)

@@ -18,6 +18,7 @@ from tests.conftest import TINY
 
 STRATEGIES = ("off", "contrastive", "prior", "mochi", "ithn", "unconstrained")
 OWN_FLAGS = {"r2gencmn": [], "r2gen": ["--rm_d_model", "16", "--rm_num_heads", "2"],
+             "visualgpt": ["--gpt2_layers", "1", "--gpt2_positions", "32"],
              "xpronet": ["--num_cluster", "14", "--num_protype", "3", "--d_img_ebd", "4", "--d_txt_ebd", "4",
                          "--init_protypes_path", ""]}
 

@@ -14,6 +14,7 @@ from modules.decoding import DecodingOptions
 from modules.errors import InputError
 from modules.objective import Objective
 from modules.prototypes import label_contrastive_loss, prototypes_of, selected_attention, with_no_finding
+from modules.tokenizers import Tokenizer
 from scripts.compose import build_backbone
 
 torch.set_num_threads(1)
@@ -239,7 +240,8 @@ def test_published_weights_have_no_head(prefix):
     ({"num_cluster": 14, "label_loss_weight": 0.0}, "--label_loss_weight 0 trains no predicted labels")])
 def test_flags_that_do_not_fit(flags, reason):
     with pytest.raises(InputError, match=reason):
-        build_backbone(Config(model_name="xpronet", **flags), nn.Identity(), 9, pretrained=False)
+        build_backbone(Config(model_name="xpronet", **flags), nn.Identity(), Tokenizer(["<unk>"], "iu_xray"),
+                       pretrained=False)
 
 
 # ---- through main_train.py and main_test.py, on the tiny synthetic data set
