@@ -10,6 +10,7 @@ import sys
 from modules.environment import check_python
 from modules.errors import InputError, run_entry_point
 from modules.flags import parse_flags
+from modules.stopping import Stop
 
 
 def main() -> None:
@@ -18,9 +19,10 @@ def main() -> None:
     given, ignored = parse_flags(sys.argv[1:], "main_test.py", __doc__.split("\n")[0])
     if not given.get("load"):
         raise InputError("--load is missing: name the checkpoint to test, as in --load results/iu_xray/model_best.pth")
-    from scripts.testing import run_testing
+    with Stop():
+        from scripts.testing import run_testing
 
-    run_testing(given, ignored)
+        run_testing(given, ignored)
 
 
 if __name__ == "__main__":

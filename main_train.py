@@ -5,6 +5,7 @@ import sys
 from modules.environment import check_python
 from modules.errors import run_entry_point
 from modules.flags import parse_flags, resolve_config
+from modules.stopping import Stop
 
 
 def main() -> None:
@@ -14,9 +15,10 @@ def main() -> None:
     if not given.get("resume"):
         # Mistakes are found before torch is imported, which takes seconds.
         resolve_config(given)
-    from scripts.training import run_training
+    with Stop() as stop:
+        from scripts.training import run_training
 
-    run_training(given, ignored)
+        run_training(given, ignored, stop)
 
 
 if __name__ == "__main__":

@@ -1,59 +1,86 @@
-"""Checkpoints: self-contained, written so that a crash leaves the previous one intact, read without running pickles."""
+"""One checkpoint file: self-contained, written with its checksum, read without running pickles.
+
+Which files a run keeps, and how one takes the place of another, is modules.checkpoint_folder's.
+"""
 
 import contextlib
+import hashlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from modules.errors import InputError
 
 FORMAT = "ithn-checkpoint-1"
-CURRENT, BEST = "current_checkpoint.pth", "model_best.pth"
+# What a test reads of a checkpoint of ours, and what training goes on from.
+TESTED = {"config": dict, "vocabulary": dict, "history": list, "epoch": int, "strategy": str}
+RESUMED = TESTED | {"objective": dict, "optimizer": dict, "scheduler": dict, "scaler": dict, "rng": dict, "best": dict,
+                    "position": dict, "means": dict, "guard": dict, "annotation_sha256": str}
+BLOCK = 1 << 20
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write ``state`` (tensors, plain values) to ``path``: temporary file, fsync, rename, fsync of the folder.
+class _Hashed:
+    """A binary file that hashes what is written to it."""
 
-    A crash or a full disk at any moment leaves the file that was there before. Raises InputError when it cannot write.
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> str:
+    """Write ``state`` (tensors, plain values) to the new file ``path`` of mode 0600, and read it back.
+
+    Returns its SHA-256; OSError or RuntimeError (torch's zip writer) where it cannot be written as it should be.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        hashed = _Hashed(file)
+        torch.save({"format": FORMAT, **state}, hashed)
+        file.flush()
+        os.fsync(file.fileno())
+    digest = hashed.sha256.hexdigest()
+    if file_sha256(path) != digest:
+        raise OSError(f"{path.name} does not read back as it was written")
+    return digest
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum_file(path: Path) -> Path:
+    """Where the checksum of ``path`` stands: beside it, in the format of the program sha256sum."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def known_checksums(path: Path) -> list[str] | None:
+    """The SHA-256 values that ``path`` may have, None where nothing is known.
+
+    They are two while another file takes its place: whenever that is broken off, one of them is right.
+    """
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    # torch's zip writer turns a failed write into a RuntimeError.
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"checkpoint {path}: cannot be written ({error}); the previous one is intact. "
-                         "Free some space or choose another --save_dir, then go on with --resume") from error
+        lines = checksum_file(path).read_text(encoding="ascii", errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    return [line.split(" ")[0] for line in lines if line.strip()]
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def keep_as_best(current: Path, best: Path) -> None:
-    """Make ``best`` the same file as ``current``; no bytes are copied where the file system has hard links."""
-    temporary = best.with_name(f".{best.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(current, temporary)
-    except OSError:
-        shutil.copy(current, temporary)  # with the mode 0600
-    os.replace(temporary, best)
-    _sync_folder(best.parent)
+def require_whole(path: Path) -> None:
+    """Raise InputError where ``path`` differs from the checksum beside it; a file without one passes."""
+    known = known_checksums(path)
+    if known is not None and file_sha256(path) not in known:
+        raise InputError(f"checkpoint {path}: damaged, it differs from its checksum in {checksum_file(path).name}; "
+                         "take another one (if you have put this file there yourself, delete that checksum)")
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -62,11 +89,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Returns the dictionary as saved; a bare state dict is wrapped as {"state_dict": ...}. Raises InputError for a file
     that is missing, damaged, holds anything else, or has no weights.
     """
-    if not Path(path).is_file():
-        raise InputError(f"checkpoint {path}: no such file; --load and --resume take a .pth file, such as {BEST}")
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint {path}: no such file; --load and --resume take a .pth file, such as "
+                         "model_best.pth")
     try:
+        require_whole(path)
         with _plain_numpy_scalars():
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # the reader raises whatever the damaged bytes lead it to
         raise InputError(f"checkpoint {path}: damaged, or holds more than tensors and plain values "
                          f"({type(error).__name__}); it was not loaded") from error
@@ -97,24 +129,18 @@ def _plain_numpy_scalars() -> Iterator[None]:
         yield
 
 
-def rng_state() -> dict[str, Any]:
-    """State of torch's generators on every device; augmentation and order are keyed by epoch and need none."""
-    return {"cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def restore_rng_state(state: Mapping[str, Any]) -> None:
-    """Set torch's generators to a kept state; GPU states are skipped where the number of GPUs has changed."""
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def require_resumable(content: Mapping[str, Any], path: str) -> None:
+def require_resumable(content: Mapping[str, Any], path: str | Path) -> None:
     """Raise InputError unless ``content`` is a checkpoint of ours that training can go on from."""
-    needed = ("objective", "optimizer", "scheduler", "scaler", "rng", "epoch", "best", "history", "vocabulary",
-              "config")
-    missing = [key for key in needed if key not in content]
-    if content.get("format") != FORMAT or missing:
+    if content.get("format") != FORMAT:
         raise InputError(f"--resume {path}: weights only, or of another program; training goes on from our "
-                         f"{CURRENT} (to start from published weights use --load with main_test.py)")
+                         "current_checkpoint.pth (to start from published weights use --load with main_test.py)")
+    require_entries(content, path, RESUMED)
+
+
+def require_entries(content: Mapping[str, Any], path: str | Path, kinds: Mapping[str, type]) -> None:
+    """Raise InputError unless ``content`` has entries of these names and types."""
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            found = f"is a {type(content[name]).__name__}" if name in content else "is missing"
+            raise InputError(f"checkpoint {path}: its entry {name!r} {found}, expected a {kind.__name__}; it was "
+                             "changed by hand, or written by another version")

@@ -32,6 +32,8 @@ class Config:
     max_seq_length: int = flag(60, "data", "longest report in tokens, begin and end included", low=3)
     threshold: int = flag(3, "data", "a token enters the vocabulary from this training count on", low=1)
     num_workers: int = flag(2, "data", "processes that read images", low=0)
+    worker_timeout: float = flag(50.0, "data", "seconds without an answer after which the processes that read images "
+                                 "count as hung; 0: never", low=0.0)
     batch_size: int = flag(16, "data", "samples per step", low=1)
     drop_last: bool = flag(False, "data", "leave out the last, incomplete training batch of an epoch, as XProNet does")
     image_size: int = flag(224, "data", "side of the network's input in pixels", low=32)
@@ -169,7 +171,8 @@ class Config:
     compile: bool = flag(False, "run", "compile the objective with torch.compile")
     deterministic: bool = flag(False, "run", "deterministic kernels only: equal runs on one machine, slower")
     seed: int = flag(9233, "run", "seed of weights, order and augmentation", low=0, high=2**63 - 1)
-    resume: str = flag("", "run", "go on from this checkpoint")
+    resume: str = flag("", "run", "go on from this checkpoint; auto: from the latest valid one in --save_dir, or from "
+                       "the start where there is none")
     load: str = flag("", "run", "main_test.py: the checkpoint to test; our own brings its settings along")
 
     # ---- results
@@ -177,6 +180,8 @@ class Config:
     record_dir: str = flag("records/", "results", "folder of <dataset>.csv, one line per run")
     exp_name: str = flag("", "results", "name of the run in records and report")
     save_period: int = flag(1, "results", "epochs between checkpoints; the best model is always kept", low=1)
+    checkpoint_steps: int = flag(0, "results", "optimiser steps between further checkpoints within an epoch; 0: none",
+                                 low=0)
     log_period: int = flag(1000, "results", "steps between lines in the log", low=1)
     monitor_metric: str = flag("BLEU_4", "results", "validation metric that chooses the best model", choices=MONITORED)
     monitor_mode: str = flag("max", "results", "whether the metric should grow or fall", choices=("min", "max"))

@@ -2,7 +2,11 @@
 
 import logging
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +16,7 @@ from modules.batches import collate
 from modules.errors import InputError
 
 REPLACED_LIMIT = 0.01
+SECONDS_BETWEEN_LOOKS = 5  # at whether the processes that read are still alive, while none of them answers
 # What a key is for, so that order, crops and neighbours are drawn independently of one another.
 ORDER, AUGMENT_POSITIVE, AUGMENT_NEGATIVE, NEIGHBOUR, REPLACEMENT = range(5)
 
@@ -67,13 +72,16 @@ class EpochBatchSampler(Sampler):
 
 
 class EpochLoader(DataLoader):
-    """A DataLoader with ``set_epoch`` that raises a worker's InputError in its own words.
+    """A DataLoader with ``set_epoch`` that ends within a minute, with one line, when a process that reads fails.
 
-    It counts the samples of the epoch that stand in for unreadable ones (``replaced``), and raises InputError when
-    they are more than REPLACED_LIMIT.
+    A worker's InputError is raised in its own words. InputError too for a worker that was killed, for none that
+    answers within ``patience`` seconds (0: wait for ever), and where the samples of the epoch that stand in for
+    unreadable ones (``replaced``) are more than REPLACED_LIMIT.
     """
 
     replaced = 0
+    patience = 0.0
+    _processes: Sequence[BaseProcess] = ()
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """See EpochBatchSampler.set_epoch."""
@@ -82,7 +90,7 @@ class EpochLoader(DataLoader):
     def __iter__(self):
         self.replaced = 0
         share = self.batch_sampler.num_samples / self.batch_sampler.world_size
-        for batch in super().__iter__():
+        for batch in self._batches():
             if isinstance(batch, InputError):
                 # A new one: raising what a local variable holds ties it to this frame, and the workers with it,
                 # until the garbage collector comes by.
@@ -97,6 +105,65 @@ class EpochLoader(DataLoader):
         if self.replaced:
             logging.getLogger("ithn").warning("%d of %.0f samples stood in for some with unreadable images",
                                               self.replaced, share)
+
+    def close(self) -> None:
+        """End the processes that read, whatever state they are in; the next iteration starts new ones."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._processes = ()
+        self._iterator = None  # torch keeps persistent workers by it
+
+    def _batches(self) -> Iterator[Any]:
+        iterator = self._started()
+        waiting_since = time.monotonic()
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                self._explain(error)
+                if self.patience and time.monotonic() - waiting_since > self.patience:
+                    self.close()
+                    raise InputError(
+                        f"no data-loading process has answered for {self.patience:g} s: one hangs, or the storage of "
+                        "--image_dir does; give more time with --worker_timeout, or read in this process with "
+                        "--num_workers 0") from None
+                continue
+            yield batch
+            waiting_since = time.monotonic()
+
+    def _started(self) -> Iterator[Any]:
+        """The iterator of torch, without the handler by which it would raise in the middle of a step."""
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD)
+        iterator = super().__iter__()
+        if main and self.num_workers:
+            signal.signal(signal.SIGCHLD, before)
+        self._processes = getattr(iterator, "_workers", ())
+        return iterator
+
+    def _explain(self, error: RuntimeError) -> None:
+        """InputError for a dead worker, ``error`` itself unless it only says that none has answered so far."""
+        dead = next((process for process in self._processes if process.exitcode), None)
+        if dead is not None:
+            pid, code = dead.pid, dead.exitcode
+            self.close()
+            raise InputError(f"data-loading process {pid} {_end(code)}; --num_workers {self.num_workers}") from None
+        if "DataLoader timed out" not in str(error):
+            self.close()
+            raise error
+
+
+def _end(code: int) -> str:
+    """How a process with this exit code came to its end, and what may help."""
+    if code == -signal.SIGKILL:
+        return "was killed, as the system does when memory runs out: lower --num_workers or --batch_size"
+    if code == -signal.SIGBUS:
+        return "found no room in shared memory (/dev/shm): enlarge it (docker run --shm-size), or lower --num_workers"
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def _collate_or_report(samples):
@@ -122,10 +189,11 @@ def build_loader(
     pin_memory: bool = False,
     prefetch_factor: int = 2,
     persistent_workers: bool = True,
+    patience: float = 0.0,
 ) -> EpochLoader:
     """Loader of Batches in an order keyed by (``seed``, epoch); ``prefetch_factor`` counts batches per worker."""
     sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, drop_last)
-    return EpochLoader(
+    loader = EpochLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
@@ -136,4 +204,7 @@ def build_loader(
         worker_init_fn=_ignore_interrupt,
         # Its own generator: starting an epoch would otherwise draw from the global one and change what follows.
         generator=torch.Generator(),
+        timeout=SECONDS_BETWEEN_LOOKS if num_workers else 0,
     )
+    loader.patience = patience
+    return loader

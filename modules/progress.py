@@ -8,13 +8,16 @@ from tqdm import tqdm
 
 
 class Bar:
-    """Iterates over ``items`` behind a tqdm bar; ``due()`` says when ``show(values)`` is worth the values' cost."""
+    """Iterates over ``items`` behind a tqdm bar; ``due()`` says when ``show(values)`` is worth the values' cost.
 
-    def __init__(self, items: Iterable, description: str):
+    ``start`` is how many of them lie behind already.
+    """
+
+    def __init__(self, items: Iterable, description: str, start: int = 0):
         # A log file gets a line every half minute instead of ten a second.
         interval = 0.1 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(items, desc=description, mininterval=interval, maxinterval=interval + 1, dynamic_ncols=True,
-                         leave=sys.stderr.isatty())
+        self._bar = tqdm(items, desc=description, initial=start, mininterval=interval, maxinterval=interval + 1,
+                         dynamic_ncols=True, leave=sys.stderr.isatty())
         self._every = max(interval, 1.0)
         self._shown = time.monotonic()
 

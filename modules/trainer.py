@@ -3,6 +3,7 @@
 It knows an objective that maps a batch to a dictionary of losses, and nothing about backbones or ITHN.
 """
 
+import dataclasses
 import itertools
 import logging
 import math
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.errors import InputError
+from modules.random_state import restore_rng_state, rng_state
+from modules.running_means import RunningMeans
+from modules.step_guard import StepGuard
+from modules.stopping import Stop, Stopped
 from modules.tester import autocast
 
 logger = logging.getLogger("ithn")
-
-# A step whose loss or gradient is not finite changes no weight; so many in a row end the run.
-MOST_SKIPPED_IN_A_ROW = 25
 
 
 @dataclass
@@ -42,92 +43,156 @@ class Best:
         return False
 
 
+@dataclass
+class Position:
+    """Where training stands, between two optimiser steps."""
+
+    epoch: int = 1
+    batches: int = 0  # of this epoch that lie behind
+    steps: int = 0  # of this epoch
+    total_steps: int = 0  # of all epochs
+    trained: bool = False  # no batch of this epoch is left: its validation comes next
+    seconds: float = 0.0  # that this epoch has taken
+
+
 class Trainer:
     """Trains ``objective`` and leaves the best epoch's weights to ``save``.
 
     ``objective(batch, epoch, token_count=, share=)`` returns a dictionary with "loss" and the terms to log;
-    ``validate(epoch)`` returns metrics of the validation split; ``save(trainer, epoch, improved)`` writes a checkpoint;
-    ``on_epoch(history)`` draws curves. ``epoch`` counts from 1.
+    ``validate(epoch)`` returns metrics of the validation split; ``save(trainer, improved)`` writes a checkpoint, which
+    needs ``state_dict()``; ``on_epoch(history)`` draws curves. ``epoch`` counts from 1. ``checkpoint_steps`` is the
+    number of optimiser steps between checkpoints within an epoch, 0 for none. Where ``stop`` raises Stopped, what was
+    reached is saved and the exception goes on.
     """
 
     def __init__(self, objective: nn.Module, *, optimizer: torch.optim.Optimizer, scheduler: Any, loader: Any,
-                 validate: Callable[[int], Mapping[str, float | None]], save: Callable[["Trainer", int, bool], None],
-                 on_epoch: Callable[[list[dict]], None], progress: Callable[..., Any], device: torch.device,
-                 precision: str, epochs: int, early_stop: int, monitor_metric: str, monitor_mode: str,
-                 save_period: int, log_period: int, start_eval_epoch: int, grad_accumulation: int, clip_norm: float,
-                 clip_value: float):
+                 validate: Callable[[int], Mapping[str, float | None]], save: Callable[["Trainer", bool], None],
+                 on_epoch: Callable[[list[dict]], None], progress: Callable[..., Any], stop: Stop,
+                 device: torch.device, precision: str, epochs: int, early_stop: int, monitor_metric: str,
+                 monitor_mode: str, save_period: int, checkpoint_steps: int, log_period: int, start_eval_epoch: int,
+                 grad_accumulation: int, clip_norm: float, clip_value: float):
         self.objective, self.optimizer, self.scheduler, self.loader = objective, optimizer, scheduler, loader
         self.validate, self.save, self.on_epoch, self.progress = validate, save, on_epoch, progress
-        self.device, self.precision = device, precision
+        self.stop, self.device, self.precision = stop, device, precision
         self.epochs, self.early_stop, self.save_period, self.log_period = epochs, early_stop, save_period, log_period
         self.monitor_metric, self.monitor_mode, self.start_eval_epoch = monitor_metric, monitor_mode, start_eval_epoch
-        self.grad_accumulation, self.clip_norm, self.clip_value = grad_accumulation, clip_norm, clip_value
+        self.checkpoint_steps, self.grad_accumulation = checkpoint_steps, grad_accumulation
+        self.clip_norm, self.clip_value = clip_norm, clip_value
         # Without float16 the scaler multiplies by 1: it then only keeps non-finite gradients out of the weights,
         # on the device, with no synchronisation.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if precision == "float16" else 1.0)
-        self.best, self.history, self.first_epoch = Best(), [], 1
-        self.steps, self.taken = 0, 0  # steps of all epochs, and at the last check those that reached the weights
+        self.guard = StepGuard(objective, device, scales=precision == "float16")
+        self.best, self.history, self.position, self.means = Best(), [], Position(), RunningMeans()
+        self._rng_before_validation: dict[str, Any] | None = None
+        self._saved: Position | None = None
 
     def train(self) -> None:
-        """Run the remaining epochs; stop when validation has not improved for more than ``early_stop`` epochs."""
-        self.taken = self._steps_taken()
-        for epoch in range(self.first_epoch, self.epochs + 1):
-            started = time.monotonic()
-            row = {"epoch": epoch, "lr_ve": self.optimizer.param_groups[0]["lr"],
-                   "lr_ed": self.optimizer.param_groups[-1]["lr"]}
-            row |= {f"train_{name}": value for name, value in self._train_epoch(epoch).items()}
-            improved, scores = False, None
-            if epoch >= self.start_eval_epoch:
-                scores = self.validate(epoch)
-                row |= {f"val_{name}": value for name, value in scores.items()}
-                improved = self.best.judge(scores.get(self.monitor_metric), epoch, self.monitor_mode)
-            self.scheduler.step(scores)
-            self.history.append(row | {"seconds": time.monotonic() - started})
-            self._log_epoch(self.history[-1], improved)
-            if improved or epoch % self.save_period == 0 or epoch == self.epochs:
-                self.save(self, epoch, improved)
-            self.on_epoch(self.history)
-            if self.best.epochs_without > self.early_stop:
-                logger.info("val_%s has not improved for %d epochs: training stops", self.monitor_metric,
-                            self.best.epochs_without)
-                break
+        """Run what remains; stop when validation has not improved for more than ``early_stop`` epochs."""
+        try:
+            while not self._finished():
+                self._epoch()
+        except Stopped as stopped:
+            self.stop.accept()
+            if self._saved != self.position:
+                self._save(improved=False)
+            logger.info("%s: stopped in epoch %d after step %d of it; everything up to there is saved", stopped.name,
+                        self.position.epoch, self.position.steps)
+            raise
 
-    def _train_epoch(self, epoch: int) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights that training goes on from, bit by bit."""
+        self.guard.read()
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(), "rng": self._rng_before_validation or rng_state(),
+                "history": self.history, "best": dataclasses.asdict(self.best),
+                "position": dataclasses.asdict(self.position), "means": self.means.state_dict(),
+                "guard": self.guard.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a kept ``state_dict``."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.history, self.best = list(state["history"]), Best(**state["best"])
+        self.position = Position(**state["position"])
+        self.means.load_state_dict(state["means"], self.device)
+        self.guard.load_state_dict(state["guard"])
+        restore_rng_state(state["rng"])
+        self._saved = dataclasses.replace(self.position)
+
+    def _finished(self) -> bool:
+        if self.best.epochs_without > self.early_stop:
+            logger.info("val_%s has not improved for %d epochs: training stops", self.monitor_metric,
+                        self.best.epochs_without)
+            return True
+        return self.position.epoch > self.epochs
+
+    def _epoch(self) -> None:
+        started, before = time.monotonic(), self.position.seconds
+        if not self.position.trained:
+            self._train_epoch(lambda: before + time.monotonic() - started)
+        scores = None
+        if self.position.epoch >= self.start_eval_epoch:
+            # Sampling draws: a checkpoint made while validation runs must begin it anew.
+            self._rng_before_validation = rng_state()
+            scores = self.validate(self.position.epoch)
+        with self.stop.held():
+            self._rng_before_validation = None
+            self._end_epoch(scores, before + time.monotonic() - started)
+        self.on_epoch(self.history)
+
+    def _train_epoch(self, seconds: Callable[[], float]) -> None:
+        position = self.position
         self.objective.train()
-        self.loader.set_epoch(epoch)
-        sums: dict[str, Tensor] = {}
-        steps, batches = 0, 0
-        bar = self.progress(self.loader, f"epoch {epoch}/{self.epochs}")
+        self.loader.set_epoch(position.epoch, position.batches)
+        bar = self.progress(self.loader, f"epoch {position.epoch}/{self.epochs}", position.batches)
         for group in _groups(bar, self.grad_accumulation):
-            for terms in self._accumulate(group, epoch):
-                for name, value in terms.items():
-                    sums[name] = sums.get(name, 0) + value
-            self._update()
-            steps, batches, self.steps = steps + 1, batches + len(group), self.steps + 1
+            with self.stop.held():
+                self._step(group)
+                position.batches, position.steps = position.batches + len(group), position.steps + 1
+                position.total_steps, position.seconds = position.total_steps + 1, seconds()
+                if self.checkpoint_steps and position.total_steps % self.checkpoint_steps == 0:
+                    self._save(improved=False)
             # Reading a value waits for the device: only when the bar is due, or once in log_period steps.
-            if steps % self.log_period == 0 or bar.due():
-                means = _means(sums, steps, batches)
+            if position.steps % self.log_period == 0 or bar.due():
+                means = self.means.read()
                 bar.show(means)
-                if steps % self.log_period == 0:
-                    logger.info("epoch %d step %d %s", epoch, steps, _shown(means))
-            if self.steps % MOST_SKIPPED_IN_A_ROW == 0:
-                self.taken = self._require_progress(self.taken)
-        return _means(sums, steps, batches) | {"steps": steps}
+                if position.steps % self.log_period == 0:
+                    logger.info("epoch %d step %d %s", position.epoch, position.steps, _shown(means))
+        with self.stop.held():
+            self.guard.read()
+            position.trained, position.seconds = True, seconds()
+            # Whatever becomes of the validation, the epoch is safe.
+            if self._due():
+                self._save(improved=False)
 
-    def _accumulate(self, group: list, epoch: int) -> Iterator[dict[str, Tensor]]:
+    def _step(self, group: list) -> None:
+        """One optimiser step over the batches of ``group``, counted and kept out of the model if it is not finite."""
+        self.guard.begin()
+        terms = list(self._accumulate(group))
+        finite_loss = torch.stack([term["loss"] for term in terms]).isfinite().all()
+        skipped = self._update()
+        self.means.add(terms, finite_loss)
+        self.guard.settle(skipped, finite_loss, [batch.sample_index for batch in group], self.position.epoch,
+                          self.position.steps + 1)
+
+    def _accumulate(self, group: list) -> Iterator[dict[str, Tensor]]:
         """Gradients of one optimiser step; the cross entropy is normalised by the tokens of the whole group."""
         group = [batch.to(self.device) for batch in group]
         token_count = sum(batch.positive.token_mask[:, 1:].sum() for batch in group)
         for batch in group:
             with autocast(self.device, self.precision):
-                terms = self.objective(batch, epoch, token_count=token_count, share=1.0 / len(group))
-            self.scaler.scale(terms["loss"]).backward()
+                terms = self.objective(batch, self.position.epoch, token_count=token_count, share=1.0 / len(group))
+            # A loss that is not finite can have finite gradients: it makes all of them NaN, and the scaler sees it.
+            sound = torch.where(terms["loss"].detach().isfinite(), 1.0, math.nan)
+            self.scaler.scale(terms["loss"] * sound).backward()
             yield {name: value.detach() for name, value in terms.items()}
 
-    def _update(self) -> None:
+    def _update(self) -> Tensor:
+        """Change the weights, unless a gradient is not finite; returns whether they were left alone (bool scalar)."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        if self.clip_norm or self.clip_value:
-            self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
+        found = sum(self.scaler._found_inf_per_device(self.optimizer).values())
         if self.clip_norm:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         if self.clip_value:
@@ -136,35 +201,48 @@ class Trainer:
         self.scaler.update(None if self.precision == "float16" else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.after_step()
+        return found.squeeze() > 0
 
-    def _steps_taken(self) -> int:
-        """Updates that reached the weights: the optimiser does not count those that were skipped."""
-        states = (self.optimizer.state[p] for group in self.optimizer.param_groups for p in group["params"])
-        return max((int(state["step"]) for state in states if "step" in state), default=0)
+    def _end_epoch(self, scores: Mapping[str, float | None] | None, seconds: float) -> None:
+        """Judge the epoch, enter it into the history, and go on to the next."""
+        position, groups = self.position, self.optimizer.param_groups
+        row = {"epoch": position.epoch, "lr_ve": groups[0]["lr"], "lr_ed": groups[-1]["lr"]}
+        row |= {f"train_{name}": value for name, value in self.means.read().items()}
+        row |= {"train_steps": position.steps, "train_skipped_steps": self.guard.skipped}
+        row |= {f"val_{name}": value for name, value in (scores or {}).items()}
+        improved = scores is not None and self.best.judge(scores.get(self.monitor_metric), position.epoch,
+                                                          self.monitor_mode)
+        self.scheduler.step(scores)
+        self.history.append(row | {"seconds": seconds})
+        self._log_epoch(self.history[-1], improved)
+        due = self._due()
+        self.position = Position(epoch=position.epoch + 1, total_steps=position.total_steps)
+        self.means = RunningMeans()
+        self.guard.start_epoch()
+        if improved or due:
+            self._save(improved)
 
-    def _require_progress(self, before: int) -> int:
-        taken = self._steps_taken()
-        if taken == before and any("step" in state for state in self.optimizer.state.values()):
-            raise InputError(f"loss or gradient not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row; no weight was "
-                             "changed by them. Lower --lr_ve and --lr_ed, or use --precision float32 or --clip_norm 1")
-        return taken
+    def _due(self) -> bool:
+        return self.position.epoch % self.save_period == 0 or self.position.epoch == self.epochs
+
+    def _save(self, improved: bool) -> None:
+        self.save(self, improved)
+        self._saved = dataclasses.replace(self.position)
 
     def _log_epoch(self, row: Mapping[str, Any], improved: bool) -> None:
-        best = self.best
         logger.info("epoch %d: %s", row["epoch"], _shown({k: v for k, v in row.items() if k != "epoch"}))
+        if self.guard.skipped:
+            scale = f"; the loss scale is {self.scaler.get_scale():g}" if self.precision == "float16" else ""
+            logger.warning("epoch %d: %d of %d steps were skipped because their loss or gradient was not finite%s",
+                           row["epoch"], self.guard.skipped, row["train_steps"], scale)
         if improved:
-            logger.info("best epoch so far by validation %s = %.4f", self.monitor_metric, best.score)
+            logger.info("best epoch so far by validation %s = %.4f", self.monitor_metric, self.best.score)
 
 
 def _groups(batches: Iterable, size: int) -> Iterator[list]:
     iterator = iter(batches)
     while group := list(itertools.islice(iterator, size)):
         yield group
-
-
-def _means(sums: Mapping[str, Tensor], steps: int, batches: int) -> dict[str, float]:
-    """Mean loss of a step, whose accumulated batches add up to it, and mean of every other term of a batch."""
-    return {name: float(value) / (steps if name == "loss" else batches) for name, value in sums.items()}
 
 
 def _shown(values: Mapping[str, Any]) -> str:

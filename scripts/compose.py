@@ -248,7 +248,7 @@ def build_split_loader(config: Config, dataset: ReportDataset, device: torch.dev
     """Loader of a split; worker processes of the training split live on between epochs, the others' end."""
     return build_loader(dataset, config.batch_size, shuffle, config.num_workers, config.seed,
                         pin_memory=device.type == "cuda", persistent_workers=shuffle,
-                        drop_last=shuffle and config.drop_last)
+                        drop_last=shuffle and config.drop_last, patience=config.worker_timeout)
 
 
 def decoding_options(config: Config) -> DecodingOptions:

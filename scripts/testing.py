@@ -1,5 +1,6 @@
 """What main_test.py runs: loads a checkpoint, generates the test split's reports, scores them, writes the results."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from modules.records import private_folder
 from modules.run_log import start_log
 from scripts import compose
 from scripts.results import test_and_write
+from scripts.resuming import own_settings
 from scripts.scoring import Scoring
 from scripts.training import build_tester
 
@@ -21,9 +23,7 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     path = given["load"]
     content = load_checkpoint(path)
     ours = content.get("format") == FORMAT
-    # A results folder may have been moved since: the results go where the checkpoint lies.
-    saved = content["config"] | {"save_dir": str(Path(path).parent), "resume": ""} if ours else None
-    config = resolve_config(given, saved)
+    config = resolve_config(given, own_settings(content, path) if ours else None)
     folder = private_folder(config.save_dir)
     private_folder(config.record_dir)  # rather now than after hours of work
     log = start_log(folder / "test.log")
@@ -41,7 +41,7 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
         dataset.check_files(dataset.read_image)
     loader = compose.build_split_loader(config, dataset, device, shuffle=False)
     history = _history(content, Path(path).parent) if ours else []
-    with Scoring(config, device) as scoring:
+    with Scoring(config, device) as scoring, contextlib.closing(loader):
         tester = build_tester(config, data.tokenizer, objective, device, scoring)
         test_and_write(config, data, objective, device, tester=tester, loader=loader, scoring=scoring, folder=folder,
                        history=history, best_epoch=int(content.get("epoch") or 0))

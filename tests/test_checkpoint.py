@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from modules.checkpoint import keep_as_best, load_checkpoint, require_resumable, save_checkpoint
+from modules.checkpoint import FORMAT, RESUMED, load_checkpoint, require_resumable, write_checkpoint
 from modules.errors import InputError
 
 
@@ -16,36 +16,10 @@ def state(value: float) -> dict:
 
 
 def test_round_trip(tmp_path):
-    save_checkpoint(tmp_path / "c.pth", state(2.0))
+    write_checkpoint(tmp_path / "c.pth", state(2.0))
     content = load_checkpoint(tmp_path / "c.pth")
     assert content["state_dict"]["w"].tolist() == [2.0, 2.0, 2.0] and content["history"] == [{"val_BLEU_4": None}]
     assert [entry.name for entry in tmp_path.iterdir()] == ["c.pth"]
-
-
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("write failed")])
-def test_failed_write_leaves_the_previous_file(tmp_path, monkeypatch, failure):
-    path = tmp_path / "c.pth"
-    save_checkpoint(path, state(1.0))
-
-    def fail(content, file):
-        file.write(b"half")
-        raise failure
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(InputError, match=r"c\.pth: cannot be written"):
-        save_checkpoint(path, state(2.0))
-    assert load_checkpoint(path)["state_dict"]["w"][0] == 1.0
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_best_stays_when_current_is_written_again(tmp_path):
-    current, best = tmp_path / "current_checkpoint.pth", tmp_path / "model_best.pth"
-    save_checkpoint(current, state(1.0))
-    keep_as_best(current, best)
-    save_checkpoint(current, state(2.0))
-    assert load_checkpoint(best)["state_dict"]["w"][0] == 1.0
-    keep_as_best(current, best)
-    assert load_checkpoint(best)["state_dict"]["w"][0] == 2.0
 
 
 def test_published_scores_saved_as_numpy_numbers_load(tmp_path):
@@ -91,7 +65,7 @@ def test_other_content_gets_one_line(tmp_path, content):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
 def test_truncated_file_is_named(tmp_path, share):
     path = tmp_path / "c.pth"
-    save_checkpoint(path, state(1.0))
+    write_checkpoint(path, state(1.0))
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(InputError, match=r"c\.pth: damaged"):
         load_checkpoint(path)
@@ -104,8 +78,11 @@ def test_missing_file_and_weights_without_training_state(tmp_path):
         require_resumable({"state_dict": {}}, "published.pth")
 
 
-def test_a_checkpoint_without_its_settings_is_no_start_for_more_training(tmp_path):
-    save_checkpoint(tmp_path / "c.pth", state(1.0) | dict.fromkeys(
-        ["objective", "optimizer", "scheduler", "scaler", "rng", "best", "vocabulary"], {}))
-    with pytest.raises(InputError, match=r"--resume c\.pth: weights only"):
-        require_resumable(load_checkpoint(tmp_path / "c.pth"), "c.pth")
+@pytest.mark.parametrize("entry", list(RESUMED))
+def test_a_checkpoint_without_an_entry_or_with_a_wrong_one_is_no_start_for_more_training(tmp_path, entry):
+    content = {"format": FORMAT} | {name: kind() for name, kind in RESUMED.items()}
+    require_resumable(content, "c.pth")
+    with pytest.raises(InputError, match=rf"c\.pth: its entry '{entry}' is missing"):
+        require_resumable({name: value for name, value in content.items() if name != entry}, "c.pth")
+    with pytest.raises(InputError, match=rf"c\.pth: its entry '{entry}' is a NoneType"):
+        require_resumable(content | {entry: None}, "c.pth")

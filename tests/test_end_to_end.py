@@ -224,7 +224,7 @@ def test_a_replaced_test_image_is_counted_and_not_shown(train, demo, tmp_path):
     (["--image_dir", "nowhere"], "nowhere"),
     (["--beam_size", "5000"], "--beam_size 5000: at most the"),
     (["--ann_path", "nowhere.json"], "nowhere.json"),
-    (["--save_dir", "/proc/self"], "'/proc/self/train.log' cannot be written"),
+    (["--save_dir", "/proc/self"], "--save_dir /proc/self: cannot be written"),
     (["--record_dir", "README.md"], "folder 'README.md' cannot be made"),
     (["--resume", "nowhere.pth"], "nowhere.pth"),
 ])

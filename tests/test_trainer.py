@@ -9,6 +9,7 @@ from torch import nn
 from modules.errors import InputError
 from modules.optimizers import build_optimizer, build_scheduler
 from modules.progress import Bar
+from modules.stopping import Stop
 from modules.trainer import Best, Trainer
 
 
@@ -21,8 +22,10 @@ class Words:
 class FakeBatch:
     values: torch.Tensor  # (B, T) one number per token, the last position of token_mask[:, 1:] decides
     positive: Words = field(init=False)
+    sample_index: torch.Tensor = field(init=False)
 
     def __post_init__(self):
+        self.sample_index = torch.arange(len(self.values))
         self.positive = Words(torch.cat([torch.ones(len(self.values), 1), (self.values != 0).float()], 1).bool())
 
     def to(self, device):
@@ -47,8 +50,13 @@ class FakeObjective(nn.Module):
 
 
 class FakeLoader(list):
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    start = 0
+
+    def set_epoch(self, epoch, start_batch=0):
+        self.epoch, self.start = epoch, start_batch
+
+    def __iter__(self):
+        return iter(self[self.start:])
 
 
 def trainer(batches, scores=(0.1,), **changes):
@@ -57,15 +65,15 @@ def trainer(batches, scores=(0.1,), **changes):
                                 weight_decay=0.0, adam_betas=(0.9, 0.98), adam_eps=1e-9, amsgrad=True)
     saved = []
     settings = {"epochs": len(scores), "early_stop": 50, "monitor_metric": "BLEU_4", "monitor_mode": "max",
-                "save_period": 1, "log_period": 1000, "start_eval_epoch": 0, "grad_accumulation": 1, "clip_norm": 0.0,
-                "clip_value": 0.0} | changes
+                "save_period": 1, "checkpoint_steps": 0, "log_period": 1000, "start_eval_epoch": 0,
+                "grad_accumulation": 1, "clip_norm": 0.0, "clip_value": 0.0} | changes
     made = Trainer(
         objective, optimizer=optimizer,
         scheduler=build_scheduler(optimizer, lr_scheduler="constant", step_size=1, gamma=1.0, plateau_patience=0,
                                   epochs=9),
         loader=FakeLoader(batches), validate=lambda epoch: {"BLEU_4": scores[epoch - 1]},
-        save=lambda trainer, epoch, improved: saved.append((epoch, improved)), on_epoch=lambda history: None,
-        progress=Bar, device=torch.device("cpu"), precision="float32", **settings)
+        save=lambda trainer, improved: saved.append((len(trainer.history), improved)), on_epoch=lambda history: None,
+        progress=Bar, stop=Stop(), device=torch.device("cpu"), precision="float32", **settings)
     return made, saved
 
 
@@ -100,8 +108,8 @@ def test_an_incomplete_last_group_is_a_step_of_its_own():
 def test_the_best_epoch_is_saved_whatever_the_period():
     one, saved = trainer([batch([1.0])], scores=[0.1, 0.3, 0.2, 0.3, 0.1], save_period=100)
     one.train()
-    # An equal score counts as better; the last epoch is always kept.
-    assert saved == [(1, True), (2, True), (4, True), (5, False)]
+    # An equal score counts as better; the last epoch is always kept, before it is validated too.
+    assert saved == [(1, True), (2, True), (4, True), (4, False), (5, False)]
     assert (one.best.epoch, one.best.score) == (4, 0.3)
 
 
@@ -114,7 +122,7 @@ def test_early_stop_waits_for_more_than_its_epochs():
 def test_no_validation_before_its_first_epoch():
     one, saved = trainer([batch([1.0])], scores=[0.9, 0.1], start_eval_epoch=2)
     one.train()
-    assert "val_BLEU_4" not in one.history[0] and saved == [(1, False), (2, True)]
+    assert "val_BLEU_4" not in one.history[0] and saved == [(0, False), (1, False), (1, False), (2, True)]
 
 
 def test_the_learning_rate_falls_before_the_first_validation():

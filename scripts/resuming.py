@@ -1,0 +1,168 @@
+"""Which checkpoint a training goes on from, whether it fits the flags and the data, and putting everything back."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from modules.checkpoint import TESTED, load_checkpoint, require_entries, require_resumable
+from modules.checkpoint_folder import BEST, CheckpointFolder
+from modules.config import Config
+from modules.errors import InputError
+from modules.flags import resolve_config
+from modules.objective import Objective
+from modules.tokenizers import Tokenizer
+from modules.trainer import Best, Trainer
+from scripts import compose
+
+logger = logging.getLogger("ithn")
+
+# Flags that the kept states of optimiser, schedule and model selection decide when a run goes on.
+KEPT = ("optim", "lr_ve", "lr_ed", "weight_decay", "adam_betas", "adam_eps", "amsgrad", "lr_scheduler", "step_size",
+        "gamma", "monitor_metric", "monitor_mode")
+# Flags that decide which samples are still to come in an epoch that was begun.
+KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last")
+
+
+@dataclass
+class Source:
+    """A checkpoint that a run goes on from."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its flags; a results folder may have been moved since, so it writes where the checkpoint lies."""
+        return self.content["config"] | {"save_dir": str(self.path.parent), "resume": "", "load": ""}
+
+
+def save_dir(given: Mapping[str, Any]) -> str:
+    """The results folder of a training: --save_dir, or else where the checkpoint of --resume lies."""
+    resume = given.get("resume")
+    beside = str(Path(resume).parent) if resume and resume != "auto" else Config.save_dir
+    return given.get("save_dir", beside)
+
+
+def find_source(given: Mapping[str, Any], folder: CheckpointFolder) -> Source | None:
+    """What --resume names, with ``auto`` the latest valid checkpoint of ``folder``; None for a run from the start."""
+    resume = given.get("resume")
+    if resume == "auto":
+        found = folder.newest_valid()
+        return found and Source(*found)
+    if not resume:
+        return None
+    content = load_checkpoint(resume)
+    require_resumable(content, resume)
+    return Source(Path(resume), content)
+
+
+def own_settings(content: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The flags in a checkpoint of ours that is tested: the results go where it lies."""
+    require_entries(content, path, TESTED)
+    tokenizer = _tokenizer(content, path)
+    if content.get("vocabulary_sha256", tokenizer.sha256) != tokenizer.sha256:
+        raise InputError(f"checkpoint {path}: its vocabulary was changed since it was written, so its words would be "
+                         "wrong; take another copy")
+    return content["config"] | {"save_dir": str(Path(path).parent), "resume": ""}
+
+
+def _tokenizer(content: Mapping[str, Any], path: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_state(content["vocabulary"])
+    except InputError as error:
+        raise InputError(f"checkpoint {path}: {error}") from error
+
+
+def restore(trainer: Trainer, objective: Objective, source: Source, config: Config, data: compose.Data) -> None:
+    """Put everything back as the checkpoint has it; InputError where it does not fit the flags or the data."""
+    path, content = source.path, source.content
+    began = resolve_config({}, content["config"])
+    _require_unchanged(config, began, KEPT, path)
+    if content["vocabulary"] != data.tokenizer.state():
+        raise InputError(f"--resume {path}: it was trained with another vocabulary than {config.ann_path} "
+                         f"gives with --threshold {config.threshold}; use the annotation it was trained on")
+    state = dict(content)
+    try:
+        state["position"] = _position(config, source, data)
+        objective.load_state_dict(content["objective"])
+        _require_alike(trainer.state_dict(), state, ("scheduler", "scaler", "position", "best", "guard"))
+        trainer.load_state_dict(state)
+        _require_history(trainer.history)
+        _require_shapes(trainer)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise InputError(f"--resume {path}: it does not fit the flags: {' '.join(str(error).split())[:300]}"
+                         ) from error
+
+
+def _require_unchanged(config: Config, began: Config, names: tuple[str, ...], path: Path) -> None:
+    """InputError for a flag that was changed for a resume, but would be overruled by what the checkpoint kept."""
+    # The cosine is laid out over all epochs.
+    for name in names + (("epochs",) if config.lr_scheduler == "CosineAnnealingLR" else ()):
+        now, then = getattr(config, name), getattr(began, name)
+        if now != then:
+            raise InputError(f"--{name} {now}: the run of --resume {path} began with {then} and must go on "
+                             "with it; leave the flag out, or start a new run")
+
+
+def _position(config: Config, source: Source, data: compose.Data) -> dict[str, Any]:
+    """Where to go on; in an epoch that was begun, behind the samples that were seen, whatever the batch size is now."""
+    position = dict(source.content["position"])
+    if position["trained"] or not position["batches"]:
+        return position
+    began = resolve_config({}, source.content["config"])
+    _require_unchanged(config, began, KEPT_WITHIN_AN_EPOCH, source.path)
+    if source.content["annotation_sha256"] != data.annotation.sha256:
+        raise InputError(f"--resume {source.path}: it stands in the middle of epoch {position['epoch']} of another "
+                         f"annotation than {config.ann_path}; use the one it began with")
+    seen = position["batches"] * began.batch_size
+    if seen % config.batch_size:
+        raise InputError(f"--batch_size {config.batch_size}: --resume {source.path} stands in the middle of epoch "
+                         f"{position['epoch']}, behind {seen} samples; give a divisor of {began.batch_size}")
+    return position | {"batches": seen // config.batch_size}
+
+
+def _require_alike(fresh: Mapping[str, Any], saved: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """ValueError where an entry that both have is of another kind in ``saved``."""
+    for name in names:
+        for key, value in fresh[name].items():
+            if key in saved[name] and _kind(value) != _kind(saved[name][key]) and value is not None:
+                raise ValueError(f"{name}[{key!r}] is a {type(saved[name][key]).__name__}")
+
+
+def _kind(value: Any) -> type:
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+
+def _require_history(history: list) -> None:
+    for row in history:
+        if not (isinstance(row, dict) and isinstance(row.get("epoch"), int) and
+                all(value is None or isinstance(value, (int, float)) for value in row.values())):
+            raise ValueError("its history is not a list of rows of numbers")
+
+
+def _require_shapes(trainer: Trainer) -> None:
+    for parameter, kept in trainer.optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"the optimiser's {name} has shape {tuple(value.shape)} for a parameter of "
+                                 f"{tuple(parameter.shape)}")
+
+
+def bring_best(trainer: Trainer, source: Source, folder: CheckpointFolder) -> None:
+    """Have the best model so far in ``folder``: a run that goes on elsewhere may never find a better one."""
+    best, position = trainer.best, source.content["position"]
+    if not best.epoch:
+        return
+    just_judged = best.epoch == position["epoch"] - 1 and not position["batches"] and not position["trained"]
+    found = source.path if just_judged else source.path.with_name(BEST)
+    if not found.is_file():
+        logger.warning("no %s beside --resume: epochs to come choose the best model anew", BEST)
+        trainer.best = Best()
+    elif not (folder.path / BEST).is_file() or not found.samefile(folder.path / BEST):
+        folder.keep_as_best(found)
