@@ -1,6 +1,7 @@
 """GPT-2's byte-level BPE behind the word tokeniser's interface, and whichever of the two a checkpoint brought."""
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from modules.errors import InputError
 from modules.tokenizers import BOS, EOS, Tokenizer, clean_report
 
 # VisualGPT's choice of tokens for begin and padding, which GPT-2 has none of; it takes GPT-2's own for the end.
+_WHITE_SPACE = "\u0120\u010a"  # how GPT-2 writes a space and a line break at the start of a piece
 BEGIN, END, PADDING = "<?", "<|endoftext|>", "+="
 
 
@@ -85,6 +87,14 @@ class BpeTokenizer:
             if own not in self.special_ids:
                 words.append(own)
         return " ".join(self._bpe.decode(words, skip_special_tokens=False).split())
+
+    def words(self, ids: Sequence[int]) -> list[tuple[str, int, int]]:
+        """The words that ``ids`` (without begin and end) are pieces of, each with the range of its pieces."""
+        pieces = [self._bpe.id_to_token(self._exchange(int(index))) for index in ids]
+        starts = [place for place, piece in enumerate(pieces) if place == 0 or piece[0] in _WHITE_SPACE]
+        spans = [(self.decode(ids[start:stop]), start, stop)
+                 for start, stop in itertools.pairwise([*starts, len(pieces)])]
+        return [span for span in spans if span[0]]
 
     def decode_batch(self, rows) -> list[str]:
         """Text of every row of ``rows``: lists of ids, or an integer array or tensor (B, L)."""

@@ -120,7 +120,9 @@ class Reporter:
         ended = (tokens == 0).nonzero()
         length = int(ended[0]) if len(ended) else len(tokens)
         values = log_probs.tolist()
+        words = self.tokenizer.words(tokens[:length].tolist())  # a word of several pieces has their joint probability
         return WrittenReport(
-            words=[self.tokenizer.decode([token]) for token in tokens[:length].tolist()], log_probs=values[:length],
+            words=[word for word, _, _ in words], log_probs=[sum(values[start:stop]) for _, start, stop in words],
             end_log_prob=values[length] if len(ended) else None,
-            maps=None if maps is None else maps[:length].cpu().numpy())
+            maps=None if maps is None else np.array(
+                [maps[start:stop].mean(0).cpu().numpy() for _, start, stop in words]).reshape(-1, *maps.shape[1:]))

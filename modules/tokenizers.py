@@ -106,6 +106,10 @@ class Tokenizer:
             words.append(self.idx2token[int(index)])
         return " ".join(words)
 
+    def words(self, ids: Sequence[int]) -> list[tuple[str, int, int]]:
+        """The words of ``ids`` (without begin and end), each with its range of ids, which is one of them."""
+        return [(self.decode([index]), place, place + 1) for place, index in enumerate(ids)]
+
     def decode_batch(self, rows) -> list[str]:
         """Text of every row of ``rows``: lists of ids, or an integer array or tensor (B, L)."""
         return [self.decode(row) for row in (rows.tolist() if hasattr(rows, "tolist") else rows)]
