@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from modules.errors import InputError
 from modules.records import private_folder, write_private
 
 WAYS = ("link", "copy", "none")
+MISSING = "no such file"
 _SETTINGS = ".preparation.json"
 _CHUNK = 64
 
@@ -31,9 +33,11 @@ class Placing:
 
     def place(self, source: Path, target: Path) -> str | None:
         """Bring one image to ``target``; returns None, or the reason why there is none."""
-        if self.way == "none" and not self.resize:
-            return None if source.is_file() else "no such file"
         if target.is_file():
+            return None
+        if not source.is_file():
+            return MISSING
+        if self.way == "none" and not self.resize:
             return None
         temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
         private_folder(target.parent)
@@ -45,8 +49,6 @@ class Placing:
             else:
                 shutil.copyfile(source, temporary)
             os.replace(temporary, target)
-        except FileNotFoundError:
-            return "no such file"
         except OSError as error:
             raise InputError(_advice(error, source, target)) from error
         except ValueError as error:  # InputError of the decoder
@@ -87,7 +89,7 @@ def place_all(
         return
     if placing.resize:
         import modules.images  # noqa: F401  # once, before the processes are made, instead of in each
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from pool.map(_place_chunk, [placing] * len(chunks), chunks)
 
 

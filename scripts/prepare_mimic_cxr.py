@@ -1,0 +1,196 @@
+"""Make data/mimic_cxr (annotation.json and images) of PhysioNet's files, as R2Gen has it.
+
+  --reports  mimic-cxr-reports.zip, or the folder of MIMIC-CXR in which files/p10/... holds the reports
+  --tables   the folder with mimic-cxr-2.0.0-split.csv.gz and -metadata.csv.gz (-chexpert.csv.gz for --labels_out)
+  --images   the folder of MIMIC-CXR-JPG in which files/p10/... holds the images; DICOM files of MIMIC-CXR will do
+
+All of this needs credentialed access at PhysioNet, whose data use agreement also covers what is written here. The split
+is the official one, which keeps patients whole. Nothing is written outside --out, but for --labels_out.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modules.annotations import SPLITS
+from modules.clinical_files import write_table
+from modules.errors import InputError, run_entry_point
+from modules.image_placing import MISSING, WAYS, Placing, keep_settings
+from modules.mimic_cxr import (
+    MimicImage,
+    find_suffix,
+    find_tree,
+    label_columns,
+    read_chexpert,
+    read_images,
+    read_reports,
+)
+from modules.mimic_sections import SECTIONS, extract_section
+from modules.records import write_private
+
+R2GEN = {"train": 270790, "val": 2130, "test": 3858}
+_FRONTAL, _LATERAL = ("PA", "AP"), ("LATERAL", "LL")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reports", type=Path, required=True, metavar="PATH",
+                        help="mimic-cxr-reports.zip, or a folder of reports (files/p10/p10000032/s50414267.txt)")
+    parser.add_argument("--tables", type=Path, required=True, metavar="DIR", help="folder of the .csv.gz tables")
+    parser.add_argument("--images", type=Path, metavar="DIR",
+                        help="folder of the images (without: the annotation alone is written)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder, e.g. data/mimic_cxr")
+    parser.add_argument("--section", choices=SECTIONS, default="findings",
+                        help="what of a report is to be written (default %(default)s, as R2Gen)")
+    parser.add_argument("--records", choices=("image", "study"), default="image",
+                        help="a record for each image, as R2Gen, or for each study with all its images (default image)")
+    parser.add_argument("--views", nargs="+", metavar="VIEW", help="take only these view positions, e.g. PA AP")
+    parser.add_argument("--place", choices=WAYS, default="link",
+                        help="images: hard links, copies, or none (they stay where they are; default %(default)s)")
+    parser.add_argument("--resize", type=int, default=0, metavar="PX",
+                        help="write the images anew as JPEG with this shorter side, e.g. 256")
+    parser.add_argument("--labels_out", type=Path, metavar="CSV",
+                        help="write the CheXpert labels of every study as --label_path of main_train.py takes them")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="W",
+                        help="processes that place images (default %(default)s)")
+    return parser
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """InputError for values that cannot work."""
+    if arguments.resize and not 32 <= arguments.resize <= 4096:
+        raise InputError(f"--resize {arguments.resize}: must lie between 32 and 4096 pixels")
+    if arguments.workers < 1:
+        raise InputError(f"--workers {arguments.workers}: must be 1 or more")
+    for flag in ("tables", "images"):
+        folder = getattr(arguments, flag)
+        if folder and not folder.is_dir():
+            raise InputError(f"--{flag} {folder}: no such folder")
+
+
+def extract_reports(source: Path, images: list[MimicImage], section: str) -> dict[str, str]:
+    """Study id -> the section of its report; studies without one are left out."""
+    from tqdm import tqdm
+
+    studies = list({image.study_id: image for image in images}.values())
+    found = {}
+    for study, text in tqdm(read_reports(source, studies), desc="reports", total=len(studies), unit="report"):
+        found[study] = extract_section(text, section)
+    if not found:
+        raise InputError(f"--reports {source}: holds none of the {len(studies)} reports (s{studies[0].study_id}.txt)")
+    if len(found) < len(studies):
+        print(f"warning: {len(studies) - len(found)} of {len(studies)} reports are not in {source}", file=sys.stderr)
+    return {study: text for study, text in found.items() if text}
+
+
+def place_images(arguments: argparse.Namespace, images: list[MimicImage]) -> tuple[list[MimicImage], str]:
+    """The images that could be had, and the ending of their files in the output folder."""
+    from tqdm import tqdm
+
+    from modules.image_placing import place_all
+
+    tree = find_tree(arguments.images)
+    suffix = find_suffix(tree, images)
+    placing = Placing(arguments.place, arguments.resize)
+    keep_settings(arguments.out, placing)
+    ending = ".jpg" if arguments.resize else suffix
+    pairs = [(tree / image.folder / f"{image.dicom_id}{suffix}",
+              arguments.out / "images" / image.folder / f"{image.dicom_id}{ending}") for image in images]
+    reasons: dict[Path, str | None] = {}
+    with tqdm(total=len(pairs), desc="images", unit="image") as bar:
+        for placed in place_all(placing, pairs, arguments.workers):
+            reasons |= dict(placed)
+            bar.update(len(placed))
+    kinds = Counter("missing" if reason == MISSING else "unreadable" for reason in reasons.values() if reason)
+    if kinds:
+        first = next(reason for reason in reasons.values() if reason)
+        counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        print(f"warning: of {len(pairs)} images left out: {counts}"
+              + ("" if first == MISSING else f"; {first}"), file=sys.stderr)
+    had = [image for image, (_, target) in zip(images, pairs, strict=True) if reasons[target] is None]
+    return had, ending
+
+
+def frontal_and_lateral_first(images: list[MimicImage]) -> list[MimicImage]:
+    """The first frontal image, the first lateral one, then the others: two-view networks read two."""
+    leading = [next((image for image in images if image.view in views), None) for views in (_FRONTAL, _LATERAL)]
+    leading = [image for image in leading if image is not None]
+    return leading + [image for image in images if image not in leading]
+
+
+def build_records(images: list[MimicImage], reports: dict[str, str], records: str, ending: str) -> dict[str, list]:
+    """The annotation: one record an image, or one a study with a frontal view first."""
+    groups = defaultdict(list)
+    for image in images:
+        groups[image.dicom_id if records == "image" else f"s{image.study_id}"].append(image)
+    annotation = {split: [] for split in SPLITS}
+    for identity, group in groups.items():
+        group = frontal_and_lateral_first(group)
+        first = group[0]
+        annotation[first.split].append({
+            "id": identity, "study_id": int(first.study_id), "subject_id": int(first.subject_id),
+            "report": reports[first.study_id], "split": first.split, "view": [image.view for image in group],
+            "image_path": [f"{image.folder}/{image.dicom_id}{ending}" for image in group]})
+    return annotation
+
+
+def show_counts(stages: dict[str, Counter], records: str, section: str) -> None:
+    """Print one row for each stage, and R2Gen's."""
+    width = max(map(len, stages)) + 2
+    print(" " * width + "".join(f"{split:>10}" for split in SPLITS))
+    for name, counts in (stages | {"R2Gen's records": Counter(R2GEN)}).items():
+        print(f"{name:<{width}}" + "".join(f"{counts[split]:>10,}" for split in SPLITS))
+    if (records, section) != ("image", "findings"):
+        print("(R2Gen: --section findings --records image, all views)")
+
+
+def main() -> None:
+    """Read tables and reports, place the images, write the annotation and the labels."""
+    arguments = build_parser().parse_args()
+    check(arguments)
+
+    images = read_images(arguments.tables)
+    stages = {"images of the official split": images}
+    if arguments.views:
+        views = {view.upper() for view in arguments.views}
+        known = {image.view for image in images}
+        if views - known:
+            raise InputError(f"--views {' '.join(sorted(views - known))}: no image has it; the metadata have "
+                             f"{', '.join(sorted(filter(None, known)))}")
+        images = [image for image in images if image.view in views]
+        stages[f"of the views {' '.join(sorted(views))}"] = images
+    labels = read_chexpert(arguments.tables) if arguments.labels_out else None
+    reports = extract_reports(arguments.reports, images, arguments.section)
+    images = [image for image in images if image.study_id in reports]
+    stages[f"with {'findings or impression' if arguments.section == 'both' else arguments.section}"] = images
+    if not images:
+        raise InputError(f"--reports {arguments.reports}: no report has the section, --section {arguments.section}")
+    ending = ".jpg"
+    if arguments.images:
+        images, ending = place_images(arguments, images)
+        stages["whose file is there"] = images
+        if not images:
+            raise InputError(f"--images {arguments.images}: no image of them could be had")
+    annotation = build_records(images, reports, arguments.records, ending)
+    write_private(arguments.out / "annotation.json", json.dumps(annotation, ensure_ascii=False))
+    if arguments.labels_out:
+        write_table(arguments.labels_out, label_columns(), labels)
+
+    counts = {name: Counter(image.split for image in own) for name, own in stages.items()}
+    counts["records written"] = Counter({split: len(records) for split, records in annotation.items()})
+    show_counts(counts, arguments.records, arguments.section)
+    place = arguments.out / "images"
+    if arguments.place == "none" and not arguments.resize and arguments.images:
+        place = find_tree(arguments.images)
+    print(f"written: {arguments.out / 'annotation.json'}"
+          + (f"; --image_dir {place}" if arguments.images else "; no images (--images)"))
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
