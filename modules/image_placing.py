@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from modules.errors import InputError
@@ -80,17 +81,16 @@ def _write_smaller(source: Path, target: Path, resize: int) -> None:
 
 def place_all(
     placing: Placing, pairs: Sequence[tuple[Path, Path]], workers: int
-) -> Iterator[list[tuple[Path, str | None]]]:
-    """Place (source, target) pairs by ``workers`` processes; yields lists of (target, None or why it is not there)."""
+) -> Iterator[tuple[Path, str | None]]:
+    """Place (source, target) pairs by ``workers`` processes; yields (target, None or why it is not there) of each."""
     chunks = [pairs[start:start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
     if workers == 1:
-        for chunk in chunks:
-            yield _place_chunk(placing, chunk)
+        yield from chain.from_iterable(_place_chunk(placing, chunk) for chunk in chunks)
         return
     if placing.resize:
         import modules.images  # noqa: F401  # once, before the processes are made, instead of in each
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from pool.map(_place_chunk, [placing] * len(chunks), chunks)
+        yield from chain.from_iterable(pool.map(_place_chunk, [placing] * len(chunks), chunks))
 
 
 def _place_chunk(placing: Placing, pairs: Sequence[tuple[Path, Path]]) -> list[tuple[Path, str | None]]:

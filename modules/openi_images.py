@@ -2,15 +2,14 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from tqdm import tqdm
 
 from modules.archives import is_archive, read_files
 from modules.errors import InputError
 from modules.image_placing import Placing, place_all
 from modules.openi import kaggle_name
+from modules.progress import Bar
 from modules.records import write_private
 
 MAX_PNG = 128 * 2**20  # bytes; the collection's largest have some ten million
@@ -40,32 +39,31 @@ def _from_folder(source: Path, by_name: dict, placing: Placing, workers: int) ->
              if file.lower().endswith(".png")}
     pairs = [(found[name], target) for name, (_, target) in by_name.items() if name in found]
     images = {target: image for image, target in by_name.values()}
-    reasons = {}
-    with tqdm(total=len(pairs), desc="images", unit="image") as bar:
-        for placed in place_all(placing, pairs, workers):
-            reasons |= {images[target]: reason for target, reason in placed}
-            bar.update(len(placed))
-    return reasons
+    bar = Bar(place_all(placing, pairs, workers), "images", total=len(pairs))
+    return {images[target]: reason for target, reason in bar}
 
 
 def _from_archive(source: Path, by_name: dict, placing: Placing, workers: int) -> dict[str, str | None]:
-    """One process: the archive must be unpacked from its beginning."""
-    reasons: dict[str, str | None] = {}
-    with tqdm(total=len(by_name), desc="images", unit="image") as bar:
-        for file, read in read_files(source, ".png", MAX_PNG):
-            image, target = by_name.get(_name(file), (None, None))
-            if image is None or image in reasons:
-                continue
-            reasons[image] = None
-            if not target.is_file() and not placing.resize:
-                write_private(target, read())
-            elif not target.is_file():
-                whole = target.with_name(f".{target.name}.whole")
-                write_private(whole, read())
-                reasons[image] = placing.place(whole, target)
-                whole.unlink()
-            bar.update()
-    return reasons
+    """In one process: an archive can be unpacked from its beginning only."""
+    return dict(Bar(_unpack(source, by_name, placing), "images", total=len(by_name)))
+
+
+def _unpack(source: Path, by_name: dict, placing: Placing) -> Iterator[tuple[str, str | None]]:
+    done = set()
+    for file, read in read_files(source, ".png", MAX_PNG):
+        image, target = by_name.get(_name(file), (None, None))
+        if image is None or image in done:
+            continue
+        done.add(image)
+        reason = None
+        if not target.is_file() and not placing.resize:
+            write_private(target, read())
+        elif not target.is_file():
+            whole = target.with_name(f".{target.name}.whole")
+            write_private(whole, read())
+            reason = placing.place(whole, target)
+            whole.unlink()
+        yield image, reason
 
 
 def _name(file: str) -> str:

@@ -10,14 +10,14 @@ from tqdm import tqdm
 class Bar:
     """Iterates over ``items`` behind a tqdm bar; ``due()`` says when ``show(values)`` is worth the values' cost.
 
-    ``start`` is how many of them lie behind already.
+    ``start`` is how many of them lie behind already, ``total`` their number where they cannot be counted beforehand.
     """
 
-    def __init__(self, items: Iterable, description: str, start: int = 0):
+    def __init__(self, items: Iterable, description: str, start: int = 0, total: int | None = None):
         # A log file gets a line every half minute instead of ten a second.
         interval = 0.1 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(items, desc=description, initial=start, mininterval=interval, maxinterval=interval + 1,
-                         dynamic_ncols=True, leave=sys.stderr.isatty())
+        self._bar = tqdm(items, desc=description, initial=start, total=total, mininterval=interval,
+                         maxinterval=interval + 1, dynamic_ncols=True, leave=sys.stderr.isatty())
         self._every = max(interval, 1.0)
         self._shown = time.monotonic()
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.annotations import SPLITS
 from modules.clinical_files import write_table
 from modules.errors import InputError, run_entry_point
-from modules.image_placing import MISSING, WAYS, Placing, keep_settings
+from modules.image_placing import MISSING, WAYS, Placing, keep_settings, place_all
 from modules.mimic_cxr import (
     MimicImage,
     find_suffix,
@@ -31,6 +31,7 @@ from modules.mimic_cxr import (
     read_reports,
 )
 from modules.mimic_sections import SECTIONS, extract_section
+from modules.progress import Bar
 from modules.records import write_private
 
 R2GEN = {"train": 270790, "val": 2130, "test": 3858}
@@ -76,11 +77,9 @@ def check(arguments: argparse.Namespace) -> None:
 
 def extract_reports(source: Path, images: list[MimicImage], section: str) -> dict[str, str]:
     """Study id -> the section of its report; studies without one are left out."""
-    from tqdm import tqdm
-
     studies = list({image.study_id: image for image in images}.values())
     found = {}
-    for study, text in tqdm(read_reports(source, studies), desc="reports", total=len(studies), unit="report"):
+    for study, text in Bar(read_reports(source, studies), "reports", total=len(studies)):
         found[study] = extract_section(text, section)
     if not found:
         raise InputError(f"--reports {source}: holds none of the {len(studies)} reports (s{studies[0].study_id}.txt)")
@@ -91,10 +90,6 @@ def extract_reports(source: Path, images: list[MimicImage], section: str) -> dic
 
 def place_images(arguments: argparse.Namespace, images: list[MimicImage]) -> tuple[list[MimicImage], str]:
     """The images that could be had, and the ending of their files in the output folder."""
-    from tqdm import tqdm
-
-    from modules.image_placing import place_all
-
     tree = find_tree(arguments.images)
     suffix = find_suffix(tree, images)
     placing = Placing(arguments.place, arguments.resize)
@@ -102,11 +97,7 @@ def place_images(arguments: argparse.Namespace, images: list[MimicImage]) -> tup
     ending = ".jpg" if arguments.resize else suffix
     pairs = [(tree / image.folder / f"{image.dicom_id}{suffix}",
               arguments.out / "images" / image.folder / f"{image.dicom_id}{ending}") for image in images]
-    reasons: dict[Path, str | None] = {}
-    with tqdm(total=len(pairs), desc="images", unit="image") as bar:
-        for placed in place_all(placing, pairs, arguments.workers):
-            reasons |= dict(placed)
-            bar.update(len(placed))
+    reasons = dict(Bar(place_all(placing, pairs, arguments.workers), "images", total=len(pairs)))
     kinds = Counter("missing" if reason == MISSING else "unreadable" for reason in reasons.values() if reason)
     if kinds:
         first = next(reason for reason in reasons.values() if reason)
