@@ -38,6 +38,10 @@ class Config:
     drop_last: bool = flag(False, "data", "leave out the last, incomplete training batch of an epoch, as XProNet does")
     image_size: int = flag(224, "data", "side of the network's input in pixels", low=32)
     flip: bool = flag(True, "data", "random horizontal flip in training, as R2GenCMN does; it mirrors left and right")
+    image_cache: str = flag("", "data", "folder for the images as resized bytes, made once, in one file per split that "
+                            "only its owner can read; saves decoding them in every epoch")
+    length_bucketing: bool = flag(False, "data", "training batches of reports of like length: less padding, but the "
+                                  "contrastive loss then compares reports of like length")
     on_bad_image: str = flag("stop", "data", "what an unreadable image does: stop the run, or be replaced by another "
                              "sample (the run stops above 1 %%)", choices=("stop", "skip"))
 
@@ -244,6 +248,9 @@ def _check_together(config: Config) -> None:
     if config.feature_cache and not config.freeze_visual_extractor:
         raise InputError(f"--feature_cache {config.feature_cache}: only a visual extractor that stays as it is can be "
                          "cached; add --freeze_visual_extractor true")
+    if config.image_cache and config.feature_cache:
+        raise InputError(f"--image_cache {config.image_cache}: stored features leave no image to read; give it or "
+                         "--feature_cache, not both")
     if config.beam_size % config.group_size:
         raise InputError(f"--beam_size {config.beam_size} cannot be divided by --group_size {config.group_size}")
     if not all(0.0 <= beta < 1.0 for beta in config.adam_betas):

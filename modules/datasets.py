@@ -37,8 +37,8 @@ class ReportDataset(Dataset):
     """The studies of one split as Samples; ``dataset[epoch, index]`` depends on nothing but seed, epoch and index.
 
     ``views``: "paired" makes a sample of every study with its first ``max_views`` images, "separate" one of every
-    image, with the study's report. ``read_image`` maps a path to a PIL image; a FeatureCache given for it and for
-    ``transform`` puts the stored features (N, S, C) where images would be.
+    image, with the study's report. ``read_image`` maps a path to a PIL image, or (ImageCache) to one that is already resized; a
+    FeatureCache given for it and for ``transform`` puts the stored features (N, S, C) where images would be.
 
     Hard negatives come from ``neighbours`` (num_studies, k), rows of ``studies`` best first with -1 for none: the
     nearest, or with ``num_neighbours`` > 1 one drawn uniformly from that many (MoCHi). With ``annotation_negatives``
@@ -51,7 +51,7 @@ class ReportDataset(Dataset):
         self,
         studies: Sequence[Study],
         tokenizer: Tokenizer,
-        read_image: Callable[[str], Image.Image] | FeatureCache,
+        read_image: Callable[[str], Image.Image | np.ndarray] | FeatureCache,
         transform: Transform | FeatureCache,
         *,
         max_seq_length: int,
@@ -120,6 +120,11 @@ class ReportDataset(Dataset):
         """The study's id, with the view where every image is a sample."""
         row, view = self.samples[index]
         return f"{self.studies[row].id}#{view}" if self.separate else self.studies[row].id
+
+    def token_counts(self) -> list[int]:
+        """Tokens of every sample's report as it is trained on."""
+        counts = [min(len(self.tokenizer.encode(study.report)), self.max_seq_length) for study in self.studies]
+        return [counts[row] for row, _ in self.samples]
 
     def check_files(self, folder: ImageFolder) -> None:
         """InputError for the first image that is missing, empty or outside ``folder``; none is opened."""

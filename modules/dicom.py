@@ -27,6 +27,17 @@ def is_dicom(beginning: bytes) -> bool:
     return beginning[128:132] == b"DICM"
 
 
+def dicom_shape(path: str | Path) -> tuple[int, int, int]:
+    """Columns, rows and samples per pixel by the header; ImageError for a deflated file, and whatever pydicom raises."""
+    import pydicom
+
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    with warnings.catch_warnings(action="ignore"):
+        _require_not_deflated(path)
+        header = pydicom.dcmread(path, specific_tags=_SHAPE, stop_before_pixels=True)
+        return int(header.Columns), int(header.Rows), int(header.get("SamplesPerPixel") or 1)
+
+
 def load_dicom(path: str | Path, max_pixels: int) -> Image.Image:
     """One radiograph as "L" (or "RGB", for scans), bright where film is: modality LUT, then VOI LUT or window.
 
@@ -39,9 +50,7 @@ def load_dicom(path: str | Path, max_pixels: int) -> Image.Image:
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     with warnings.catch_warnings(action="ignore"):
         try:
-            syntax = str(pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID", ""))
-            if syntax == _DEFLATED:  # would be inflated whole, to any size, before its shape is known
-                raise ImageError(f"image {str(path)!r}: deflated DICOM is not read; convert it to another encoding")
+            syntax = _require_not_deflated(path)
             header = pydicom.dcmread(path, specific_tags=_SHAPE, stop_before_pixels=True)
             _check_shape(header, path, max_pixels)
             return _decode(pydicom.dcmread(path, specific_tags=_SHAPE + _LOOK), syntax, path)
@@ -49,6 +58,16 @@ def load_dicom(path: str | Path, max_pixels: int) -> Image.Image:
             raise
         except Exception as error:  # broken headers raise almost anything, and may quote themselves
             raise ImageError(f"image {str(path)!r}: its DICOM cannot be read ({type(error).__name__})") from None
+
+
+def _require_not_deflated(path: str | Path) -> str:
+    """The transfer syntax."""
+    import pydicom
+
+    syntax = str(pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID", ""))
+    if syntax == _DEFLATED:  # would be inflated whole, to any size, before its shape is known
+        raise ImageError(f"image {str(path)!r}: deflated DICOM is not read; convert it to another encoding")
+    return syntax
 
 
 def _check_shape(header: "Dataset", path: str | Path, max_pixels: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from modules.dicom import is_dicom, load_dicom
+from modules.dicom import dicom_shape, is_dicom, load_dicom
 from modules.errors import ImageError, InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -101,6 +101,23 @@ def _check_shape(path: str | Path, size: tuple[int, int], max_pixels: int) -> No
         raise ImageError(f"{shape}: its sides may differ {MAX_ASPECT}-fold at most", "image is a thin strip")
 
 
+def stored_shape(path: str | Path) -> tuple[int, int, int]:
+    """Width, height and the most channels that ``open_image`` can give, from the file's header alone; 0 if unreadable.
+
+    Width and height may come out exchanged where the file says so.
+    """
+    try:
+        with open(path, "rb") as file:
+            if is_dicom(file.read(132)):
+                return dicom_shape(path)
+            file.seek(0)
+            with Image.open(file, formats=FORMATS) as image:
+                grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
+                return *image.size, 1 if grey and not image.has_transparency_data else 3
+    except Exception:  # as in open_image, which says what is wrong
+        return 0, 0, 0
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """``image`` as "L" or "RGB"; transparent parts become black, as unexposed film is."""
     if image.mode in ("L", "RGB"):
@@ -163,14 +180,29 @@ class Transform:
         """(N, 3, size, size) uint8 of zeros, for a sample's views."""
         return torch.zeros(num_views, 3, self.size, self.size, dtype=torch.uint8)
 
-    def pixels(self, image: Image.Image, rng: torch.Generator | None = None) -> Tensor:
-        """(3, size, size) uint8 after resizing and cropping; one channel is spread over three."""
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after resizing; the longer side is rounded down, as torchvision does."""
         if self.resize is None:
-            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        else:
-            image = self._crop(_resize_shorter_side(image, self.resize), rng)
-        values = torch.from_numpy(np.array(image))  # (H, W) or (H, W, 3)
-        return values.expand(3, -1, -1) if values.dim() == 2 else values.permute(2, 0, 1)
+            return self.size, self.size
+        if width <= height:
+            return self.resize, int(self.resize * height / width)
+        return int(self.resize * width / height), self.resize
+
+    def resized(self, image: Image.Image) -> np.ndarray:
+        """(1 or 3, H, W) uint8: the part that no random number touches, which modules/image_cache.py keeps."""
+        image = image.resize(self.resized_size(*image.size), Image.Resampling.BILINEAR)
+        values = np.array(image)  # (H, W) or (H, W, 3)
+        return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+
+    def pixels(self, image: Image.Image | np.ndarray, rng: torch.Generator | None = None) -> Tensor:
+        """(3, size, size) uint8 after resizing, unless ``image`` is ``resized`` already, and cropping.
+
+        One channel is spread over three.
+        """
+        values = self.resized(image) if isinstance(image, Image.Image) else image
+        if self.resize is not None:
+            values = self._crop(values, rng)
+        return torch.from_numpy(np.array(values, order="C")).expand(3, -1, -1)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(..., 3, H, W) uint8 -> float32 = (pixel / 255 - mean) / std."""
@@ -181,13 +213,13 @@ class Transform:
         scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         return scaled.div_(white).sub_(mean).div_(std)
 
-    def _crop(self, image: Image.Image, rng: torch.Generator) -> Image.Image:
-        width, height = image.size
+    def _crop(self, values: np.ndarray, rng: torch.Generator) -> np.ndarray:
+        height, width = values.shape[1:]
         top = int(torch.randint(height - self.size + 1, (), generator=rng))
         left = int(torch.randint(width - self.size + 1, (), generator=rng))
         mirrored = bool(torch.rand((), generator=rng) < 0.5)
-        image = image.crop((left, top, left + self.size, top + self.size))
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored and self.flip else image
+        values = values[:, top : top + self.size, left : left + self.size]
+        return values[:, :, ::-1] if mirrored and self.flip else values
 
 
 def train_transform(
@@ -208,13 +240,3 @@ def eval_transform(
 ) -> Transform:
     """Resize to exactly ``size`` x ``size``, whatever the aspect ratio; called as t(image)."""
     return Transform(size, None, False, tuple(map(float, mean)), tuple(map(float, std)))
-
-
-def _resize_shorter_side(image: Image.Image, resize: int) -> Image.Image:
-    width, height = image.size
-    # The longer side is rounded down, as torchvision does.
-    if width <= height:
-        size = (resize, int(resize * height / width))
-    else:
-        size = (int(resize * width / height), resize)
-    return image.resize(size, Image.Resampling.BILINEAR)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from modules.batches import collate
@@ -17,6 +18,8 @@ from modules.errors import InputError
 
 REPLACED_LIMIT = 0.01
 SECONDS_BETWEEN_LOOKS = 5  # at whether the processes that read are still alive, while none of them answers
+# Batches that are sorted by length together: enough to make their lengths alike, few enough to be others next epoch.
+BATCHES_PER_BUCKETING = 50
 # What a key is for, so that order, crops and neighbours are drawn independently of one another.
 ORDER, AUGMENT_POSITIVE, AUGMENT_NEGATIVE, NEIGHBOUR, REPLACEMENT = range(5)
 
@@ -34,12 +37,16 @@ class EpochBatchSampler(Sampler):
     process with ``world_size * batch_size`` would see; where the last one cannot be shared out evenly, up to
     ``world_size`` - 1 samples are left out of that epoch. In evaluation (``shuffle`` off) every sample comes exactly
     once, on one process.
+
+    With ``lengths``, one number per sample, a training batch holds samples of like length. An epoch has the same
+    samples in as many batches of the same sizes as without, and so have the processes.
     """
 
     def __init__(self, num_samples: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0,
-                 world_size: int = 1, drop_last: bool = False):  # fmt: skip
+                 world_size: int = 1, drop_last: bool = False, lengths: Sequence[int] | None = None):  # fmt: skip
         self.num_samples, self.batch_size, self.shuffle, self.seed = num_samples, batch_size, shuffle, seed
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
+        self.lengths = None if lengths is None else torch.as_tensor(lengths)
         self.epoch = self.start_batch = 0
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -58,7 +65,10 @@ class EpochBatchSampler(Sampler):
         epoch, size = self.epoch, self.batch_size
         if self.shuffle:
             generator = keyed_generator(self.seed, epoch, ORDER)
-            order = torch.randperm(self.num_samples, generator=generator).tolist()
+            order = torch.randperm(self.num_samples, generator=generator)
+            if self.lengths is not None:
+                order = self._bucketed(order, generator)
+            order = order.tolist()
         else:
             order = range(self.rank, self.num_samples, self.world_size)
         for batch in range(self.start_batch, len(self)):
@@ -69,6 +79,18 @@ class EpochBatchSampler(Sampler):
             else:
                 rows = order[batch * size : (batch + 1) * size]
             yield [(epoch, index) for index in rows]
+
+
+    def _bucketed(self, order: Tensor, generator: torch.Generator) -> Tensor:
+        """``order`` (num_samples,) with its whole batches (of all processes) made up anew by length.
+
+        Samples that fill no whole batch stay last, so that chance and not length leaves them out where some are.
+        """
+        together = self.batch_size * self.world_size
+        whole, rest = order.split([len(order) // together * together, len(order) % together])
+        sort = [part[self.lengths[part].argsort(stable=True)] for part in whole.split(BATCHES_PER_BUCKETING * together)]
+        batches = torch.cat(sort).view(-1, together)
+        return torch.cat([batches[torch.randperm(len(batches), generator=generator)].flatten(), rest])
 
 
 class EpochLoader(DataLoader):
@@ -190,9 +212,13 @@ def build_loader(
     prefetch_factor: int = 2,
     persistent_workers: bool = True,
     patience: float = 0.0,
+    lengths: Sequence[int] | None = None,
 ) -> EpochLoader:
-    """Loader of Batches in an order keyed by (``seed``, epoch); ``prefetch_factor`` counts batches per worker."""
-    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, drop_last)
+    """Loader of Batches in an order keyed by (``seed``, epoch); ``prefetch_factor`` counts batches per worker.
+
+    ``lengths`` (one per sample) has samples of like length batched together; see EpochBatchSampler.
+    """
+    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, drop_last, lengths)
     loader = EpochLoader(
         dataset,
         batch_sampler=sampler,

@@ -16,7 +16,8 @@ from modules.decoding import DecodingOptions
 from modules.environment import check_precision, choose_device
 from modules.errors import InputError
 from modules.feature_cache import FeatureCache, build_feature_cache
-from modules.images import ImageFolder, eval_transform, train_transform
+from modules.image_cache import ImageCache, build_image_cache
+from modules.images import ImageFolder, Transform, eval_transform, train_transform
 from modules.label_files import NO_FINDING, LabelTable, class_order, read_labels
 from modules.mining import HardNegativeIndex
 from modules.objective import Objective
@@ -213,6 +214,19 @@ def cache_features(config: Config, data: Data, extractor: VisualExtractor, devic
         batch_size=config.batch_size, progress=Bar)
 
 
+def _image_source(config: Config, studies: tuple[Study, ...], transform: Transform,
+                  negatives: bool) -> ImageFolder | ImageCache:
+    """Where a split's images come from: the files themselves, or what --image_cache keeps of them."""
+    images = image_folder(config)
+    if not config.image_cache:
+        return images
+    views = None if config.views == "separate" else MAX_VIEWS[config.dataset_name]
+    paths = dict.fromkeys(path for study in studies
+                          for path in (*study.image_paths[:views], *(study.negative_image_paths if negatives else ())))
+    return build_image_cache(private_folder(config.image_cache), images, list(paths), transform=transform,
+                             threads=config.num_workers, progress=Bar)
+
+
 def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extractor: nn.Module,
                   negatives: bool = False) -> ReportDataset:
     """One split; ``augment`` takes the training transform, ``negatives`` adds each sample's hard negative."""
@@ -225,12 +239,18 @@ def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extr
         transform = eval_transform(**look)
     neighbours = data.index.neighbours if negatives and data.index is not None else None
     studies = data.annotation.splits[split]
+    if data.features is not None:
+        source = data.features
+    elif split == "train" and not augment:  # seen once per run: nothing to gain from keeping it
+        source = image_folder(config)
+    else:
+        source = _image_source(config, studies, transform, negatives and neighbours is None)
     # Labels that generation must not see do not get near it.
     labelled = data.labels is not None and (split == "train" or score_tag(config))
     return ReportDataset(
         studies,
         data.tokenizer,
-        data.features or image_folder(config),
+        source,
         transform,
         max_seq_length=config.max_seq_length,
         views=config.views,
@@ -248,7 +268,8 @@ def build_split_loader(config: Config, dataset: ReportDataset, device: torch.dev
     """Loader of a split; worker processes of the training split live on between epochs, the others' end."""
     return build_loader(dataset, config.batch_size, shuffle, config.num_workers, config.seed,
                         pin_memory=device.type == "cuda", persistent_workers=shuffle,
-                        drop_last=shuffle and config.drop_last, patience=config.worker_timeout)
+                        drop_last=shuffle and config.drop_last, patience=config.worker_timeout,
+                        lengths=dataset.token_counts() if shuffle and config.length_bucketing else None)
 
 
 def decoding_options(config: Config) -> DecodingOptions:
