@@ -37,8 +37,9 @@ class ReportDataset(Dataset):
     """The studies of one split as Samples; ``dataset[epoch, index]`` depends on nothing but seed, epoch and index.
 
     ``views``: "paired" makes a sample of every study with its first ``max_views`` images, "separate" one of every
-    image, with the study's report. ``read_image`` maps a path to a PIL image, or (ImageCache) to one that is already resized; a
-    FeatureCache given for it and for ``transform`` puts the stored features (N, S, C) where images would be.
+    image, with the study's report. ``read_image`` maps a path to a PIL image, or to one that is already resized (an
+    ImageCache); a FeatureCache given for it and for ``transform`` puts the stored features (N, S, C) where images would
+    be.
 
     Hard negatives come from ``neighbours`` (num_studies, k), rows of ``studies`` best first with -1 for none: the
     nearest, or with ``num_neighbours`` > 1 one drawn uniformly from that many (MoCHi). With ``annotation_negatives``

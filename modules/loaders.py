@@ -89,7 +89,7 @@ class EpochBatchSampler(Sampler):
         together = self.batch_size * self.world_size
         whole, rest = order.split([len(order) // together * together, len(order) % together])
         sort = [part[self.lengths[part].argsort(stable=True)] for part in whole.split(BATCHES_PER_BUCKETING * together)]
-        batches = torch.cat(sort).view(-1, together)
+        batches = torch.cat(sort).view(len(whole) // together, together)
         return torch.cat([batches[torch.randperm(len(batches), generator=generator)].flatten(), rest])
 
 
