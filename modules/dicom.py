@@ -28,7 +28,7 @@ def is_dicom(beginning: bytes) -> bool:
 
 
 def dicom_shape(path: str | Path) -> tuple[int, int, int]:
-    """Columns, rows and samples per pixel by the header; ImageError for a deflated file, and whatever pydicom raises."""
+    """Columns, rows and samples per pixel by the header; ImageError where deflated, and whatever pydicom raises."""
     import pydicom
 
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)

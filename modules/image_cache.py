@@ -15,23 +15,24 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import PIL
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from modules.errors import InputError
 from modules.images import ImageFolder, Transform, stored_shape
+from modules.loaders import ignore_interrupt
 
 logger = logging.getLogger("ithn")
 FORMAT = 1  # of the file; part of its name
 # Where the planes lie, their shape, and the image file's size and time of change; no planes: unreadable.
 ROW = np.dtype([(name, "<i8") for name in ("offset", "planes", "height", "width", "size", "changed")])
-IMAGES_AT_ONCE = 64
 Progress = Callable[[Iterable, str], Iterable]
 
 
@@ -81,16 +82,17 @@ class ImageCache:
         self._map()
 
 
-def build_image_cache(folder: Path, images: ImageFolder, paths: Sequence[str], *, transform: Transform, threads: int,
+def build_image_cache(folder: Path, images: ImageFolder, paths: Sequence[str], *, transform: Transform, workers: int,
                       progress: Progress) -> ImageCache:
-    """The cache of ``paths`` (distinct) in ``folder``; only images that are new or changed are decoded, by ``threads``.
+    """The cache of ``paths`` (distinct) in ``folder``; only images that are new or changed are decoded.
 
-    Of several processes that ask for the same file one makes it and the others wait. InputError where the disk is full.
+    ``workers`` processes share that work (0: this one does it). Of several programs that ask for the same file one
+    makes it and the others wait. InputError where the disk is full.
     """
     file = folder / f"images-{_key(images, paths, transform)}.bin"
     try:
         with _alone(file):
-            _bring_up_to_date(file, images, paths, transform, max(1, threads), progress)
+            _bring_up_to_date(file, images, paths, transform, workers, progress)
     except OSError as error:
         raise InputError(f"--image_cache {folder}: {error.strerror or error}") from error
     return ImageCache(file, {path: row for row, path in enumerate(paths)}, images, transform)
@@ -138,7 +140,7 @@ def _state(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _bring_up_to_date(file: Path, images: ImageFolder, paths: Sequence[str], transform: Transform, threads: int,
+def _bring_up_to_date(file: Path, images: ImageFolder, paths: Sequence[str], transform: Transform, workers: int,
                       progress: Progress) -> None:
     index = np.zeros(len(paths), ROW)
     for row, path in enumerate(progress(paths, "looking for changed images")):
@@ -157,7 +159,9 @@ def _bring_up_to_date(file: Path, images: ImageFolder, paths: Sequence[str], tra
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")  # mode 0600
     try:
         with open(handle, "wb") as opened:
-            _write(opened, index, same, old_index, old_pixels, images, paths, transform, threads, progress)
+            decoded = DataLoader(_Decoded(new, images, transform), batch_size=None, num_workers=workers,
+                                 worker_init_fn=ignore_interrupt, generator=torch.Generator())
+            _write(opened, index, same, old_index, old_pixels, iter(decoded), progress)
         os.replace(temporary, file)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -175,32 +179,34 @@ def _most_bytes(images: ImageFolder, path: str, transform: Transform) -> int:
 
 
 def _write(opened: BinaryIO, index: np.ndarray, same: np.ndarray, old_index: np.ndarray, old_pixels: np.ndarray,
-           images: ImageFolder, paths: Sequence[str], transform: Transform, threads: int, progress: Progress) -> None:
-    """Fill ``index`` and write it with the pixels: the old ones of rows that are the ``same``, the others decoded."""
+           decoded: Iterator[Tensor], progress: Progress) -> None:
+    """Fill ``index`` and write it with the pixels: old ones where a row is the ``same``, ``decoded`` for the others."""
     opened.write(index.tobytes())  # the place for it
-    with ThreadPoolExecutor(threads) as pool:  # Pillow decodes and resizes outside Python's lock
-        for start in progress(range(0, len(paths), IMAGES_AT_ONCE), f"resizing images, {IMAGES_AT_ONCE} at a time"):
-            rows = range(start, min(start + IMAGES_AT_ONCE, len(paths)))
-            decoded = pool.map(partial(_planes, images, transform), [paths[row] for row in rows if not same[row]])
-            for row in rows:
-                if same[row]:
-                    offset, planes, height, width, *_ = old_index[row].item()
-                    values = old_pixels[offset : offset + planes * height * width]
-                    shape = planes, height, width
-                else:
-                    values = next(decoded)
-                    shape = values.shape
-                for name, value in zip(("offset", "planes", "height", "width"), (opened.tell(), *shape), strict=True):
-                    index[row][name] = value
-                opened.write(values.tobytes())
+    for row in progress(range(len(index)), "resizing images"):
+        if same[row]:
+            offset, planes, height, width, *_ = old_index[row].item()
+            values = old_pixels[offset : offset + planes * height * width].reshape(planes, height, width)
+        else:
+            values = next(decoded).numpy()
+        for name, value in zip(("offset", "planes", "height", "width"), (opened.tell(), *values.shape), strict=True):
+            index[row][name] = value
+        opened.write(values.tobytes())
     opened.seek(0)
     opened.write(index.tobytes())
 
 
-def _planes(images: ImageFolder, transform: Transform, path: str) -> np.ndarray:
-    """The resized image, one plane where all three are equal; (0, 0, 0) for an unreadable one."""
-    try:
-        planes = transform.resized(images(path))
-    except InputError:
-        return np.zeros((0, 0, 0), np.uint8)
-    return planes[:1] if (planes == planes[:1]).all() else planes
+class _Decoded(Dataset):
+    """The resized image of each path, one plane where all three are equal; (0, 0, 0) for an unreadable one."""
+
+    def __init__(self, paths: Sequence[str], images: ImageFolder, transform: Transform):
+        self.paths, self.images, self.transform = paths, images, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        try:
+            planes = self.transform.resized(self.images(self.paths[row]))
+        except InputError:
+            return np.zeros((0, 0, 0), np.uint8)
+        return planes[:1] if (planes == planes[:1]).all() else planes

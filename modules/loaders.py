@@ -193,8 +193,8 @@ def _collate_or_report(samples):
     return samples[0] if isinstance(samples[0], InputError) else collate(samples)
 
 
-def _ignore_interrupt(_worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides what becomes of the workers.
+def ignore_interrupt(_worker: int) -> None:
+    """For worker processes: Ctrl-C reaches the whole group, and the main process decides what becomes of them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -227,7 +227,7 @@ def build_loader(
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=persistent_workers and num_workers > 0,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=ignore_interrupt,
         # Its own generator: starting an epoch would otherwise draw from the global one and change what follows.
         generator=torch.Generator(),
         timeout=SECONDS_BETWEEN_LOOKS if num_workers else 0,

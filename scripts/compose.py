@@ -224,7 +224,7 @@ def _image_source(config: Config, studies: tuple[Study, ...], transform: Transfo
     paths = dict.fromkeys(path for study in studies
                           for path in (*study.image_paths[:views], *(study.negative_image_paths if negatives else ())))
     return build_image_cache(private_folder(config.image_cache), images, list(paths), transform=transform,
-                             threads=config.num_workers, progress=Bar)
+                             workers=config.num_workers, progress=Bar)
 
 
 def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extractor: nn.Module,

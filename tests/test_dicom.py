@@ -21,7 +21,7 @@ from pydicom.uid import (
 )
 
 from modules.errors import InputError
-from modules.images import ImageFolder, load_image, open_image
+from modules.images import ImageFolder, load_image, open_image, stored_shape
 
 RAMP = np.linspace(0, 4095, 24 * 32).astype(np.uint16).reshape(24, 32)
 
@@ -179,3 +179,10 @@ def test_damaged_headers_are_not_quoted(path, capfd, caplog):
     path.write_bytes(b"\0" * 128 + b"DICM")
     refused(path, capfd, caplog, "without an image|cannot be read")
     assert not capfd.readouterr().err and not caplog.text
+
+
+def test_the_header_alone_tells_the_shape(path):
+    dicom(path)
+    assert stored_shape(path) == (RAMP.shape[1], RAMP.shape[0], 1)
+    path.write_bytes(path.read_bytes()[:140])
+    assert stored_shape(path) == (0, 0, 0)

@@ -43,10 +43,10 @@ def pictures(tmp_path):
     return folder
 
 
-def build(pictures, folder, transform=TRAIN, paths=None, **limits):
+def build(pictures, folder, transform=TRAIN, paths=None, workers=0, **limits):
     paths = paths or sorted(path.name for path in pictures.iterdir())
     folder.mkdir(mode=0o700, exist_ok=True)
-    return build_image_cache(folder, ImageFolder(pictures, **limits), paths, transform=transform, threads=2,
+    return build_image_cache(folder, ImageFolder(pictures, **limits), paths, transform=transform, workers=workers,
                              progress=lambda items, description: items)
 
 
@@ -69,6 +69,13 @@ def test_tensors_are_bit_equal_to_decoding(pictures, tmp_path, transform, monkey
     assert not names
     assert cache("grey_as_rgb.png").shape[0] == cache("wide.png").shape[0] == 1
     assert cache("colour.png").shape[0] == cache("see_through.png").shape[0] == 3
+
+
+def test_worker_processes_make_the_same_file_and_draw_no_random_number(pictures, tmp_path):
+    before = torch.get_rng_state()
+    alone, shared = (build(pictures, tmp_path / f"cache{workers}", workers=workers).file for workers in (0, 2))
+    assert alone.name == shared.name and alone.read_bytes() == shared.read_bytes()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_one_private_file_is_made_once(pictures, tmp_path, monkeypatch, caplog):
@@ -174,8 +181,8 @@ def test_a_spawned_process_maps_the_file_itself(pictures, tmp_path):
 
 def _build_and_count(pictures, folder, counts):
     found = []
-    original = image_cache._planes
-    image_cache._planes = lambda *arguments: (found.append(1), original(*arguments))[1]
+    original = image_cache._Decoded.__getitem__
+    image_cache._Decoded.__getitem__ = lambda *arguments: (found.append(1), original(*arguments))[1]
     build(pictures, folder)
     counts.put(len(found))
 
