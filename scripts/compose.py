@@ -15,16 +15,14 @@ from modules.datasets import MAX_VIEWS, EpochLoader, ReportDataset, build_loader
 from modules.decoding import DecodingOptions
 from modules.environment import check_precision, choose_device
 from modules.errors import InputError
-from modules.feature_cache import FeatureCache, build_feature_cache
-from modules.image_cache import ImageCache, build_image_cache
-from modules.images import ImageFolder, Transform, eval_transform, train_transform
+from modules.feature_cache import FeatureCache
+from modules.images import eval_transform, train_transform
 from modules.label_files import NO_FINDING, LabelTable, class_order, read_labels
 from modules.mining import HardNegativeIndex
 from modules.objective import Objective
-from modules.progress import Bar
 from modules.prototype_files import load_prototypes
-from modules.records import private_folder
 from modules.visual_extractor import VisualExtractor
+from scripts.image_sources import feature_source, image_folder, image_source
 from scripts.language_model import AnyTokenizer, build_tokenizer, gpt2_options
 
 logger = logging.getLogger("ithn")
@@ -196,35 +194,11 @@ def count_samples(config: Config, studies: tuple[Study, ...]) -> int:
     return len(studies) if config.views == "paired" else sum(len(study.image_paths) for study in studies)
 
 
-def image_folder(config: Config) -> ImageFolder:
-    """Where the annotation's image paths start."""
-    return ImageFolder(config.image_dir, follow_links=config.follow_links)
-
-
 def cache_features(config: Config, data: Data, extractor: VisualExtractor, device: torch.device) -> None:
     """With --feature_cache, have the frozen extractor see every image once; call it when its weights are in place."""
-    if not config.feature_cache:
-        return
-    views = None if config.views == "separate" else MAX_VIEWS[config.dataset_name]
-    paths = [path for studies in data.annotation.splits.values() for study in studies
-             for path in (*study.image_paths[:views], *study.negative_image_paths)]
-    data.features = build_feature_cache(
-        private_folder(config.feature_cache), image_folder(config), list(dict.fromkeys(paths)), extractor=extractor,
-        transform=eval_transform(size=config.image_size, mean=extractor.mean, std=extractor.std), device=device,
-        batch_size=config.batch_size, progress=Bar)
-
-
-def _image_source(config: Config, studies: tuple[Study, ...], transform: Transform,
-                  negatives: bool) -> ImageFolder | ImageCache:
-    """Where a split's images come from: the files themselves, or what --image_cache keeps of them."""
-    images = image_folder(config)
-    if not config.image_cache:
-        return images
-    views = None if config.views == "separate" else MAX_VIEWS[config.dataset_name]
-    paths = dict.fromkeys(path for study in studies
-                          for path in (*study.image_paths[:views], *(study.negative_image_paths if negatives else ())))
-    return build_image_cache(private_folder(config.image_cache), images, list(paths), transform=transform,
-                             workers=config.num_workers, progress=Bar)
+    if config.feature_cache:
+        studies = (study for split in data.annotation.splits.values() for study in split)
+        data.features = feature_source(config, studies, extractor, device)
 
 
 def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extractor: nn.Module,
@@ -244,7 +218,7 @@ def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extr
     elif split == "train" and not augment:  # seen once per run: nothing to gain from keeping it
         source = image_folder(config)
     else:
-        source = _image_source(config, studies, transform, negatives and neighbours is None)
+        source = image_source(config, studies, transform, negatives=negatives and neighbours is None)
     # Labels that generation must not see do not get near it.
     labelled = data.labels is not None and (split == "train" or score_tag(config))
     return ReportDataset(

@@ -26,6 +26,7 @@ from modules.score_names import FULL, tagged, untagged, with_aliases
 from modules.tester import Predictions, Tester, autocast
 from modules.tokenizers import Tokenizer
 from scripts import compose
+from scripts.image_sources import image_folder
 from scripts.scoring import RULE, Scored, Scoring, class_tables
 
 logger = logging.getLogger("ithn")
@@ -65,7 +66,7 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
         meteor_error=scoring.metrics.meteor_error, history=history, best_epoch=best_epoch or None,
         variety={f"{name} ({tag})" if tag and name == MODEL else name: values for name, values in variety.items()},
         warnings=[line for line in (collapse_warning(variety[MODEL]),) if line],
-        samples=_samples(loader.dataset, compose.image_folder(config), found, config.report_samples),
+        samples=_samples(loader.dataset, image_folder(config), found, config.report_samples),
         flags=dataclasses.asdict(config), provenance=run)
     logger.info("results in %s: report.html, results.json, res.csv, gts.csv, statistics.npz, exports/", folder)
 
