@@ -3,6 +3,7 @@
 Shapes: B studies, N views, L generated tokens, g x g patches of a view.
 """
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class WrittenReport:
     log_probs: list[float]
     end_log_prob: float | None  # of ending there; None: cut at the longest length
     maps: np.ndarray | None = None  # (words, N, g, g) attention of each word over the patches; None: not recorded
+    pooled: np.ndarray | None = None  # (C,) visual features of the study, mean over its views
 
     @property
     def text(self) -> str:
@@ -101,7 +103,24 @@ class Reporter:
             if layer is not None and not -len(layers) <= layer < len(layers):
                 raise InputError(f"--layer {layer}: the decoder has layers 0 to {len(layers) - 1}")
             maps = view_maps(layers, images.size(1), layer)
-        return [self._report(tokens[i], log_probs[i], None if maps is None else maps[i]) for i in range(len(tokens))]
+        pooled = features.pooled.float().cpu().numpy()
+        return [self._report(tokens[i], log_probs[i], None if maps is None else maps[i], pooled[i])
+                for i in range(len(tokens))]
+
+    @torch.inference_mode()
+    def pooled(self, studies: Sequence[Sequence[Image.Image]]) -> np.ndarray:
+        """(B, C) float32: the studies' visual features, mean over patches and views."""
+        images, view_mask = self._tensors(studies)
+        with autocast(self.device, self.precision):
+            return self.backbone.extract(images, view_mask).pooled.float().cpu().numpy()
+
+    def extractor_sha256(self) -> str:
+        """SHA-256 of the visual extractor's weights: features of another one cannot be compared with its own."""
+        digest = hashlib.sha256()
+        for name, value in self.backbone.visual_extractor.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def _tensors(self, studies: Sequence[Sequence[Image.Image]]) -> tuple[Tensor, Tensor]:
         """Images (B, N, 3, H, W) on the device, normalised, absent views zero; and the view mask (B, N) on the CPU."""
@@ -115,7 +134,8 @@ class Reporter:
         absent = ~view_mask[..., None, None, None].to(self.device)
         return self.transform.normalise(pixels.to(self.device)).masked_fill_(absent, 0), view_mask
 
-    def _report(self, tokens: Tensor, log_probs: Tensor, maps: Tensor | None) -> WrittenReport:
+    def _report(self, tokens: Tensor, log_probs: Tensor, maps: Tensor | None,
+                pooled: np.ndarray) -> WrittenReport:
         """One row: ``tokens`` (L,) with 0 after the end, ``log_probs`` (L,), ``maps`` (L, N, g, g)."""
         ended = (tokens == 0).nonzero()
         length = int(ended[0]) if len(ended) else len(tokens)
@@ -125,4 +145,4 @@ class Reporter:
             words=[word for word, _, _ in words], log_probs=[sum(values[start:stop]) for _, start, stop in words],
             end_log_prob=values[length] if len(ended) else None,
             maps=None if maps is None else np.array(
-                [maps[start:stop].mean(0).cpu().numpy() for _, start, stop in words]).reshape(-1, *maps.shape[1:]))
+                [maps[start:stop].mean(0).cpu().numpy() for _, start, stop in words]).reshape(-1, *maps.shape[1:]), pooled=pooled)

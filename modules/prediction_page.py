@@ -34,11 +34,13 @@ class PageStudy:
     name: str
     images: tuple[str, ...]  # data addresses
     report: WrittenReport
+    similar: tuple[tuple[float, str], ...] = ()  # training reports of similar images, with the cosine
 
     @classmethod
-    def of(cls, name: str, images: Sequence[Image.Image], report: WrittenReport) -> "PageStudy":
+    def of(cls, name: str, images: Sequence[Image.Image], report: WrittenReport,
+           similar: Sequence[tuple[float, str]] = ()) -> "PageStudy":
         """Shrink the images."""
-        return cls(name, tuple(data_uri(small_jpeg(image), "image/jpeg") for image in images), report)
+        return cls(name, tuple(data_uri(small_jpeg(image), "image/jpeg") for image in images), report, tuple(similar))
 
 
 def small_jpeg(image: Image.Image) -> bytes:
@@ -76,7 +78,8 @@ def _shown(study: PageStudy) -> dict[str, Any]:
         _word(report.words[i], report.log_probs[i]) for i in range(sentence.start, sentence.stop)]}
         for sentence in report.sentences]
     return {"name": study.name, "images": study.images, "sentences": sentences, "cut": report.end_log_prob is None,
-            "maps": None if report.maps is None else _levels(report.maps)}
+            "maps": None if report.maps is None else _levels(report.maps),
+            "similar": [(f"{cosine:.3f}", text) for cosine, text in study.similar]}
 
 
 def _word(word: str, log_prob: float) -> Mapping[str, str]:

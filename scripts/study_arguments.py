@@ -14,6 +14,11 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", choices=GROUPS, default="none",
                         help="none: every image is a study; folder: the images in a folder are the views of one study; "
                         "all: all images are (default: %(default)s)")
+    add_batch_size(parser)
+
+
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """--batch_size, in studies."""
     parser.add_argument("--batch_size", type=_positive, default=16, metavar="INT",
                         help="studies at a time (default: %(default)s)")
 

@@ -51,6 +51,20 @@ def demo_labels(demo):
     return path
 
 
+@pytest.fixture(scope="session")
+def trained(demo, tmp_path_factory):
+    """Results folder of a model of two views, trained on the tiny data set for an epoch."""
+    from modules.flags import parse_flags
+    from scripts.training import run_training
+
+    folder = tmp_path_factory.mktemp("trained")
+    given, ignored = parse_flags(
+        ["--ann_path", str(demo / "annotation.json"), "--image_dir", str(demo / "images"), "--epochs", "1",
+         "--save_dir", str(folder / "run"), "--record_dir", str(folder / "records"), *TINY], "main_train.py", "")
+    run_training(given, ignored)
+    return folder / "run"
+
+
 @pytest.fixture
 def train(demo, tmp_path):
     """``train("--flag", value, ...)`` runs main_train.py's work on the tiny data set; returns the results folder."""

@@ -29,21 +29,6 @@ from tests.test_plugin import OWN_FLAGS, build
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def trained(demo, tmp_path_factory):
-    """Results folder of a tiny model of two views, trained for an epoch."""
-    from modules.flags import parse_flags
-    from scripts.training import run_training
-    from tests.conftest import TINY
-
-    folder = tmp_path_factory.mktemp("trained")
-    given, ignored = parse_flags(
-        ["--ann_path", str(demo / "annotation.json"), "--image_dir", str(demo / "images"), "--epochs", "1",
-         "--save_dir", str(folder / "run"), "--record_dir", str(folder / "records"), *TINY], "main_train.py", "")
-    run_training(given, ignored)
-    return folder / "run"
-
-
 def run(monkeypatch, module, *arguments):
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
     return module.main()
