@@ -145,4 +145,5 @@ class Reporter:
             words=[word for word, _, _ in words], log_probs=[sum(values[start:stop]) for _, start, stop in words],
             end_log_prob=values[length] if len(ended) else None,
             maps=None if maps is None else np.array(
-                [maps[start:stop].mean(0).cpu().numpy() for _, start, stop in words]).reshape(-1, *maps.shape[1:]), pooled=pooled)
+                [maps[start:stop].mean(0).cpu().numpy() for _, start, stop in words]).reshape(-1, *maps.shape[1:]),
+            pooled=pooled)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from models import MODELS
 from modules.attention_maps import opacity, recorded_attention, shares, view_maps
-from modules.checkpoint import load_checkpoint, save_checkpoint
+from modules.checkpoint import load_checkpoint, write_checkpoint
 from modules.errors import InputError
 from modules.prediction import Reporter, WrittenReport
 from modules.prediction_page import PageStudy, render_page
@@ -165,7 +165,7 @@ def test_what_cannot_predict_is_refused(trained, tmp_path):
     with pytest.raises(InputError, match="no vocabulary.*convert_checkpoint"):
         load_reporter(str(tmp_path / "published.pth"), {})
     config = content["config"] | {"model_name": "xpronet", "xpronet_labels": "reference"}
-    save_checkpoint(tmp_path / "leak.pth", content | {"config": config})
+    write_checkpoint(tmp_path / "leak.pth", content | {"config": config})
     with pytest.raises(InputError, match="--xpronet_labels predicted"):
         load_reporter(str(tmp_path / "leak.pth"), {})
 
