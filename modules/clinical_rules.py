@@ -5,6 +5,15 @@ the CheXpert labeler (Irvin et al., 2019, arXiv:1901.07031), which are not alway
 heart size counts as uncertain, any "contour" as a mention of the cardiomediastinum, an endplate as a device.
 """
 
+Table = str | dict[str, str] | tuple[tuple[str, str, int], ...]
+
+# The tables below that make up the labeler.
+TABLES = (
+    "FINDINGS", "ANATOMY", "NOT_MENTIONS", "WEAK_MENTIONS", "OTHER_FINDINGS", "SCOPE_END", "NEGATION_BEFORE",
+    "UNCERTAIN_BEFORE", "UNCERTAIN_AFTER", "NEGATION_AFTER", "DENIED_AFTER", "NORMAL", "NOT_NORMAL",
+    "STABLE", "STABLE_BEFORE_NORMAL", "ENLARGED", "CONVENTIONS",
+)  # fmt: skip
+
 CLASSES = (
     "No Finding",
     "Enlarged Cardiomediastinum",
@@ -71,33 +80,51 @@ WEAK_MENTIONS = {"Edema": r"congestion|vascular prominence"}
 
 # Findings outside the classes: they say nothing about the 13 observations, and they rule out No Finding.
 OTHER_FINDINGS = (
-    r"granuloma|degenerat|atheroscle|emphysem|calcifi|hyperinflat(?!ed but clear)|hyperexpansion|eventration"
-    r"|adenopathy|lymph|bronchiecta|density|hernia|blunt|\bcopd\b|osteopeni|elevat|kypho|prominen|scoliosis|deformity|bulla"
+    r"granuloma|degenerat|atheroscle|emphysem|calcifi|(?<!clear and )hyperinflat(?!ed but clear)|hyperexpansion"
+    r"|eventration|adenopathy|lymph|bronchiecta|density|hernia|blunt|\bcopd\b|osteopeni|osteodystroph|elevat|kypho"
+    r"|prominen|fullness|scoliosis|deformity|bulla|azygos fissure|foreign bod|bullet|tracheostomy|aneurysm"
+    r"|pneumo(?:mediastin|periton)|free (?:intraperitoneal |subdiaphragmatic )?air|ha?ematoma|ha?emorrhag|contusion"
+    r"|dislocation|sarcoid|pleural plaque|volume loss|\bcavit(?:y|ies)\b"
 )
 
 # A cue reaches to the end of its sentence, but not over these.
-SCOPE_END = r";|:|, there (?:is|are)\b|\band there (?:is|are)\b|\b(?:but|however|although|though|except)\b"
+SCOPE_END = (
+    r"[;:(]|(?:,|\band) there (?:is|are)\b|\b(?:but|however|although|though|except)\b"
+    r"|, (?=(?:findings?|this|these|which|consistent|compatible|suggest\w*|likely|possibl[ey]|probabl[ey])\b)"
+    r"|\b(?:and|which|that) (?=(?:may|might|could|likely|probably|possibly)\b)"
+    r"|, (?!(?:or|and|nor)\b)(?=[^,]*\b(?:(?:is|are) (?:again|still|unchanged|stable|new)|remains?|persists?)\b)"
+)
 # Cues before a finding; those that end in $ must stand right before it. "No change" keeps what was there.
 NEGATION_BEFORE = (
     r"\b(?:(?:no|without)(?! (?:\w+ ){0,2}change)|not(?! seen on (?:the )?(?:prior|previous|lateral))|nor"
-    r"|neither|negative for|free of|clear of|absen(?:t|ce of)|rather than|exclude[sd]?|rule[sd]? out)\b"
+    r"|neither|negative for|free of|clear of|absen(?:t|ce of)|rather than)\b"
     r"|\bclear $|\b(?:resol(?:ved|ution of)|remov(?:ed|al of)) (?:(?!with\b)[\w-]+ )*$"
 )
 UNCERTAIN_BEFORE = (
-    r"\b(?:may|might|could|possibl[ey]|probabl[ey]|likely|suspicious for|suspect\w*|concern\w*|questionable"
-    r"|question of|cannot exclude|worrisome|equivocal|presumed|potential\w*"
+    r"\b(?:may|might|could|possibl[ey]|probabl[ey]|likely|perhaps|suspicious for|suspect\w*|suspicion"
+    r"|concern\w*|question(?:able|ed| of)|worrisome|equivocal|presum\w*|potential\w*|differential|consider\b"
+    r"|exclud(?:e[sd]?|ing)|rul(?:es?|ed|ing) out|r / o|(?:evaluat\w+|assess\w*|correlat\w+) for"
     r"|no (?:significant |interval |definite )+change in|(?:versus|vs|or)(?: \w+){0,2} $)|/ $"
 )
 # Cues after a finding; those that begin with ^ must stand right after it.
 UNCERTAIN_AFTER = (
     r"^ (?:(?:versus|vs|or)\b|/)"
-    r"|\b(?:cannot be (?:\w+ )?excluded|not (?:entirely )?excluded|is possible|suspected|questioned)\b"
+    r"|\b(?:(?:cannot|can not|could not|not)(?: \w+){0,2} (?:excluded|ruled out)|difficult to exclude"
+    r"|(?:is|are) (?:possible|suspected|questioned|(?:\w+ )?(?:un|less )?likely|(?:in|on) the differential)"
+    r"|suspected|questioned|may not be (?:seen|\w+ed))\b|\?"
+)
+_NOT_THERE = (
+    r"(?:not (?:\w+ )?(?:seen|identified|visuali[sz]ed|present|demonstrated|evident|appreciated|noted|found|detected)"
+    r"(?! on (?:the )?(?:lateral|frontal|prior|previous))|no longer|absent|removed|resolved|cleared)\b"
 )
 NEGATION_AFTER = (
-    r"^(?: \w+)? (?:(?:is|are|was|were) )?(?:not (?:\w+ )?(?:seen|identified|visuali[sz]ed|present"
-    r"|demonstrated|evident|appreciated|noted)(?! on (?:the )?(?:lateral|frontal|prior|previous))"
-    r"|no longer|absent|removed|resolved|cleared)\b"
-    r"|\b(?:has|have|had)(?: been)? (?:\w+ )?(?:removed|resolved|cleared)\b"
+    rf"^(?: \w+)? {_NOT_THERE}|\b(?:has|have|had)(?: been)? (?:\w+ )?(?:removed|resolved|cleared|ruled out)\b"
+)
+# Right after a finding or the list that it ends, "... or effusion is not seen", and the answer "Pneumothorax: none."
+# These outrank a doubt before the finding; the other cues after it do not.
+DENIED_AFTER = (
+    rf"(?:(?:,(?: [\w-]+){{1,3}})*,? (?:or|and|nor)(?: [\w-]+){{1,3}})?(?: \w+)? (?:is|are|was|were) {_NOT_THERE}"
+    r"|s? ?[:=] ?(?:no|none|absent|negative|nil)\b(?! change)"
 )
 
 # What a sentence says of the heart and mediastinum. "Upper limits of normal" is normal only after "at the".
@@ -138,7 +165,7 @@ CONVENTIONS = (
     ("Consolidation", r"^no \w+ air ?space consolidations\W*$", 1),
     ("Consolidation", r"^no \w+ airspace consolidation or \w+\W*$", -1),
     ("Consolidation", r"^no (?:[\w ]+, )+or \w+ air space consolidation\W*$", 1),
-    ("Pneumothorax", r"^no \w+ effusions or pneumothorax\W*$", 1),
+    ("Pneumothorax", r"^no pleural effusions or pneumothorax\W*$", 1),
     ("Pneumothorax", r"^no(?: \w+){2} (?:consolidation|collection) or \w+\W*$", -1),
     ("Pleural Effusion", r"^no(?: \w+){2} consolidation or \w+\W*$", -1),
 )

@@ -163,6 +163,12 @@ def device_name(device: str = "cpu") -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal; "" where there is no such file."""
+    path = Path(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
 def provenance(device: str = "cpu", argv: Sequence[str] | None = None) -> dict[str, Any]:
     """What goes with every saved result: time (UTC), command line, git state, versions, device; JSON-able."""
     return {

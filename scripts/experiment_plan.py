@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.config import Config
+from modules.environment import file_sha256
 from modules.errors import InputError
 from modules.flags import parse_flags, resolve_config
 from scripts.experiment_files import DataSet, Row, Table
@@ -25,6 +26,9 @@ NOT_DECIDING = frozenset((
 # Flags that act after training: the best model is tested again, not trained again.
 SCORING = frozenset(("meteor", "clinical", "chexbert_path", "chexbert_encoder", "bertscore_path", "bertscore_layer",
                      "radgraph_path", "radgraph_python", "floors"))
+# Files that training starts from: what is in them counts, wherever they lie.
+INPUT_FILES = ("label_path", "init_protypes_path", "visual_extractor_weights")
+FILES = "files_sha256"
 SHOWN_DIFFERENCES = 3
 
 
@@ -108,12 +112,6 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def file_sha256(path: str | Path) -> str:
-    """Hash of a file's bytes; "" where it is not there yet."""
-    path = Path(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """An object that this project wrote; InputError where the file is damaged."""
     try:
@@ -166,6 +164,7 @@ def _folder(out: Path, row: Row, seed: int) -> Path:
 def _run(row: Row, seed: int, out: Path, flags: tuple[str, ...], config: Config, sha256: str, index: str) -> Run:
     folder = _folder(out, row, seed)
     settings = _settings(dataclasses.asdict(config) | {"seed": seed, "negative_index": index}, sha256)
+    settings[FILES] = {name: digest for name in INPUT_FILES if (digest := file_sha256(getattr(config, name)))}
     state, reason = _state(folder, settings)
     flags = (*flags, "--seed", str(seed), "--save_dir", str(folder), "--record_dir", str(out / "records"),
              "--exp_name", f"{row.label}, seed {seed}")
@@ -183,6 +182,7 @@ def _settings(config: Mapping[str, Any], annotation_sha256: str) -> dict[str, An
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     known = {name: config.get(name, default) for name, default in defaults.items() if name not in NOT_DECIDING}
     known["negative_index"] = Path(known["negative_index"]).name if known["ithn"] != "off" else ""
+    known["feature_cache"] = bool(known["feature_cache"])  # a cache alters the samples, its folder nothing
     # As JSON gives it back: tuples become lists.
     return json.loads(json.dumps(known)) | {"annotation_sha256": annotation_sha256}
 
@@ -191,7 +191,9 @@ def _state(folder: Path, wanted: Mapping[str, Any]) -> tuple[str, str]:
     """State of a run's folder, and for CHANGED what differs."""
     if (folder / RESULTS).is_file():
         content = read_json(folder / RESULTS)
-        found = _settings(content.get("config", {}), content.get("provenance", {}).get("annotation_sha256", ""))
+        made_from = content.get("provenance", {})
+        found = _settings(content.get("config", {}), made_from.get("annotation_sha256", ""))
+        found[FILES] = made_from.get(FILES, {})
         state = DONE
     elif not (folder / CHECKPOINT).is_file():
         return MISSING, ""
@@ -201,12 +203,21 @@ def _state(folder: Path, wanted: Mapping[str, Any]) -> tuple[str, str]:
         found, state = read_json(folder / RECORD).get("settings", {}), CUT
     if not wanted["annotation_sha256"]:  # not made yet: nothing to compare with
         found = dict(found) | {"annotation_sha256": ""}
+    found, wanted = _by_content(found, wanted)
     if fingerprint(found) == fingerprint(wanted):
         return state, ""
     names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     if SCORING.issuperset(names) and (state == CUT or (folder / BEST).is_file()):
         return (CUT if state == CUT else UNTESTED), ""
     return CHANGED, _difference(names, found, wanted)
+
+
+def _by_content(*both: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings with the hash of an input file in place of its path where both sides know it."""
+    hashes = [settings.get(FILES, {}) for settings in both]
+    shared = [name for name in INPUT_FILES if all(name in known for known in hashes)]
+    return [{name: value for name, value in settings.items() if name != FILES} | {name: known[name] for name in shared}
+            for settings, known in zip(both, hashes, strict=True)]
 
 
 def _difference(names: Sequence[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models import MODELS
 from modules.bootstrap import LEVEL, RESAMPLES
 from modules.config import Config
 from modules.datasets import ReportDataset
 from modules.diversity import collapse_statistics, collapse_warning
-from modules.environment import provenance
+from modules.environment import file_sha256, provenance
 from modules.floors import commonest_report_floor, nearest_image_floor
 from modules.html_report import Sample, ScoreRow, write_report
 from modules.images import ImageFolder
@@ -44,7 +45,8 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
     variety["references"] = collapse_statistics(found.references)
     validation = _validation_scores(history, best_epoch)
     run = provenance(str(device)) | {
-        "annotation_sha256": data.annotation.sha256, "vocabulary_sha256": data.tokenizer.sha256, "seed": config.seed}
+        "annotation_sha256": data.annotation.sha256, "vocabulary_sha256": data.tokenizer.sha256,
+        "files_sha256": input_files(config), "seed": config.seed}
     scores = scored.scores | {MODEL: {tagged(name, tag): value for name, value in scored.scores[MODEL].items()}}
     classes = class_tables(scored, MODEL)
     _log(scores, tag, variety[MODEL], scoring.metrics.meteor_error)
@@ -69,6 +71,15 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
         samples=_samples(loader.dataset, image_folder(config), found, config.report_samples),
         flags=dataclasses.asdict(config), provenance=run)
     logger.info("results in %s: report.html, results.json, res.csv, gts.csv, statistics.npz, exports/", folder)
+
+
+def input_files(config: Config) -> dict[str, str]:
+    """SHA-256 of the files that a training with these settings starts from, by the flags that name them."""
+    backbone = MODELS[config.model_name]
+    paths = {"label_path": config.label_path if backbone.needs_labels else "",
+             "init_protypes_path": config.init_protypes_path if "num_protype" in backbone.flags else "",
+             "visual_extractor_weights": config.visual_extractor_weights}
+    return {name: digest for name, path in paths.items() if (digest := file_sha256(path))}
 
 
 def _write_files(folder: Path, found: Predictions, scored: Scored) -> None:

@@ -1,6 +1,7 @@
 """run_experiments.py: tables read or refused, runs told apart by their settings, run, resumed, skipped."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -168,6 +169,24 @@ def test_another_annotation_is_noticed_and_another_place_is_not(files):
     assert {run.state for run in moved[:4]} == {DONE}
     (files / "annotation.json").write_text('{"more": 1}')
     assert "annotation_sha256" in planned(files)[0].reason
+
+
+def test_input_files_are_compared_by_content(files):
+    labels = files / "labels.csv"
+    labels.write_text("id\n1\n")
+    given = ["--model_name", "xpronet", "--label_path", str(labels), "--feature_cache", "a",
+             "--freeze_visual_extractor", "true"]
+    run = planned(files, given)[0]
+    finish(run)
+    content = json.loads((run.folder / "results.json").read_text())
+    content["provenance"]["files_sha256"] = {"label_path": hashlib.sha256(labels.read_bytes()).hexdigest()}
+    (run.folder / "results.json").write_text(json.dumps(content))
+    assert planned(files, given)[0].state == DONE
+    labels.rename(files / "moved.csv")
+    moved = [*given, "--label_path", str(files / "moved.csv"), "--feature_cache", "b"]
+    assert planned(files, moved)[0].state == DONE
+    (files / "moved.csv").write_text("id\n2\n")
+    assert planned(files, moved)[0].state == CHANGED and planned(files, moved)[0].reason.startswith("label_path ")
 
 
 def test_an_older_result_without_a_new_setting_is_still_the_same(files):
