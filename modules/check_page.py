@@ -23,6 +23,9 @@ def render_statistics(found: Mapping[str, Any], max_seq_length: int, image_size:
                      f"the training reports; {words['rarer_than_threshold']:,} are rarer than --threshold")
     if images := found.get("images"):
         lines += _image_lines(images, image_size)
+    if detections := found.get("detections"):
+        lines.append(f"detection features: {detections['images']:,} images, {detections['per_image']:.1f} regions "
+                     f"each, {detections['width']:,} wide")
     if index := found.get("index"):
         lines.append(f"index: {index['studies']:,} studies with up to {index['neighbours']} neighbours, "
                      f"{index['studies_without_neighbour']:,} without any")

@@ -23,9 +23,13 @@ class Config:
 
     # ---- data
     image_dir: str = flag("data/iu_xray/images/", "data", "folder that the image paths of the annotation start from")
+    detection_features: str = flag("", "data", "HDF5 file of region features, <image id>_features (n, width) each, "
+                                   "which the backbone is given instead of images")
+    max_detections: int = flag(50, "data", "regions of an image that are read from --detection_features", low=1)
     follow_links: bool = flag(False, "data", "follow links below --image_dir that lead out of it")
     ann_path: str = flag("data/iu_xray/annotation.json", "data", "annotation.json in R2Gen's schema")
-    dataset_name: str = flag("iu_xray", "data", "decides report cleaning, images per study (2 or 1), record file",
+    dataset_name: str = flag("iu_xray", "data", "decides report cleaning, images per study (2 or 1), record file; "
+                             "coco: every caption is a sample, all captions of an image are references",
                              choices=DATASETS)
     views: str = flag("paired", "data", "paired: a study's views together (R2GenCMN); separate: each image is a "
                       "sample with the study's report (the ITHN paper)", choices=("paired", "separate"))
@@ -145,6 +149,8 @@ class Config:
     temperature: float = flag(1.0, "decoding", "divides the log-probabilities", low=1e-6)
     sample_n: int = flag(1, "decoding", "reports drawn per study with --sample_method sample; the likeliest is kept",
                          low=1)
+    collapse_repeats: bool = flag(False, "decoding", "write a word that immediately repeats itself once, as "
+                                  "VisualGPT's evaluation does before scoring")
     block_trigrams: int = flag(1, "decoding", "penalise repeated trigrams in greedy decoding and sampling",
                                choices=(0, 1))
 
@@ -216,6 +222,11 @@ class Config:
         return self.ithn_variant == "released"
 
     @property
+    def captioning(self) -> bool:
+        """Whether images have several captions, each a training sample, all of them references."""
+        return self.dataset_name == "coco"
+
+    @property
     def labels_by_rules(self) -> bool:
         """Whether reports are labelled by rules and scored clinically."""
         return self.clinical and self.dataset_name in RADIOLOGY
@@ -251,6 +262,14 @@ def _check_together(config: Config) -> None:
     if config.image_cache and config.feature_cache:
         raise InputError(f"--image_cache {config.image_cache}: stored features leave no image to read; give it or "
                          "--feature_cache, not both")
+    if config.detection_features and config.feature_cache:
+        raise InputError(f"--feature_cache {config.feature_cache}: with --detection_features there is no visual "
+                         "extractor; leave one of them out")
+    if config.detection_features and config.views == "separate":
+        raise InputError("--views separate: --detection_features has one set of features per record; leave it out")
+    if config.captioning and (config.chexbert_path or config.radgraph_path):
+        raise InputError(f"--{'chexbert' if config.chexbert_path else 'radgraph'}_path: scores radiology reports, and "
+                         "--dataset_name coco has none")
     if config.beam_size % config.group_size:
         raise InputError(f"--beam_size {config.beam_size} cannot be divided by --group_size {config.group_size}")
     if not all(0.0 <= beta < 1.0 for beta in config.adam_betas):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from modules.annotations import Study
 from modules.batches import Batch, Pair, Sample, SamplePair, collate
+from modules.detection_features import DetectionFeatures
 from modules.errors import InputError
 from modules.feature_cache import FeatureCache
 from modules.images import ImageFolder, Transform
@@ -28,7 +29,7 @@ from modules.tokenizers import Tokenizer, clean_report
 
 __all__ = ["MAX_VIEWS", "Batch", "EpochLoader", "Pair", "ReportDataset", "build_loader", "collate"]
 
-MAX_VIEWS = {"iu_xray": 2, "mimic_cxr": 1}  # images of a study that R2Gen and R2GenCMN read
+MAX_VIEWS = {"iu_xray": 2, "mimic_cxr": 1, "coco": 1}  # images of a study that are read (R2Gen, R2GenCMN)
 MOST_REPLACEMENTS = 100
 T = TypeVar("T")
 
@@ -38,8 +39,8 @@ class ReportDataset(Dataset):
 
     ``views``: "paired" makes a sample of every study with its first ``max_views`` images, "separate" one of every
     image, with the study's report. ``read_image`` maps a path to a PIL image, or to one that is already resized (an
-    ImageCache); a FeatureCache given for it and for ``transform`` puts the stored features (N, S, C) where images would
-    be.
+    ImageCache); a FeatureCache or DetectionFeatures given for it and for ``transform`` puts the stored features
+    (N, S, C) where images would be.
 
     Hard negatives come from ``neighbours`` (num_studies, k), rows of ``studies`` best first with -1 for none: the
     nearest, or with ``num_neighbours`` > 1 one drawn uniformly from that many (MoCHi). With ``annotation_negatives``
@@ -52,8 +53,8 @@ class ReportDataset(Dataset):
         self,
         studies: Sequence[Study],
         tokenizer: Tokenizer,
-        read_image: Callable[[str], Image.Image | np.ndarray] | FeatureCache,
-        transform: Transform | FeatureCache,
+        read_image: Callable[[str], Image.Image | np.ndarray] | FeatureCache | DetectionFeatures,
+        transform: Transform | FeatureCache | DetectionFeatures,
         *,
         max_seq_length: int,
         views: str = "paired",
@@ -127,12 +128,15 @@ class ReportDataset(Dataset):
         counts = [min(len(self.tokenizer.encode(study.report)), self.max_seq_length) for study in self.studies]
         return [counts[row] for row, _ in self.samples]
 
-    def check_files(self, folder: ImageFolder) -> None:
+    def check_files(self, folder: ImageFolder | FeatureCache | DetectionFeatures) -> None:
         """InputError for the first image that is missing, empty or outside ``folder``; none is opened."""
+        found = set()  # a path may come again: captions of one image
         for study in tqdm(self.studies, desc="looking for the images", leave=False):
             negatives = study.negative_image_paths[: self.num_views] if self.annotation_negatives else ()
             for path in (*(study.image_paths if self.separate else study.image_paths[: self.num_views]), *negatives):
-                _naming(study, folder.locate, path)
+                if path not in found:
+                    _naming(study, folder.locate, path)
+                    found.add(path)
 
     def _sample(self, epoch: int, index: int) -> Sample:
         row, view = self.samples[index]

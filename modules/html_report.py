@@ -18,10 +18,10 @@ from markupsafe import Markup
 from PIL import Image
 from tqdm import tqdm
 
-from modules.html_scores import ScoreRow, class_tables, score_tables, score_tiles
+from modules.html_scores import REPORTS, ScoreRow, class_tables, score_tables, score_tiles
 from modules.plots import PANEL_TITLES, History, training_figures
 from modules.records import write_private
-from modules.sentences import Sentence, compare_sentences
+from modules.sentences import Sentence, compare_captions, compare_sentences
 
 THUMBNAIL = 320  # pixels of the longer side
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -39,13 +39,17 @@ _VARIETY = (
 
 @dataclass(frozen=True)
 class Sample:
-    """A study: its images, the name of each view, the reference (cleaned, not cut) and the generated report."""
+    """A study: its images, the name of each view, the reference (cleaned, not cut) and the generated report.
+
+    ``captions``, where there are any, are shown in the reference's place.
+    """
 
     id: str
     images: Sequence[Image.Image]
     views: Sequence[str]
     reference: str
     generated: str
+    captions: Sequence[str] = ()
 
 
 def write_report(
@@ -53,13 +57,15 @@ def write_report(
     classes: Mapping[str, Sequence[Mapping[str, Any]]], meteor_error: str | None, history: History,
     best_epoch: int | None, variety: Mapping[str, Mapping[str, Any]], warnings: Sequence[str],
     samples: Iterable[Sample], flags: Mapping[str, Any], provenance: Mapping[str, Any],
+    references: Mapping[str, str] = REPORTS, tokenisation: str = "",
 ) -> None:
     """Write the page with mode 0600. InputError where it cannot be written.
 
     ``scores``: the model's rows and the floors'. ``classes``: a labeler to its modules.clinical_scores.class_table.
     ``history``: see modules.plots. ``variety``: a name ("generated",
     "references", ...) to its modules.diversity.collapse_statistics. ``samples`` may be a generator: one study's images
-    are held at a time. ``flags`` and ``provenance`` are shown as they are, nested ones flattened.
+    are held at a time. ``references``: what the tables call each form of them. ``flags`` and ``provenance`` are shown
+    as they are, nested ones flattened.
     """
     style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -69,9 +75,9 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         title=title, subtitle=subtitle, synthetic=synthetic, warnings=warnings, style=Markup(style),
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        written=time.strftime("%Y-%m-%d %H:%M"), tiles=score_tiles(scores), tables=score_tables(scores),
+        written=time.strftime("%Y-%m-%d %H:%M"), tiles=score_tiles(scores), tables=score_tables(scores, references),
         class_tables=class_tables(classes), has_intervals=any(row.intervals for row in scores),
-        meteor_error=meteor_error, variety=_variety(variety),
+        meteor_error=meteor_error, tokenisation=tokenisation, variety=_variety(variety),
         figures=[(PANEL_TITLES[name], data_uri(png, "image/png")) for name, png in figures.items()],
         samples=[_sample(sample) for sample in tqdm(samples, desc="report page", leave=False, disable=None)],
         settings=[("Flags", _flatten(flags)), ("Provenance", _flatten(provenance))])
@@ -94,7 +100,10 @@ def thumbnail(image: Image.Image) -> bytes:
 
 
 def _sample(sample: Sample) -> dict[str, Any]:
-    reference, generated = compare_sentences(sample.reference, sample.generated)
+    if sample.captions:
+        reference, generated = compare_captions(sample.captions, sample.generated)
+    else:
+        reference, generated = compare_sentences(sample.reference, sample.generated)
     shared = sum(sentence.shared for sentence in generated)
     if shared == len(reference) == len(generated):
         agreement = "same"
@@ -103,8 +112,10 @@ def _sample(sample: Sample) -> dict[str, Any]:
     views = [*sample.views, *[""] * (len(sample.images) - len(sample.views))]
     images = [{"uri": data_uri(thumbnail(image), "image/jpeg"), "view": view or f"view {number}"}
               for number, (image, view) in enumerate(zip(sample.images, views, strict=False), start=1)]
+    texts = " ".join(sample.captions) or sample.reference
     return {"id": sample.id, "images": images, "agreement": agreement, "shared": shared,
-            "sides": [_side("reference", reference, sample.reference), _side("generated", generated, sample.generated)]}
+            "what": "captions" if sample.captions else "reference sentences",
+            "sides": [_side("reference", reference, texts), _side("generated", generated, sample.generated)]}
 
 
 def _side(name: str, sentences: list[Sentence], report: str) -> dict[str, Any]:

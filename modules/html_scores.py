@@ -10,10 +10,11 @@ from modules.score_names import FULL
 _NAMES = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
 _CLINICAL_HEADLINE = "ce_rule_f1_micro_14_uncertain_negative_full"
 _HEADLINES = ("BLEU_4", "METEOR", "ROUGE_L", "CIDEr", _CLINICAL_HEADLINE)
-_REFERENCES = {
+REPORTS = {
     "": "References cut to the maximum length, as the R2Gen family scores (comparable with published figures)",
     FULL: "Full references (nothing cut, rare words kept)",
 }
+CAPTIONS = {"": "Against all captions of an image, as COCO's evaluation scores (comparable with published figures)"}
 _LABELERS = {"rule": "labels by rules", "chexbert": "labels by CheXbert"}
 _CLINICAL = {
     "precision_micro_14": "Precision, micro", "recall_micro_14": "Recall, micro", "f1_micro_14": "F1, micro",
@@ -59,10 +60,10 @@ def score_tiles(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
     return tiles
 
 
-def score_tables(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
-    """A table for either form of the references, then one for each labeler's clinical scores."""
+def score_tables(rows: Sequence[ScoreRow], references: Mapping[str, str] = REPORTS) -> list[dict[str, Any]]:
+    """A table for each form of the references, then one for each labeler's clinical scores."""
     tables = []
-    for suffix, caption in _REFERENCES.items():
+    for suffix, caption in references.items():
         names = [f"{name}{suffix}" for name in _NAMES]
         names += [name for row in rows for name in row.scores
                   if name.endswith(FULL) == bool(suffix) and not name.startswith("ce_")]

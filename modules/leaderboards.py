@@ -30,9 +30,32 @@ def write_exports(folder: str | Path, ids: Sequence[str], generated: Sequence[st
         key: {"model_prediction": report, "section_findings": reference, "section_impression": None}
         for key, report, reference in triples})
     write_results(folder / "captions.json", [
-        {"image_id": int(key) if key.isdecimal() else key, "caption": report} for key, report, _ in triples])
+        {"image_id": _coco_id(key), "caption": report} for key, report, _ in triples])
     for name, reports in (("predicted_reports.csv", generated), ("gt_reports.csv", references)):
         _write_csv(folder / name, [("study_id", "report"), *zip(ids, reports, strict=True)])
+
+
+def write_caption_exports(folder: str | Path, ids: Sequence[str], generated: Sequence[str],
+                          captions: Sequence[Sequence[str]]) -> None:
+    """Write N generated captions and all captions of their images, as the annotation has them, into ``folder``.
+
+    ``captions.json`` and ``references.json`` are the two files that COCO's evaluation reads; ``reports.json``: a list
+    of {id, report, references}.
+    """
+    folder, keys = Path(folder), [_coco_id(key) for key in ids]
+    texts = [(key, text) for key, several in zip(keys, captions, strict=True) for text in several]
+    write_results(folder / "captions.json", [
+        {"image_id": key, "caption": text} for key, text in zip(keys, generated, strict=True)])
+    write_results(folder / "references.json", {
+        "info": {}, "images": [{"id": key} for key in keys],
+        "annotations": [{"id": number, "image_id": key, "caption": text} for number, (key, text) in enumerate(texts)]})
+    write_results(folder / "reports.json", [
+        {"id": key, "report": report, "references": list(several)}
+        for key, report, several in zip(ids, generated, captions, strict=True)])
+
+
+def _coco_id(key: str) -> int | str:
+    return int(key) if key.isdecimal() else key
 
 
 def write_labelled(folder: str | Path, generated: Sequence[str], references: Sequence[str], labels: np.ndarray,

@@ -56,11 +56,17 @@ def write_results(path: str | Path, results: Mapping[str, Any] | Sequence[Any]) 
     write_private(path, json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_report_tables(folder: str | Path, generated: Sequence[str], references: Sequence[str]) -> None:
-    """Write res.csv (generated) and gts.csv (references) as R2Gen does: one report a row, no header, same order."""
+def write_report_tables(folder: str | Path, generated: Sequence[str],
+                        references: Sequence[str] | Sequence[Sequence[str]]) -> None:
+    """Write res.csv (generated) and gts.csv (references) as R2Gen does: one report a row, no header, same order.
+
+    Of several references each has a column; rows with fewer of them are filled up with empty cells.
+    """
     for name, reports in (("res.csv", generated), ("gts.csv", references)):
+        rows = [[report] if isinstance(report, str) else list(report) for report in reports]
+        width = max(map(len, rows), default=0)
         text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows([report] for report in reports)
+        csv.writer(text, lineterminator="\n").writerows([*row, *[""] * (width - len(row))] for row in rows)
         write_private(Path(folder) / name, text.getvalue())
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 # A full stop ends a sentence where white space or nothing follows: "1.5 cm" is none.
@@ -35,6 +36,17 @@ def compare_sentences(reference: str, generated: str) -> tuple[list[Sentence], l
             result.append(Sentence(text, left[key] > 0))
             left[key] -= 1
     return marked
+
+
+def compare_captions(captions: Sequence[str], generated: str) -> tuple[list[Sentence], list[Sentence]]:
+    """Mark the captions that say just what ``generated`` says, and whether there is one; case and stops do not count.
+
+    Each caption is one sentence of the first list, ``generated`` the only one of the second.
+    """
+    wanted = _key(generated.rstrip(" ."))
+    marked = [Sentence(text.strip().removesuffix("."), _key(text.strip(" .")) == wanted) for text in captions]
+    found = [Sentence(generated, any(sentence.shared for sentence in marked))] if generated else []
+    return marked, found
 
 
 def _key(sentence: str) -> str:

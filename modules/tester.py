@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.captions import collapse_repeats
 from modules.decoding import DecodingOptions
 from modules.score_names import tagged
 
@@ -41,17 +42,18 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 class Tester:
     """Writes reports with a trained objective's backbone and scores them.
 
-    ``clean`` maps a raw report to its cleaned text; ``score(references, full_references, generated)`` returns the
-    metrics by name; ``progress(iterable, description)`` shows a bar. ``score_tag`` becomes part of the names of all
-    scores.
+    ``clean`` maps a raw report to its cleaned text; ``score(predictions)`` returns the metrics by name;
+    ``progress(iterable, description)`` shows a bar. ``score_tag`` becomes part of the names of all scores.
+    ``collapse_repeats`` writes a word that immediately repeats itself once.
     """
 
     def __init__(self, objective: nn.Module, *, tokenizer: Any, decoding: DecodingOptions, device: torch.device,
-                 precision: str, clean: Callable[[str], str], score: Callable[[list, list, list], Mapping],
-                 progress: Callable[[Iterable, str], Iterable], score_tag: str = ""):
+                 precision: str, clean: Callable[[str], str], score: Callable[[Predictions], Mapping],
+                 progress: Callable[[Iterable, str], Iterable], score_tag: str = "", collapse_repeats: bool = False):
         self.objective, self.tokenizer, self.decoding = objective, tokenizer, decoding
         self.device, self.precision = device, precision
         self.clean, self.score, self.progress, self.score_tag = clean, score, progress, score_tag
+        self.collapse_repeats = collapse_repeats
 
     @torch.inference_mode()
     def predict(self, loader: Iterable, description: str) -> Predictions:
@@ -77,7 +79,8 @@ class Tester:
 
     def _collect(self, found: Predictions, batch: Any, tokens: Tensor) -> None:
         found.ids += batch.ids
-        found.generated += self.tokenizer.decode_batch(tokens.tolist())  # (B, L): the likeliest of each study
+        generated = self.tokenizer.decode_batch(tokens.tolist())  # (B, L): the likeliest of each study
+        found.generated += map(collapse_repeats, generated) if self.collapse_repeats else generated
         found.references += self.tokenizer.decode_batch(batch.positive.tokens[:, 1:].tolist())
         found.full_references += [self.clean(report) for report in batch.reports]
         found.reports += batch.reports
@@ -85,7 +88,7 @@ class Tester:
     def evaluate(self, loader: Iterable, description: str) -> tuple[dict[str, float | None], Predictions]:
         """Metrics by name, ``nll`` among them, and the predictions that they were computed from."""
         found = self.predict(loader, description)
-        scores = dict(self.score(found.references, found.full_references, found.generated))
+        scores = dict(self.score(found))
         scores["nll"] = mean_nll(found)
         return {tagged(name, self.score_tag): value for name, value in scores.items()}, found
 

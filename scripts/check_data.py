@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.annotations import Annotation, Study, read_annotation
+from modules.captions import split_captions
 from modules.config import Config
 from modules.errors import InputError, Problem, run_entry_point
 from modules.flags import build_parser, resolve_config, settle_flags
@@ -139,6 +140,25 @@ def check_images(config: Config, annotation: Annotation, findings: Findings, has
         findings.leak("equal images in two splits", "the content of image", leaks, config.image_dir)
 
 
+def check_detections(config: Config, annotation: Annotation, findings: Findings) -> None:
+    """The detection features of every image: there, and of one width."""
+    from modules.detection_features import detections_of
+    from modules.progress import Bar
+
+    file = config.detection_features
+    reader = findings.attempt("detection features cannot be read", file,
+                              lambda: detections_of(file, annotation.splits, config.max_detections))
+    if reader is None:
+        return
+    detections = []
+    for path in Bar(list(reader.ids), "detection features"):
+        found = findings.attempt("image has no detection features", path, lambda path=path: reader(path))
+        if found is not None:
+            detections.append(int((found != 0).any(dim=1).sum()))
+    findings.statistics["detections"] = {"images": len(detections), "width": reader.shape[1],
+                                         "per_image": sum(detections) / max(len(detections), 1)}
+
+
 def image_statistics(found: "list[ImageFacts]", image_size: int) -> dict[str, Any]:
     """Sizes and modes of the images that can be read."""
     from modules.data_statistics import quantiles
@@ -208,15 +228,19 @@ def check(config: Config, hashed: bool) -> Findings:
     annotation = check_annotation(config, findings)
     if annotation is None:
         return findings
+    samples = split_captions(annotation) if config.captioning else annotation
     if annotation.splits["train"]:
-        check_reports(config, annotation, findings)
+        check_reports(config, samples, findings)
     if config.negative_index:
-        check_index(config, annotation, findings)
+        check_index(config, samples, findings)
     if config.model_name in MODELS and MODELS[config.model_name].needs_labels:
         check_labels(config, annotation, findings)
         if config.init_protypes_path:
             check_prototypes(config, findings)
-    check_images(config, annotation, findings, hashed)
+    if config.detection_features:
+        check_detections(config, annotation, findings)
+    else:
+        check_images(config, annotation, findings, hashed)
     return findings
 
 

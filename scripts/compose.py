@@ -1,7 +1,7 @@
 """Builds the parts of a run from its Config: the one place, with main_* and the other scripts, that sees all of it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ from torch import nn
 
 from models import MODELS, Backbone, build_model
 from modules.annotations import Annotation, Study, read_annotation
+from modules.captions import split_captions
 from modules.config import Config
 from modules.datasets import MAX_VIEWS, EpochLoader, ReportDataset, build_loader
 from modules.decoding import DecodingOptions
+from modules.detection_features import DetectionExtractor, DetectionFeatures, detections_of
 from modules.environment import check_precision, choose_device
 from modules.errors import InputError
 from modules.feature_cache import FeatureCache
@@ -39,7 +41,8 @@ class Data:
     strategy: str  # of the objective; "off" for the plain backbone, and where nothing is trained
     index: HardNegativeIndex | None
     trained_with: str  # strategy that the weights were, or are being, trained with
-    features: FeatureCache | None = None  # --feature_cache: what a frozen visual extractor saw in every image
+    # What the data set has in the place of images: of --feature_cache or --detection_features.
+    features: FeatureCache | DetectionFeatures | None = None
     labels: LabelTable | None = None  # where the backbone is trained with labels, or generates from given ones
 
 
@@ -65,6 +68,11 @@ def read_data(config: Config, *, tokenizer: AnyTokenizer | None = None, trained_
     ``trained_with`` names the strategy of a checkpoint that is only tested: no hard negatives are needed then.
     """
     annotation = read_annotation(config.ann_path)
+    detections = None
+    if config.detection_features:
+        detections = detections_of(config.detection_features, annotation.splits, config.max_detections)
+    if config.captioning:
+        annotation = split_captions(annotation)
     if tokenizer is None:
         reports = [study.report for study in annotation.splits["train"]]
         tokenizer = build_tokenizer(config, reports, on_gpt2="gpt2_layers" in _backbone_class(config).flags)
@@ -78,7 +86,7 @@ def read_data(config: Config, *, tokenizer: AnyTokenizer | None = None, trained_
         logger.warning("--xpronet_labels reference: reports are generated from labels that come from the reference "
                        "reports; every score of this run is named *_%s and is none of a model that sees images only",
                        score_tag(config))
-    return Data(annotation, tokenizer, strategy, index, trained_with or strategy, labels=labels)
+    return Data(annotation, tokenizer, strategy, index, trained_with or strategy, detections, labels)
 
 
 def _backbone_class(config: Config) -> type[Backbone]:
@@ -140,7 +148,10 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
 
 def build_objective(config: Config, data: Data, device: torch.device, *, pretrained: bool) -> Objective:
     """Backbone and losses, on ``device``."""
-    extractor = build_extractor(config, device, pretrained=pretrained)
+    if isinstance(data.features, DetectionFeatures):
+        extractor: nn.Module = DetectionExtractor(*data.features.shape)
+    else:
+        extractor = build_extractor(config, device, pretrained=pretrained)
     backbone = build_backbone(config, extractor, data.tokenizer, pretrained=pretrained)
     objective = Objective(
         backbone,
@@ -202,17 +213,18 @@ def cache_features(config: Config, data: Data, extractor: VisualExtractor, devic
 
 
 def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extractor: nn.Module,
-                  negatives: bool = False) -> ReportDataset:
-    """One split; ``augment`` takes the training transform, ``negatives`` adds each sample's hard negative."""
-    look = {"size": config.image_size, "mean": extractor.mean, "std": extractor.std}
+                  negatives: bool = False, studies: Sequence[Study] | None = None) -> ReportDataset:
+    """One split, or the given ``studies`` of it; ``augment`` takes the training transform, ``negatives`` adds each
+    sample's hard negative.
+    """
     if data.features is not None:
         transform = data.features
-    elif augment:
-        transform = train_transform(**look, resize=round(config.image_size * RESIZE_PER_CROP), flip=config.flip)
     else:
-        transform = eval_transform(**look)
+        look = {"size": config.image_size, "mean": extractor.mean, "std": extractor.std}
+        resize = round(config.image_size * RESIZE_PER_CROP)
+        transform = train_transform(**look, resize=resize, flip=config.flip) if augment else eval_transform(**look)
     neighbours = data.index.neighbours if negatives and data.index is not None else None
-    studies = data.annotation.splits[split]
+    studies = data.annotation.splits[split] if studies is None else studies
     if data.features is not None:
         source = data.features
     elif split == "train" and not augment:  # seen once per run: nothing to gain from keeping it
@@ -228,7 +240,7 @@ def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extr
         transform,
         max_seq_length=config.max_seq_length,
         views=config.views,
-        max_views=MAX_VIEWS[config.dataset_name],
+        max_views=1 if config.detection_features else MAX_VIEWS[config.dataset_name],
         seed=config.seed,
         neighbours=neighbours,
         num_neighbours=config.num_neighbours if data.strategy == "mochi" else 1,

@@ -28,6 +28,9 @@ def load_reporter(path: str, given: Mapping[str, Any]) -> Reporter:
         raise InputError(f"--load {path}: it holds no vocabulary and no settings, as published checkpoints do not; "
                          "make one of ours of it with scripts/convert_checkpoint.py")
     config = resolve_config(given, content["config"] | UNUSED)
+    if config.detection_features:
+        raise InputError(f"--load {path}: trained with --detection_features, which a new image does not have; train "
+                         "with a visual extractor to write captions of new images")
     if compose.score_tag(config):
         raise InputError(f"--load {path}: generates from the labels of a reference report (--xpronet_labels "
                          "reference), which a new image does not have; train with --xpronet_labels predicted")

@@ -2,23 +2,26 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from models import MODELS
 from modules.bootstrap import LEVEL, RESAMPLES
+from modules.captions import first_of_each_image
 from modules.config import Config
 from modules.datasets import ReportDataset
 from modules.diversity import collapse_statistics, collapse_warning
 from modules.environment import file_sha256, provenance
+from modules.errors import InputError
 from modules.floors import commonest_report_floor, nearest_image_floor
 from modules.html_report import Sample, ScoreRow, write_report
-from modules.images import ImageFolder
-from modules.leaderboards import write_exports, write_labelled
+from modules.html_scores import CAPTIONS, REPORTS
+from modules.leaderboards import write_caption_exports, write_exports, write_labelled
 from modules.objective import Objective
 from modules.progress import Bar
 from modules.records import append_record, write_report_tables, write_results
@@ -55,9 +58,10 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
         "test": {name: with_aliases(values) for name, values in scores.items()}, "intervals": scored.intervals,
         "intervals_are": f"percentile bootstrap over reports, {RESAMPLES} resamples, level {LEVEL:g}",
         "variety": variety | {MODEL: {tagged(name, tag): value for name, value in variety[MODEL].items()}},
-        "clinical_classes": classes, "meteor_error": scoring.metrics.meteor_error,
+        "tokenisation": scoring.tokenisation, "clinical_classes": classes, "meteor_error": scoring.metrics.meteor_error,
         "synthetic": data.annotation.synthetic, "config": dataclasses.asdict(config), "provenance": run})
-    _write_files(folder, found, scored)
+    captions = [scoring.captions(sample) for sample in found.ids] if config.captioning else None
+    _write_files(folder, found, scored, captions)
     append_record(config.record_dir, config.dataset_name, epoch=best_epoch, seed=config.seed, val=validation,
                   test=_recorded(scores[MODEL], tag), extra=_record(config, data))
     write_report(
@@ -68,7 +72,8 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
         meteor_error=scoring.metrics.meteor_error, history=history, best_epoch=best_epoch or None,
         variety={f"{name} ({tag})" if tag and name == MODEL else name: values for name, values in variety.items()},
         warnings=[line for line in (collapse_warning(variety[MODEL]),) if line],
-        samples=_samples(loader.dataset, image_folder(config), found, config.report_samples),
+        references=CAPTIONS if captions else REPORTS, tokenisation=scoring.tokenisation,
+        samples=_samples(loader.dataset, _image_reader(config), found, captions, config.report_samples),
         flags=dataclasses.asdict(config), provenance=run)
     logger.info("results in %s: report.html, results.json, res.csv, gts.csv, statistics.npz, exports/", folder)
 
@@ -82,10 +87,13 @@ def input_files(config: Config) -> dict[str, str]:
     return {name: digest for name, path in paths.items() if (digest := file_sha256(path))}
 
 
-def _write_files(folder: Path, found: Predictions, scored: Scored) -> None:
+def _write_files(folder: Path, found: Predictions, scored: Scored, captions: Sequence[Sequence[str]] | None) -> None:
     """The reports as R2Gen and others read them, and what compares this run with another without scoring it again."""
-    write_report_tables(folder, found.generated, found.references)
-    write_exports(folder / "exports", found.ids, found.generated, found.reports)
+    write_report_tables(folder, found.generated, captions or found.references)
+    if captions:
+        write_caption_exports(folder / "exports", found.ids, found.generated, captions)
+    else:
+        write_exports(folder / "exports", found.ids, found.generated, found.reports)
     if labels := scored.labels.get(RULE):
         write_labelled(folder / "exports", found.generated, found.references, labels[MODEL], labels["references"])
     save_statistics(folder / "statistics.npz", scored.statistics)
@@ -93,18 +101,24 @@ def _write_files(folder: Path, found: Predictions, scored: Scored) -> None:
 
 def _floors(config: Config, data: compose.Data, objective: Objective, device: torch.device,
             found: Predictions) -> dict[str, list[str]]:
-    """What needs no decoder: the commonest training report, and the report of the training image most alike."""
+    """What needs no decoder: the commonest training report, and the report of the training image most alike.
+
+    Of an image's captions the commonest is sought among all, and the first stands for the image.
+    """
     if not config.floors:
         return {}
-    extractor = objective.backbone.visual_extractor
-    dataset = compose.build_dataset(config, data, "train", augment=False, extractor=extractor)
+    extractor, studies = objective.backbone.visual_extractor, data.annotation.splits["train"]
+    dataset = compose.build_dataset(config, data, "train", augment=False, extractor=extractor,
+                                    studies=first_of_each_image(studies) if config.captioning else studies)
     ids, features = _pooled_features(objective, compose.build_split_loader(config, dataset, device, shuffle=False),
                                      device, config.precision)
     texts = [cut_report(study.report, data.tokenizer, config.max_seq_length) for study in dataset.studies]
     # By id: where an image was unreadable, another sample stands in.
     by_id = {dataset.sample_id(index): texts[row] for index, (row, _) in enumerate(dataset.samples)}
     per_sample = [by_id[sample] for sample in ids]
-    return {COMMONEST: commonest_report_floor(per_sample, len(found.ids)),
+    every = ([cut_report(study.report, data.tokenizer, config.max_seq_length) for study in studies]
+             if config.captioning else per_sample)
+    return {COMMONEST: commonest_report_floor(every, len(found.ids)),
             NEAREST: nearest_image_floor(features.numpy(), per_sample, found.visual_features.numpy())}
 
 
@@ -178,7 +192,22 @@ def _log(scores: Mapping[str, Mapping], tag: str, variety: Mapping[str, Any], me
         logger.warning("METEOR is missing: %s", meteor_error)
 
 
-def _samples(dataset: ReportDataset, folder: ImageFolder, found: Predictions, count: int) -> Iterator[Sample]:
+def _image_reader(config: Config) -> Callable[[str], Image.Image | None]:
+    """Reads an image; with detection features, where images need not be there, None for one that cannot be read."""
+    if not config.detection_features:
+        return image_folder(config)
+
+    def read(path: str) -> Image.Image | None:
+        try:
+            return image_folder(config)(path)
+        except InputError:
+            return None
+
+    return read
+
+
+def _samples(dataset: ReportDataset, read: Callable[[str], Image.Image | None], found: Predictions,
+             captions: Sequence[Sequence[str]] | None, count: int) -> Iterator[Sample]:
     """``count`` samples spread evenly over the split, with their images."""
     total = len(found.ids)
     # By id: where an image was unreadable, another sample stands in.
@@ -188,6 +217,7 @@ def _samples(dataset: ReportDataset, folder: ImageFolder, found: Predictions, co
         row, view = rows[found.ids[index]]
         study = dataset.studies[row]
         chosen = [view] if dataset.separate else range(min(dataset.num_views, len(study.image_paths)))
-        yield Sample(id=found.ids[index], images=[folder(study.image_paths[v]) for v in chosen],
-                     views=[study.views[v] for v in chosen], reference=found.full_references[index],
-                     generated=found.generated[index])
+        images = [(image, study.views[v]) for v in chosen if (image := read(study.image_paths[v])) is not None]
+        yield Sample(id=found.ids[index], images=[image for image, _ in images], views=[view for _, view in images],
+                     reference=found.full_references[index], generated=found.generated[index],
+                     captions=captions[index] if captions else ())

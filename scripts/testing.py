@@ -41,7 +41,7 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
         dataset.check_files(dataset.read_image)
     loader = compose.build_split_loader(config, dataset, device, shuffle=False)
     history = _history(content, Path(path).parent) if ours else []
-    with Scoring(config, device) as scoring, contextlib.closing(loader):
+    with Scoring(config, device, (dataset,)) as scoring, contextlib.closing(loader):
         tester = build_tester(config, data.tokenizer, objective, device, scoring)
         test_and_write(config, data, objective, device, tester=tester, loader=loader, scoring=scoring, folder=folder,
                        history=history, best_epoch=int(content.get("epoch") or 0))

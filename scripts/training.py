@@ -88,7 +88,7 @@ def _train_and_test(config: Config, source: resuming.Source | None, folder: Chec
     with contextlib.ExitStack() as opened:
         for loader in loaders.values():
             opened.callback(loader.close)
-        scoring = opened.enter_context(Scoring(config, device))
+        scoring = opened.enter_context(Scoring(config, device, (datasets["val"], datasets["test"])))
         tester = build_tester(config, data.tokenizer, objective, device, scoring)
         trainer = _trainer(config, data, objective, device, loaders, tester, folder, stop)
         if source is not None:
@@ -128,9 +128,10 @@ def build_tester(config: Config, tokenizer: Tokenizer, objective: Objective, dev
         device=device,
         precision=config.precision,
         clean=lambda report: clean_report(report, tokenizer.cleaner),
-        score=lambda references, _, generated: scoring.validation(references, generated),
+        score=scoring.validation,
         progress=Bar,
         score_tag=compose.score_tag(config),
+        collapse_repeats=config.collapse_repeats,
     )
 
 

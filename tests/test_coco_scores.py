@@ -24,17 +24,20 @@ CAPTIONS = {
 GENERATED = {5: "a dog running on the beach", 17: "a a table with with two pizzas", 30: ""}
 
 
-def coco_evaluation(captions, generated, tmp_path, monkeypatch):
-    """The scores of pycocoevalcap's COCOEvalCap, without SPICE, whose models it would download."""
+class LeftOut:
+    """A scorer that costs nothing: SPICE would download its models."""
+
+    def method(self):
+        return "left out"
+
+    def compute_score(self, references, _):
+        return 0.0, [0.0] * len(references)
+
+
+def coco_evaluation(captions, generated, tmp_path, monkeypatch, left_out=("SPICE",)):
+    """The scores of pycocoevalcap's COCOEvalCap but those of ``left_out``."""
     from pycocoevalcap import eval as evaluation
     from pycocotools.coco import COCO
-
-    class NoSpice:
-        def method(self):
-            return "SPICE"
-
-        def compute_score(self, references, _):
-            return 0.0, [0.0] * len(references)
 
     rows = [(image, text) for image, texts in captions.items() for text in texts]
     (tmp_path / "references.json").write_text(json.dumps({
@@ -44,12 +47,14 @@ def coco_evaluation(captions, generated, tmp_path, monkeypatch):
     }))
     (tmp_path / "results.json").write_text(json.dumps(
         [{"image_id": image, "caption": text} for image, text in generated.items()]))
-    monkeypatch.setattr(evaluation, "Spice", NoSpice)
+    for name in left_out:
+        monkeypatch.setattr(evaluation, name.capitalize(), LeftOut)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(tmp_path / "references.json"))
         official = evaluation.COCOEvalCap(truth, truth.loadRes(str(tmp_path / "results.json")))
         official.evaluate()
-    return {name.replace("Bleu", "BLEU"): float(value) for name, value in official.eval.items() if name != "SPICE"}
+    return {name.replace("Bleu", "BLEU"): float(value) for name, value in official.eval.items()
+            if name not in left_out}
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="pycocoevalcap asks for a java on the PATH")

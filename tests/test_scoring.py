@@ -59,7 +59,7 @@ def test_validation_labels_reports_only_where_the_best_model_is_chosen_by_it():
     key = "ce_rule_f1_example_14_uncertain_negative"
     for metric, wanted in ((key, True), ("BLEU_4", False)):
         with Scoring(Config(meteor=False, monitor_metric=metric), torch.device("cpu")) as scoring:
-            scores = scoring.validation(FULL_REFERENCES, GENERATED)
+            scores = scoring.validation(Predictions(generated=GENERATED, references=FULL_REFERENCES))
         assert (key in scores) == wanted and "BLEU_4" in scores
         # Report 1: No Finding on both sides, 1. Report 2: edema, of edema and effusion, 2/3. Report 3: 0.
         assert scores.get(key, 5 / 9) == pytest.approx(5 / 9)
