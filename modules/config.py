@@ -262,9 +262,9 @@ def _check_together(config: Config) -> None:
     if config.image_cache and config.feature_cache:
         raise InputError(f"--image_cache {config.image_cache}: stored features leave no image to read; give it or "
                          "--feature_cache, not both")
-    if config.detection_features and config.feature_cache:
-        raise InputError(f"--feature_cache {config.feature_cache}: with --detection_features there is no visual "
-                         "extractor; leave one of them out")
+    if config.detection_features and (config.feature_cache or config.image_cache):
+        raise InputError(f"--{'feature' if config.feature_cache else 'image'}_cache: with --detection_features no image "
+                         "is looked at; leave one of them out")
     if config.detection_features and config.views == "separate":
         raise InputError("--views separate: --detection_features has one set of features per record; leave it out")
     if config.captioning and (config.chexbert_path or config.radgraph_path):

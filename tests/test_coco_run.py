@@ -113,7 +113,7 @@ def test_features_of_a_frozen_extractor_are_stored_once_per_image(train, tmp_pat
     (["--detection_features", "README.md"], "--detection_features README.md: cannot be read"),
     (["--detection_features", "x.hdf5", "--views", "separate"], "one set of features per record"),
     (["--detection_features", "x.hdf5", "--freeze_visual_extractor", "true", "--feature_cache", "x"],
-     "there is no visual extractor"),
+     "--feature_cache: with --detection_features no image"),
     (["--radgraph_path", "x"], "--radgraph_path: scores radiology reports"),
     (["--monitor_metric", "ce_rule_f1_micro_14_uncertain_negative"], "a radiology data set"),
 ])
