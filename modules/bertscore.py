@@ -35,9 +35,11 @@ class BertScore:
             raise InputError(f"--bertscore_path {path}: a folder with an encoder's config.json, weights and tokeniser "
                              "is needed")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-            self._model, report = AutoModel.from_pretrained(path, local_files_only=True, weights_only=True,
-                                                            dtype=torch.float32, output_loading_info=True)
+            # Not said, trust_remote_code would be asked for in the terminal.
+            options = {"local_files_only": True, "trust_remote_code": False}
+            self._tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            self._model, report = AutoModel.from_pretrained(path, **options, weights_only=True, dtype=torch.float32,
+                                                            output_loading_info=True)
         except Exception as error:  # damaged files surface as whatever their readers raise
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"--bertscore_path {path}: cannot be loaded: {reason}") from error

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from modules.clinical_rules import CLASSES
 from modules.errors import InputError
+from modules.input_files import refuse_archive_bomb
 
 # The order of the heads, and what the classes of a head stand for: blank, positive, negative, uncertain.
 CONDITIONS = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
@@ -80,6 +81,7 @@ class Chexbert(nn.Module):
 def _read_weights(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise InputError(f"--chexbert_path {path}: no such file; CheXbert's chexbert.pth is needed")
+    refuse_archive_bomb(path, "--chexbert_path")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises whatever the damaged bytes lead it to
@@ -88,6 +90,9 @@ def _read_weights(path: str) -> dict[str, Tensor]:
     weights = content.get("model_state_dict") if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
         raise InputError(f"--chexbert_path {path}: has no model_state_dict, as CheXbert's checkpoint has")
+    if not all(isinstance(key, str) and isinstance(value, Tensor) and value.layout is torch.strided
+               for key, value in weights.items()):
+        raise InputError(f"--chexbert_path {path}: its model_state_dict holds other things than dense tensors by name")
     # It was saved from several GPUs, under the wrapper's names.
     named = {key.removeprefix("module."): value for key, value in weights.items()}
     return {key: value for key, value in named.items() if not key.startswith(_UNUSED)}

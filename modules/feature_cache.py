@@ -30,7 +30,7 @@ class FeatureCache:
     def __call__(self, path: str) -> Tensor:
         """Features (S, C) float32 of the image at ``path``."""
         if self._features is None:  # each loader process maps the file itself
-            self._features = np.load(self.file, mmap_mode="r")
+            self._features = np.load(self.file, mmap_mode="r", allow_pickle=False)
         return torch.from_numpy(np.array(self._features[self.rows[path]]))
 
     def __getstate__(self) -> dict:
@@ -72,7 +72,19 @@ def build_feature_cache(folder: Path, images: ImageFolder, paths: Sequence[str],
                              f"{4 * len(paths) * shape[0] * shape[1] / 2**30:.1f} GiB") from error
         finally:
             temporary.unlink(missing_ok=True)
+    _require_whole(file, (len(paths), *shape))
     return FeatureCache(file, rows, images, shape)
+
+
+def _require_whole(file: Path, shape: tuple[int, int, int]) -> None:
+    try:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"--feature_cache: {file} is damaged ({' '.join(str(error).split())[:150]}); delete it, and "
+                         "it is made anew") from error
+    if found.shape != shape or found.dtype != np.float32:
+        raise InputError(f"--feature_cache: {file} holds {found.dtype} of shape {found.shape}, expected float32 of "
+                         f"{shape}; delete it, and it is made anew")
 
 
 def _key(images: ImageFolder, paths: Sequence[str], extractor: nn.Module, transform: Transform) -> str:

@@ -1,10 +1,13 @@
-"""Opens files that a flag names: what would block or never end is refused before it is read."""
+"""Files that a flag names: what would block, never end or unpack to more than memory holds is refused unread."""
 
 import errno
 import os
 import stat
+import zipfile
 from pathlib import Path
 from typing import BinaryIO
+
+from modules.errors import InputError
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -17,3 +20,22 @@ def open_regular(path: str | Path) -> BinaryIO:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
+def refuse_archive_bomb(path: str | Path, flag: str) -> None:
+    """InputError where a file that torch is to read is a zip archive whose members are larger than the file itself.
+
+    torch.save stores members as they are, but torch.load unpacks compressed ones too, whatever they grow to.
+    """
+    try:
+        with open_regular(path) as file:
+            if file.read(4) != b"PK\x03\x04":
+                return
+            with zipfile.ZipFile(file) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+            largest = os.fstat(file.fileno()).st_size
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # the reader itself says what is wrong with it
+    if size > largest:
+        raise InputError(f"{flag} {path}: refused, an archive of {largest} bytes that unpacks to {size}; torch.save "
+                         "writes no compressed ones")

@@ -120,10 +120,10 @@ def _pickled_labels(path: str | Path, note: Callable[[Problem], None]) -> dict[s
     labels = {}
     for key, values in read_pickled_arrays(path).items():
         if values.shape != (len(CLASSES),):
-            note(Problem("labels of another shape", f"{path}: {key!r} has an array of shape {values.shape}, expected "
-                         f"{len(CLASSES)} labels", str(path), id=key))
+            note(Problem("labels of another shape", f"{path}: {key!r:.80} has an array of shape {values.shape}, "
+                         f"expected {len(CLASSES)} labels", str(path), id=key))
         elif not np.isin(values[~np.isnan(values)], (0, 1, -1)).all():
-            note(Problem("cell is no label", f"{path}: {key!r} has a label other than 1, 0, -1 or nan", str(path),
+            note(Problem("cell is no label", f"{path}: {key!r:.80} has a label other than 1, 0, -1 or nan", str(path),
                          id=key))
         else:
             labels[key] = np.isin(values, (1, -1)).astype(np.float32)

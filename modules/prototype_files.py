@@ -1,5 +1,6 @@
 """Files of initial prototypes: ours with their provenance (safetensors), and the published ones (a torch tensor)."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.errors import InputError
+from modules.input_files import refuse_archive_bomb
 from modules.records import write_private
 
 FORMAT = "ithn-prototypes-1"
@@ -19,7 +21,8 @@ def save_prototypes(path: str | Path, prototypes: Tensor, classes: Sequence[str]
     from safetensors.torch import save
 
     header = {"format": FORMAT, "classes": json.dumps(list(classes)), "metadata": json.dumps(metadata)}
-    write_private(path, save({"prototypes": prototypes.contiguous()}, header))
+    prototypes = prototypes.contiguous()
+    write_private(path, save({"prototypes": prototypes}, header | {"sha256": _checksum(prototypes, header)}))
 
 
 def load_prototypes(path: str | Path, classes: Sequence[str], *, num_protype: int, d_img_ebd: int,
@@ -32,6 +35,7 @@ def load_prototypes(path: str | Path, classes: Sequence[str], *, num_protype: in
     if not Path(path).is_file():
         raise InputError(f"--init_protypes_path {path}: no such file; scripts/build_prototypes.py makes one, and an "
                          "empty name draws the prototypes at random")
+    refuse_archive_bomb(path, "--init_protypes_path")
     try:
         with open(path, "rb") as file:
             ours = file.read(9)[8:] == b"{"  # safetensors: eight bytes of length, then JSON
@@ -40,7 +44,7 @@ def load_prototypes(path: str | Path, classes: Sequence[str], *, num_protype: in
         raise InputError(f"--init_protypes_path {path}: damaged, or holds more than a tensor ({type(error).__name__}); "
                          "it was not loaded") from error
     rows, width = len(classes) * num_protype, d_img_ebd + d_txt_ebd
-    if not isinstance(tensor, Tensor) or tensor.shape != (rows, width):
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.shape != (rows, width):
         shape = f" of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else ""
         raise InputError(f"--init_protypes_path {path}: holds a {type(tensor).__name__}{shape}, but --num_cluster "
                          f"{len(classes)} times --num_protype {num_protype} rows of --d_img_ebd {d_img_ebd} + "
@@ -50,6 +54,9 @@ def load_prototypes(path: str | Path, classes: Sequence[str], *, num_protype: in
         raise InputError(f"--init_protypes_path {path}: holds numbers that are not finite")
     if own_classes is None:
         return tensor
+    if sorted(own_classes) != sorted(classes):
+        raise InputError(f"--init_protypes_path {path}: its classes are {', '.join(map(str, own_classes))[:300]}; "
+                         f"expected {', '.join(classes)}")
     order = [own_classes.index(name) for name in classes]
     return tensor.unflatten(0, (len(classes), num_protype))[order].flatten(0, 1)
 
@@ -58,4 +65,18 @@ def _read_ours(path: str | Path) -> tuple[Tensor, list[str]]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor("prototypes"), json.loads(file.metadata()["classes"])
+        tensor, header = file.get_tensor("prototypes"), file.metadata()
+    checksum = header.pop("sha256", None)  # absent in files of earlier versions
+    if checksum is not None and checksum != _checksum(tensor, header):
+        raise ValueError("the content differs from its checksum")
+    classes = json.loads(header["classes"])
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise TypeError("classes are no list of names")
+    return tensor, classes
+
+
+def _checksum(tensor: Tensor, header: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(sorted(header.items()))).encode())
+    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

