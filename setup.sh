@@ -142,12 +142,20 @@ fingerprint() {
 }
 
 is_ready() {
-    local have
+    local have pin=$constraints
     [[ -x $venv/bin/python && -f $stamp && ! -e $unfinished ]] || return 1
     have=$(cat "$stamp")
-    # An environment with the test tools serves a call without --dev as well.
-    [[ $have == "$(fingerprint "${requirements[@]}")" || $have == "$(fingerprint "${all_requirements[@]}")" ]] || return 1
-    [[ -z $(missing_packages) ]]
+    # An environment with the test tools serves a call without --dev as well, and one with the V100's torch a machine
+    # without that GPU: a cluster's login node, a container.
+    for constraints in "$pin" "$root/constraints-v100.txt"; do
+        if [[ $have == "$(fingerprint "${requirements[@]}")" || $have == "$(fingerprint "${all_requirements[@]}")" ]]; then
+            constraints=$pin
+            [[ -z $(missing_packages) ]]
+            return
+        fi
+    done
+    constraints=$pin
+    return 1
 }
 
 find_uv() {

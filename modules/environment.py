@@ -68,7 +68,7 @@ def choose_device(name: str = "auto") -> "torch.device":
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        reason = _why_no_cuda(torch.__version__, torch.version.cuda)
+        reason = why_no_cuda(torch.__version__, torch.version.cuda)
         if name != "auto":
             raise InputError(f"--device {name}: {reason}")
         if shutil.which("nvidia-smi"):
@@ -81,7 +81,8 @@ def choose_device(name: str = "auto") -> "torch.device":
     return device
 
 
-def _why_no_cuda(version: str, cuda: str | None) -> str:
+def why_no_cuda(version: str, cuda: str | None) -> str:
+    """Why torch ``version``, built for ``cuda``, sees no GPU, and what to do."""
     if cuda is None:
         return f"torch {version} is a build without CUDA"
     if shutil.which("nvidia-smi") is None:

@@ -12,6 +12,18 @@ def download_encoder(name: str) -> Path:
     return download_model(name, flag="--text_encoder", otherwise="'--text_encoder tfidf' needs no weights")
 
 
+def cached_model(name: str) -> Path | None:
+    """Folder with the files of hub model ``name`` on this machine; None where they are not (all) here."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if _complete([path.name for path in folder.iterdir()]) else None
+
+
 def download_model(name: str, *, flag: str, otherwise: str) -> Path:
     """Folder with the files of hub model ``name``: from the local hub cache, or else downloaded into it.
 
@@ -20,19 +32,12 @@ def download_model(name: str, *, flag: str, otherwise: str) -> Path:
     ``otherwise``.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, local_files_only=True))
-        if _complete([path.name for path in folder.iterdir()]):
+        folder = cached_model(name)
+        if folder is not None:
             return folder
-    except LocalEntryNotFoundError:
-        pass
     except HFValidationError as error:
         raise InputError(f"{flag} {name}: neither a folder nor the id of a hub model (owner/name)") from error
     try:

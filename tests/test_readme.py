@@ -14,6 +14,7 @@ from modules.flags import build_parser, parse_flags, resolve_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCKER_FLAGS = {"--build", "--gpus", "--network", "--rm", "--shm"}  # up to a hyphen, as flags are looked for below
 SOURCE = re.compile(r"(?:\b(?:models|modules|scripts|tests|docs|data|benchmarks)/)?\w[\w/.-]*\.(?:py|sh|md|svg)\b")
 
 
@@ -65,7 +66,7 @@ def test_command_line(page, line, monkeypatch):
 
 
 def test_flags_exist(monkeypatch):
-    known = {"--help"}
+    known = {"--help"} | DOCKER_FLAGS
     programs = [path.stem for path in sorted((ROOT / "scripts").glob("*.py"))
                 if re.search(r"ArgumentParser\(|build_parser\(", path.read_text(encoding="utf-8"))]
     for parser in (build_parser("", ""), *(script_parser(program, monkeypatch) for program in programs)):

@@ -148,6 +148,7 @@ def test_setup_from_nothing_to_repair(project):
     assert "requirements-dev.txt" in project("--dev")[1]
     assert project()[1] == ""
     assert f"-c {project.folder}/constraints-v100.txt" in project("--v100")[1]
+    assert project()[1] == ""  # pinned on a machine with the GPU, used on one without
 
     # The environment of an interrupted run is not trusted.
     (project.folder / ".venv/.setup-unfinished").touch()
