@@ -10,6 +10,8 @@ RADIOLOGY = ("iu_xray", "mimic_cxr")
 CLINICAL_MONITORED = tuple(f"ce_rule_f1_{average}_14_uncertain_negative" for average in ("micro", "macro", "example"))
 MONITORED = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr", "nll", *CLINICAL_MONITORED)
 
+REWARDS = ("CIDEr", "BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "clinical_f1")
+
 
 def flag(default: Any, group: str, help: str, *, choices: tuple | None = None, low: float | None = None,
          high: float | None = None) -> Any:
@@ -173,6 +175,16 @@ class Config:
     clip_norm: float = flag(0.0, "optimisation", "clip the gradient's norm; 0 is off", low=0.0)
     clip_value: float = flag(0.0, "optimisation", "clip gradient values; 0 is off (R2Gen: 0.1)", low=0.0)
 
+    # ---- self-critical
+    self_critical: bool = flag(False, "self-critical", "second stage, from the weights of --load: a metric of sampled "
+                               "reports is maximised in place of the cross entropy (docs/SELF_CRITICAL.md)")
+    scst_reward: str = flag("CIDEr", "self-critical", "metric of a sampled report; CIDEr is CIDEr-D with the training "
+                            "split's document frequencies", choices=REWARDS)
+    scst_baseline: str = flag("greedy", "self-critical", "what a sample must exceed: its study's greedy report, or the "
+                              "mean of its samples", choices=("greedy", "mean"))
+    scst_samples: int = flag(5, "self-critical", "reports sampled per study", low=1)
+    scst_ce_weight: float = flag(0.0, "self-critical", "weight of the cross entropy that goes on beside it", low=0.0)
+
     # ---- run
     n_gpu: int = flag(1, "run", "GPUs; 0 trains on the CPU", low=0)
     device: str = flag("auto", "run", "auto, cpu, cuda or cuda:N")
@@ -183,7 +195,8 @@ class Config:
     seed: int = flag(9233, "run", "seed of weights, order and augmentation", low=0, high=2**63 - 1)
     resume: str = flag("", "run", "go on from this checkpoint; auto: from the latest valid one in --save_dir, or from "
                        "the start where there is none")
-    load: str = flag("", "run", "main_test.py: the checkpoint to test; our own brings its settings along")
+    load: str = flag("", "run", "main_test.py: the checkpoint to test; main_train.py: the weights that a new run "
+                     "starts from; our own brings its settings along")
 
     # ---- results
     save_dir: str = flag("results/iu_xray", "results", "folder of checkpoints and results")
@@ -278,6 +291,12 @@ def _check_together(config: Config) -> None:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
     if config.monitor_metric == "METEOR" and not config.meteor:
         raise InputError("--monitor_metric METEOR: needs --meteor true")
+    if config.self_critical and config.scst_baseline == "mean" and config.scst_samples < 2:
+        raise InputError("--scst_baseline mean: one sample is its own mean; give --scst_samples 2 or more")
+    if config.self_critical and config.compile:
+        raise InputError("--compile: not with --self_critical, whose steps generate reports; leave one of them out")
+    if config.scst_reward == "clinical_f1" and config.dataset_name not in RADIOLOGY:
+        raise InputError(f"--scst_reward clinical_f1: there are no clinical labels on {config.dataset_name}")
     if config.start_eval_epoch > config.epochs:
         raise InputError(f"--start_eval_epoch {config.start_eval_epoch}: no epoch of --epochs {config.epochs} would be "
                          "validated, so no best model could be chosen")

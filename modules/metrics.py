@@ -100,12 +100,12 @@ class Metrics:
         return {"ROUGE_L": float(rouge)}, {"ROUGE_L": each[:, None]}
 
     def _cider(self, references: list[list[str]], hypotheses: list[str]) -> _Part:
-        each = {"CIDEr": _cider(references, hypotheses, _document_frequencies(references), len(references))}
+        each = {"CIDEr": cider_scores(references, hypotheses, document_frequencies(references), len(references))}
         if self._train_reports is not None:
             if self._train_frequencies is None:
-                self._train_frequencies = _document_frequencies(_listed(self._train_reports))
+                self._train_frequencies = document_frequencies(_listed(self._train_reports))
             size = len(self._train_reports)
-            each["CIDEr_train_idf"] = _cider(references, hypotheses, self._train_frequencies, size)
+            each["CIDEr_train_idf"] = cider_scores(references, hypotheses, self._train_frequencies, size)
         return ({name: float(values.mean()) for name, values in each.items()},
                 {name: values[:, None] for name, values in each.items()})
 
@@ -150,7 +150,7 @@ def _listed(references: References) -> list[list[str]]:
             for texts in references]
 
 
-def _document_frequencies(references: list[list[str]]) -> Counter:
+def document_frequencies(references: list[list[str]]) -> Counter:
     """In how many images' references each n-gram occurs."""
     frequencies: Counter = Counter()
     for texts in references:
@@ -170,7 +170,9 @@ class _CorpusCider(CiderScorer):
         self.document_frequency = frequencies
 
 
-def _cider(references: list[list[str]], hypotheses: list[str], frequencies: Counter, corpus_size: int) -> np.ndarray:
+def cider_scores(references: list[list[str]], hypotheses: list[str], frequencies: Counter,
+                 corpus_size: int) -> np.ndarray:
+    """CIDEr-D (N,) of each hypothesis, with n-grams weighed by how many of ``corpus_size`` images have them."""
     scorer = _CorpusCider(frequencies, corpus_size)
     for texts, hypothesis in zip(references, hypotheses, strict=True):
         scorer += (hypothesis, texts)

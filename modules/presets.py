@@ -34,6 +34,8 @@ _MIMIC_CXR: dict[str, dict[str, Any]] = {
                 "cluster_order": "mimic_cxr"},
     "visualgpt": {"max_seq_length": 100, "threshold": 10},
 }
+# What --self_critical sets beneath the flags given, above the settings of the weights that it starts from.
+SELF_CRITICAL: dict[str, Any] = {"lr_ve": 1e-5, "lr_ed": 1e-5, "lr_scheduler": "constant", "monitor_metric": "CIDEr"}
 BACKBONES = tuple(_PUBLISHED)
 
 

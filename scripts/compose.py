@@ -151,14 +151,15 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
         raise InputError(str(error)) from error
 
 
-def build_objective(config: Config, data: Data, device: torch.device, *, pretrained: bool) -> Objective:
+def build_objective(config: Config, data: Data, device: torch.device, *, pretrained: bool,
+                    kind: type[Objective] = Objective) -> Objective:
     """Backbone and losses, on ``device``."""
     if isinstance(data.features, DetectionFeatures):
         extractor: nn.Module = DetectionExtractor(*data.features.shape)
     else:
         extractor = build_extractor(config, device, pretrained=pretrained)
     backbone = build_backbone(config, extractor, data.tokenizer, pretrained=pretrained)
-    objective = Objective(
+    objective = kind(
         backbone,
         strategy=data.strategy,
         variant=config.ithn_variant,

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from modules.bpe_tokenizer import BpeTokenizer, tokenizer_from_state
 from modules.checkpoint import TESTED, load_checkpoint, require_entries, require_resumable
 from modules.checkpoint_folder import BEST, CheckpointFolder
 from modules.config import Config
 from modules.errors import InputError
 from modules.flags import resolve_config
 from modules.objective import Objective
-from modules.tokenizers import Tokenizer
 from modules.trainer import Best, Trainer
 from scripts import compose
 
@@ -38,6 +38,12 @@ class Source:
     def settings(self) -> dict[str, Any]:
         """Its flags; a results folder may have been moved since, so it writes where the checkpoint lies."""
         return self.content["config"] | {"save_dir": str(self.path.parent), "resume": "", "load": ""}
+
+    @property
+    def tokenizer(self) -> compose.AnyTokenizer | None:
+        """Its byte pairs, whose files may be gone; words are made of the annotation anew, and compared."""
+        found = own_tokenizer(self.content, str(self.path))
+        return found if isinstance(found, BpeTokenizer) else None
 
 
 def save_dir(given: Mapping[str, Any]) -> str:
@@ -63,16 +69,17 @@ def find_source(given: Mapping[str, Any], folder: CheckpointFolder) -> Source | 
 def own_settings(content: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The flags in a checkpoint of ours that is tested: the results go where it lies."""
     require_entries(content, path, TESTED)
-    tokenizer = _tokenizer(content, path)
+    tokenizer = own_tokenizer(content, path)
     if content.get("vocabulary_sha256", tokenizer.sha256) != tokenizer.sha256:
         raise InputError(f"checkpoint {path}: its vocabulary was changed since it was written, so its words would be "
                          "wrong; take another copy")
     return content["config"] | {"save_dir": str(Path(path).parent), "resume": ""}
 
 
-def _tokenizer(content: Mapping[str, Any], path: str) -> Tokenizer:
+def own_tokenizer(content: Mapping[str, Any], path: str) -> compose.AnyTokenizer:
+    """The vocabulary in a checkpoint of ours."""
     try:
-        return Tokenizer.from_state(content["vocabulary"])
+        return tokenizer_from_state(content["vocabulary"])
     except InputError as error:
         raise InputError(f"checkpoint {path}: {error}") from error
 

@@ -26,7 +26,7 @@ from modules.stopping import Stop, Stopped
 from modules.tester import Tester
 from modules.tokenizers import Tokenizer, clean_report
 from modules.trainer import Trainer
-from scripts import compose, resuming
+from scripts import compose, resuming, starting
 from scripts.results import test_and_write
 from scripts.scoring import Scoring
 
@@ -44,8 +44,10 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], stop: Stop | 
     stop = stop or Stop()
     folder = CheckpointFolder(private_folder(resuming.save_dir(given)))
     with folder.locked():
-        source = resuming.find_source(given, folder)
-        config = resolve_config(given, source and source.settings)
+        source, start = resuming.find_source(given, folder), starting.find_start(given, folder)
+        config = resolve_config(given, source.settings if source else starting.stage_settings(
+            given, start.settings if start else {}))
+        starting.require_weights(config, source is not None or start is not None)
         private_folder(config.record_dir)  # rather now than after hours of work
         goes_on = source is not None and source.path.parent.resolve() == folder.path.resolve()
         aside = None if goes_on else folder.move_aside()
@@ -54,7 +56,7 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], stop: Stop | 
         folder.sweep()
         try:
             with explained(NEED_LESS_MEMORY):
-                _train_and_test(config, source, folder, stop)
+                _train_and_test(config, source, start, folder, stop)
         except Stopped as stopped:
             logger.info("ended by %s; go on with --resume auto --save_dir %s", stopped.name, folder.path)
             raise
@@ -74,12 +76,18 @@ def _log_start(given: Mapping[str, Any], ignored: Sequence[str], folder: Checkpo
         logger.info("--resume auto: no checkpoint in %s, training starts from the beginning", folder.path)
 
 
-def _train_and_test(config: Config, source: resuming.Source | None, folder: CheckpointFolder, stop: Stop) -> None:
+def _train_and_test(config: Config, source: resuming.Source | None, start: starting.Start | None,
+                    folder: CheckpointFolder, stop: Stop) -> None:
     device = compose.prepare_device(config)
-    data = compose.read_data(config)
-    objective = compose.build_objective(config, data, device, pretrained=source is None)
+    brought = source or start
+    data = compose.read_data(config, tokenizer=brought and brought.tokenizer)
+    objective = compose.build_objective(config, data, device, pretrained=brought is None,
+                                        kind=starting.objective_kind(config))
+    if start is not None:
+        compose.load_weights(objective, start.content["state_dict"], start.path)
     compose.cache_features(config, data, objective.backbone.visual_extractor, device)
     datasets = _datasets(config, data, objective)
+    starting.equip(config, data, objective, datasets["train"], folder.path)
     logger.info("%s on %s: %d training, %d validation and %d test samples, vocabulary %d, %s",
                 config.model_name, device, *map(len, datasets.values()), data.tokenizer.vocab_size,
                 "no ITHN" if data.strategy == "off" else f"ITHN ({config.ithn_variant}), strategy {data.strategy}")
