@@ -3,13 +3,12 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from modules.errors import InputError
+from modules.config_checks import check_field, check_together
 
 DATASETS = ("iu_xray", "mimic_cxr", "coco")
 RADIOLOGY = ("iu_xray", "mimic_cxr")
 CLINICAL_MONITORED = tuple(f"ce_rule_f1_{average}_14_uncertain_negative" for average in ("micro", "macro", "example"))
 MONITORED = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr", "nll", *CLINICAL_MONITORED)
-
 REWARDS = ("CIDEr", "BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "clinical_f1")
 
 
@@ -226,8 +225,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            _check_field(item.name, getattr(self, item.name), item.metadata)
-        _check_together(self)
+            check_field(item.name, getattr(self, item.name), item.metadata)
+        check_together(self)
 
     @property
     def released(self) -> bool:
@@ -248,62 +247,3 @@ class Config:
         """The value of a flag whose default depends on --ithn_variant."""
         value = getattr(self, name)
         return (released if self.released else paper) if value is None else value
-
-
-def _check_field(name: str, value: Any, metadata: Any) -> None:
-    choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
-    if choices is not None and value not in choices:
-        raise InputError(f"--{name} {value}: must be one of {', '.join(map(str, choices))}")
-    if value is None or (low is None and high is None):
-        return
-    if not (value == value and abs(value) != float("inf")):
-        raise InputError(f"--{name} {value}: must be a finite number")
-    if low is not None and value < low:
-        raise InputError(f"--{name} {value}: must be at least {low}")
-    if high is not None and value > high:
-        raise InputError(f"--{name} {value}: must be at most {high}")
-
-
-def _check_together(config: Config) -> None:
-    if config.d_model % config.num_heads:
-        raise InputError(f"--d_model {config.d_model} cannot be divided by --num_heads {config.num_heads}")
-    if config.d_model % 2:
-        raise InputError(f"--d_model {config.d_model}: must be even (sinusoidal positions come in pairs)")
-    if config.feature_cache and not config.freeze_visual_extractor:
-        raise InputError(f"--feature_cache {config.feature_cache}: only a visual extractor that stays as it is can be "
-                         "cached; add --freeze_visual_extractor true")
-    if config.image_cache and config.feature_cache:
-        raise InputError(f"--image_cache {config.image_cache}: stored features leave no image to read; give it or "
-                         "--feature_cache, not both")
-    if config.detection_features and (config.feature_cache or config.image_cache):
-        raise InputError(f"--{'feature' if config.feature_cache else 'image'}_cache: with --detection_features no image "
-                         "is looked at; leave one of them out")
-    if config.detection_features and config.views == "separate":
-        raise InputError("--views separate: --detection_features has one set of features per record; leave it out")
-    if config.captioning and (config.chexbert_path or config.radgraph_path):
-        raise InputError(f"--{'chexbert' if config.chexbert_path else 'radgraph'}_path: scores radiology reports, and "
-                         "--dataset_name coco has none")
-    if config.beam_size % config.group_size:
-        raise InputError(f"--beam_size {config.beam_size} cannot be divided by --group_size {config.group_size}")
-    if not all(0.0 <= beta < 1.0 for beta in config.adam_betas):
-        raise InputError(f"--adam_betas {config.adam_betas}: both must be in [0, 1)")
-    if config.monitor_metric in CLINICAL_MONITORED and not config.labels_by_rules:
-        raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
-    if config.monitor_metric == "METEOR" and not config.meteor:
-        raise InputError("--monitor_metric METEOR: needs --meteor true")
-    if config.self_critical and config.scst_baseline == "mean" and config.scst_samples < 2:
-        raise InputError("--scst_baseline mean: one sample is its own mean; give --scst_samples 2 or more")
-    if config.self_critical and config.compile:
-        raise InputError("--compile: not with --self_critical, whose steps generate reports; leave one of them out")
-    if config.scst_reward == "clinical_f1" and config.dataset_name not in RADIOLOGY:
-        raise InputError(f"--scst_reward clinical_f1: there are no clinical labels on {config.dataset_name}")
-    if config.start_eval_epoch > config.epochs:
-        raise InputError(f"--start_eval_epoch {config.start_eval_epoch}: no epoch of --epochs {config.epochs} would be "
-                         "validated, so no best model could be chosen")
-    for name in ("save_dir", "record_dir"):
-        if not getattr(config, name):
-            raise InputError(f"--{name} is empty: name a folder")
-    if config.n_gpu > 1:
-        raise InputError(f"--n_gpu {config.n_gpu}: this version trains in one process; use --n_gpu 1")
-    if config.ithn == "off" and config.released:
-        raise InputError("--ithn_variant released has no effect with --ithn off; leave one of them out")

@@ -58,7 +58,7 @@ def test_command_line(page, line, monkeypatch):
     if target.startswith(("main_", "run_iu", "run_mimic", "run_demo")):
         given, ignored = parse_flags(arguments, target, "")
         resolve_config(given)
-        assert not ignored, f"{page}: {line}"
+        assert not [note for note in ignored if "ignored" in note], f"{page}: {line}"
     elif target.startswith("scripts/"):
         parser = script_parser(Path(target).stem, monkeypatch)
         monkeypatch.setattr(sys, "argv", [target])

@@ -1,0 +1,82 @@
+"""What a Config refuses: values out of bounds, and flags that exclude one another."""
+
+from typing import Any
+
+from modules.errors import InputError
+
+
+def check_field(name: str, value: Any, metadata: Any) -> None:
+    """InputError for a value that is none of the choices or out of the bounds in its field's ``metadata``."""
+    choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
+    if choices is not None and value not in choices:
+        raise InputError(f"--{name} {value}: must be one of {', '.join(map(str, choices))}")
+    if value is None or (low is None and high is None):
+        return
+    if not (value == value and abs(value) != float("inf")):
+        raise InputError(f"--{name} {value}: must be a finite number")
+    if low is not None and value < low:
+        raise InputError(f"--{name} {value}: must be at least {low}")
+    if high is not None and value > high:
+        raise InputError(f"--{name} {value}: must be at most {high}")
+
+
+def check_together(config: Any) -> None:
+    """InputError for flags that exclude one another."""
+    _check_network(config)
+    _check_inputs(config)
+    _check_scores(config)
+    _check_stage(config)
+    for name in ("save_dir", "record_dir"):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is empty: name a folder")
+    if config.n_gpu > 1:
+        raise InputError(f"--n_gpu {config.n_gpu}: this version trains in one process; use --n_gpu 1")
+    if config.ithn == "off" and config.released:
+        raise InputError("--ithn_variant released has no effect with --ithn off; leave one of them out")
+
+
+def _check_network(config: Any) -> None:
+    if config.d_model % config.num_heads:
+        raise InputError(f"--d_model {config.d_model} cannot be divided by --num_heads {config.num_heads}")
+    if config.d_model % 2:
+        raise InputError(f"--d_model {config.d_model}: must be even (sinusoidal positions come in pairs)")
+    if config.beam_size % config.group_size:
+        raise InputError(f"--beam_size {config.beam_size} cannot be divided by --group_size {config.group_size}")
+    if not all(0.0 <= beta < 1.0 for beta in config.adam_betas):
+        raise InputError(f"--adam_betas {config.adam_betas}: both must be in [0, 1)")
+
+
+def _check_inputs(config: Any) -> None:
+    if config.feature_cache and not config.freeze_visual_extractor:
+        raise InputError(f"--feature_cache {config.feature_cache}: only a visual extractor that stays as it is can be "
+                         "cached; add --freeze_visual_extractor true")
+    if config.image_cache and config.feature_cache:
+        raise InputError(f"--image_cache {config.image_cache}: stored features leave no image to read; give it or "
+                         "--feature_cache, not both")
+    if config.detection_features and (config.feature_cache or config.image_cache):
+        cache = "feature" if config.feature_cache else "image"
+        raise InputError(f"--{cache}_cache: with --detection_features no image is looked at; leave one of them out")
+    if config.detection_features and config.views == "separate":
+        raise InputError("--views separate: --detection_features has one set of features per record; leave it out")
+
+
+def _check_scores(config: Any) -> None:
+    if config.captioning and (config.chexbert_path or config.radgraph_path):
+        raise InputError(f"--{'chexbert' if config.chexbert_path else 'radgraph'}_path: scores radiology reports, and "
+                         "--dataset_name coco has none")
+    if config.monitor_metric.startswith("ce_") and not config.labels_by_rules:
+        raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
+    if config.monitor_metric == "METEOR" and not config.meteor:
+        raise InputError("--monitor_metric METEOR: needs --meteor true")
+
+
+def _check_stage(config: Any) -> None:
+    if config.self_critical and config.scst_baseline == "mean" and config.scst_samples < 2:
+        raise InputError("--scst_baseline mean: one sample is its own mean; give --scst_samples 2 or more")
+    if config.self_critical and config.compile:
+        raise InputError("--compile: not with --self_critical, whose steps generate reports; leave one of them out")
+    if config.scst_reward == "clinical_f1" and config.captioning:
+        raise InputError(f"--scst_reward clinical_f1: there are no clinical labels on {config.dataset_name}")
+    if config.start_eval_epoch > config.epochs:
+        raise InputError(f"--start_eval_epoch {config.start_eval_epoch}: no epoch of --epochs {config.epochs} would be "
+                         "validated, so no best model could be chosen")
