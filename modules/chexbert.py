@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from modules.clinical_rules import CLASSES
 from modules.errors import InputError
-from modules.input_files import refuse_archive_bomb
+from modules.input_files import require_plain_archive
 
 # The order of the heads, and what the classes of a head stand for: blank, positive, negative, uncertain.
 CONDITIONS = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
@@ -40,7 +40,11 @@ class Chexbert(nn.Module):
         weights = _read_weights(path)
         config, self._tokenizer = _read_encoder(encoder)
         self._batch_size, self._max_length = batch_size, config.max_position_embeddings
-        self.bert = BertModel(config, add_pooling_layer=False)
+        try:
+            self.bert = BertModel(config, add_pooling_layer=False)
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # sizes that do not go together
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"--chexbert_encoder {encoder}: its config.json makes no BERT: {reason}") from error
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.linear_heads = nn.ModuleList(nn.Linear(config.hidden_size, size) for size in _SIZES)
         try:
@@ -81,7 +85,7 @@ class Chexbert(nn.Module):
 def _read_weights(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise InputError(f"--chexbert_path {path}: no such file; CheXbert's chexbert.pth is needed")
-    refuse_archive_bomb(path, "--chexbert_path")
+    require_plain_archive(path, "--chexbert_path")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises whatever the damaged bytes lead it to

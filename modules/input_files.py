@@ -22,8 +22,8 @@ def open_regular(path: str | Path) -> BinaryIO:
     raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
-def refuse_archive_bomb(path: str | Path, flag: str) -> None:
-    """InputError where a file that torch is to read is a zip archive whose members are larger than the file itself.
+def require_plain_archive(path: str | Path, flag: str) -> None:
+    """InputError where a file that torch is to read is a zip archive of code, or one with members larger than itself.
 
     torch.save stores members as they are, but torch.load unpacks compressed ones too, whatever they grow to.
     """
@@ -32,10 +32,13 @@ def refuse_archive_bomb(path: str | Path, flag: str) -> None:
             if file.read(4) != b"PK\x03\x04":
                 return
             with zipfile.ZipFile(file) as archive:
-                size = sum(member.file_size for member in archive.infolist())
-            largest = os.fstat(file.fileno()).st_size
+                members = archive.infolist()
+            present = os.fstat(file.fileno()).st_size
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return  # the reader itself says what is wrong with it
-    if size > largest:
-        raise InputError(f"{flag} {path}: refused, an archive of {largest} bytes that unpacks to {size}; torch.save "
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise InputError(f"{flag} {path}: refused, a TorchScript archive, which holds code; weights alone are read")
+    size = sum(member.file_size for member in members)
+    if size > present:
+        raise InputError(f"{flag} {path}: refused, an archive of {present} bytes that unpacks to {size}; torch.save "
                          "writes no compressed ones")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.errors import InputError
-from modules.input_files import refuse_archive_bomb
+from modules.input_files import require_plain_archive
 from modules.records import write_private
 
 FORMAT = "ithn-prototypes-1"
@@ -35,7 +35,7 @@ def load_prototypes(path: str | Path, classes: Sequence[str], *, num_protype: in
     if not Path(path).is_file():
         raise InputError(f"--init_protypes_path {path}: no such file; scripts/build_prototypes.py makes one, and an "
                          "empty name draws the prototypes at random")
-    refuse_archive_bomb(path, "--init_protypes_path")
+    require_plain_archive(path, "--init_protypes_path")
     try:
         with open(path, "rb") as file:
             ours = file.read(9)[8:] == b"{"  # safetensors: eight bytes of length, then JSON

@@ -19,7 +19,7 @@ from modules.environment import check_precision, choose_device
 from modules.errors import InputError
 from modules.feature_cache import FeatureCache
 from modules.images import eval_transform, train_transform
-from modules.input_files import refuse_archive_bomb
+from modules.input_files import require_plain_archive
 from modules.label_files import NO_FINDING, LabelTable, class_order, read_labels
 from modules.mining import HardNegativeIndex
 from modules.objective import Objective
@@ -136,7 +136,7 @@ def _hard_negatives(config: Config, annotation: Annotation) -> tuple[str, HardNe
 def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
     """The visual extractor; without ``pretrained`` its weights are to come from a checkpoint."""
     if pretrained and config.visual_extractor_weights:
-        refuse_archive_bomb(config.visual_extractor_weights, "--visual_extractor_weights")
+        require_plain_archive(config.visual_extractor_weights, "--visual_extractor_weights")
     try:
         return VisualExtractor(
             config.visual_extractor,
