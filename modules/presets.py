@@ -36,10 +36,14 @@ _MIMIC_CXR: dict[str, dict[str, Any]] = {
 }
 # What --self_critical sets beneath the flags given, above the settings of the weights that it starts from.
 SELF_CRITICAL: dict[str, Any] = {"lr_ve": 1e-5, "lr_ed": 1e-5, "lr_scheduler": "constant", "monitor_metric": "CIDEr"}
+# What changes on COCO, for every backbone: short captions, words that are seen five times, VisualGPT's beams.
+_COCO = {"max_seq_length": 20, "threshold": 5, "beam_size": 5}
 BACKBONES = tuple(_PUBLISHED)
 
 
 def preset(backbone: str, dataset_name: str) -> dict[str, Any]:
     """Flag values by name of ``backbone`` on ``dataset_name``."""
-    lengths = {"max_seq_length": 60, "threshold": 3}
-    return lengths | _PUBLISHED[backbone] | (_MIMIC_CXR[backbone] if dataset_name == "mimic_cxr" else {})
+    values = {"max_seq_length": 60, "threshold": 3} | _PUBLISHED[backbone]
+    if dataset_name == "coco":
+        return values | _COCO | ({"collapse_repeats": True} if backbone == "visualgpt" else {})
+    return values | (_MIMIC_CXR[backbone] if dataset_name == "mimic_cxr" else {})

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN_SCRIPTS = sorted(ROOT.glob("run_*.sh"))
 SCRIPTS = [*sorted(ROOT.glob("*.sh")), *sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 STUDIES = ["run_iu_xray.sh", "run_mimic_cxr.sh"]
+CAPTIONS = "run_coco.sh"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -47,7 +48,7 @@ def executable(path: Path, text: str) -> None:
 def study(tmp_path):
     """A copy of the run scripts; returns a function that runs one and gives the calls of Python, a list of lists."""
     (tmp_path / "scripts").mkdir()
-    for name in (*STUDIES, "scripts/mine_train_test.sh"):
+    for name in (*STUDIES, CAPTIONS, "scripts/mine_train_test.sh"):
         shutil.copy(ROOT / name, tmp_path / name)
     record = f"import json, sys; print(json.dumps(sys.argv[1:]), file=open({str(tmp_path / 'calls')!r}, 'a'))"
     executable(tmp_path / ".venv/bin/python", f'#!/bin/sh\nexec {sys.executable} -c "{record}" "$@"\n')
@@ -80,6 +81,19 @@ def test_study_mines_trains_and_tests(study, script):
     assert (config.batch_size, config.lr_ve, config.lr_ed, config.weight_decay) == (16, 1e-4, 1e-4, 5e-5)
     assert (config.lr_scheduler, config.gamma, config.alpha) == ("ReduceLROnPlateau", 0.1, 0.01)
     assert (config.dataset_name, config.epochs, config.exp_name) == (dataset, 2, "two words")
+
+
+def test_coco_takes_visualgpts_published_settings(study):
+    mining, training = study(CAPTIONS, "--strategy", "mochi")
+    assert (value(mining, "--dataset_name"), value(mining, "--text_encoder")) == ("coco", "minilm")
+    config = resolve_config(parse_flags(training[1:], "main_train.py", "")[0])
+    assert (config.model_name, config.strategy, config.alpha) == ("visualgpt", "mochi", 0.1)
+    assert (config.optim, config.lr_ed, config.clip_norm, config.tau) == ("AdamW", 1e-4, 1.0, 0.2)
+    assert (config.batch_size * config.grad_accumulation, config.beam_size, config.max_seq_length) == (50, 5, 20)
+    assert config.collapse_repeats and config.detection_features == "data/coco/coco_detections.hdf5"
+    _, training = study(CAPTIONS, "--backbone", "r2gencmn", "--save_dir", "other", TEXT_ENCODER="tfidf")
+    config = resolve_config(parse_flags(training[1:], "main_train.py", "")[0])
+    assert (config.model_name, config.threshold, config.beam_size, config.lr_ed) == ("r2gencmn", 5, 5, 5e-4)
 
 
 def test_study_takes_a_backbones_own_settings(study):
