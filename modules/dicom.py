@@ -92,7 +92,8 @@ def _decode(data: "Dataset", syntax: str, path: str | Path) -> Image.Image:
         values = data.pixel_array  # (H, W) integers, or (H, W, 3)
     except Exception as error:
         if data.file_meta.TransferSyntaxUID.is_compressed:
-            raise ImageError(f"image {str(path)!r}: damaged, or {_needs_package(data)}") from error
+            raise ImageError(f"image {str(path)!r}: damaged, or of a kind of {data.file_meta.TransferSyntaxUID.name} "
+                             "that no installed package decodes; requirements-dicom.txt brings more") from error
         raise
     if values.ndim == 3:
         return Image.fromarray(values.astype(np.uint8))

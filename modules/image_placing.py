@@ -100,12 +100,12 @@ def _place_chunk(placing: Placing, pairs: Sequence[tuple[Path, Path]]) -> list[t
 def keep_settings(out: Path, placing: Placing) -> None:
     """Write down how the images of folder ``out`` are placed; InputError where an earlier run placed them otherwise."""
     path, settings = out / _SETTINGS, asdict(placing)
-    if path.is_file():
+    if path.is_file() and (out / "images").is_dir():
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             earlier = None
         if earlier != settings:
-            raise InputError(f"{out}: an earlier run placed images otherwise ({earlier}, now {settings}); give the "
-                             "same --place and --resize to go on, or another --out")
+            raise InputError(f"{out / 'images'}: an earlier run placed images otherwise ({earlier}, now {settings}); "
+                             "give its --place and --resize to go on, another --out, or remove that folder")
     write_private(path, json.dumps(settings) + "\n")
