@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from modules.errors import InputError
+from modules.records import private_folder
 
 
 class EmbeddingCache:
@@ -27,8 +28,8 @@ class EmbeddingCache:
         if folder is None:
             return
         path = Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.f32"
+        private_folder(path.parent)
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)  # noqa: SIM115
             _lock(self._file, path)
             found = np.fromfile(path, dtype=np.float32, count=count * width)

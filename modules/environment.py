@@ -124,7 +124,8 @@ def git_state(root: Path = ROOT) -> dict[str, Any] | None:
     if top is None or commit is None or Path(os.fsdecode(top.rstrip(b"\n"))) != root.resolve():
         return None
     difference = _git(root, "diff", "HEAD", "--binary") or b""
-    untracked = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", "*.py", "*.sh") or b""
+    untracked = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", "*.py", "*.sh", "*.j2",
+                     "*.css", "*.js") or b""
     for name in sorted(filter(None, untracked.split(b"\0"))):
         difference += name + b"\0" + (root / os.fsdecode(name)).read_bytes()
     return {"commit": commit.decode().strip(), "dirty": bool(difference),
@@ -166,8 +167,10 @@ def device_name(device: str = "cpu") -> str:
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal; "" where there is no such file."""
-    path = Path(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    if not Path(path).is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def provenance(device: str = "cpu", argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from modules.annotations import Annotation
 from modules.errors import InputError
+from modules.records import private_folder
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -41,7 +42,7 @@ class HardNegativeIndex:
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_folder(path.parent)
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(content)
                 file.flush()

@@ -101,7 +101,7 @@ def append_record(
 
 @contextlib.contextmanager
 def _locked(path: Path):
-    with open(path, "w") as file:
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

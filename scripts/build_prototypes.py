@@ -148,7 +148,8 @@ def main() -> None:
     device = compose.prepare_device(config)
     data = compose.read_data(config)
     studies = data.annotation.splits["train"]
-    labels = read_labels(arguments.label_path, columns=arguments.label_columns).of(studies)
+    table = read_labels(arguments.label_path, columns=arguments.label_columns)
+    labels = table.of(studies)
     labels[labels.sum(axis=1) == 0, CLASSES.index(NO_FINDING)] = 1
     texts, encoder = text_features(arguments, [" ".join(study.report.split()) for study in studies], str(device))
     sides = image_features(config, data, device, arguments.mirrored)
@@ -159,7 +160,7 @@ def main() -> None:
         **widths, "text_scale": scale, "text_encoder": encoder, "too_few": short,
         "members": dict(zip(CLASSES, map(int, labels.sum(axis=0)), strict=True)),
         "annotation_sha256": data.annotation.sha256, "train_sha256": data.annotation.train_sha256,
-        "synthetic": data.annotation.synthetic, **provenance(str(device))})
+        "labels_sha256": table.sha256, "synthetic": data.annotation.synthetic, **provenance(str(device))})
     describe(arguments, widths, short)
 
 

@@ -46,8 +46,11 @@ def main() -> None:
     table = class_table(truth, claim, arguments.uncertain)
     print(render_scores(scores, limits), render_classes(table, labeler, arguments.uncertain), sep="\n\n")
     if arguments.out:
-        content = {"reports": len(truth), "scores": scores, "intervals": limits,
-                   "uncertain": arguments.uncertain, "classes": table}
+        from modules.environment import file_sha256, provenance
+
+        files = {name: file_sha256(path) for name, path in (("gts", arguments.gts), ("res", arguments.res))}
+        content = {"reports": len(truth), "scores": scores, "intervals": limits, "uncertain": arguments.uncertain,
+                   "classes": table, "labeler": labeler, "files_sha256": files, "provenance": provenance()}
         write_results(arguments.out, content)
 
 

@@ -2,6 +2,7 @@
 
 The output has the input's columns, then the classes by name: 1 positive, 0 negative, -1 uncertain, empty unmentioned.
 From an annotation.json the columns are id, split and report: main_train.py --label_path takes the output.
+OUT.provenance.json, beside it, says what it was made from.
 """
 
 import argparse
@@ -67,6 +68,19 @@ def main() -> None:
         cells = ["" if label is None else str(label) for label in labels.values()]
         rows.append([row[index] for index in kept] + cells)
     write_table(arguments.out, [table.columns[index] for index in kept] + list(CLASSES), rows)
+    write_origin(arguments)
+
+
+def write_origin(arguments: argparse.Namespace) -> None:
+    """Beside OUT.csv, in OUT.provenance.json: what it was made from, by what, with hashes of both."""
+    from modules.environment import file_sha256, provenance
+    from modules.records import write_results
+
+    out = Path(arguments.out)
+    write_results(out.with_suffix(".provenance.json"), {
+        "labeler": "chexbert" if arguments.chexbert_path else "rule", "flags": vars(arguments),
+        "input_sha256": file_sha256(arguments.input), "chexbert_sha256": file_sha256(arguments.chexbert_path or ""),
+        "output_sha256": file_sha256(out), "provenance": provenance()})
 
 
 if __name__ == "__main__":

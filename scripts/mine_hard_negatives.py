@@ -24,6 +24,7 @@ from modules.captions import split_captions
 from modules.config import DATASETS
 from modules.errors import InputError, run_entry_point
 from modules.flags import boolean
+from modules.records import private_folder
 from modules.tokenizers import clean_report
 
 RECORDED = ("text_encoder", "pooling", "max_length", "top_k", "dataset_name", "include_same_study",
@@ -68,11 +69,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: must be {low} or more")
     if arguments.out.is_dir():
         raise InputError(f"--out {arguments.out}: is a folder; give a file name, such as negatives.safetensors")
-    folder = arguments.out.parent
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {arguments.out}: cannot make its folder: {error.strerror}") from error
+    folder = private_folder(arguments.out.parent)
     if not os.access(folder, os.W_OK):
         raise InputError(f"--out {arguments.out}: no permission to write in {folder}")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from models import MODELS
 from modules.bootstrap import LEVEL, RESAMPLES
 from modules.captions import first_of_each_image
+from modules.checkpoint_folder import BEST
 from modules.config import Config
 from modules.datasets import ReportDataset
 from modules.diversity import collapse_statistics, collapse_warning
@@ -49,7 +50,8 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
     validation = _validation_scores(history, best_epoch)
     run = provenance(str(device)) | {
         "annotation_sha256": data.annotation.sha256, "vocabulary_sha256": data.tokenizer.sha256,
-        "files_sha256": input_files(config), "seed": config.seed}
+        "files_sha256": input_files(config), "negative_index_sha256": file_sha256(config.negative_index),
+        "checkpoint_sha256": file_sha256(config.load or folder / BEST), "seed": config.seed}
     scores = scored.scores | {MODEL: {tagged(name, tag): value for name, value in scored.scores[MODEL].items()}}
     classes = class_tables(scored, MODEL)
     _log(scores, tag, variety[MODEL], scoring.metrics.meteor_error)
