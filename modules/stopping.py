@@ -56,7 +56,8 @@ class Stop:
     def check(self) -> None:
         """Raise Stopped where a signal has come, unless a ``held`` block runs or somebody has accepted it."""
         if self.number is not None and not self._held and not self._accepted:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_TRY_AGAIN)
+            if self._before:
+                signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_TRY_AGAIN)
             raise Stopped(self.number)
 
     def accept(self) -> None:

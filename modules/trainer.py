@@ -153,18 +153,22 @@ class Trainer:
                 position.total_steps, position.seconds = position.total_steps + 1, seconds()
                 if self.checkpoint_steps and position.total_steps % self.checkpoint_steps == 0:
                     self._save(improved=False)
-            # Reading a value waits for the device: only when the bar is due, or once in log_period steps.
-            if position.steps % self.log_period == 0 or bar.due():
-                means = self.means.read()
-                bar.show(means)
-                if position.steps % self.log_period == 0:
-                    logger.info("epoch %d step %d %s", position.epoch, position.steps, _shown(means))
+                self._log_step(bar)
         with self.stop.held():
             self.guard.read()
             position.trained, position.seconds = True, seconds()
             # Whatever becomes of the validation, the epoch is safe.
             if self._due():
                 self._save(improved=False)
+
+    def _log_step(self, bar: Any) -> None:
+        """Reading a value waits for the device: only when the bar is due, or once in log_period steps."""
+        position, due = self.position, self.position.steps % self.log_period == 0
+        if due or bar.due():
+            means = self.means.read()
+            bar.show(means)
+            if due:
+                logger.info("epoch %d step %d %s", position.epoch, position.steps, _shown(means))
 
     def _step(self, group: list) -> None:
         """One optimiser step over the batches of ``group``, counted and kept out of the model if it is not finite."""

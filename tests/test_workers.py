@@ -1,0 +1,113 @@
+"""Processes that read data and fail: one line, soon, and none of them is left."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from modules import loaders
+from modules.errors import InputError
+from modules.loaders import build_loader
+
+
+class Numbers(Dataset):
+    """``act`` is what happens where sample ``at`` is read."""
+
+    def __init__(self, at, act):
+        self.at, self.act = at, act
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, key):
+        if key[1] == self.at:
+            self.act()
+        return torch.tensor(key[1])
+
+
+class Numbered(list):
+    replaced = 0
+
+
+def made(act, monkeypatch, *, at=5, patience=30.0, **changes):
+    monkeypatch.setattr(loaders, "SECONDS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(loaders, "_collate_or_report", Numbered)
+    return build_loader(Numbers(at, act), 2, shuffle=False, num_workers=2, patience=patience, **changes)
+
+
+def kill_self(number):
+    os.kill(os.getpid(), number)
+
+
+def assert_ends(loader, reason):
+    read = []
+    with pytest.raises(InputError, match=reason) as error:
+        for batch in loader:
+            read += batch
+    assert "\n" not in str(error.value)
+    # What the dead process had read and not yet handed over is lost with it; nothing is skipped.
+    assert [int(number) for number in read] == list(range(len(read))) and len(read) <= 4
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize(("number", "reason"), [
+    (signal.SIGKILL, r"process \d+ was killed, as the system does when memory runs out: lower --num_workers"),
+    (signal.SIGBUS, r"no room in shared memory \(/dev/shm\)"),
+    (signal.SIGUSR1, "ended by SIGUSR1")])
+def test_a_worker_that_is_killed_is_named(monkeypatch, number, reason, persistent):
+    loader = made(lambda: kill_self(number), monkeypatch, persistent_workers=persistent)
+    assert_ends(loader, reason)
+
+
+def test_a_worker_that_exits_is_named(monkeypatch):
+    assert_ends(made(lambda: os._exit(3), monkeypatch), "ended with exit code 3")
+
+
+@pytest.mark.parametrize("act", [lambda: kill_self(signal.SIGSTOP), lambda: time.sleep(600)], ids=["stopped", "hangs"])
+def test_a_worker_that_stalls_is_waited_for_no_longer_than_asked(monkeypatch, act):
+    assert_ends(made(act, monkeypatch, patience=2.0), "no data-loading process has answered for 2 s.*--worker_timeout")
+
+
+def test_a_slow_worker_is_waited_for(monkeypatch):
+    loader = made(lambda: time.sleep(2.5), monkeypatch)
+    assert [int(number) for batch in loader for number in batch] == list(range(12))
+    loader.close()
+
+
+def test_a_loader_works_again_after_a_failure(monkeypatch, tmp_path):
+    def die_once():
+        if not (tmp_path / "dead").exists():
+            (tmp_path / "dead").touch()
+            kill_self(signal.SIGKILL)
+
+    loader = made(die_once, monkeypatch)
+    assert_ends(loader, "was killed")
+    assert len([number for batch in loader for number in batch]) == 12
+    loader.close()
+
+
+def test_an_error_of_the_code_keeps_its_traceback(monkeypatch):
+    def wrong():
+        raise RuntimeError("a bug")
+
+    loader = made(wrong, monkeypatch)
+    with pytest.raises(RuntimeError, match="(?s)Traceback.*a bug"):
+        list(loader)
+
+
+def test_no_death_breaks_into_a_step(monkeypatch):
+    """torch's own handler would raise wherever the main process happens to be."""
+    loader = made(lambda: None, monkeypatch)
+    batches = iter(loader)
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    loader._processes[0].kill()
+    loader._processes[0].join()
+    time.sleep(0.1)
+    with pytest.raises(InputError, match="was killed"):
+        list(batches)
