@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.errors import InputError
 from modules.random_state import restore_rng_state, rng_state
 from modules.running_means import RunningMeans
 from modules.step_guard import StepGuard
@@ -93,8 +94,7 @@ class Trainer:
                 self._epoch()
         except Stopped as stopped:
             self.stop.accept()
-            if self._saved != self.position:
-                self._save(improved=False)
+            self._save_unsaved()
             logger.info("%s: stopped in epoch %d after step %d of it; everything up to there is saved", stopped.name,
                         self.position.epoch, self.position.steps)
             raise
@@ -146,7 +146,7 @@ class Trainer:
         self.objective.train()
         self.loader.set_epoch(position.epoch, position.batches)
         bar = self.progress(self.loader, f"epoch {position.epoch}/{self.epochs}", position.batches)
-        for group in _groups(bar, self.grad_accumulation):
+        for group in self._groups(bar):
             with self.stop.held():
                 self._step(group)
                 position.batches, position.steps = position.batches + len(group), position.steps + 1
@@ -160,6 +160,16 @@ class Trainer:
             # Whatever becomes of the validation, the epoch is safe.
             if self._due():
                 self._save(improved=False)
+
+    def _groups(self, batches: Iterable) -> Iterator[list]:
+        """The batches of each optimiser step; what was reached is saved where no more can be read."""
+        iterator = iter(batches)
+        try:
+            while group := list(itertools.islice(iterator, self.grad_accumulation)):
+                yield group
+        except InputError:
+            self._save_unsaved()
+            raise
 
     def _log_step(self, bar: Any) -> None:
         """Reading a value waits for the device: only when the bar is due, or once in log_period steps."""
@@ -233,6 +243,11 @@ class Trainer:
         self.save(self, improved)
         self._saved = dataclasses.replace(self.position)
 
+    def _save_unsaved(self) -> None:
+        with self.stop.held():
+            if self._saved != self.position:
+                self._save(improved=False)
+
     def _log_epoch(self, row: Mapping[str, Any], improved: bool) -> None:
         logger.info("epoch %d: %s", row["epoch"], _shown({k: v for k, v in row.items() if k != "epoch"}))
         if self.guard.skipped:
@@ -241,12 +256,6 @@ class Trainer:
                            row["epoch"], self.guard.skipped, row["train_steps"], scale)
         if improved:
             logger.info("best epoch so far by validation %s = %.4f", self.monitor_metric, self.best.score)
-
-
-def _groups(batches: Iterable, size: int) -> Iterator[list]:
-    iterator = iter(batches)
-    while group := list(itertools.islice(iterator, size)):
-        yield group
 
 
 def _shown(values: Mapping[str, Any]) -> str:
