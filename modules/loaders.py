@@ -80,7 +80,6 @@ class EpochBatchSampler(Sampler):
                 rows = order[batch * size : (batch + 1) * size]
             yield [(epoch, index) for index in rows]
 
-
     def _bucketed(self, order: Tensor, generator: torch.Generator) -> Tensor:
         """``order`` (num_samples,) with its whole batches (of all processes) made up anew by length.
 
@@ -142,10 +141,10 @@ class EpochLoader(DataLoader):
         waiting_since = time.monotonic()
         while True:
             try:
-                batch = next(iterator)
+                batch = self._next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 self._explain(error)
                 if self.patience and time.monotonic() - waiting_since > self.patience:
                     self.close()
@@ -157,6 +156,21 @@ class EpochLoader(DataLoader):
             yield batch
             waiting_since = time.monotonic()
 
+    def _next(self, iterator: Iterator[Any]) -> Any:
+        """``next(iterator)``, broken off where a worker dies: half a message of it would be waited for without end."""
+        if not self._processes or threading.current_thread() is not threading.main_thread():
+            return next(iterator)
+        before = signal.signal(signal.SIGCHLD, self._look_for_dead)
+        try:
+            self._look_for_dead()
+            return next(iterator)
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+
+    def _look_for_dead(self, *_) -> None:
+        if any(process.exitcode for process in self._processes):
+            raise ChildProcessError("a data-loading process has died")
+
     def _started(self) -> Iterator[Any]:
         """The iterator of torch, without the handler by which it would raise in the middle of a step."""
         main = threading.current_thread() is threading.main_thread()
@@ -167,8 +181,11 @@ class EpochLoader(DataLoader):
         self._processes = getattr(iterator, "_workers", ())
         return iterator
 
-    def _explain(self, error: RuntimeError) -> None:
+    def _explain(self, error: Exception) -> None:
         """InputError for a dead worker, ``error`` itself unless it only says that none has answered so far."""
+        if isinstance(error, (ConnectionError, EOFError)):
+            for process in self._processes:  # its socket is gone a moment before it is
+                process.join(0.2)
         dead = next((process for process in self._processes if process.exitcode), None)
         if dead is not None:
             pid, code = dead.pid, dead.exitcode

@@ -24,7 +24,7 @@ logger = logging.getLogger("ithn")
 KEPT = ("optim", "lr_ve", "lr_ed", "weight_decay", "adam_betas", "adam_eps", "amsgrad", "lr_scheduler", "step_size",
         "gamma", "monitor_metric", "monitor_mode")
 # Flags that decide which samples are still to come in an epoch that was begun.
-KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last")
+KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing")
 
 
 @dataclass
@@ -123,7 +123,9 @@ def _position(config: Config, source: Source, data: compose.Data) -> dict[str, A
     if position["trained"] or not position["batches"]:
         return position
     began = resolve_config({}, source.content["config"])
-    _require_unchanged(config, began, KEPT_WITHIN_AN_EPOCH, source.path)
+    # Batches of like length are made up by the size of a batch.
+    kept = (*KEPT_WITHIN_AN_EPOCH, "batch_size") if began.length_bucketing else KEPT_WITHIN_AN_EPOCH
+    _require_unchanged(config, began, kept, source.path)
     if source.content["annotation_sha256"] != data.annotation.sha256:
         raise InputError(f"--resume {source.path}: it stands in the middle of epoch {position['epoch']} of another "
                          f"annotation than {config.ann_path}; use the one it began with")

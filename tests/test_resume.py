@@ -183,6 +183,10 @@ def test_a_smaller_batch_goes_on_behind_the_samples_that_were_seen(run):
                           (["--views", "separate"], "--views separate: the run of")):
         with pytest.raises(InputError, match=reason):
             run("again", "--resume", "auto", *flags)
+    with pytest.raises(Stopped):
+        run("like", "--length_bucketing", "true", stop=StopAt(1))
+    with pytest.raises(InputError, match="--batch_size 1: the run of"):
+        run("like", "--length_bucketing", "true", "--resume", "auto", "--batch_size", 1)
 
 
 def test_a_moved_folder_is_written_to_where_it_is(run, demo, demo_index, tmp_path):
