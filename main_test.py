@@ -2,7 +2,8 @@
 
 With a checkpoint of ours ``--load`` alone is enough: its settings are taken over, and flags given here go before them.
 A published checkpoint of R2Gen, R2GenCMN, XProNet or the released ITHN needs the flags it was trained with, by
-``--backbone`` those of its paper; XProNet's also ``--xpronet_labels reference`` and ``--label_path``.
+``--backbone`` those of its paper; XProNet's also ``--xpronet_labels reference`` and ``--label_path``. Several processes
+(``--n_gpu``, or torchrun) share out the studies; the scores are the same.
 """
 
 import sys
@@ -10,19 +11,26 @@ import sys
 from modules.environment import check_python
 from modules.errors import InputError, run_entry_point
 from modules.flags import parse_flags
+from modules.launch import launched, process_number, start_processes
 from modules.stopping import Stop
 
 
-def main() -> None:
+def main() -> int:
     """Read the flags, load the checkpoint, generate the test split's reports, score them, write the results."""
     check_python()
     given, ignored = parse_flags(sys.argv[1:], "main_test.py", __doc__.split("\n")[0])
     if not given.get("load"):
         raise InputError("--load is missing: name the checkpoint to test, as in --load results/iu_xray/model_best.pth")
-    with Stop():
+    device, count = given.get("device", "auto"), given.get("n_gpu", 1)
+    if count > 1 and not launched():
+        return start_processes(count, device=device)
+    with Stop(leads=process_number() == 0) as stop:
+        from modules.distributed import processes
         from scripts.testing import run_testing
 
-        run_testing(given, ignored)
+        with processes(device, stop):
+            run_testing(given, ignored)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,24 +1,37 @@
-"""Train a report generator, with ITHN or without: ``python main_train.py --help`` lists the flags."""
+"""Train a report generator, with ITHN or without: ``python main_train.py --help`` lists the flags.
+
+``--n_gpu 8`` trains in 8 processes, a GPU each; so does ``torchrun --nproc_per_node 8 main_train.py ...``, which also
+spans machines (docs/CLUSTER.md).
+"""
 
 import sys
 
 from modules.environment import check_python
-from modules.errors import run_entry_point
+from modules.errors import InputError, run_entry_point
 from modules.flags import parse_flags, resolve_config
+from modules.launch import launched, process_number, start_processes
 from modules.stopping import Stop
 
 
-def main() -> None:
-    """Read the flags, then compose and run."""
+def main() -> int:
+    """Read the flags, then compose and run, or start the processes that do."""
     check_python()
     given, ignored = parse_flags(sys.argv[1:], "main_train.py", __doc__.split(":")[0])
     if not given.get("resume"):
         # Mistakes are found before torch is imported, which takes seconds.
         resolve_config(given)
-    with Stop() as stop:
+    device, count, restarts = given.get("device", "auto"), given.get("n_gpu", 1), given.get("max_restarts", 0)
+    if restarts and given.get("resume") != "auto":
+        raise InputError(f"--max_restarts {restarts}: needs --resume auto, so that a new start goes on")
+    if (count > 1 or restarts) and not launched():
+        return start_processes(max(1, count), device=device, max_restarts=restarts)
+    with Stop(leads=process_number() == 0) as stop:
+        from modules.distributed import processes
         from scripts.training import run_training
 
-        run_training(given, ignored, stop)
+        with processes(device, stop):
+            run_training(given, ignored, stop)
+    return 0
 
 
 if __name__ == "__main__":

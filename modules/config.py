@@ -39,7 +39,7 @@ class Config:
     num_workers: int = flag(2, "data", "processes that read images", low=0)
     worker_timeout: float = flag(50.0, "data", "seconds without an answer after which the processes that read images "
                                  "count as hung; 0: never", low=0.0)
-    batch_size: int = flag(16, "data", "samples per step", low=1)
+    batch_size: int = flag(16, "data", "samples per step, of each process", low=1)
     drop_last: bool = flag(False, "data", "leave out the last, incomplete training batch of an epoch, as XProNet does")
     image_size: int = flag(224, "data", "side of the network's input in pixels", low=32)
     flip: bool = flag(True, "data", "random horizontal flip in training, as R2GenCMN does; it mirrors left and right")
@@ -170,6 +170,8 @@ class Config:
     step_size: int = flag(50, "optimisation", "epochs between the steps of StepLR", low=1)
     gamma: float = flag(0.1, "optimisation", "factor of StepLR and ReduceLROnPlateau", low=0.0)
     plateau_patience: int = flag(1, "optimisation", "epochs without a better BLEU-3 or BLEU-4 that are borne", low=0)
+    scale_lr: str = flag("none", "optimisation", "learning rates for several processes: as given (none), times their "
+                         "number (linear) or its square root (sqrt)", choices=("none", "linear", "sqrt"))
     grad_accumulation: int = flag(1, "optimisation", "batches per optimiser step", low=1)
     clip_norm: float = flag(0.0, "optimisation", "clip the gradient's norm; 0 is off", low=0.0)
     clip_value: float = flag(0.0, "optimisation", "clip gradient values; 0 is off (R2Gen: 0.1)", low=0.0)
@@ -185,10 +187,16 @@ class Config:
     scst_ce_weight: float = flag(0.0, "self-critical", "weight of the cross entropy that goes on beside it", low=0.0)
 
     # ---- run
-    n_gpu: int = flag(1, "run", "GPUs; 0 trains on the CPU", low=0)
+    n_gpu: int = flag(1, "run", "GPUs, each with a process of its own; with --device cpu that many processes; 0 trains "
+                      "on the CPU. Under torchrun its own number counts", low=0)
+    max_restarts: int = flag(0, "run", "with several processes: times that all are started again from the last "
+                             "checkpoint when one fails", low=0)
+    sync_bn: bool = flag(False, "run", "batch normalisation by the statistics of all processes' samples")
     device: str = flag("auto", "run", "auto, cpu, cuda or cuda:N")
-    precision: str = flag("float32", "run", "autocast type on the GPU or CPU",
-                          choices=("float32", "bfloat16", "float16"))
+    precision: str = flag("float32", "run", "autocast type; auto: bfloat16 on a GPU that has it, float16 on one that "
+                          "has not (Volta, Turing), float32 on the CPU",
+                          choices=("float32", "float16", "bfloat16", "auto"))
+    tf32: bool = flag(False, "run", "float32 products of Ampere and later GPUs with the mantissa of TF32 (10 bits)")
     compile: bool = flag(False, "run", "compile the objective with torch.compile")
     deterministic: bool = flag(False, "run", "deterministic kernels only: equal runs on one machine, slower")
     seed: int = flag(9233, "run", "seed of weights, order and augmentation", low=0, high=2**63 - 1)

@@ -29,8 +29,9 @@ def check_together(config: Any) -> None:
     for name in ("save_dir", "record_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is empty: name a folder")
-    if config.n_gpu > 1:
-        raise InputError(f"--n_gpu {config.n_gpu}: this version trains in one process; use --n_gpu 1")
+    if config.sync_bn and config.batch_norm == "per_view":
+        # A process without a second view in its batch would leave the others waiting.
+        raise InputError("--sync_bn true: needs --batch_norm joint, as processes may differ in the views they have")
     if config.ithn == "off" and config.released:
         raise InputError("--ithn_variant released has no effect with --ithn off; leave one of them out")
 

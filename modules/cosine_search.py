@@ -13,6 +13,8 @@ from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
 
+from modules import distributed
+
 LARGEST_TILE = 2048  # the matrix product is at its full rate there, and the tile still fits a processor's cache
 LARGEST_GROUP = 32
 _INDEX_BITS = 0x7FFFFFFF
@@ -34,7 +36,8 @@ def top_k_cosine(
     (N,) of ``exclusions`` has the same integer at i and j. Equal similarities go to the smaller index, as in a stable
     sort of the whole row; -1 with -inf fills rows that have fewer than k admissible others. Only tiles on and above
     the diagonal are computed, each serving its rows and its columns; ``memory_mb`` (MiB) bounds what one takes.
-    Sparse vectors are multiplied on the CPU whatever the device.
+    Sparse vectors are multiplied on the CPU whatever the device. Several processes share out the tiles; all return
+    the whole result, the same as of one.
     """
     count = vectors.shape[0]
     device = torch.device("cpu" if sparse.issparse(vectors) else device)
@@ -45,6 +48,7 @@ def top_k_cosine(
     best = torch.full((count, k), nothing.item(), dtype=torch.int64, device=device)  # (N, k) keys, best first
     spans = [slice(start, min(start + side, count)) for start in range(0, count, side)]
     tiles = [(row, column) for i, row in enumerate(spans) for column in spans[i:]]
+    tiles = tiles[distributed.rank() :: distributed.world_size()]
     for row, column in tqdm(tiles, desc="search", unit="tile", disable=not progress):
         tile = multiply(row, column)  # (R, C)
         for array in ids:
@@ -55,6 +59,8 @@ def top_k_cosine(
         if row != column:
             # The maxima are taken on the tile as it lies in memory: reducing its transpose is 30 times slower.
             _merge(best[column], tile.T, tile.unflatten(0, (-1, group)).amax(1).T, row.start)
+    if distributed.is_distributed():  # the keys order all there is, so what merges the shares is exact
+        best = distributed.gather(best.unsqueeze(0)).transpose(0, 1).flatten(1).topk(k, dim=1).values
     similarity, index = _decode(best)
     index = torch.where(similarity > _NOTHING, index, -1)
     return index.cpu().numpy(), similarity.cpu().numpy()

@@ -103,16 +103,24 @@ def _check_kernels(device: "torch.device") -> None:
                      f"for which torch {torch.__version__} carries no kernels (it has {' '.join(flags)}); use {remedy}")
 
 
-def check_precision(precision: str, device: "torch.device") -> None:
-    """Raise InputError where ``precision`` (float32, bfloat16, float16) is bfloat16 and the GPU only emulates it."""
+def choose_precision(precision: str, device: "torch.device") -> str:
+    """``precision``, and for auto: bfloat16 where a GPU computes in it, float16 where not, float32 on a CPU.
+
+    Raises InputError for bfloat16 where the GPU only emulates it.
+    """
     import torch
 
-    if precision != "bfloat16" or device.type != "cuda":
-        return
+    if device.type != "cuda":
+        return "float32" if precision == "auto" else precision
+    if precision not in ("auto", "bfloat16"):
+        return precision
     with torch.cuda.device(device):
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise InputError(f"--precision bfloat16: {torch.cuda.get_device_name(device)} only emulates it, slower "
-                             "than float32; use --precision float16")
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+        if precision == "auto":
+            return "float16"
+        raise InputError(f"--precision bfloat16: {torch.cuda.get_device_name(device)} only emulates it, slower than "
+                         "float32; use --precision float16 or auto")
 
 
 def git_state(root: Path = ROOT) -> dict[str, Any] | None:

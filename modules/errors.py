@@ -1,5 +1,6 @@
 """Users' mistakes become one line and exit code 2; everything else keeps its traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,12 +35,19 @@ class ImageError(InputError):
         self.kind = kind
 
 
+def error_line(error: InputError) -> str:
+    """What the user reads of ``error``."""
+    return f"error: {' '.join(str(error).split())}"
+
+
 def run_entry_point(main: Callable[[], int | None]) -> None:
     """Run ``main`` and exit the process with its code; an InputError prints one line on stderr and exits with 2."""
     try:
         code = main()
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # Processes that torchrun started together read the same flags: one of them says what is wrong.
+        if os.environ.get("RANK", "0") == "0":
+            print(error_line(error), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modules import distributed
 from modules.errors import InputError
 from modules.images import ImageFolder, Transform
 
@@ -52,7 +53,7 @@ class FeatureCache:
 def build_feature_cache(folder: Path, images: ImageFolder, paths: Sequence[str], *, extractor: nn.Module,
                         transform: Transform, device: torch.device, batch_size: int,
                         progress: Callable[[Iterable, str], Iterable]) -> FeatureCache:
-    """The features of ``paths``, from ``folder`` where they were computed before, else computed now.
+    """The features of ``paths``, from ``folder`` where they were computed before, else computed now, by all processes.
 
     The file's name is a hash of the extractor's weights, the transform, and the images' paths, sizes and times, so
     that a change of any of them leads to another file. 4 * S * C bytes per image. InputError for an unreadable image.
@@ -61,17 +62,26 @@ def build_feature_cache(folder: Path, images: ImageFolder, paths: Sequence[str],
     file = folder / f"features-{key}.npy"
     rows = {path: row for row, path in enumerate(paths)}
     shape = (extractor.patches_per_view, extractor.width)
-    if not file.is_file():
+    if not distributed.from_first(file.is_file()):
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
-            _compute(temporary, images, paths, shape, extractor, transform, device, batch_size, progress)
-            os.replace(temporary, file)
+            target = None
+            if distributed.is_first():
+                os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+                target = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(len(paths), *shape))
+            _compute(target, images, paths, shape, extractor, transform, device, batch_size, progress)
+            if target is not None:
+                target.flush()
+                os.replace(temporary, file)
         except OSError as error:
             raise InputError(f"--feature_cache {folder}: {error.strerror or error}; {len(paths)} images need "
                              f"{4 * len(paths) * shape[0] * shape[1] / 2**30:.1f} GiB") from error
         finally:
             temporary.unlink(missing_ok=True)
+        distributed.from_first(None)
+        if not file.is_file():
+            raise InputError(f"--feature_cache {folder}: the first process wrote {file.name} and this machine does not "
+                             "see it; give a folder that all machines share")
     _require_whole(file, (len(paths), *shape))
     return FeatureCache(file, rows, images, shape)
 
@@ -99,13 +109,19 @@ def _key(images: ImageFolder, paths: Sequence[str], extractor: nn.Module, transf
 
 
 @torch.inference_mode()
-def _compute(file: Path, images: ImageFolder, paths: Sequence[str], shape: tuple[int, int], extractor: nn.Module,
-             transform: Transform, device: torch.device, batch_size: int,
+def _compute(target: np.ndarray | None, images: ImageFolder, paths: Sequence[str], shape: tuple[int, int],
+             extractor: nn.Module, transform: Transform, device: torch.device, batch_size: int,
              progress: Callable[[Iterable, str], Iterable]) -> None:
-    features = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(len(paths), *shape))
+    """Fill ``target`` (paths, S, C), which the first process has; each process sees a batch in turn."""
     extractor.eval()
-    for start in progress(range(0, len(paths), batch_size), "features of the frozen visual extractor"):
-        pixels = torch.stack([transform.pixels(images(path)) for path in paths[start:start + batch_size]])
-        patches, _, _ = extractor(transform.normalise(pixels.to(device)).unsqueeze(1))  # one view each
-        features[start:start + batch_size] = patches.float().cpu().numpy()
-    features.flush()
+    together = batch_size * distributed.world_size()
+    for start in progress(range(0, len(paths), together), "features of the frozen visual extractor"):
+        first = start + distributed.rank() * batch_size
+        features = torch.zeros(batch_size, *shape)
+        if part := paths[first:min(first + batch_size, start + together)]:
+            pixels = torch.stack([transform.pixels(images(path)) for path in part])
+            patches, _, _ = extractor(transform.normalise(pixels.to(device)).unsqueeze(1))  # one view each
+            features[:len(part)] = patches.float().cpu()
+        gathered = distributed.gather(features)
+        if target is not None:
+            target[start:start + together] = gathered[:len(paths) - start].numpy()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from modules import distributed
 from modules.batches import collate
 from modules.errors import InputError
 
@@ -36,7 +37,8 @@ class EpochBatchSampler(Sampler):
     In training every process gets the same number of batches of the same sizes, its slices of the batches that one
     process with ``world_size * batch_size`` would see; where the last one cannot be shared out evenly, up to
     ``world_size`` - 1 samples are left out of that epoch. In evaluation (``shuffle`` off) every sample comes exactly
-    once, on one process.
+    once, on one process: the batches are those of one process, shared out in turn, because a report must not depend
+    on which others it was generated with, and the last digits of a matrix product do.
 
     With ``lengths``, one number per sample, a training batch holds samples of like length. An epoch has the same
     samples in as many batches of the same sizes as without, and so have the processes.
@@ -47,38 +49,39 @@ class EpochBatchSampler(Sampler):
         self.num_samples, self.batch_size, self.shuffle, self.seed = num_samples, batch_size, shuffle, seed
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.lengths = None if lengths is None else torch.as_tensor(lengths)
-        self.epoch = self.start_batch = 0
+        self.epoch = self.seen = 0
 
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Epoch of the next iteration, which begins at ``start_batch`` (as after a resume) instead of 0."""
-        self.epoch, self.start_batch = epoch, start_batch
+    def set_epoch(self, epoch: int, seen: int = 0) -> None:
+        """Epoch of the next iteration; in training it begins behind the first ``seen`` samples, those of all processes.
+
+        So it goes on where another number of processes or another batch size left off.
+        """
+        self.epoch, self.seen = epoch, seen
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this process, wherever it starts."""
         if not self.shuffle:
-            share = len(range(self.rank, self.num_samples, self.world_size))
-            return -(-share // self.batch_size)
+            batches = -(-self.num_samples // self.batch_size)
+            return len(range(self.rank, batches, self.world_size))
         whole, rest = divmod(self.num_samples, self.batch_size * self.world_size)
         return whole + (rest >= self.world_size and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, size = self.epoch, self.batch_size
-        if self.shuffle:
-            generator = keyed_generator(self.seed, epoch, ORDER)
-            order = torch.randperm(self.num_samples, generator=generator)
-            if self.lengths is not None:
-                order = self._bucketed(order, generator)
-            order = order.tolist()
-        else:
-            order = range(self.rank, self.num_samples, self.world_size)
-        for batch in range(self.start_batch, len(self)):
-            if self.shuffle:
-                together = order[batch * size * self.world_size : (batch + 1) * size * self.world_size]
-                share = len(together) // self.world_size
-                rows = together[self.rank * share : (self.rank + 1) * share]
-            else:
-                rows = order[batch * size : (batch + 1) * size]
-            yield [(epoch, index) for index in rows]
+        epoch, size, together = self.epoch, self.batch_size, self.batch_size * self.world_size
+        if not self.shuffle:
+            for first in range(self.rank * size, self.num_samples, together):
+                yield [(epoch, index) for index in range(first, min(first + size, self.num_samples))]
+            return
+        generator = keyed_generator(self.seed, epoch, ORDER)
+        order = torch.randperm(self.num_samples, generator=generator)
+        if self.lengths is not None:
+            order = self._bucketed(order, generator)
+        order = order.tolist()
+        for first in range(self.seen, self.num_samples, together):
+            share = len(order[first : first + together]) // self.world_size
+            if share == 0 or (self.drop_last and share < size):
+                return
+            yield [(epoch, index) for index in order[first + self.rank * share :][:share]]
 
     def _bucketed(self, order: Tensor, generator: torch.Generator) -> Tensor:
         """``order`` (num_samples,) with its whole batches (of all processes) made up anew by length.
@@ -97,35 +100,41 @@ class EpochLoader(DataLoader):
 
     A worker's InputError is raised in its own words. InputError too for a worker that was killed, for none that
     answers within ``patience`` seconds (0: wait for ever), and where the samples of the epoch that stand in for
-    unreadable ones (``replaced``) are more than REPLACED_LIMIT.
+    unreadable ones (``replaced``) are more than REPLACED_LIMIT, in one process or, at the end, in all together.
     """
 
     replaced = 0
     patience = 0.0
     _processes: Sequence[BaseProcess] = ()
 
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+    def set_epoch(self, epoch: int, seen: int = 0) -> None:
         """See EpochBatchSampler.set_epoch."""
-        self.batch_sampler.set_epoch(epoch, start_batch)
+        self.batch_sampler.set_epoch(epoch, seen)
 
     def __iter__(self):
         self.replaced = 0
-        share = self.batch_sampler.num_samples / self.batch_sampler.world_size
         for batch in self._batches():
             if isinstance(batch, InputError):
                 # A new one: raising what a local variable holds ties it to this frame, and the workers with it,
                 # until the garbage collector comes by.
                 raise InputError(str(batch))
             self.replaced += batch.replaced
-            if self.replaced > REPLACED_LIMIT * share:
-                raise InputError(
-                    f"--on_bad_image skip: {self.replaced} of {share:.0f} samples of this epoch could not be read, "
-                    f"more than {REPLACED_LIMIT:.0%}; check --image_dir and the files"
-                )
+            self._check_replaced()
             yield batch
+        if self.batch_sampler.world_size > 1:
+            self.replaced = int(distributed.all_reduce_sum(torch.tensor(self.replaced)))
+            self._check_replaced()
         if self.replaced:
-            logging.getLogger("ithn").warning("%d of %.0f samples stood in for some with unreadable images",
-                                              self.replaced, share)
+            logging.getLogger("ithn").warning("%d of %d samples stood in for some with unreadable images",
+                                              self.replaced, self.batch_sampler.num_samples)
+
+    def _check_replaced(self) -> None:
+        total = self.batch_sampler.num_samples
+        if self.replaced > REPLACED_LIMIT * total:
+            raise InputError(
+                f"--on_bad_image skip: {self.replaced} of {total} samples of this epoch could not be read, "
+                f"more than {REPLACED_LIMIT:.0%}; check --image_dir and the files"
+            )
 
     def close(self) -> None:
         """End the processes that read, whatever state they are in; the next iteration starts new ones."""

@@ -75,7 +75,7 @@ class Objective(nn.Module):
         if strategy != "off":
             # A module's own parameters come before its children's: temperatures, backbone, projections, as published.
             self.temp_1 = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-            if self.rule.own_harder_scale:
+            if self.rule.own_harder_scale and strategy not in WITHOUT_NEGATIVES:
                 self.temp_3 = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
             self.img_projection = Projection(backbone.image_dim, embedding_dim)
             self.text_projection = Projection(backbone.report_dim, embedding_dim)

@@ -1,7 +1,9 @@
 """Optimisers with two learning rates, and the schedules that are stepped once per epoch."""
 
+import math
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +32,22 @@ def build_optimizer(objective: nn.Module, *, optim: str, lr_ve: float, lr_ed: fl
         return torch.optim.RAdam(groups, **shared)
     kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[optim]
     return kind(groups, **shared, amsgrad=amsgrad, fused=True)
+
+
+def learning_rate_factor(rule: str, processes: int) -> float:
+    """What the learning rates of one process are multiplied by for ``processes``: 1, their number or its square root.
+
+    ``rule`` is none, linear (Goyal et al., arXiv 1706.02677) or sqrt.
+    """
+    return {"none": 1.0, "linear": float(processes), "sqrt": math.sqrt(processes)}[rule]
+
+
+def scale_learning_rates(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) -> None:
+    """Multiply the learning rates by ``factor``, and what the schedule remembers of them."""
+    for group in optimizer.param_groups:
+        group.update({name: group[name] * factor for name in ("lr", "initial_lr") if name in group})
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
 
 
 class PlateauOnAny:

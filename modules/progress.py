@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from tqdm import tqdm
 
+from modules.launch import process_number
+
 
 class Bar:
     """Iterates over ``items`` behind a tqdm bar; ``due()`` says when ``show(values)`` is worth the values' cost.
@@ -17,7 +19,8 @@ class Bar:
         # A log file gets a line every half minute instead of ten a second.
         interval = 0.1 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(items, desc=description, initial=start, total=total, mininterval=interval,
-                         maxinterval=interval + 1, dynamic_ncols=True, leave=sys.stderr.isatty())
+                         maxinterval=interval + 1, dynamic_ncols=True, leave=sys.stderr.isatty(),
+                         disable=process_number() > 0)
         self._every = max(interval, 1.0)
         self._shown = time.monotonic()
 

@@ -1,8 +1,9 @@
-"""The state of torch's random generators, as a checkpoint keeps it."""
+"""The state of torch's random generators, as a checkpoint keeps it; with several processes, by key instead."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -17,3 +18,8 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_by(*key: int) -> None:
+    """Seed torch's generators on every device by ``key`` alone."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))

@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from modules.errors import InputError
+from modules.launch import process_number
 
 
 class _BarSafeHandler(logging.Handler):
@@ -17,16 +18,19 @@ class _BarSafeHandler(logging.Handler):
 def start_log(path: Path) -> logging.Logger:
     """The logger "ithn", writing to the terminal and appending to ``path`` (mode 0600); call it once per run.
 
-    InputError where the file cannot be written.
+    Of several processes the first one writes. InputError where the file cannot be written.
     """
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    except OSError as error:
-        raise InputError(f"file {str(path)!r} cannot be written: {error.strerror}") from error
     logger = logging.getLogger("ithn")
     logger.setLevel(logging.INFO)
     logger.handlers.clear()
     logger.propagate = False
+    if process_number() > 0:
+        logger.addHandler(logging.NullHandler())
+        return logger
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        raise InputError(f"file {str(path)!r} cannot be written: {error.strerror}") from error
     terminal = _BarSafeHandler()
     terminal.setFormatter(logging.Formatter("%(message)s"))
     file = logging.StreamHandler(os.fdopen(handle, "a", encoding="utf-8"))

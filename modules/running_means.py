@@ -1,10 +1,12 @@
-"""Means of an epoch's losses, kept on the device: adding to them waits for nothing, reading them does."""
+"""Means of an epoch's losses over all processes, on the device: adding waits for nothing, reading does."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from modules import distributed
 
 
 class RunningMeans:
@@ -14,13 +16,20 @@ class RunningMeans:
         self.names: list[str] = []
         self.totals: Tensor | None = None  # (terms + 2,) float64: their sums, then steps and batches
 
-    def add(self, batches: Sequence[Mapping[str, Tensor]], finite: Tensor) -> None:
-        """Add one step's ``batches``, a dictionary of scalars each; nothing where ``finite`` (bool scalar) is false."""
+    def add(self, batches: Sequence[Mapping[str, Tensor]], finite: Tensor) -> Tensor:
+        """Add one step's ``batches``, a dictionary of scalars each, as the mean of all processes'.
+
+        Nothing is added where ``finite`` (bool scalar) is false in one of them; returns whether it is true in all.
+        """
         self.names = list(batches[0])
         values = torch.stack([torch.stack([batch[name].float() for name in self.names]) for batch in batches])
         counts = values.new_tensor([1, len(batches)], dtype=torch.float64)
-        step = torch.where(finite, torch.cat([values.double().sum(0), counts]), 0.0)
+        own = torch.where(finite, torch.cat([values.double().sum(0), counts, counts.new_ones(1)]), 0.0)
+        *step, agreed = distributed.all_reduce_sum(own).split([len(own) - 1, 1])
+        finite = agreed.squeeze() == distributed.world_size()
+        step = torch.where(finite, step[0] / distributed.world_size(), 0.0)
         self.totals = step if self.totals is None else self.totals + step
+        return finite
 
     def read(self) -> dict[str, float]:
         """Mean loss of a step, whose accumulated batches add up to it, and mean of every other term of a batch."""

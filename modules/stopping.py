@@ -25,10 +25,14 @@ class Stop:
     A SIGINT after the first signal leaves at once with 130 and saves nothing; further SIGTERMs change nothing. Only
     entry points enter it; the handlers that were there before come back afterwards. Elsewhere a ``Stop()`` that was
     never entered stands for a run that no signal can reach.
+
+    Of several processes one ``leads``: the others take note of a signal and go on, because the leader may still need
+    their part of a step before it can save; they end when it has left.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leads: bool = True) -> None:
         self.number: int | None = None
+        self._leads = leads
         self._held, self._accepted = 0, False
         self._before: dict[int, object] = {}
 
@@ -55,7 +59,7 @@ class Stop:
 
     def check(self) -> None:
         """Raise Stopped where a signal has come, unless a ``held`` block runs or somebody has accepted it."""
-        if self.number is not None and not self._held and not self._accepted:
+        if self.number is not None and self._leads and not self._held and not self._accepted:
             if self._before:
                 signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_TRY_AGAIN)
             raise Stopped(self.number)

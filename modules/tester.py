@@ -1,16 +1,17 @@
-"""Generates the reports of a split and scores them.
+"""Generates the reports of a split and scores them; of several processes each generates a share, the first scores.
 
 Shapes: B studies, N views, T tokens, C visual width.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modules import distributed
 from modules.captions import collapse_repeats
 from modules.decoding import DecodingOptions
 from modules.score_names import tagged
@@ -44,53 +45,86 @@ class Tester:
 
     ``clean`` maps a raw report to its cleaned text; ``score(predictions)`` returns the metrics by name;
     ``progress(iterable, description)`` shows a bar. ``score_tag`` becomes part of the names of all scores.
-    ``collapse_repeats`` writes a word that immediately repeats itself once.
+    ``collapse_repeats`` writes a word that immediately repeats itself once. Reports that are drawn at random are drawn
+    by ``seed`` and their batch.
     """
 
     def __init__(self, objective: nn.Module, *, tokenizer: Any, decoding: DecodingOptions, device: torch.device,
                  precision: str, clean: Callable[[str], str], score: Callable[[Predictions], Mapping],
-                 progress: Callable[[Iterable, str], Iterable], score_tag: str = "", collapse_repeats: bool = False):
+                 progress: Callable[[Iterable, str], Iterable], score_tag: str = "", collapse_repeats: bool = False,
+                 seed: int = 0):
         self.objective, self.tokenizer, self.decoding = objective, tokenizer, decoding
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.seed = device, precision, seed
         self.clean, self.score, self.progress, self.score_tag = clean, score, progress, score_tag
         self.collapse_repeats = collapse_repeats
 
     @torch.inference_mode()
-    def predict(self, loader: Iterable, description: str) -> Predictions:
-        """Generate a report for every study of ``loader``; the visual extractor sees each image once."""
+    def predict(self, loader: Iterable, description: str) -> Predictions | None:
+        """Generate a report for every study of ``loader``; the visual extractor sees each image once.
+
+        Every process goes through its batches of the split (modules.loaders); the first one gets all predictions, in
+        the order of the data set, the others None.
+        """
         was_training = self.objective.training
         self.objective.eval()
-        found, pooled = Predictions(), []
-        likelihoods = []
-        for batch in self.progress(loader, description):
+        texts, rows = [], []
+        for turn, batch in enumerate(self.progress(loader, description)):
             pair = batch.to(self.device).positive
-            with autocast(self.device, self.precision):
+            with autocast(self.device, self.precision), self._drawing(turn):
                 features = self.objective.backbone.extract(pair.images, pair.view_mask)
                 tokens = self.objective.backbone.generate(None, view_mask=pair.view_mask, labels=pair.labels,
                                                           features=features, decoding=self.decoding)
                 nll = self.objective.report_nll(pair, features)
-            likelihoods.append(torch.stack([nll.double(), pair.token_mask[:, 1:].sum(1).double()], dim=1).cpu())
-            pooled.append(features.pooled.float().cpu())
-            self._collect(found, batch, tokens)
+            counts = pair.token_mask[:, 1:].sum(1)
+            rows.append(torch.cat([torch.stack([nll.double(), counts.double()], dim=1),
+                                   features.pooled.double()], dim=1).cpu())  # (B, 2 + C)
+            texts.append(self._texts(batch, tokens))
         self.objective.train(was_training)
-        found.nll = torch.cat(likelihoods)
-        found.visual_features = torch.cat(pooled)
-        return found
+        gathered = distributed.gather_batches(texts, rows)
+        return None if gathered is None else _joined(*gathered)
 
-    def _collect(self, found: Predictions, batch: Any, tokens: Tensor) -> None:
-        found.ids += batch.ids
+    @contextlib.contextmanager
+    def _drawing(self, turn: int) -> Iterator[None]:
+        """Random numbers of a batch that depend on nothing else, and leave those of training alone."""
+        if self.decoding.sample_method != "sample":
+            yield
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.seed + turn * distributed.world_size() + distributed.rank())
+            yield
+
+    def _texts(self, batch: Any, tokens: Tensor) -> dict[str, list[str]]:
         generated = self.tokenizer.decode_batch(tokens.tolist())  # (B, L): the likeliest of each study
-        found.generated += map(collapse_repeats, generated) if self.collapse_repeats else generated
-        found.references += self.tokenizer.decode_batch(batch.positive.tokens[:, 1:].tolist())
-        found.full_references += [self.clean(report) for report in batch.reports]
-        found.reports += batch.reports
+        return {
+            "ids": batch.ids,
+            "generated": list(map(collapse_repeats, generated)) if self.collapse_repeats else generated,
+            "references": self.tokenizer.decode_batch(batch.positive.tokens[:, 1:].tolist()),
+            "full_references": [self.clean(report) for report in batch.reports],
+            "reports": batch.reports,
+        }
 
-    def evaluate(self, loader: Iterable, description: str) -> tuple[dict[str, float | None], Predictions]:
-        """Metrics by name, ``nll`` among them, and the predictions that they were computed from."""
+    def evaluate(self, loader: Iterable, description: str) -> tuple[dict[str, float | None], Predictions | None]:
+        """Metrics by name, ``nll`` among them, and the predictions that they were computed from.
+
+        The first process computes the metrics; all return the same, so that they decide alike.
+        """
         found = self.predict(loader, description)
-        scores = dict(self.score(found))
-        scores["nll"] = mean_nll(found)
+        scores = None
+        if found is not None:
+            scores = dict(self.score(found))
+            scores["nll"] = mean_nll(found)
+        scores = distributed.from_first(scores)
         return {tagged(name, self.score_tag): value for name, value in scores.items()}, found
+
+
+def _joined(texts: list[dict[str, list[str]]], rows: list[Tensor]) -> Predictions:
+    found = Predictions()
+    for part in texts:
+        for name, values in part.items():
+            getattr(found, name).extend(values)
+    table = torch.cat(rows)
+    found.nll, found.visual_features = table[:, :2].clone(), table[:, 2:].float()
+    return found
 
 
 def mean_nll(found: Predictions) -> float:

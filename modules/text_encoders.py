@@ -88,24 +88,43 @@ class TransformerEncoder:
         return {"pooling": self._pooling, "max_length": self.max_length, "weights_sha256": digest.hexdigest()}
 
     def encode(self, texts: Sequence[str], *, cache_dir: Path | None = None, progress: bool = False) -> np.ndarray:
-        """(N, H) float32 rows of norm 1. With ``cache_dir``, batches done by an earlier, interrupted run are kept."""
+        """(N, H) float32 rows of norm 1. With ``cache_dir``, batches done by an earlier, interrupted run are kept.
+
+        Several processes take the batches in turn; all return all rows, and the first one keeps the cache.
+        """
+        from modules import distributed
+
         # Longest first: batches need little padding, and the one that needs most memory fails at once, not at last.
         order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
         width = self._model.config.hidden_size
         vectors = np.empty((len(texts), width), dtype=np.float32)
+        cache_dir = cache_dir if distributed.is_first() else None
         with EmbeddingCache(cache_dir, key=[self.describe(), texts], shape=vectors.shape) as cache:
             done = len(cache.rows)
             if done < len(texts):
                 done -= done % self._batch_size  # whole batches, so that a resumed run computes the same numbers
-            vectors[order[:done]] = cache.rows[:done]
+            done = distributed.from_first(done)
+            vectors[order[:done]] = distributed.rows_from_first(cache.rows[:done], (done, width))
             cache.keep(done)
             with tqdm(total=len(texts), initial=done, desc="embed", unit="text", disable=not progress) as bar:
-                for start in range(done, len(texts), self._batch_size):
-                    rows = order[start : start + self._batch_size]
-                    vectors[rows] = self._embed([texts[row] for row in rows]).cpu().numpy()
+                for start in range(done, len(texts), self._batch_size * distributed.world_size()):
+                    rows = order[start : start + self._batch_size * distributed.world_size()]
+                    vectors[rows] = self._embed_shared([texts[row] for row in rows])
                     cache.append(vectors[rows])
                     bar.update(len(rows))
         return vectors
+
+    def _embed_shared(self, texts: list[str]) -> np.ndarray:
+        """Embeddings of up to a batch per process, (n, H), in all processes."""
+        import torch
+
+        from modules import distributed
+
+        size, first = self._batch_size, distributed.rank() * self._batch_size
+        own = torch.zeros(size, self._model.config.hidden_size)
+        if part := texts[first : first + size]:
+            own[: len(part)] = self._embed(part).cpu()
+        return distributed.gather(own)[: len(texts)].numpy()
 
     def _embed(self, texts: list[str]) -> "Tensor":
         import torch

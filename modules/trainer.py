@@ -1,8 +1,10 @@
 """The training loop: epochs, validation, learning-rate schedule, best model, early stop.
 
-It knows an objective that maps a batch to a dictionary of losses, and nothing about backbones or ITHN.
+It knows an objective that maps a batch to a dictionary of losses, and nothing about backbones or ITHN. Several
+processes take every step together, each with its share of the batch, and come to the same weights and decisions.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -15,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules import distributed
 from modules.errors import InputError
-from modules.random_state import restore_rng_state, rng_state
+from modules.random_state import restore_rng_state, rng_state, seed_by
 from modules.running_means import RunningMeans
 from modules.step_guard import StepGuard
 from modules.stopping import Stop, Stopped
@@ -49,7 +52,8 @@ class Position:
     """Where training stands, between two optimiser steps."""
 
     epoch: int = 1
-    batches: int = 0  # of this epoch that lie behind
+    batches: int = 0  # of this epoch that lie behind, in each process
+    samples: int = 0  # in them, in all processes
     steps: int = 0  # of this epoch
     total_steps: int = 0  # of all epochs
     trained: bool = False  # no batch of this epoch is left: its validation comes next
@@ -63,7 +67,8 @@ class Trainer:
     ``validate(epoch)`` returns metrics of the validation split; ``save(trainer, improved)`` writes a checkpoint, which
     needs ``state_dict()``; ``on_epoch(history)`` draws curves. ``epoch`` counts from 1. ``checkpoint_steps`` is the
     number of optimiser steps between checkpoints within an epoch, 0 for none. Where ``stop`` raises Stopped, what was
-    reached is saved and the exception goes on.
+    reached is saved and the exception goes on. Of several processes each draws its random numbers by ``seed``, step
+    and rank, so that a checkpoint needs no generator's state of any.
     """
 
     def __init__(self, objective: nn.Module, *, optimizer: torch.optim.Optimizer, scheduler: Any, loader: Any,
@@ -71,14 +76,15 @@ class Trainer:
                  on_epoch: Callable[[list[dict]], None], progress: Callable[..., Any], stop: Stop,
                  device: torch.device, precision: str, epochs: int, early_stop: int, monitor_metric: str,
                  monitor_mode: str, save_period: int, checkpoint_steps: int, log_period: int, start_eval_epoch: int,
-                 grad_accumulation: int, clip_norm: float, clip_value: float):
+                 grad_accumulation: int, clip_norm: float, clip_value: float, seed: int = 0):
         self.objective, self.optimizer, self.scheduler, self.loader = objective, optimizer, scheduler, loader
         self.validate, self.save, self.on_epoch, self.progress = validate, save, on_epoch, progress
         self.stop, self.device, self.precision = stop, device, precision
         self.epochs, self.early_stop, self.save_period, self.log_period = epochs, early_stop, save_period, log_period
         self.monitor_metric, self.monitor_mode, self.start_eval_epoch = monitor_metric, monitor_mode, start_eval_epoch
         self.checkpoint_steps, self.grad_accumulation = checkpoint_steps, grad_accumulation
-        self.clip_norm, self.clip_value = clip_norm, clip_value
+        self.clip_norm, self.clip_value, self.seed = clip_norm, clip_value, seed
+        self.parallel = distributed.data_parallel(objective)
         # Without float16 the scaler multiplies by 1: it then only keeps non-finite gradients out of the weights,
         # on the device, with no synchronisation.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if precision == "float16" else 1.0)
@@ -144,18 +150,21 @@ class Trainer:
     def _train_epoch(self, seconds: Callable[[], float]) -> None:
         position = self.position
         self.objective.train()
-        self.loader.set_epoch(position.epoch, position.batches)
+        self.loader.set_epoch(position.epoch, position.samples)
         bar = self.progress(self.loader, f"epoch {position.epoch}/{self.epochs}", position.batches)
         for group in self._groups(bar):
             with self.stop.held():
                 self._step(group)
                 position.batches, position.steps = position.batches + len(group), position.steps + 1
+                position.samples += sum(len(batch.sample_index) for batch in group) * distributed.world_size()
                 position.total_steps, position.seconds = position.total_steps + 1, seconds()
                 if self.checkpoint_steps and position.total_steps % self.checkpoint_steps == 0:
+                    distributed.average_running_statistics(self.objective)
                     self._save(improved=False)
                 self._log_step(bar)
         with self.stop.held():
             self.guard.read()
+            distributed.average_running_statistics(self.objective)
             position.trained, position.seconds = True, seconds()
             # Whatever becomes of the validation, the epoch is safe.
             if self._due():
@@ -182,24 +191,29 @@ class Trainer:
 
     def _step(self, group: list) -> None:
         """One optimiser step over the batches of ``group``, counted and kept out of the model if it is not finite."""
+        if distributed.is_distributed():
+            seed_by(self.seed, self.position.epoch, self.position.steps, distributed.rank())
         self.guard.begin()
         terms = list(self._accumulate(group))
         finite_loss = torch.stack([term["loss"] for term in terms]).isfinite().all()
         skipped = self._update()
-        self.means.add(terms, finite_loss)
+        finite_loss = self.means.add(terms, finite_loss)
         self.guard.settle(skipped, finite_loss, [batch.sample_index for batch in group], self.position.epoch,
                           self.position.steps + 1)
 
     def _accumulate(self, group: list) -> Iterator[dict[str, Tensor]]:
-        """Gradients of one optimiser step; the cross entropy is normalised by the tokens of the whole group."""
-        group = [batch.to(self.device) for batch in group]
-        token_count = sum(batch.positive.token_mask[:, 1:].sum() for batch in group)
-        for batch in group:
-            with autocast(self.device, self.precision):
-                terms = self.objective(batch, self.position.epoch, token_count=token_count, share=1.0 / len(group))
-            # A loss that is not finite can have finite gradients: it makes all of them NaN, and the scaler sees it.
-            sound = torch.where(terms["loss"].detach().isfinite(), 1.0, math.nan)
-            self.scaler.scale(terms["loss"] * sound).backward()
+        """Gradients of one optimiser step; the cross entropy is normalised by the tokens of the whole step."""
+        # On the CPU, where the masks are still: the processes meet without waiting for a device.
+        token_count = distributed.all_reduce_sum(sum(batch.positive.token_mask[:, 1:].sum() for batch in group))
+        for number, batch in enumerate(group, start=1):
+            # Only the last backward pass of a step brings the processes' gradients together.
+            with contextlib.nullcontext() if number == len(group) else distributed.apart(self.parallel):
+                with autocast(self.device, self.precision):
+                    terms = self.parallel(batch.to(self.device), self.position.epoch, token_count=token_count,
+                                          share=1.0 / len(group))
+                # A loss that is not finite can have finite gradients: it makes all of them NaN, and the scaler sees it.
+                sound = torch.where(terms["loss"].detach().isfinite(), 1.0, math.nan)
+                self.scaler.scale(terms["loss"] * sound).backward()
             yield {name: value.detach() for name, value in terms.items()}
 
     def _update(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Builds the parts of a run from its Config: the one place, with main_* and the other scripts, that sees all of it."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,22 +10,26 @@ import torch
 from torch import nn
 
 from models import MODELS, Backbone, build_model
+from modules import distributed
 from modules.annotations import Annotation, Study, read_annotation
 from modules.captions import split_captions
 from modules.config import Config
 from modules.datasets import MAX_VIEWS, EpochLoader, ReportDataset, build_loader
 from modules.decoding import DecodingOptions
 from modules.detection_features import DetectionExtractor, DetectionFeatures, detections_of
-from modules.environment import check_precision, choose_device
+from modules.environment import choose_device, choose_precision
 from modules.errors import InputError
 from modules.feature_cache import FeatureCache
 from modules.images import eval_transform, train_transform
 from modules.input_files import require_plain_archive
 from modules.label_files import NO_FINDING, LabelTable, class_order, read_labels
+from modules.launch import process_device
 from modules.mining import HardNegativeIndex
 from modules.objective import Objective
 from modules.prototype_files import load_prototypes
+from modules.sync_norm import with_common_statistics
 from modules.visual_extractor import VisualExtractor
+from scripts.hard_negatives import hard_negatives
 from scripts.image_sources import feature_source, image_folder, image_source
 from scripts.language_model import AnyTokenizer, build_tokenizer, gpt2_options
 
@@ -48,9 +53,12 @@ class Data:
 
 
 def prepare_device(config: Config) -> torch.device:
-    """The device of a run, with kernels chosen for speed or, by flag, for repeatability."""
-    device = choose_device("cpu" if config.n_gpu == 0 else config.device)
-    check_precision(config.precision, device)
+    """The device of this process, with kernels chosen for speed or, by flag, for repeatability."""
+    device = choose_device("cpu" if config.n_gpu == 0 else process_device(config.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # torch by itself allows TF32 in convolutions and not in matrix products.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.tf32
     torch.manual_seed(config.seed)
     if config.deterministic:
         # cuBLAS reads it at its first call; without it torch refuses some products.
@@ -61,6 +69,11 @@ def prepare_device(config: Config) -> torch.device:
     else:
         torch.backends.cudnn.benchmark = True
     return device
+
+
+def with_precision(config: Config, device: torch.device) -> Config:
+    """``config`` with the --precision that auto means on ``device``."""
+    return dataclasses.replace(config, precision=choose_precision(config.precision, device))
 
 
 def read_data(config: Config, *, tokenizer: AnyTokenizer | None = None, trained_with: str | None = None) -> Data:
@@ -79,7 +92,7 @@ def read_data(config: Config, *, tokenizer: AnyTokenizer | None = None, trained_
         tokenizer = build_tokenizer(config, reports, on_gpt2="gpt2_layers" in _backbone_class(config).flags)
     if config.beam_size > tokenizer.num_ids:
         raise InputError(f"--beam_size {config.beam_size}: at most the {tokenizer.num_ids} token ids of the vocabulary")
-    strategy, index = _hard_negatives(config, annotation) if trained_with is None else ("off", None)
+    strategy, index = hard_negatives(config, annotation) if trained_with is None else ("off", None)
     labels = None
     if _backbone_class(config).needs_labels and (trained_with is None or score_tag(config)):
         labels = read_labels(config.label_path, _clusters(config), config.label_columns)
@@ -109,30 +122,6 @@ def _clusters(config: Config) -> tuple[str, ...]:
     return class_order(config.cluster_order, "cluster_order")
 
 
-def _hard_negatives(config: Config, annotation: Annotation) -> tuple[str, HardNegativeIndex | None]:
-    """The strategy that --ithn and the available hard negatives lead to, and the index if one was given."""
-    in_annotation = any(study.negative_report for study in annotation.splits["train"])
-    # A strategy or variant that was asked for must not quietly end in the plain backbone.
-    asked = config.strategy != "ithn" or config.released
-    wanted = config.ithn == "on" or (config.ithn == "auto" and (config.negative_index or in_annotation or asked))
-    if not wanted:
-        return "off", None
-    if config.strategy == "contrastive":
-        return config.strategy, None
-    if config.negative_index:
-        index = HardNegativeIndex.load(config.negative_index)
-        index.check(annotation)
-        return config.strategy, index
-    if not in_annotation:
-        raise InputError(f"--strategy {config.strategy} needs hard negatives and {config.ann_path} has no neg_report: "
-                         f"run python scripts/mine_hard_negatives.py --ann_path {config.ann_path} --out FILE, then "
-                         "give --negative_index FILE (or --ithn off for the plain backbone)")
-    if config.strategy == "mochi":
-        raise InputError("--strategy mochi draws from several neighbours, the annotation's neg_report is one: mine an "
-                         "index with scripts/mine_hard_negatives.py and give --negative_index")
-    return config.strategy, None
-
-
 def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
     """The visual extractor; without ``pretrained`` its weights are to come from a checkpoint."""
     if pretrained and config.visual_extractor_weights:
@@ -157,7 +146,8 @@ def build_objective(config: Config, data: Data, device: torch.device, *, pretrai
     if isinstance(data.features, DetectionFeatures):
         extractor: nn.Module = DetectionExtractor(*data.features.shape)
     else:
-        extractor = build_extractor(config, device, pretrained=pretrained)
+        with distributed.first_goes_ahead():
+            extractor = build_extractor(config, device, pretrained=pretrained)
     backbone = build_backbone(config, extractor, data.tokenizer, pretrained=pretrained)
     objective = kind(
         backbone,
@@ -176,7 +166,7 @@ def build_objective(config: Config, data: Data, device: torch.device, *, pretrai
         mask_identical=config.mask_identical,
         n_samples=count_samples(config, data.annotation.splits["train"]),
     )
-    return objective.to(device)
+    return with_common_statistics(objective.to(device)) if config.sync_bn else objective.to(device)
 
 
 def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer, *, pretrained: bool) -> Backbone:
@@ -259,6 +249,7 @@ def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extr
 def build_split_loader(config: Config, dataset: ReportDataset, device: torch.device, *, shuffle: bool) -> EpochLoader:
     """Loader of a split; worker processes of the training split live on between epochs, the others' end."""
     return build_loader(dataset, config.batch_size, shuffle, config.num_workers, config.seed,
+                        rank=distributed.rank(), world_size=distributed.world_size(),
                         pin_memory=device.type == "cuda", persistent_workers=shuffle,
                         drop_last=shuffle and config.drop_last, patience=config.worker_timeout,
                         lengths=dataset.token_counts() if shuffle and config.length_bucketing else None)

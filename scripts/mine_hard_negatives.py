@@ -9,6 +9,7 @@ the mean of the last hidden states over all tokens (--pooling mean) or by the fi
 
   python scripts/mine_hard_negatives.py --ann_path data/iu_xray/annotation.json --out data/iu_xray/negatives.safetensors
   python scripts/mine_hard_negatives.py ... --text_encoder tfidf          needs no weights and nothing downloaded
+  python scripts/mine_hard_negatives.py ... --n_gpu 8                     or under torchrun: embedding and search shared
 """
 
 import argparse
@@ -24,6 +25,7 @@ from modules.captions import split_captions
 from modules.config import DATASETS
 from modules.errors import InputError, run_entry_point
 from modules.flags import boolean
+from modules.launch import launched, process_device, start_processes
 from modules.records import private_folder
 from modules.tokenizers import clean_report
 
@@ -55,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=32, metavar="B", help="reports embedded at once; default %(default)s")
     add("--max_length", type=int, default=512, metavar="T", help="tokens read of a report; default %(default)s")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default %(default)s")
+    add("--n_gpu", type=int, default=1, metavar="N",
+        help="GPUs, each with a process of its own; with --device cpu, processes; default %(default)s")
     add("--memory_mb", type=int, default=256, metavar="M",
         help="MiB that the search takes beyond embeddings and result; default %(default)s")
     add("--examples", type=int, default=3, metavar="E",
@@ -64,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(arguments: argparse.Namespace) -> None:
     """InputError for values out of range, and for an --out that could not be written after hours of work."""
-    for flag, low in (("top_k", 1), ("batch_size", 1), ("max_length", 3), ("memory_mb", 1), ("examples", 0)):
+    for flag, low in (("top_k", 1), ("batch_size", 1), ("max_length", 3), ("memory_mb", 1), ("examples", 0),
+                      ("n_gpu", 0)):
         if getattr(arguments, flag) < low:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: must be {low} or more")
     if arguments.out.is_dir():
@@ -76,22 +81,26 @@ def check(arguments: argparse.Namespace) -> None:
 
 def embed(arguments: argparse.Namespace, texts: list[str], device: str) -> tuple:
     """Embeddings of the texts, one row each, and the encoder's description."""
+    from modules import distributed
     from modules.text_encoders import TfidfEncoder, build_text_encoder
 
-    encoder = build_text_encoder(arguments.text_encoder, pooling=arguments.pooling, max_length=arguments.max_length,
-                                 device=device, batch_size=arguments.batch_size)
+    with distributed.first_goes_ahead():
+        encoder = build_text_encoder(arguments.text_encoder, pooling=arguments.pooling,
+                                     max_length=arguments.max_length, device=device, batch_size=arguments.batch_size)
+    shown = distributed.is_first()
     if isinstance(encoder, TfidfEncoder):
-        return encoder.encode(texts, progress=True), encoder.describe()
+        return encoder.encode(texts, progress=shown), encoder.describe()
     cache = None if arguments.cache == "none" else Path(arguments.cache or arguments.out.parent / "embeddings")
-    return encoder.encode(texts, cache_dir=cache, progress=True), encoder.describe()
+    return encoder.encode(texts, cache_dir=cache, progress=shown), encoder.describe()
 
 
 def mine(arguments: argparse.Namespace, annotation: Annotation):
     """The index of the annotation's training reports."""
+    from modules import distributed
     from modules.environment import choose_device, provenance
     from modules.mining import HardNegativeIndex, group_ids, mine_neighbours
 
-    device = str(choose_device(arguments.device))
+    device = str(choose_device("cpu" if arguments.n_gpu == 0 else process_device(arguments.device)))
     train = annotation.splits["train"]
     reports = [" ".join(study.report.split()) for study in train]
     cleaned = group_ids(clean_report(study.report, arguments.dataset_name) for study in train)
@@ -101,7 +110,7 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
         vectors, group_ids(reports), arguments.top_k,
         text_group=None if arguments.include_identical_text else cleaned,
         study_group=None if arguments.include_same_study else studies,
-        device=device, memory_mb=arguments.memory_mb, progress=True,
+        device=device, memory_mb=arguments.memory_mb, progress=distributed.is_first(),
     )
     metadata = {
         "ann_path": annotation.path,
@@ -162,20 +171,35 @@ def print_examples(index, reports: list[str], wanted: int) -> None:
             print(f"  {name:<9} {shown}")
 
 
-def main() -> None:
-    """Read, embed, search, write, report."""
-    arguments = build_parser().parse_args()
-    check(arguments)
+def mine_and_write(arguments: argparse.Namespace) -> None:
+    """Read, embed and search, in every process; write and report, in the first."""
+    from modules.distributed import is_first
+
     start = time.monotonic()
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
     if arguments.dataset_name == "coco":
         annotation = split_captions(annotation)
     index = mine(arguments, annotation)
+    if not is_first():
+        return
     index.save(arguments.out)
     print_statistics(index)
     reports = [" ".join(study.report.split()) for study in annotation.splits["train"]]
     print_examples(index, reports, arguments.examples)
     print(f"\nwrote {arguments.out} in {time.monotonic() - start:.1f} s")
+
+
+def main() -> int:
+    """Start the processes that --n_gpu asks for, or do the work of one."""
+    arguments = build_parser().parse_args()
+    check(arguments)
+    if arguments.n_gpu > 1 and not launched():
+        return start_processes(arguments.n_gpu, device=arguments.device)
+    from modules.distributed import processes
+
+    with processes(arguments.device):
+        mine_and_write(arguments)
+    return 0
 
 
 if __name__ == "__main__":

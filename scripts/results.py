@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from models import MODELS
+from modules import distributed
 from modules.bootstrap import LEVEL, RESAMPLES
 from modules.captions import first_of_each_image
 from modules.checkpoint_folder import BEST
@@ -39,11 +40,18 @@ MODEL, COMMONEST, NEAREST = "model", "commonest training report", "nearest train
 
 
 def test_and_write(config: Config, data: compose.Data, objective: Objective, device: torch.device, *, tester: Tester,
-                   loader: Any, scoring: Scoring, folder: Path, history: Sequence[Mapping], best_epoch: int) -> None:
-    """Generate and score the test split, score the floors beside it, and write the results into ``folder``."""
+                   loader: Any, scoring: Scoring | None, folder: Path, history: Sequence[Mapping],
+                   best_epoch: int) -> None:
+    """Generate and score the test split, score the floors beside it, and write the results into ``folder``.
+
+    All processes generate and look at images; the first one, which has the ``scoring``, does the rest.
+    """
     found = tester.predict(loader, "test")
     tag = tester.score_tag
-    reports = {MODEL: found.generated} | _floors(config, data, objective, device, found)
+    floors = _floors(config, data, objective, device, found)
+    if found is None:
+        return
+    reports = {MODEL: found.generated} | floors
     scored = scoring.test(found, reports, {MODEL: tag})
     variety = {name: collapse_statistics(generated) for name, generated in reports.items() if name != COMMONEST}
     variety["references"] = collapse_statistics(found.references)
@@ -102,7 +110,7 @@ def _write_files(folder: Path, found: Predictions, scored: Scored, captions: Seq
 
 
 def _floors(config: Config, data: compose.Data, objective: Objective, device: torch.device,
-            found: Predictions) -> dict[str, list[str]]:
+            found: Predictions | None) -> dict[str, list[str]]:
     """What needs no decoder: the commonest training report, and the report of the training image most alike.
 
     Of an image's captions the commonest is sought among all, and the first stands for the image.
@@ -112,8 +120,11 @@ def _floors(config: Config, data: compose.Data, objective: Objective, device: to
     extractor, studies = objective.backbone.visual_extractor, data.annotation.splits["train"]
     dataset = compose.build_dataset(config, data, "train", augment=False, extractor=extractor,
                                     studies=first_of_each_image(studies) if config.captioning else studies)
-    ids, features = _pooled_features(objective, compose.build_split_loader(config, dataset, device, shuffle=False),
-                                     device, config.precision)
+    gathered = _pooled_features(objective, compose.build_split_loader(config, dataset, device, shuffle=False), device,
+                                config.precision)
+    if gathered is None or found is None:  # not the first process, which scores
+        return {}
+    ids, features = gathered
     texts = [cut_report(study.report, data.tokenizer, config.max_seq_length) for study in dataset.studies]
     # By id: where an image was unreadable, another sample stands in.
     by_id = {dataset.sample_id(index): texts[row] for index, (row, _) in enumerate(dataset.samples)}
@@ -126,16 +137,19 @@ def _floors(config: Config, data: compose.Data, objective: Objective, device: to
 
 @torch.inference_mode()
 def _pooled_features(objective: Objective, loader: Any, device: torch.device,
-                     precision: str) -> tuple[list[str], Tensor]:
-    """The samples' ids, and their pooled visual features (N, C) on the CPU."""
+                     precision: str) -> tuple[list[str], Tensor] | None:
+    """The samples' ids, and their pooled visual features (N, C) on the CPU; in the first process only."""
     objective.eval()
     ids, pooled = [], []
     for batch in Bar(loader, "features of the training images"):
         pair = batch.to(device).positive
         with autocast(device, precision):
             pooled.append(objective.backbone.extract(pair.images, pair.view_mask).pooled.float().cpu())
-        ids += batch.ids
-    return ids, torch.cat(pooled)
+        ids.append(batch.ids)
+    gathered = distributed.gather_batches(ids, pooled)
+    if gathered is None:
+        return None
+    return [name for batch in gathered[0] for name in batch], torch.cat(gathered[1])
 
 
 def cut_report(report: str, tokenizer: Tokenizer, max_seq_length: int) -> str:

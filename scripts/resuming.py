@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from modules import distributed
 from modules.bpe_tokenizer import BpeTokenizer, tokenizer_from_state
 from modules.checkpoint import TESTED, load_checkpoint, require_entries, require_resumable
 from modules.checkpoint_folder import BEST, CheckpointFolder
@@ -15,6 +16,7 @@ from modules.config import Config
 from modules.errors import InputError
 from modules.flags import resolve_config
 from modules.objective import Objective
+from modules.optimizers import learning_rate_factor, scale_learning_rates
 from modules.trainer import Best, Trainer
 from scripts import compose
 
@@ -22,7 +24,7 @@ logger = logging.getLogger("ithn")
 
 # Flags that the kept states of optimiser, schedule and model selection decide when a run goes on.
 KEPT = ("optim", "lr_ve", "lr_ed", "weight_decay", "adam_betas", "adam_eps", "amsgrad", "lr_scheduler", "step_size",
-        "gamma", "monitor_metric", "monitor_mode")
+        "gamma", "scale_lr", "monitor_metric", "monitor_mode")
 # Flags that decide which samples are still to come in an epoch that was begun.
 KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing")
 
@@ -100,6 +102,10 @@ def restore(trainer: Trainer, objective: Objective, source: Source, config: Conf
         trainer.load_state_dict(state)
         _require_history(trainer.history)
         _require_shapes(trainer)
+        now, then = (learning_rate_factor(config.scale_lr, count)
+                     for count in (distributed.world_size(), content.get("processes", 1)))
+        if now != then:
+            scale_learning_rates(trainer.optimizer, trainer.scheduler, now / then)
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
@@ -118,22 +124,26 @@ def _require_unchanged(config: Config, began: Config, names: tuple[str, ...], pa
 
 
 def _position(config: Config, source: Source, data: compose.Data) -> dict[str, Any]:
-    """Where to go on; in an epoch that was begun, behind the samples that were seen, whatever the batch size is now."""
+    """Where to go on; in an epoch that was begun, behind the samples that were seen.
+
+    The batch size and the number of processes may be others now.
+    """
     position = dict(source.content["position"])
     if position["trained"] or not position["batches"]:
         return position
     began = resolve_config({}, source.content["config"])
-    # Batches of like length are made up by the size of a batch.
-    kept = (*KEPT_WITHIN_AN_EPOCH, "batch_size") if began.length_bucketing else KEPT_WITHIN_AN_EPOCH
-    _require_unchanged(config, began, kept, source.path)
+    _require_unchanged(config, began, KEPT_WITHIN_AN_EPOCH, source.path)
     if source.content["annotation_sha256"] != data.annotation.sha256:
         raise InputError(f"--resume {source.path}: it stands in the middle of epoch {position['epoch']} of another "
                          f"annotation than {config.ann_path}; use the one it began with")
-    seen = position["batches"] * began.batch_size
-    if seen % config.batch_size:
-        raise InputError(f"--batch_size {config.batch_size}: --resume {source.path} stands in the middle of epoch "
-                         f"{position['epoch']}, behind {seen} samples; give a divisor of {began.batch_size}")
-    return position | {"batches": seen // config.batch_size}
+    # Batches of like length are made up by their size in all processes together.
+    together = config.batch_size * distributed.world_size()
+    then = began.batch_size * source.content.get("processes", 1)
+    if config.length_bucketing and together != then:
+        raise InputError(f"--length_bucketing true: --resume {source.path} stands in the middle of epoch "
+                         f"{position['epoch']}, whose batches have {then} samples in all processes together, not "
+                         f"{together}; choose --batch_size or --n_gpu so that they do")
+    return position | {"batches": position["samples"] // together}
 
 
 def _require_alike(fresh: Mapping[str, Any], saved: Mapping[str, Any], names: tuple[str, ...]) -> None:
@@ -173,5 +183,5 @@ def bring_best(trainer: Trainer, source: Source, folder: CheckpointFolder) -> No
     if not found.is_file():
         logger.warning("no %s beside --resume: epochs to come choose the best model anew", BEST)
         trainer.best = Best()
-    elif not (folder.path / BEST).is_file() or not found.samefile(folder.path / BEST):
+    elif distributed.is_first() and not ((folder.path / BEST).is_file() and found.samefile(folder.path / BEST)):
         folder.keep_as_best(found)

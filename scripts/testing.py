@@ -8,6 +8,7 @@ from typing import Any
 
 from modules.bpe_tokenizer import tokenizer_from_state
 from modules.checkpoint import FORMAT, load_checkpoint
+from modules.distributed import is_first
 from modules.flags import resolve_config
 from modules.records import private_folder
 from modules.run_log import start_log
@@ -30,6 +31,7 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     for line in ignored:
         log.info("%s", line)
     device = compose.prepare_device(config)
+    config = compose.with_precision(config, device)
     tokenizer = tokenizer_from_state(content["vocabulary"]) if ours else None
     data = compose.read_data(config, tokenizer=tokenizer, trained_with=content.get("strategy", "unknown"))
     objective = compose.build_objective(config, data, device, pretrained=False)
@@ -37,11 +39,12 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     compose.cache_features(config, data, objective.backbone.visual_extractor, device)
     dataset = compose.build_dataset(config, data, "test", augment=False,
                                     extractor=objective.backbone.visual_extractor)
-    if config.on_bad_image == "stop":
+    if config.on_bad_image == "stop" and is_first():
         dataset.check_files(dataset.read_image)
     loader = compose.build_split_loader(config, dataset, device, shuffle=False)
     history = _history(content, Path(path).parent) if ours else []
-    with Scoring(config, device, (dataset,)) as scoring, contextlib.closing(loader):
+    with contextlib.closing(loader), \
+            Scoring(config, device, (dataset,)) if is_first() else contextlib.nullcontext() as scoring:
         tester = build_tester(config, data.tokenizer, objective, device, scoring)
         test_and_write(config, data, objective, device, tester=tester, loader=loader, scoring=scoring, folder=folder,
                        history=history, best_epoch=int(content.get("epoch") or 0))

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from modules import distributed
 from modules.checkpoint import load_checkpoint
 from modules.checkpoint_folder import BEST, CheckpointFolder
 from modules.config import Config
+from modules.distributed import is_first
 from modules.environment import provenance
 from modules.flags import resolve_config
 from modules.objective import Objective
-from modules.optimizers import build_optimizer, build_scheduler
+from modules.optimizers import build_optimizer, build_scheduler, learning_rate_factor
 from modules.out_of_memory import explained
 from modules.plots import training_curves
 from modules.progress import Bar
@@ -43,17 +45,13 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], stop: Stop | 
     """
     stop = stop or Stop()
     folder = CheckpointFolder(private_folder(resuming.save_dir(given)))
-    with folder.locked():
+    with folder.locked() if is_first() else contextlib.nullcontext():
         source, start = resuming.find_source(given, folder), starting.find_start(given, folder)
         config = resolve_config(given, source.settings if source else starting.stage_settings(
             given, start.settings if start else {}))
         starting.require_weights(config, source is not None or start is not None)
         private_folder(config.record_dir)  # rather now than after hours of work
-        goes_on = source is not None and source.path.parent.resolve() == folder.path.resolve()
-        aside = None if goes_on else folder.move_aside()
-        start_log(folder.path / "train.log")
-        _log_start(given, ignored, folder, source, aside)
-        folder.sweep()
+        _begin(given, ignored, folder, source)
         try:
             with explained(NEED_LESS_MEMORY):
                 _train_and_test(config, source, start, folder, stop)
@@ -62,8 +60,14 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], stop: Stop | 
             raise
 
 
-def _log_start(given: Mapping[str, Any], ignored: Sequence[str], folder: CheckpointFolder,
-               source: resuming.Source | None, aside: Path | None) -> None:
+def _begin(given: Mapping[str, Any], ignored: Sequence[str], folder: CheckpointFolder,
+           source: resuming.Source | None) -> None:
+    """Make room in the folder, and say what begins."""
+    goes_on = source is not None and source.path.parent.resolve() == folder.path.resolve()
+    aside = folder.move_aside() if is_first() and not goes_on else None
+    start_log(folder.path / "train.log")
+    if is_first():
+        folder.sweep()
     for line in ignored:
         logger.info("%s", line)
     for problem in folder.problems:
@@ -79,6 +83,7 @@ def _log_start(given: Mapping[str, Any], ignored: Sequence[str], folder: Checkpo
 def _train_and_test(config: Config, source: resuming.Source | None, start: starting.Start | None,
                     folder: CheckpointFolder, stop: Stop) -> None:
     device = compose.prepare_device(config)
+    config = compose.with_precision(config, device)
     brought = source or start
     data = compose.read_data(config, tokenizer=brought and brought.tokenizer)
     objective = compose.build_objective(config, data, device, pretrained=brought is None,
@@ -87,16 +92,19 @@ def _train_and_test(config: Config, source: resuming.Source | None, start: start
         compose.load_weights(objective, start.content["state_dict"], start.path)
     compose.cache_features(config, data, objective.backbone.visual_extractor, device)
     datasets = _datasets(config, data, objective)
-    starting.equip(config, data, objective, datasets["train"], folder.path)
+    with distributed.first_goes_ahead():
+        starting.equip(config, data, objective, datasets["train"], folder.path)
     logger.info("%s on %s: %d training, %d validation and %d test samples, vocabulary %d, %s",
                 config.model_name, device, *map(len, datasets.values()), data.tokenizer.vocab_size,
                 "no ITHN" if data.strategy == "off" else f"ITHN ({config.ithn_variant}), strategy {data.strategy}")
+    _log_batches(config)
     loaders = {split: compose.build_split_loader(config, dataset, device, shuffle=split == "train")
                for split, dataset in datasets.items()}
     with contextlib.ExitStack() as opened:
         for loader in loaders.values():
             opened.callback(loader.close)
-        scoring = opened.enter_context(Scoring(config, device, (datasets["val"], datasets["test"])))
+        scoring = opened.enter_context(Scoring(config, device, (datasets["val"], datasets["test"]))) if is_first() \
+            else None
         tester = build_tester(config, data.tokenizer, objective, device, scoring)
         trainer = _trainer(config, data, objective, device, loaders, tester, folder, stop)
         if source is not None:
@@ -110,9 +118,22 @@ def _train_and_test(config: Config, source: resuming.Source | None, start: start
                            config.monitor_metric)
             return
         best = folder.path / BEST
-        compose.load_weights(objective, load_checkpoint(best)["state_dict"], str(best))
+        if is_first():
+            compose.load_weights(objective, load_checkpoint(best)["state_dict"], str(best))
+        distributed.weights_from_first(objective)
         test_and_write(config, data, objective, device, tester=tester, loader=loaders["test"], scoring=scoring,
                        folder=folder.path, history=trainer.history, best_epoch=trainer.best.epoch)
+
+
+def _log_batches(config: Config) -> None:
+    """Say what a step of all processes is, and what that does to the learning rates."""
+    count, accumulated = distributed.world_size(), config.grad_accumulation
+    parts = [f"{config.batch_size} samples", *([f"{accumulated} accumulated batches"] if accumulated > 1 else []),
+             *([f"{count} processes"] if count > 1 else [])]
+    factor = learning_rate_factor(config.scale_lr, count)
+    logger.info("a step takes %d samples (%s); precision %s; learning rates %g and %g (--scale_lr %s%s)",
+                config.batch_size * accumulated * count, " x ".join(parts), config.precision, config.lr_ve * factor,
+                config.lr_ed * factor, config.scale_lr, f": x {factor:.4g}" if factor != 1 else "")
 
 
 def _datasets(config: Config, data: compose.Data, objective: Objective) -> dict[str, Any]:
@@ -121,14 +142,15 @@ def _datasets(config: Config, data: compose.Data, objective: Objective) -> dict[
     datasets = {split: compose.build_dataset(config, data, split, augment=split == "train", extractor=extractor,
                                              negatives=negatives and split == "train")
                 for split in ("train", "val", "test")}
-    if config.on_bad_image == "stop":
+    if config.on_bad_image == "stop" and is_first():
         for dataset in datasets.values():
             dataset.check_files(dataset.read_image)
     return datasets
 
 
 def build_tester(config: Config, tokenizer: Tokenizer, objective: Objective, device: torch.device,
-                 scoring: Scoring) -> Tester:
+                 scoring: Scoring | None) -> Tester:
+    """``scoring`` is None in all processes but the first."""
     return Tester(
         objective,
         tokenizer=tokenizer,
@@ -136,17 +158,20 @@ def build_tester(config: Config, tokenizer: Tokenizer, objective: Objective, dev
         device=device,
         precision=config.precision,
         clean=lambda report: clean_report(report, tokenizer.cleaner),
-        score=scoring.validation,
+        score=None if scoring is None else scoring.validation,
         progress=Bar,
         score_tag=compose.score_tag(config),
         collapse_repeats=config.collapse_repeats,
+        seed=config.seed,
     )
 
 
 def _trainer(config: Config, data: compose.Data, objective: Objective, device: torch.device,
              loaders: Mapping[str, Any], tester: Tester, folder: CheckpointFolder, stop: Stop) -> Trainer:
+    factor = learning_rate_factor(config.scale_lr, distributed.world_size())
     optimizer = build_optimizer(
-        objective, optim=config.optim, lr_ve=config.lr_ve, lr_ed=config.lr_ed, weight_decay=config.weight_decay,
+        objective, optim=config.optim, lr_ve=config.lr_ve * factor, lr_ed=config.lr_ed * factor,
+        weight_decay=config.weight_decay,
         adam_betas=config.adam_betas, adam_eps=config.adam_eps, amsgrad=config.amsgrad)
     scheduler = build_scheduler(
         optimizer, lr_scheduler=config.lr_scheduler, step_size=config.step_size, gamma=config.gamma,
@@ -160,8 +185,8 @@ def _trainer(config: Config, data: compose.Data, objective: Objective, device: t
         scheduler=scheduler,
         loader=loaders["train"],
         validate=lambda epoch: tester.evaluate(loaders["val"], f"validation {epoch}")[0],
-        save=_saver(config, data, device, folder),
-        on_epoch=_epoch_writer(config, folder.path),
+        save=_saver(config, data, device, folder) if is_first() else lambda trainer, improved: None,
+        on_epoch=_epoch_writer(config, folder.path) if is_first() else lambda history: None,
         progress=Bar,
         stop=stop,
         device=device,
@@ -177,6 +202,7 @@ def _trainer(config: Config, data: compose.Data, objective: Objective, device: t
         grad_accumulation=config.grad_accumulation,
         clip_norm=config.clip_norm,
         clip_value=config.clip_value,
+        seed=config.seed,
     )
 
 
@@ -199,6 +225,7 @@ def _saver(config: Config, data: compose.Data, device: torch.device,
             "vocabulary_sha256": data.tokenizer.sha256,
             "annotation_sha256": data.annotation.sha256,
             "strategy": data.trained_with,
+            "processes": distributed.world_size(),
             "provenance": made_by,
         }, best=improved)
 

@@ -9,9 +9,9 @@ import pytest
 
 from modules import environment
 from modules.environment import (
-    check_precision,
     check_python,
     choose_device,
+    choose_precision,
     git_state,
     package_versions,
     provenance,
@@ -76,10 +76,17 @@ def test_a_gpu_without_kernels_names_the_pin(monkeypatch):
 def test_emulated_bfloat16_is_refused(monkeypatch):
     pretend_gpu(monkeypatch, (7, 0), CUDA_12, bf16=False)
     device = choose_device("cuda")
-    check_precision("float16", device)
+    assert choose_precision("float16", device) == choose_precision("auto", device) == "float16"
     with pytest.raises(InputError, match="use --precision float16"):
-        check_precision("bfloat16", device)
-    check_precision("bfloat16", choose_device("cpu"))
+        choose_precision("bfloat16", device)
+    assert choose_precision("bfloat16", choose_device("cpu")) == "bfloat16"
+
+
+def test_auto_precision_is_what_the_device_computes_in(monkeypatch):
+    pretend_gpu(monkeypatch, (8, 0), CUDA_12)
+    assert choose_precision("auto", choose_device("cuda")) == "bfloat16"
+    assert choose_precision("float32", choose_device("cuda")) == "float32"
+    assert choose_precision("auto", choose_device("cpu")) == "float32"
 
 
 def test_no_gpu(monkeypatch, caplog):

@@ -12,10 +12,10 @@ def lengths_of(count):
     return torch.randint(5, 60, (count,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def batches(count, *, epoch=1, start_batch=0, bucketed=True, **options):
+def batches(count, *, epoch=1, seen=0, bucketed=True, **options):
     options = {"batch_size": 4, "seed": 3} | options
     loader = build_loader(range(count), shuffle=True, lengths=lengths_of(count) if bucketed else None, **options)
-    loader.set_epoch(epoch, start_batch)
+    loader.set_epoch(epoch, seen)
     return [[index for _, index in batch] for batch in loader.batch_sampler]
 
 
@@ -46,7 +46,7 @@ def test_seed_and_epoch_decide_and_a_resumed_epoch_goes_on_at_its_batch():
     complete = batches(450, epoch=2)
     assert complete == batches(450, epoch=2) != batches(450, epoch=3)
     assert complete != batches(450, epoch=2, seed=4)
-    assert batches(450, epoch=2, start_batch=7) == complete[7:]
+    assert batches(450, epoch=2, seen=28) == complete[7:]
     # Which samples share a batch changes too, not only the order of the batches.
     assert {tuple(sorted(batch)) for batch in complete} != {tuple(sorted(batch)) for batch in batches(450, epoch=3)}
 
