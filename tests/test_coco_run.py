@@ -6,9 +6,12 @@ import shutil
 
 import pytest
 
+from modules.config import Config
 from modules.errors import InputError
 from modules.flags import parse_flags
 from modules.report_statistics import load_statistics
+from scripts.check_data import check
+from scripts.reporter import load_reporter
 from scripts.testing import run_testing
 from scripts.training import run_training
 from tests.coco_support import coco_records, make_coco, make_detections
@@ -100,6 +103,8 @@ def test_detections_take_the_place_of_images_in_every_backbone(train, coco, tmp_
         before = results["test"]
         run_testing(*parse_flags(["--load", str(folder / "model_best.pth")], "main_test.py", ""))
         assert json.loads((folder / "results.json").read_text())["test"] == before
+        with pytest.raises(InputError, match="trained with --detection_features, which a new image does not have"):
+            load_reporter(str(folder / "model_best.pth"), {})
 
 
 def test_features_of_a_frozen_extractor_are_stored_once_per_image(train, tmp_path):
@@ -135,7 +140,12 @@ def test_an_index_of_reports_is_refused(train, coco, tmp_path):
         train("--negative_index", tmp_path / "reports.safetensors")
 
 
-def test_an_image_without_detections_is_named_before_training(train, tmp_path):
+def test_an_image_without_detections_is_named_before_training(train, coco, tmp_path):
     make_detections(tmp_path / "some.hdf5", leave_out=(113,))
     with pytest.raises(InputError, match="split 'val', study '113': .*has no '113_features'"):
         train("--detection_features", tmp_path / "some.hdf5")
+    config = Config(dataset_name="coco", ann_path=str(coco / "annotation.json"), threshold=1,
+                    negative_index=str(coco / "index.safetensors"), detection_features=str(tmp_path / "some.hdf5"))
+    found = check(config, hashed=False)  # of scripts/check_data.py
+    assert ["'113_features'" in problem.message for problem in found.problems] == [True]
+    assert found.statistics["detections"]["images"] == 16 and found.statistics["index"]["studies"] == 40
