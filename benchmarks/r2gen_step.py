@@ -10,25 +10,23 @@ ratios are within rounds, so that other work on the machine weighs on both.
 """
 
 import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.environment import choose_device, provenance
-from modules.errors import InputError, run_entry_point
+from benchmarks.measurement import in_rounds, parser_of, prepare, save
+from modules.errors import run_entry_point
 
 NAMES = ("r2gen", "r2gencmn")
-SIZES = ("batch_size", "patches", "image_dim", "d_model", "num_layers", "vocab_size", "max_seq_length", "rounds")
+SIZES = ("batch_size", "patches", "image_dim", "d_model", "num_layers", "vocab_size", "max_seq_length", "beam_size")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rounds=5)
     add = parser.add_argument
     add("--batch_size", type=int, default=16, help="default %(default)s")
     add("--patches", type=int, default=98, help="visual tokens, both views; default %(default)s")
@@ -38,25 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vocab_size", type=int, default=760, help="default %(default)s")
     add("--max_seq_length", type=int, default=60, help="default %(default)s")
     add("--beam_size", type=int, default=3, help="default %(default)s")
-    add("--rounds", type=int, default=5, help="after one that is not counted; default %(default)s")
-    add("--threads", type=int, help="of torch; default: all")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N; default %(default)s")
-    add("--clock", choices=("wall", "cpu"), default="wall",
-        help="cpu: seconds of this process, for machines that other work shares; default %(default)s")
-    add("--out", type=Path, help="JSON file to write")
     return parser
-
-
-def timed(work: Callable[[], object], clock: str, device: str) -> float:
-    """Seconds of one run."""
-    import torch
-
-    read = time.process_time if clock == "cpu" else time.perf_counter
-    start = read()
-    work()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return read() - start
 
 
 def build_works(arguments: argparse.Namespace, device: str) -> dict[str, Callable[[], object]]:
@@ -138,12 +118,7 @@ def memory_by_autograd(memory, x):
 
 def measure(works: dict[str, Callable[[], object]], arguments: argparse.Namespace, device: str) -> dict[str, list]:
     """Seconds of every work in every round, with sums of forward and backward as "step"."""
-    seconds = {name: [] for name in works}
-    for counted in [False] + [True] * arguments.rounds:
-        for name, work in works.items():
-            took = timed(work, arguments.clock, device)
-            if counted:
-                seconds[name].append(took)
+    seconds = in_rounds(works, arguments.rounds, arguments.clock, device)
     for name in [name for name in works if name.endswith(" forward")]:
         base = name.removesuffix(" forward")
         seconds[f"{base} step"] = [a + b for a, b in zip(seconds[name], seconds[f"{base} backward"], strict=True)]
@@ -166,25 +141,11 @@ def table(seconds: dict[str, list[float]], rows: tuple[str, str], batch_size: in
 def main() -> None:
     """Measure, print the tables, write the JSON file."""
     arguments = build_parser().parse_args()
-    for name in SIZES:
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name} {getattr(arguments, name)}: must be 1 or more")
-    import torch
-
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    device = str(choose_device(arguments.device))
-    made_by = {**provenance(device), "threads": torch.get_num_threads(), "clock": arguments.clock}
-    print(f"{made_by['device_name']}, {made_by['threads']} thread(s), torch {torch.__version__}, "
-          f"{arguments.clock} time, medians of {arguments.rounds}")
+    device, made_by = prepare(arguments, SIZES)
     seconds = measure(build_works(arguments, device), arguments, device)
     table(seconds, NAMES, arguments.batch_size)
     table(seconds, ("memory by hand", "memory by autograd"), arguments.batch_size)
-    if arguments.out:
-        sizes = {name: getattr(arguments, name) for name in (*SIZES, "beam_size")}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({**made_by, **sizes, "seconds": seconds}, indent=1) + "\n")
+    save(arguments.out, {"benchmark": "r2gen_step", **made_by, "seconds": seconds})
 
 
 if __name__ == "__main__":

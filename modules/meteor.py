@@ -67,6 +67,11 @@ class Meteor:
     def __exit__(self, *_) -> None:
         self.close()
 
+    @property
+    def process_id(self) -> int | None:
+        """The Java process, None where none runs."""
+        return None if self._process is None else self._process.pid
+
     def close(self) -> None:
         """End the Java process; a later score would start another one."""
         process, self._process = self._process, None
