@@ -61,16 +61,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 @dataclasses.dataclass
 class Step:
-    """What one combination of settings trains: the objective, its optimiser, and the batch."""
+    """What one combination of settings trains: the objective, its optimiser and loss scaler, and the batch."""
 
     objective: Any
     optimizer: Any
+    scaler: Any
     batch: Any
     device: str
     precision: str
 
     def passes(self) -> list[Callable[[], object]]:
-        """Forward, backward and optimiser, to be called in turn."""
+        """Forward, backward and optimiser, to be called in turn; what they do is what modules/trainer.py does."""
         import torch
 
         from modules.tester import autocast
@@ -82,11 +83,13 @@ class Step:
                 last[:] = [self.objective(self.batch, 1)["loss"]]
 
         def update() -> None:
-            self.optimizer.step()
+            self.scaler.unscale_(self.optimizer)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
             self.objective.after_step()
 
-        return [forward, lambda: last.pop().backward(), update]
+        return [forward, lambda: self.scaler.scale(last.pop()).backward(), update]
 
     def run(self) -> None:
         """The whole step."""
@@ -114,7 +117,8 @@ def build_step(arguments: argparse.Namespace, device: str, case: dict[str, Any])
         objective.compile()
     optimizer = build_optimizer(objective, optim="Adam", lr_ve=5e-5, lr_ed=7e-4, weight_decay=5e-5,
                                 adam_betas=(0.9, 0.98), adam_eps=1e-9, amsgrad=True)
-    return Step(objective, optimizer, random_batch(arguments, device, case), device, case["precision"])
+    scaler = torch.amp.GradScaler(device.split(":")[0], init_scale=2.0**16 if case["precision"] == "float16" else 1.0)
+    return Step(objective, optimizer, scaler, random_batch(arguments, device, case), device, case["precision"])
 
 
 def given_features(patches: int):
