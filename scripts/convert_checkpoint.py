@@ -1,0 +1,109 @@
+"""Checkpoints of R2Gen, R2GenCMN, XProNet and the released ITHN code to ours and back.
+
+  python scripts/convert_checkpoint.py r2gencmn_iu_xray.pth --to ours --out models/r2gencmn.pth --backbone r2gencmn
+  python scripts/convert_checkpoint.py results/iu_xray/model_best.pth --to published --out r2gencmn.pth
+
+Published files hold weights alone. Ours also holds vocabulary and settings, so that predict.py needs nothing else: the
+vocabulary is rebuilt from the annotation that the model was trained on (--ann_path), and the flags are those that it
+was trained with. "published" is what the backbone's own code loads, "released_ithn" what the released ITHN code loads.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modules.config import Config
+from modules.environment import check_python, provenance
+from modules.errors import InputError, run_entry_point
+from modules.flags import add_flags, resolve_config
+from modules.presets import BACKBONES
+from scripts.study_arguments import given_flags
+
+GROUPS = ("data", "backbone", "VisualGPT", "XProNet", "decoding")
+FLAGS = tuple(item.name for item in dataclasses.fields(Config) if item.metadata["group"] in GROUPS)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN.pth", help="the checkpoint to read")
+    parser.add_argument("--to", required=True, choices=("ours", "published", "released_ithn"), help="what to write")
+    parser.add_argument("--out", required=True, type=Path, metavar="OUT.pth", help="a new file")
+    group = parser.add_argument_group("with --to ours: how the model was trained, as for main_test.py")
+    group.add_argument("--backbone", default=argparse.SUPPRESS, choices=BACKBONES,
+                       help="take that backbone's published settings; flags given beside it win")
+    add_flags(group, FLAGS)
+    return parser
+
+
+def to_ours(source: str, given: dict) -> dict:
+    """The content of a checkpoint of ours with the weights of a published one, after they were seen to fit."""
+    from modules.checkpoint import FORMAT, load_checkpoint
+    from modules.objective import Objective
+    from scripts import compose
+
+    content = load_checkpoint(source)
+    if content.get("format") == FORMAT:
+        raise InputError(f"{source}: is one of ours already")
+    if "backbone" in given:
+        given.setdefault("model_name", given["backbone"])
+    config = resolve_config(given)
+    data = compose.read_data(config, trained_with="unknown")
+    device = compose.prepare_device(config)
+    extractor = compose.build_extractor(config, device, pretrained=False)
+    backbone = compose.build_backbone(config, extractor, data.tokenizer, pretrained=False)
+    compose.load_weights(Objective(backbone, strategy="off"), content["state_dict"], source)
+    weights = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
+    return {"format": FORMAT, "epoch": int(content.get("epoch") or 0), "state_dict": weights,
+            "config": dataclasses.asdict(config), "vocabulary": data.tokenizer.state(),
+            "vocabulary_sha256": data.tokenizer.sha256, "annotation_sha256": data.annotation.sha256,
+            "history": [], "strategy": "unknown", "provenance": provenance("cpu")}
+
+
+def to_published(source: str, heads: bool) -> dict:
+    """The content of a published code's checkpoint with the weights of one of ours."""
+    from modules.checkpoint import FORMAT, TESTED, load_checkpoint, require_entries
+    from modules.sharing import published_weights
+
+    content = load_checkpoint(source)
+    if content.get("format") != FORMAT:
+        raise InputError(f"{source}: not one of ours; --to ours makes one of it")
+    require_entries(content, source, TESTED)
+    return {"epoch": content["epoch"], "state_dict": published_weights(content["state_dict"], heads=heads)}
+
+
+def write(path: Path, content: dict) -> None:
+    """Save tensors and plain values, whole or not at all, for their owner alone."""
+    import io
+
+    import torch
+
+    from modules.records import write_private
+
+    file = io.BytesIO()
+    torch.save(content, file)
+    write_private(path, file.getvalue())
+
+
+def main() -> None:
+    """Read one checkpoint, write the other."""
+    check_python()
+    arguments = build_parser().parse_args()
+    given = given_flags(arguments, (*FLAGS, "backbone"))
+    if arguments.to != "ours" and given:
+        raise InputError(f"--{next(iter(given))} says how a published model was trained: it goes with --to ours only")
+    if arguments.out.exists():
+        raise InputError(f"--out {arguments.out}: is there already; name a new file")
+    if arguments.to == "ours":
+        content = to_ours(arguments.source, given)
+    else:
+        content = to_published(arguments.source, arguments.to == "released_ithn")
+    write(arguments.out, content)
+    print(f"written: {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

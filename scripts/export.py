@@ -1,0 +1,117 @@
+"""A trained model as a folder in the layout of the Hugging Face hub, and back; nothing is uploaded.
+
+  python scripts/export.py results/iu_xray/model_best.pth --out shared/iu_xray
+  python scripts/export.py shared/iu_xray --out model.pth
+
+The folder has model.safetensors, config.json, vocabulary.json and README.md (the model card, with the scores of the
+results.json beside the checkpoint). It holds no paths, ids or reports, but weights and vocabulary come from patients'
+reports: ask your data use agreement before you share them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modules.environment import check_python
+from modules.errors import InputError, run_entry_point
+
+MODEL = "model"  # its scores' name in results.json
+SCORES = ("BLEU_1", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="PATH", help="a checkpoint of main_train.py, or such a folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the new folder, or the new .pth file")
+    parser.add_argument("--licence", default="other", metavar="NAME",
+                        help="licence named in the model card, as the hub spells it (default %(default)s)")
+    return parser
+
+
+def to_folder(source: Path, out: Path, licence: str) -> None:
+    """Checkpoint -> folder, read back and held against the checkpoint."""
+    from modules.checkpoint import FORMAT, load_checkpoint
+    from modules.sharing import read_shared, same_weights, write_shared
+    from scripts.resuming import own_settings
+
+    content = load_checkpoint(source)
+    if content.get("format") != FORMAT:
+        raise InputError(f"{source}: not one of ours; scripts/convert_checkpoint.py --to ours makes one of it")
+    own_settings(content, str(source))
+    write_shared(out, content, model_card(content, source.parent, licence))
+    if not same_weights(read_shared(out)["state_dict"], content["state_dict"]):
+        raise InputError(f"{out}: the weights do not read back as they were written; is the disk whole?")
+
+
+def to_checkpoint(source: Path, out: Path) -> None:
+    """Folder -> checkpoint of ours, after its weights were seen to fit its settings."""
+    import dataclasses
+
+    from modules.bpe_tokenizer import tokenizer_from_state
+    from modules.checkpoint import FORMAT
+    from modules.flags import resolve_config
+    from modules.objective import Objective
+    from modules.sharing import read_shared
+    from scripts import compose
+    from scripts.convert_checkpoint import write
+
+    shared = read_shared(source)
+    tokenizer = tokenizer_from_state(shared["vocabulary"])
+    config = resolve_config(shared["config"])
+    device = compose.prepare_device(config)
+    extractor = compose.build_extractor(config, device, pretrained=False)
+    backbone = compose.build_backbone(config, extractor, tokenizer, pretrained=False)
+    compose.load_weights(Objective(backbone, strategy="off"), shared["state_dict"], str(source))
+    write(out, {**shared, "format": FORMAT, "config": dataclasses.asdict(config), "history": [],
+                "vocabulary_sha256": tokenizer.sha256})
+
+
+def model_card(content: dict, folder: Path, licence: str) -> str:
+    """README.md with the hub's header: what the model is, what it scored, what it must not be used for."""
+    config, results = content["config"], read_results(folder)
+    if results.get("best_epoch") != content["epoch"]:
+        results = {"synthetic": results.get("synthetic")}  # of another checkpoint than this one
+    lines = ["---", f"license: {licence}", "pipeline_tag: image-to-text", "tags:", "- radiology",
+             "- radiology-report-generation", "---", "", f"# {config['model_name']} on {config['dataset_name']}", "",
+             f"Backbone `{config['model_name']}`, visual extractor `{config['visual_extractor']}`, strategy "
+             f"`{content['strategy']}`, epoch {content['epoch']}.",
+             "`config.json` has the settings, `vocabulary.json` the words.", "",
+             "Research software, no medical device: no report that it writes is fit for care.", ""]
+    if results.get("synthetic"):
+        lines += ["Trained on synthetic drawings with made-up reports: it says nothing about patients.", ""]
+    scores = results.get("test", {}).get(MODEL, {})
+    if known := [(name, scores[name]) for name in SCORES if isinstance(scores.get(name), float)]:
+        lines += [f"Test split, epoch {results.get('best_epoch')}, one run:", "", "| score | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.3f} |" for name, value in known]
+    return "\n".join([*lines, ""])
+
+
+def read_results(folder: Path) -> dict:
+    """The results.json of a run, empty where there is none."""
+    try:
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'results.json'}: cannot be read: {error}") from error
+
+
+def main() -> None:
+    """Write the folder, or the checkpoint."""
+    check_python()
+    arguments = build_parser().parse_args()
+    if arguments.out.exists() and (arguments.out.is_file() or any(arguments.out.iterdir())):
+        raise InputError(f"--out {arguments.out}: is there already; name a new one")
+    if arguments.source.is_dir():
+        to_checkpoint(arguments.source, arguments.out)
+    else:
+        to_folder(arguments.source, arguments.out, arguments.licence)
+    print(f"written: {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
