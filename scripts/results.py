@@ -176,11 +176,12 @@ def _validation_scores(history: Sequence[Mapping], best_epoch: int) -> dict[str,
 
 
 def _method(config: Config, data: compose.Data) -> str:
-    if data.trained_with == "off":
-        return "plain backbone, no ITHN"
     if data.trained_with == "unknown":
         return "a checkpoint of another program"
-    return f"ITHN with strategy {data.trained_with} ({config.ithn_variant} variant), alpha {config.alpha:g}"
+    stage = f"self-critical with reward {config.scst_reward}, " if config.self_critical else ""
+    if data.trained_with == "off":
+        return f"{stage}plain backbone, no ITHN"
+    return f"{stage}ITHN with strategy {data.trained_with} ({config.ithn_variant} variant), alpha {config.alpha:g}"
 
 
 def _record(config: Config, data: compose.Data) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 import json
 import shutil
 
+import h5py
 import pytest
 import torch
-from gpt2_support import REPORTS, SIZE_FLAGS, SPECIAL, save_bpe, save_gpt2
+from gpt2_support import REPORTS, SIZE_FLAGS, SIZES, SPECIAL, save_bpe, save_gpt2
 
+from models.visualgpt import VisualGPT
 from modules.bpe_tokenizer import BpeTokenizer, tokenizer_from_state
 from modules.checkpoint import load_checkpoint
 from modules.config import Config
+from modules.detection_features import DetectionExtractor
 from modules.errors import InputError
 from modules.flags import parse_flags, preset
 from modules.gpt2_files import find_gpt2, read_gpt2
@@ -181,3 +184,28 @@ def test_a_run_with_bpe_is_tested_without_the_folder(train, folder, tmp_path, de
     given, notes = parse_flags(["--load", str(results / "model_best.pth")], "main_test.py", "")
     run_testing(given, notes)
     assert (results / "res.csv").read_text() == first
+
+
+def test_a_published_file_is_tested_on_detection_features(demo, folder, bpe, tmp_path):
+    """Names with a wrapper's prefix, any decoding state, no visual extractor, no settings; BPE from a folder."""
+    annotation = json.loads((demo / "annotation.json").read_text())
+    torch.manual_seed(0)
+    with h5py.File(tmp_path / "detections.hdf5", "w") as file:
+        for number, record in enumerate(record for records in annotation.values() for record in records):
+            file[f"{record['id']}_features"] = torch.randn(3 + number % 4, 10).numpy()
+    model = VisualGPT(visual_extractor=DetectionExtractor(6, 10), num_ids=bpe.num_ids, d_ff=24, num_layers=3,
+                      begin_id=bpe.special_ids[0], end_id=bpe.special_ids[1], pad_token=bpe.special_ids[2], **SIZES)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    state["module.decoder.transformer.h.0.attn.running_keys"] = torch.zeros(10, 2, 3, 8)
+    torch.save({"state_dict": state, "epoch": 3, "best_cider": 1.0}, tmp_path / "published.pth")
+    flags = ["--load", tmp_path / "published.pth", "--model_name", "visualgpt", "--gpt2_path", folder, *SIZE_FLAGS,
+             "--d_ff", 24, "--ann_path", demo / "annotation.json", "--image_dir", demo / "images",
+             "--detection_features", tmp_path / "detections.hdf5", "--max_detections", 6, "--max_seq_length", 12,
+             "--visualgpt_compat", "published", "--save_dir", tmp_path / "out", "--record_dir", tmp_path / "records",
+             "--num_workers", 0, "--meteor", "false", "--clinical", "false"]
+    given, notes = parse_flags([str(flag) for flag in flags], "main_test.py", "")
+    run_testing(given, notes)
+    assert len((tmp_path / "out" / "res.csv").read_text().splitlines()) == len(annotation["test"])
+    given["d_ff"] = 25
+    with pytest.raises(InputError, match=r"pwff.fc1.weight: shape \(24, 16\)"):
+        run_testing(given, notes)
