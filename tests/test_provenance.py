@@ -17,8 +17,9 @@ from tests.hostile_support import run
 
 def complete(found):
     """Whether ``found`` has what goes with every result, and it is true."""
-    state = git_state()
-    assert found["git"] == state and (state is None or len(state["commit"]) == 40)
+    state = found["git"]
+    assert (state is None) == (git_state() is None)
+    assert state is None or (len(state["commit"]) == 40 and state["dirty"] == bool(state["diff_sha256"]))
     assert found["argv"] and found["created"].endswith("+00:00")
     assert found["packages"]["torch"] == torch.__version__.split("+")[0] and found["python"].startswith("3.")
     assert found["device"] == "cpu" and found["device_name"] and found["platform"]
@@ -68,8 +69,9 @@ def test_index_labels_prototypes_and_clinical_scores(demo, demo_index, demo_labe
     assert labels["input_sha256"] == sha256(demo / "annotation.json") and labels["output_sha256"] == sha256(demo_labels)
     assert read_labels(demo_labels).sha256 == sha256(demo_labels)
     code, _ = run(monkeypatch, capsys, "scripts.build_prototypes", "--ann_path", demo / "annotation.json",
-                  "--image_dir", demo / "images", "--label_path", demo_labels, "--out", tmp_path / "p.safetensors", "--num_protype", 2,
-                  "--text_encoder", "tfidf", "--visual_extractor", "resnet18", "--visual_extractor_pretrained", "false",
+                  "--image_dir", demo / "images", "--label_path", demo_labels, "--out", tmp_path / "p.safetensors",
+                  "--num_protype", 2, "--text_encoder", "tfidf", "--visual_extractor", "resnet18",
+                  "--visual_extractor_pretrained", "false",
                   "--image_size", 32, "--num_workers", 0, "--device", "cpu", "--seed", 4)
     assert code == 0
     with safe_open(tmp_path / "p.safetensors", framework="numpy") as file:
