@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modules.errors import Problem
+from modules.errors import Problem, one_line
 
 _VIEWS = {"studies": "studies", "images": "images", "distinct_study_ids": "different study ids",
           "studies_with_fewer_views": "studies with fewer views than are read",
@@ -93,7 +93,7 @@ def render_problems(problems: Sequence[Problem], per_kind: int) -> str:
     lines = []
     for kind, count in Counter(problem.kind for problem in problems).most_common():
         lines.append(f"{kind}: {count:,}")
-        messages = [" ".join(problem.message.split()) for problem in problems if problem.kind == kind]
+        messages = [one_line(problem.message) for problem in problems if problem.kind == kind]
         shown = messages[:per_kind] if per_kind > 0 else messages
         lines += [f"  {message}" for message in shown]
         if len(shown) < count:

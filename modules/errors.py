@@ -35,9 +35,14 @@ class ImageError(InputError):
         self.kind = kind
 
 
+def one_line(text: str) -> str:
+    """``text`` on one line and without control characters: a terminal would obey those of a hostile file."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+
+
 def error_line(error: InputError) -> str:
     """What the user reads of ``error``."""
-    return f"error: {' '.join(str(error).split())}"
+    return f"error: {one_line(str(error))}"
 
 
 def run_entry_point(main: Callable[[], int | None]) -> None:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.annotations import Annotation, read_annotation
 from modules.captions import split_captions
 from modules.config import DATASETS
-from modules.errors import InputError, run_entry_point
+from modules.errors import InputError, one_line, run_entry_point
 from modules.flags import boolean
 from modules.launch import launched, process_device, start_processes
 from modules.records import private_folder
@@ -168,7 +168,7 @@ def print_examples(index, reports: list[str], wanted: int) -> None:
         print(f"\ncosine {index.similarity[row, 0]:.3f}")
         for name, report in (("report", reports[row]), ("negative", reports[index.neighbours[row, 0]])):
             shown = report if len(report) <= SHOWN_LETTERS else report[: SHOWN_LETTERS - 3] + "..."
-            print(f"  {name:<9} {shown}")
+            print(f"  {name:<9} {one_line(shown)}")
 
 
 def mine_and_write(arguments: argparse.Namespace) -> None:
