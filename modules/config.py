@@ -27,6 +27,8 @@ class Config:
     detection_features: str = flag("", "data", "HDF5 file of region features, <image id>_features (n, width) each, "
                                    "which the backbone is given instead of images")
     max_detections: int = flag(50, "data", "regions of an image that are read from --detection_features", low=1)
+    shards: str = flag("", "data", "images in tar shards made by scripts/make_shards.py, instead of --image_dir: their "
+                       "folder, or an address that fsspec reads (https://, s3://)")
     follow_links: bool = flag(False, "data", "follow links below --image_dir that lead out of it")
     ann_path: str = flag("data/iu_xray/annotation.json", "data", "annotation.json in R2Gen's schema")
     dataset_name: str = flag("iu_xray", "data", "decides report cleaning, images per study (2 or 1), record file; "

@@ -41,6 +41,9 @@ def _check_network(config: Any) -> None:
         raise InputError(f"--d_model {config.d_model} cannot be divided by --num_heads {config.num_heads}")
     if config.d_model % 2:
         raise InputError(f"--d_model {config.d_model}: must be even (sinusoidal positions come in pairs)")
+    for name in ("feature_cache", "image_cache", "length_bucketing", "detection_features"):
+        if config.shards and getattr(config, name):
+            raise InputError(f"--shards {config.shards}: does not go with --{name}; leave one of them out")
     if config.beam_size % config.group_size:
         raise InputError(f"--beam_size {config.beam_size} cannot be divided by --group_size {config.group_size}")
     if not all(0.0 <= beta < 1.0 for beta in config.adam_betas):

@@ -25,6 +25,7 @@ from modules.loaders import (
     build_loader,
     keyed_generator,
 )
+from modules.shards import ShardImages
 from modules.tokenizers import Tokenizer, clean_report
 
 __all__ = ["MAX_VIEWS", "Batch", "EpochLoader", "Pair", "ReportDataset", "build_loader", "collate"]
@@ -128,11 +129,22 @@ class ReportDataset(Dataset):
         counts = [min(len(self.tokenizer.encode(study.report)), self.max_seq_length) for study in self.studies]
         return [counts[row] for row, _ in self.samples]
 
+    def shards(self) -> list[list[int]] | None:
+        """The samples of each shard that the images stand in, if they do."""
+        if not isinstance(self.read_image, ShardImages):
+            return None
+        samples: dict[int, list[int]] = {}
+        for index, (row, _) in enumerate(self.samples):
+            samples.setdefault(row, []).append(index)
+        return [[index for row in shard.rows for index in samples[row]] for shard in self.read_image.shards]
+
     def check_files(self, folder: ImageFolder | FeatureCache | DetectionFeatures) -> None:
         """InputError for the first image that is missing, empty or outside ``folder``; none is opened."""
         found = set()  # a path may come again: captions of one image
         for study in tqdm(self.studies, desc="looking for the images", leave=False):
             negatives = study.negative_image_paths[: self.num_views] if self.annotation_negatives else ()
+            if isinstance(folder, ShardImages):
+                negatives = ()  # they stand beside the record, as the manifest says
             for path in (*(study.image_paths if self.separate else study.image_paths[: self.num_views]), *negatives):
                 if path not in found:
                     _naming(study, folder.locate, path)
@@ -141,7 +153,7 @@ class ReportDataset(Dataset):
     def _sample(self, epoch: int, index: int) -> Sample:
         row, view = self.samples[index]
         study = self.studies[row]
-        positive = self._pair(study, row, view, (epoch, AUGMENT_POSITIVE, index))
+        positive = self._pair(study, row, view, (epoch, AUGMENT_POSITIVE, index), row)
         negative = self._negative(epoch, index) if self.has_negatives else None
         return Sample(
             positive=positive,
@@ -155,29 +167,33 @@ class ReportDataset(Dataset):
         )
 
     def _negative(self, epoch: int, index: int) -> SamplePair | None:
-        row, view = self.samples[index]
+        anchor, view = self.samples[index]
         if self.annotation_negatives:
-            study = self.studies[row]
+            row, study = anchor, self.studies[anchor]
             if study.negative_report is None or not study.negative_image_paths:
                 return None
             study = replace(study, report=study.negative_report, image_paths=study.negative_image_paths)
         else:
-            admissible = self.neighbours[row][self.neighbours[row] >= 0][: self.num_neighbours]
+            admissible = self.neighbours[anchor][self.neighbours[anchor] >= 0][: self.num_neighbours]
             if len(admissible) == 0:
                 return None
             rng = keyed_generator(self.seed, epoch, NEIGHBOUR, index)
             row = int(admissible[torch.randint(len(admissible), (), generator=rng)])
             study = self.studies[row]
-        return self._pair(study, row, view, (epoch, AUGMENT_NEGATIVE, index))
+        return self._pair(study, row, view, (epoch, AUGMENT_NEGATIVE, index), anchor)
 
-    def _pair(self, study: Study, row: int, view: int, key: tuple[int, int, int]) -> SamplePair:
-        """Images and report of ``study``; where every image is a sample, the one at ``view``, or the first."""
+    def _pair(self, study: Study, row: int, view: int, key: tuple[int, int, int], anchor: int) -> SamplePair:
+        """Images and report of ``study``; where every image is a sample, the one at ``view``, or the first.
+
+        In shards the images stand with the sample at row ``anchor`` that shows them.
+        """
+        read = self.read_image.beside(anchor) if isinstance(self.read_image, ShardImages) else self.read_image
         paths = study.image_paths[: self.num_views]
         if self.separate and view < len(study.image_paths):
             paths = (study.image_paths[view],)
         images = self.transform.blank(self.num_views)
         for position, path in enumerate(paths):
-            image = _naming(study, self.read_image, path)
+            image = _naming(study, read, path)
             images[position] = self.transform.pixels(image, keyed_generator(self.seed, *key, position))
         return SamplePair(
             images=images,

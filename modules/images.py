@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -75,21 +76,31 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """As ``load_image``, but one channel stays one ("L"): resizing it costs a third and gives the same values."""
     try:
         with open(path, "rb") as file:
-            if is_dicom(file.read(132)):
-                image = load_dicom(path, max_pixels)
-                _check_shape(path, image.size, max_pixels)
-                return image
-            file.seek(0)
-            with Image.open(file, formats=FORMATS) as image:
-                _check_shape(path, image.size, max_pixels)
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                return _eight_bits(image)
+            if not is_dicom(file.read(132)):
+                file.seek(0)
+                return decode_image(file, str(path), max_pixels)
+        image = load_dicom(path, max_pixels)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # broken files make the decoders raise almost anything
+        raise ImageError(f"image {str(path)!r} cannot be decoded: {error}") from error
+    _check_shape(path, image.size, max_pixels)
+    return image
+
+
+def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As ``open_image``, from an open file that is no DICOM; ``name`` is what errors call it."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            _check_shape(name, image.size, max_pixels)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _eight_bits(image)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise ImageError(f"image {str(path)!r} cannot be decoded: {reason}") from error
+        raise ImageError(f"image {name!r} cannot be decoded: {reason}") from error
 
 
 def _check_shape(path: str | Path, size: tuple[int, int], max_pixels: int) -> None:

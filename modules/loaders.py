@@ -21,6 +21,7 @@ REPLACED_LIMIT = 0.01
 SECONDS_BETWEEN_LOOKS = 5  # at whether the processes that read are still alive, while none of them answers
 # Batches that are sorted by length together: enough to make their lengths alike, few enough to be others next epoch.
 BATCHES_PER_BUCKETING = 50
+LANES = 8  # shards that are read by turns: that many are held at a time
 # What a key is for, so that order, crops and neighbours are drawn independently of one another.
 ORDER, AUGMENT_POSITIVE, AUGMENT_NEGATIVE, NEIGHBOUR, REPLACEMENT = range(5)
 
@@ -42,13 +43,19 @@ class EpochBatchSampler(Sampler):
 
     With ``lengths``, one number per sample, a training batch holds samples of like length. An epoch has the same
     samples in as many batches of the same sizes as without, and so have the processes.
+
+    With ``shards``, the samples of each file that images stand in, an epoch reads every file once, in a changing
+    order: consecutive batches (of one process) come from LANES files by turns, wherever an epoch begins, and with
+    processes that divide LANES each reads its own files. In evaluation it reads one file after another.
     """
 
     def __init__(self, num_samples: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0,
-                 world_size: int = 1, drop_last: bool = False, lengths: Sequence[int] | None = None):  # fmt: skip
+                 world_size: int = 1, drop_last: bool = False, lengths: Sequence[int] | None = None,
+                 shards: Sequence[Sequence[int]] | None = None):  # fmt: skip
         self.num_samples, self.batch_size, self.shuffle, self.seed = num_samples, batch_size, shuffle, seed
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.lengths = None if lengths is None else torch.as_tensor(lengths)
+        self.shards = None if shards is None else [torch.as_tensor(shard) for shard in shards]
         self.epoch = self.seen = 0
 
     def set_epoch(self, epoch: int, seen: int = 0) -> None:
@@ -69,11 +76,15 @@ class EpochBatchSampler(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, size, together = self.epoch, self.batch_size, self.batch_size * self.world_size
         if not self.shuffle:
+            order = range(self.num_samples) if self.shards is None else torch.cat(self.shards).tolist()
             for first in range(self.rank * size, self.num_samples, together):
-                yield [(epoch, index) for index in range(first, min(first + size, self.num_samples))]
+                yield [(epoch, index) for index in order[first : first + size]]
             return
         generator = keyed_generator(self.seed, epoch, ORDER)
-        order = torch.randperm(self.num_samples, generator=generator)
+        if self.shards is None:
+            order = torch.randperm(self.num_samples, generator=generator)
+        else:
+            order = self._by_shard(generator)
         if self.lengths is not None:
             order = self._bucketed(order, generator)
         order = order.tolist()
@@ -82,6 +93,19 @@ class EpochBatchSampler(Sampler):
             if share == 0 or (self.drop_last and share < size):
                 return
             yield [(epoch, index) for index in order[first + self.rank * share :][:share]]
+
+    def _by_shard(self, generator: torch.Generator) -> Tensor:
+        """Order (num_samples,) in which batch b of one process comes from lane b modulo LANES.
+
+        Files and the samples in each are shuffled, laid end to end and cut into LANES equal lanes of whole batches;
+        what is left over of all lanes comes last.
+        """
+        order = [self.shards[i] for i in torch.randperm(len(self.shards), generator=generator).tolist()]
+        order = torch.cat([shard[torch.randperm(len(shard), generator=generator)] for shard in order])
+        rows, size = self.num_samples // LANES // self.batch_size, self.batch_size
+        lanes = order[: LANES * (self.num_samples // LANES)].view(LANES, -1)
+        whole = lanes[:, : rows * size].reshape(LANES, rows, size).transpose(0, 1)
+        return torch.cat([whole.flatten(), lanes[:, rows * size :].flatten(), order[lanes.numel() :]])
 
     def _bucketed(self, order: Tensor, generator: torch.Generator) -> Tensor:
         """``order`` (num_samples,) with its whole batches (of all processes) made up anew by length.
@@ -239,12 +263,14 @@ def build_loader(
     persistent_workers: bool = True,
     patience: float = 0.0,
     lengths: Sequence[int] | None = None,
+    shards: Sequence[Sequence[int]] | None = None,
 ) -> EpochLoader:
     """Loader of Batches in an order keyed by (``seed``, epoch); ``prefetch_factor`` counts batches per worker.
 
-    ``lengths`` (one per sample) has samples of like length batched together; see EpochBatchSampler.
+    ``lengths`` (one per sample) has samples of like length batched together, ``shards`` (the samples of each file)
+    those that lie together read together; see EpochBatchSampler.
     """
-    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, drop_last, lengths)
+    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, drop_last, lengths, shards)
     loader = EpochLoader(
         dataset,
         batch_sampler=sampler,

@@ -2,8 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,45 +10,27 @@ from torch import nn
 
 from models import MODELS, Backbone, build_model
 from modules import distributed
-from modules.annotations import Annotation, Study, read_annotation
+from modules.annotations import read_annotation
 from modules.captions import split_captions
 from modules.config import Config
-from modules.datasets import MAX_VIEWS, EpochLoader, ReportDataset, build_loader
 from modules.decoding import DecodingOptions
 from modules.detection_features import DetectionExtractor, DetectionFeatures, detections_of
 from modules.environment import choose_device, choose_precision
 from modules.errors import InputError
-from modules.feature_cache import FeatureCache
-from modules.images import eval_transform, train_transform
 from modules.input_files import require_plain_archive
-from modules.label_files import NO_FINDING, LabelTable, class_order, read_labels
+from modules.label_files import NO_FINDING, class_order, read_labels
 from modules.launch import process_device
-from modules.mining import HardNegativeIndex
 from modules.objective import Objective
 from modules.prototype_files import load_prototypes
 from modules.sync_norm import with_common_statistics
 from modules.visual_extractor import VisualExtractor
+from scripts.compose_data import Data, build_dataset, build_split_loader, cache_features, count_samples
 from scripts.hard_negatives import hard_negatives
-from scripts.image_sources import feature_source, image_folder, image_source
 from scripts.language_model import AnyTokenizer, build_tokenizer, gpt2_options
 
+__all__ = ["Data", "build_backbone", "build_dataset", "build_extractor", "build_objective", "build_split_loader",
+           "cache_features", "decoding_options", "load_weights", "prepare_device", "read_data", "score_tag"]
 logger = logging.getLogger("ithn")
-# R2GenCMN resizes to 256 and crops 224; other image sizes keep that proportion.
-RESIZE_PER_CROP = 256 / 224
-
-
-@dataclass
-class Data:
-    """The annotation with what was derived from it."""
-
-    annotation: Annotation
-    tokenizer: AnyTokenizer
-    strategy: str  # of the objective; "off" for the plain backbone, and where nothing is trained
-    index: HardNegativeIndex | None
-    trained_with: str  # strategy that the weights were, or are being, trained with
-    # What the data set has in the place of images: of --feature_cache or --detection_features.
-    features: FeatureCache | DetectionFeatures | None = None
-    labels: LabelTable | None = None  # where the backbone is trained with labels, or generates from given ones
 
 
 def prepare_device(config: Config) -> torch.device:
@@ -102,7 +83,8 @@ def read_data(config: Config, *, tokenizer: AnyTokenizer | None = None, trained_
         logger.warning("--xpronet_labels reference: reports are generated from labels that come from the reference "
                        "reports; every score of this run is named *_%s and is none of a model that sees images only",
                        score_tag(config))
-    return Data(annotation, tokenizer, strategy, index, trained_with or strategy, detections, labels)
+    return Data(annotation, tokenizer, strategy, index, trained_with or strategy, detections, labels,
+                labels_leak=bool(score_tag(config)))
 
 
 def _backbone_class(config: Config) -> type[Backbone]:
@@ -194,65 +176,6 @@ def _prototypes(config: Config, pretrained: bool) -> dict[str, Any]:
         initial = load_prototypes(config.init_protypes_path, classes, num_protype=config.num_protype,
                                   d_img_ebd=config.d_img_ebd, d_txt_ebd=config.d_txt_ebd)
     return {"no_finding": classes.index(NO_FINDING), "init_prototypes": initial}
-
-
-def count_samples(config: Config, studies: tuple[Study, ...]) -> int:
-    """Samples that a split makes: its studies, or their images."""
-    return len(studies) if config.views == "paired" else sum(len(study.image_paths) for study in studies)
-
-
-def cache_features(config: Config, data: Data, extractor: VisualExtractor, device: torch.device) -> None:
-    """With --feature_cache, have the frozen extractor see every image once; call it when its weights are in place."""
-    if config.feature_cache:
-        studies = (study for split in data.annotation.splits.values() for study in split)
-        data.features = feature_source(config, studies, extractor, device)
-
-
-def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extractor: nn.Module,
-                  negatives: bool = False, studies: Sequence[Study] | None = None) -> ReportDataset:
-    """One split, or the given ``studies`` of it; ``augment`` takes the training transform, ``negatives`` adds each
-    sample's hard negative.
-    """
-    if data.features is not None:
-        transform = data.features
-    else:
-        look = {"size": config.image_size, "mean": extractor.mean, "std": extractor.std}
-        resize = round(config.image_size * RESIZE_PER_CROP)
-        transform = train_transform(**look, resize=resize, flip=config.flip) if augment else eval_transform(**look)
-    neighbours = data.index.neighbours if negatives and data.index is not None else None
-    studies = data.annotation.splits[split] if studies is None else studies
-    if data.features is not None:
-        source = data.features
-    elif split == "train" and not augment:  # seen once per run: nothing to gain from keeping it
-        source = image_folder(config)
-    else:
-        source = image_source(config, studies, transform, negatives=negatives and neighbours is None)
-    # Labels that generation must not see do not get near it.
-    labelled = data.labels is not None and (split == "train" or score_tag(config))
-    return ReportDataset(
-        studies,
-        data.tokenizer,
-        source,
-        transform,
-        max_seq_length=config.max_seq_length,
-        views=config.views,
-        max_views=1 if config.detection_features else MAX_VIEWS[config.dataset_name],
-        seed=config.seed,
-        neighbours=neighbours,
-        num_neighbours=config.num_neighbours if data.strategy == "mochi" else 1,
-        annotation_negatives=negatives and neighbours is None,
-        labels=data.labels.of(studies) if labelled else None,
-        on_bad_image=config.on_bad_image,
-    )
-
-
-def build_split_loader(config: Config, dataset: ReportDataset, device: torch.device, *, shuffle: bool) -> EpochLoader:
-    """Loader of a split; worker processes of the training split live on between epochs, the others' end."""
-    return build_loader(dataset, config.batch_size, shuffle, config.num_workers, config.seed,
-                        rank=distributed.rank(), world_size=distributed.world_size(),
-                        pin_memory=device.type == "cuda", persistent_workers=shuffle,
-                        drop_last=shuffle and config.drop_last, patience=config.worker_timeout,
-                        lengths=dataset.token_counts() if shuffle and config.length_bucketing else None)
 
 
 def decoding_options(config: Config) -> DecodingOptions:

@@ -4,20 +4,37 @@ from collections.abc import Iterable
 
 import torch
 
-from modules.annotations import Study
-from modules.config import Config
+from modules.annotations import Annotation, Study
+from modules.config import RADIOLOGY, Config
 from modules.datasets import MAX_VIEWS
+from modules.errors import InputError
 from modules.feature_cache import FeatureCache, build_feature_cache
 from modules.image_cache import ImageCache, build_image_cache
 from modules.images import ImageFolder, Transform, eval_transform
+from modules.mining import HardNegativeIndex
 from modules.progress import Bar
 from modules.records import private_folder
+from modules.shards import Manifest, ShardImages, check_manifest, neighbours_sha256
 from modules.visual_extractor import VisualExtractor
 
 
 def image_folder(config: Config) -> ImageFolder:
     """Where the annotation's image paths start."""
     return ImageFolder(config.image_dir, follow_links=config.follow_links)
+
+
+def shard_source(config: Config, annotation: Annotation, split: str, *, negatives: bool,
+                 index: HardNegativeIndex | None, num_neighbours: int) -> ShardImages:
+    """The images of a split in --shards; with ``negatives`` those of the hard negatives must be there too."""
+    if config.dataset_name not in RADIOLOGY:
+        raise InputError(f"--shards {config.shards}: a record of --dataset_name {config.dataset_name} makes several "
+                         "samples, for which shards are not made; give --image_dir")
+    manifest = Manifest.load(config.shards)
+    wanted = None
+    if negatives:
+        wanted = "annotation" if index is None else neighbours_sha256(index.neighbours, manifest.num_neighbours)
+    check_manifest(manifest, config.shards, annotation.sha256, wanted, num_neighbours)
+    return ShardImages(config.shards, manifest.splits[split], [study.image_paths for study in annotation.splits[split]])
 
 
 def image_source(config: Config, studies: Iterable[Study], transform: Transform, *,

@@ -83,7 +83,7 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
         variety={f"{name} ({tag})" if tag and name == MODEL else name: values for name, values in variety.items()},
         warnings=[line for line in (collapse_warning(variety[MODEL]),) if line],
         references=CAPTIONS if captions else REPORTS, tokenisation=scoring.tokenisation,
-        samples=_samples(loader.dataset, _image_reader(config), found, captions, config.report_samples),
+        samples=_samples(loader.dataset, _image_reader(config, loader.dataset), found, captions, config.report_samples),
         flags=dataclasses.asdict(config), provenance=run)
     logger.info("results in %s: report.html, results.json, res.csv, gts.csv, statistics.npz, exports/", folder)
 
@@ -209,8 +209,10 @@ def _log(scores: Mapping[str, Mapping], tag: str, variety: Mapping[str, Any], me
         logger.warning("METEOR is missing: %s", meteor_error)
 
 
-def _image_reader(config: Config) -> Callable[[str], Image.Image | None]:
+def _image_reader(config: Config, dataset: ReportDataset) -> Callable[[str], Image.Image | None]:
     """Reads an image; with detection features, where images need not be there, None for one that cannot be read."""
+    if config.shards:
+        return dataset.read_image
     if not config.detection_features:
         return image_folder(config)
 
