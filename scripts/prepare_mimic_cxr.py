@@ -31,7 +31,6 @@ from modules.mimic_cxr import (
     read_reports,
 )
 from modules.mimic_sections import SECTIONS, extract_section
-from modules.progress import Bar
 from modules.records import write_private
 
 R2GEN = {"train": 270790, "val": 2130, "test": 3858}
@@ -77,6 +76,8 @@ def check(arguments: argparse.Namespace) -> None:
 
 def extract_reports(source: Path, images: list[MimicImage], section: str) -> dict[str, str]:
     """Study id -> the section of its report; studies without one are left out."""
+    from modules.progress import Bar
+
     studies = list({image.study_id: image for image in images}.values())
     found = {}
     for study, text in Bar(read_reports(source, studies), "reports", total=len(studies)):
@@ -90,6 +91,8 @@ def extract_reports(source: Path, images: list[MimicImage], section: str) -> dic
 
 def place_images(arguments: argparse.Namespace, images: list[MimicImage]) -> tuple[list[MimicImage], str]:
     """The images that could be had, and the ending of their files in the output folder."""
+    from modules.progress import Bar
+
     tree = find_tree(arguments.images)
     suffix = find_suffix(tree, images)
     placing = Placing(arguments.place, arguments.resize)
