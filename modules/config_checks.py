@@ -70,8 +70,8 @@ def _check_scores(config: Any) -> None:
                          "--dataset_name coco has none")
     if config.monitor_metric.startswith("ce_") and not config.labels_by_rules:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
-    if config.monitor_metric == "METEOR" and not config.meteor:
-        raise InputError("--monitor_metric METEOR: needs --meteor true")
+    if config.monitor_metric in ("METEOR", "xpronet_selection") and not config.meteor:
+        raise InputError(f"--monitor_metric {config.monitor_metric}: needs --meteor true")
 
 
 def _check_stage(config: Any) -> None:

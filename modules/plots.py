@@ -32,7 +32,7 @@ _PANELS = (
         key.startswith("train_") and key not in _NOT_LOSSES and key not in _SIMILARITIES)),
     _Panel("bleu", "BLEU on validation", lambda key: key.startswith("val_BLEU_")),
     _Panel("other_scores", "METEOR, ROUGE-L and CIDEr on validation",
-           lambda key: key.startswith(("val_METEOR", "val_ROUGE_L", "val_CIDEr"))),
+           lambda key: key.startswith(("val_METEOR", "val_ROUGE_L", "val_CIDEr", "val_xpronet"))),
     _Panel("clinical", "Clinical F1 on validation (14 classes, labels by rules)",
            lambda key: key.startswith("val_ce_rule_f1_")),
     _Panel("hardness", "Hardness λ of the synthesised negatives", lambda key: key == "train_hardness"),

@@ -145,7 +145,9 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
              if all_scores or _is_main(untagged(name, statistics[0].tag), cut_alike)]
     each = [report_scores(run, by) for run in statistics]
     if each[0] is None or each[1] is None:
-        raise InputError(f"--by {by}: must be one of {', '.join(changes)}")
+        plain = [name for name in changes if not name.startswith("ce_")]
+        clinical = "".join(f" or any {len(changes) - len(plain)} ce_* that --all_scores lists"[:0 if len(plain) == len(changes) else None])
+        raise InputError(f"--by {by}: must be one of {', '.join(plain)}{clinical}")
     first, second = folders
 
     def pairs(rows: list[int]) -> list[ReportPair]:
@@ -163,8 +165,8 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
 
 
 def _is_main(name: str, cut_alike: bool) -> bool:
-    if name.startswith("ce_") and not name.removesuffix(FULL).endswith(SHOWN_CLINICAL):
-        return False
+    if name.startswith("ce_"):  # labels of whole references: a cut or <unk>-ed one says something else
+        return name.endswith(tuple(f"{shown}{FULL}" for shown in SHOWN_CLINICAL))
     return name.endswith(FULL) is not cut_alike or name == "diversity"
 
 

@@ -11,7 +11,7 @@ from modules.bootstrap import intervals
 from modules.captions import captions_by_sample
 from modules.clinical import label_reports
 from modules.clinical_scores import class_table, clinical_scores
-from modules.config import CLINICAL_MONITORED, Config
+from modules.config import CLINICAL_MONITORED, XPRONET_SELECTION, Config
 from modules.datasets import ReportDataset
 from modules.diversity import ngram_counts
 from modules.metrics import Metrics, measure
@@ -85,6 +85,8 @@ class Scoring:
         if self._config.monitor_metric in CLINICAL_MONITORED:
             clinical = clinical_scores(label_reports(references), label_reports(found.generated), RULE)
             scores |= {name: clinical[name] for name in CLINICAL_MONITORED}
+        if self._config.monitor_metric == "xpronet_selection" and scores["METEOR"] is not None:
+            scores["xpronet_selection"] = sum(weight * scores[name] for name, weight in XPRONET_SELECTION.items())
         return scores
 
     def test(self, found: Predictions, systems: Mapping[str, Sequence[str]], tags: Mapping[str, str]) -> Scored:

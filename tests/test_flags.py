@@ -67,6 +67,7 @@ def test_names_of_visualgpt_are_translated():
     (["--no_such_flag", "1"], "--no_such_flag"),
     (["--workers", "many"], "--workers many"),
     (["--monitor_metric", "METEOR", "--meteor", "false"], "needs --meteor true"),
+    (["--monitor_metric", "xpronet_selection", "--meteor", "false"], "xpronet_selection: needs --meteor true"),
     (["--start_eval_epoch", "9", "--epochs", "3"], "--start_eval_epoch 9: no epoch"),
     (["--seed", str(2**63)], "--seed 9223372036854775808: must be at most"),
     (["--save_dir", ""], "--save_dir is empty"),

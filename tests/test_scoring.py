@@ -65,6 +65,15 @@ def test_validation_labels_reports_only_where_the_best_model_is_chosen_by_it():
         assert scores.get(key, 5 / 9) == pytest.approx(5 / 9)
 
 
+@pytest.mark.parametrize(("meteor", "expected"), [(0.2, 0.1 + 0.33 * 0.4 + 0.67 * 0.2), (None, None)])
+def test_the_sum_that_xpronet_chooses_by(monkeypatch, meteor, expected):
+    found = {"BLEU_1": 0.4, "BLEU_4": 0.1, "METEOR": meteor}
+    with Scoring(Config(monitor_metric="xpronet_selection"), torch.device("cpu")) as scoring:
+        monkeypatch.setattr(scoring.metrics, "compute", lambda *_, **__: dict(found))
+        scores = scoring.validation(Predictions(generated=GENERATED, references=FULL_REFERENCES))
+    assert scores.get("xpronet_selection") == pytest.approx(expected)
+
+
 def test_optional_models_score_under_their_own_names(monkeypatch):
     class Labeler:
         def __init__(self, path, encoder):
