@@ -1,8 +1,9 @@
 """CSV files of reports and of CheXpert labels, as people of this field have them.
 
-Reports stand in a column ``report``, ``reports`` or ``findings``, or in the headerless one-column files that R2Gen
-writes (res.csv, gts.csv). Labels stand in columns of the class names, in any order, as the CheXpert labeler and
-CheXbert write them: 1, 0, -1, and nothing (or "-") for not mentioned.
+Reports stand in a column ``report``, ``reports``, ``findings`` or ``Report Impression``, or in the headerless
+one-column files that R2Gen writes (res.csv, gts.csv).
+Labels stand in columns of the class names, in any order, as the CheXpert labeler and CheXbert write them: 1, 0, -1,
+and nothing (or "-") for not mentioned.
 """
 
 import csv
@@ -15,7 +16,7 @@ from modules.clinical_rules import CLASSES
 from modules.errors import InputError, Problem, stop_at
 from modules.records import write_private
 
-REPORT_COLUMNS = ("report", "reports", "findings")
+REPORT_COLUMNS = ("report", "reports", "findings", "report impression")  # the last is CheXbert's
 _CLASS_NAMES = {name.lower(): name for name in CLASSES} | {
     # What the CheXpert labeler's own columns are called in some of its versions.
     "enlarged cardiom.": "Enlarged Cardiomediastinum",
@@ -65,7 +66,7 @@ def read_table(path: str | Path, headerless: bool = False, note: Callable[[Probl
 
 
 def report_column(table: Table, name: str | None = None) -> int:
-    """Return the index of the column with the reports: ``name``, or the first of report, reports, findings."""
+    """Return the index of the column with the reports: ``name``, or the first of REPORT_COLUMNS that is there."""
     columns = [column.strip().lower() for column in table.columns]
     for candidate in (name.strip().lower(),) if name else REPORT_COLUMNS:
         if candidate in columns:

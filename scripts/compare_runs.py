@@ -146,7 +146,7 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
     each = [report_scores(run, by) for run in statistics]
     if each[0] is None or each[1] is None:
         plain = [name for name in changes if not name.startswith("ce_")]
-        clinical = "".join(f" or any {len(changes) - len(plain)} ce_* that --all_scores lists"[:0 if len(plain) == len(changes) else None])
+        clinical = ", or a ce_* score that --all_scores lists" if len(plain) < len(changes) else ""
         raise InputError(f"--by {by}: must be one of {', '.join(plain)}{clinical}")
     first, second = folders
 

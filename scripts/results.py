@@ -53,7 +53,7 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
         return
     reports = {MODEL: found.generated} | floors
     scored = scoring.test(found, reports, {MODEL: tag})
-    variety = {name: collapse_statistics(generated) for name, generated in reports.items() if name != COMMONEST}
+    variety = {name: collapse_statistics(generated) for name, generated in reports.items()}
     variety["references"] = collapse_statistics(found.references)
     validation = _validation_scores(history, best_epoch)
     run = provenance(str(device)) | {
@@ -80,7 +80,8 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
         subtitle=f"{_method(config, data)}; {len(found.ids)} test samples; best epoch {best_epoch} of {len(history)}",
         synthetic=data.annotation.synthetic, scores=_score_rows(scored, validation, tag), classes=classes,
         meteor_error=scoring.metrics.meteor_error, history=history, best_epoch=best_epoch or None,
-        variety={f"{name} ({tag})" if tag and name == MODEL else name: values for name, values in variety.items()},
+        variety={f"{name} ({tag})" if tag and name == MODEL else name: values
+                 for name, values in variety.items() if name != COMMONEST},  # that varies not at all
         warnings=[line for line in (collapse_warning(variety[MODEL]),) if line],
         references=CAPTIONS if captions else REPORTS, tokenisation=scoring.tokenisation,
         samples=_samples(loader.dataset, _image_reader(config, loader.dataset), found, captions, config.report_samples),
@@ -190,15 +191,16 @@ def _record(config: Config, data: compose.Data) -> dict[str, Any]:
 
 
 def _recorded(scores: Mapping[str, Any], tag: str) -> dict[str, Any]:
-    """Of the clinical scores, one line of a record keeps those of 14 classes with uncertain as negative."""
+    """A record keeps the clinical scores of 14 classes with uncertain as negative, against whole references."""
     return {name: value for name, value in scores.items()
-            if not name.startswith("ce_") or untagged(name, tag).endswith("_14_uncertain_negative")}
+            if not name.startswith("ce_") or untagged(name, tag).endswith(f"_14_uncertain_negative{FULL}")}
 
 
 def _log(scores: Mapping[str, Mapping], tag: str, variety: Mapping[str, Any], meteor_error: str | None) -> None:
     for name, values in scores.items():
+        # Words against references as others cut them, labels against whole ones.
         kept = {key: value for key, value in _recorded(values, tag).items()
-                if not key.endswith(FULL) and not ("_precision_" in key or "_recall_" in key)}
+                if key.endswith(FULL) == key.startswith("ce_") and not ("_precision_" in key or "_recall_" in key)}
         shown = " ".join(f"{key}={'-' if value is None else f'{value:.4f}'}" for key, value in kept.items())
         logger.info("test, %s: %s", name, shown)
     logger.info("test, different reports: %d of %d; the commonest is %.1f %%", variety["unique_reports"],

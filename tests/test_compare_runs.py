@@ -65,13 +65,13 @@ def test_scores_are_those_of_the_metrics_and_reports_are_ranked(runs):
 def test_kept_statistics_are_used(runs):
     for path, values in zip(runs, ([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.9, 0.4]), strict=True):
         keep_statistics(path, {"CIDEr": np.array(values)[:, None], "CIDEr_full": np.zeros((4, 1)),
-                               "ce_rule_uncertain_negative": np.zeros((4, 42), dtype=bool)})
+                               "ce_rule_uncertain_negative_full": np.zeros((4, 42), dtype=bool)})
     comparison = compared(runs, by="CIDEr")
     assert not comparison.notes and [pair.number for pair in comparison.better] == [3] and not comparison.worse
     assert {line.name for line in comparison.scores} == {
-        "CIDEr", "ce_rule_f1_micro_14_uncertain_negative", "ce_rule_f1_macro_14_uncertain_negative"}
+        "CIDEr", "ce_rule_f1_micro_14_uncertain_negative_full", "ce_rule_f1_macro_14_uncertain_negative_full"}
     assert len(compared(runs, by="CIDEr", all_scores=True).scores) == 2 + 18
-    with pytest.raises(InputError, match="--by METEOR: must be one of CIDEr, CIDEr_full, ce_rule"):
+    with pytest.raises(InputError, match="--by METEOR: must be one of CIDEr, CIDEr_full, or a ce_"):
         compared(runs, by="METEOR")
 
 

@@ -67,11 +67,11 @@ def test_figures_of_the_paper():
     assert list(table1["r2gencmn_ithn"].values()) == [0.496, 0.319, 0.220, 0.160, 0.378, 0.194, 0.461]
 
 
-@pytest.mark.parametrize("name", ["iu_xray", "mimic_cxr"])
-def test_data_sets_have_the_settings_of_the_run_scripts(name, tmp_path):
+@pytest.mark.parametrize(("name", "model"), [("iu_xray", ""), ("mimic_cxr", ""), ("coco", "visualgpt")])
+def test_data_sets_have_the_settings_of_the_run_scripts(name, model, tmp_path):
     scripted = _flags_of_script(f"run_{name}.sh", tmp_path)
     dataset = read_datasets(ROOT / "experiments" / "datasets.json")[name]
-    assert _config(dataset.flags) == _config(scripted)
+    assert _config((*dataset.flags, *dataset.model_flags.get(model, ()))) == _config(scripted)
 
 
 def test_coco_has_the_settings_of_the_run_script(tmp_path):
