@@ -6,8 +6,10 @@ Which files a run keeps, and how one takes the place of another, is modules.chec
 import contextlib
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, BinaryIO
 
 import torch
@@ -76,9 +78,13 @@ def known_checksums(path: Path) -> list[str] | None:
 
 
 def require_whole(path: Path) -> None:
-    """Raise InputError where ``path`` differs from the checksum beside it; a file without one passes."""
+    """Raise InputError where ``path`` differs from the checksum beside it, or without one from those in its archive."""
     known = known_checksums(path)
-    if known is not None and file_sha256(path) not in known:
+    if known is None:
+        # torch writes these and does not look at them.
+        if zipfile.is_zipfile(path) and (entry := zipfile.ZipFile(path).testzip()):
+            raise InputError(f"checkpoint {path}: damaged, its part {entry} differs from its checksum")
+    elif file_sha256(path) not in known:
         raise InputError(f"checkpoint {path}: damaged, it differs from its checksum in {checksum_file(path).name}; "
                          "take another one (if you have put this file there yourself, delete that checksum)")
 
@@ -138,9 +144,14 @@ def require_resumable(content: Mapping[str, Any], path: str | Path) -> None:
 
 
 def require_entries(content: Mapping[str, Any], path: str | Path, kinds: Mapping[str, type]) -> None:
-    """Raise InputError unless ``content`` has entries of these names and types."""
+    """Raise InputError unless ``content`` has entries of these names and types, and a history of rows of numbers."""
     for name, kind in kinds.items():
         if not isinstance(content.get(name), kind):
             found = f"is a {type(content[name]).__name__}" if name in content else "is missing"
             raise InputError(f"checkpoint {path}: its entry {name!r} {found}, expected a {kind.__name__}; it was "
                              "changed by hand, or written by another version")
+    for row in content["history"]:
+        if not (isinstance(row, dict) and isinstance(row.get("epoch"), int) and
+                all(isinstance(value, (int, float, NoneType)) for value in row.values())):
+            raise InputError(f"checkpoint {path}: its entry 'history' is not a list of rows of numbers; it was changed "
+                             "by hand")

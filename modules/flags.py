@@ -166,6 +166,7 @@ def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = N
     """Config from the flags given, over those ``saved`` in a checkpoint, --backbone's preset, and the defaults."""
     names = {item.name for item in dataclasses.fields(Config)}
     values = {name: value for name, value in (saved or {}).items() if name in names}
+    _require_kinds(values)
     if "adam_betas" in values:
         values["adam_betas"] = tuple(values["adam_betas"])
     given = dict(given)
@@ -173,3 +174,24 @@ def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = N
     dataset_name = (values | given).get("dataset_name", Config.dataset_name)
     beneath = preset(backbone, dataset_name) if backbone else {}
     return Config(**(beneath | values | given))
+
+
+def _require_kinds(saved: Mapping[str, Any]) -> None:
+    """InputError for a setting of a checkpoint that has not the type of its flag."""
+    for item in dataclasses.fields(Config):
+        if item.name not in saved:
+            continue
+        value, kind = saved[item.name], _kind(item.type)
+        if typing.get_origin(item.type) is tuple:
+            fits = isinstance(value, (list, tuple)) and len(value) == 2 and all(_is(float, part) for part in value)
+        else:
+            fits = _is(kind, value) or (value is None and kind is not item.type)
+        if not fits:
+            raise InputError(f"the checkpoint's own setting {item.name} is {str(value)[:60]!r}, which --{item.name} "
+                             "cannot be: the file was changed by hand, or written by another version")
+
+
+def _is(kind: type, value: Any) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is kind

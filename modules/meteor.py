@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 # A score line's statistics depend on its two texts only, so validation's repeated pairs are asked for once.
 _CACHE_LIMIT = 20_000
+SECONDS_TO_END = 5.0  # for a process that has closed its output
 # These change what the command line says (heap, language) or make the runtime print on its own.
 JAVA_VARIABLES = ("_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS")
 
@@ -44,6 +45,14 @@ def _questions(references: Sequence[str | Sequence[str]], hypotheses: Sequence[s
     listed = [[texts] if isinstance(texts, str) else texts for texts in references]
     return [" ||| ".join(["SCORE", *map(_one_line, texts), _one_line(hypothesis)])
             for texts, hypothesis in zip(listed, hypotheses, strict=True)]
+
+
+def _end_of(process: subprocess.Popen) -> str:
+    """How a process that has closed its output came to its end."""
+    try:
+        return f"ended (exit code {process.wait(SECONDS_TO_END)})"
+    except subprocess.TimeoutExpired:
+        return "closed its output and does not end"
 
 
 class Meteor:
@@ -149,7 +158,7 @@ class Meteor:
                 if process.stdout in ready:
                     chunk = os.read(process.stdout.fileno(), 1 << 16)
                     if not chunk:
-                        raise MeteorError(f"java ended (exit code {process.wait()}) after {count} of {answers} answers")
+                        raise MeteorError(f"java {_end_of(process)} after {count} of {answers} answers")
                     received += chunk
                     count += chunk.count(b"\n")
                     deadline = time.monotonic() + self._timeout

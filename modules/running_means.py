@@ -45,6 +45,8 @@ class RunningMeans:
         return {"names": self.names, "totals": self.totals}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Take up a kept state."""
-        self.names = list(state["names"])
-        self.totals = None if state["totals"] is None else state["totals"].to(device)
+        """Take up a kept state; ValueError where it is none."""
+        names, totals = list(state["names"]), state["totals"]
+        if totals is not None and (totals.shape != (len(names) + 2,) or totals.dtype != torch.float64):
+            raise ValueError(f"the sums of its losses have shape {tuple(totals.shape)}, expected {len(names) + 2}")
+        self.names, self.totals = names, None if totals is None else totals.to(device)

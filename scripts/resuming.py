@@ -1,6 +1,7 @@
 """Which checkpoint a training goes on from, whether it fits the flags and the data, and putting everything back."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,11 +97,10 @@ def restore(trainer: Trainer, objective: Objective, source: Source, config: Conf
                          f"gives with --threshold {config.threshold}; use the annotation it was trained on")
     state = dict(content)
     try:
+        _require_alike(trainer.state_dict(), state, ("scheduler", "scaler", "position", "best", "guard"))
         state["position"] = _position(config, source, data)
         objective.load_state_dict(content["objective"])
-        _require_alike(trainer.state_dict(), state, ("scheduler", "scaler", "position", "best", "guard"))
         trainer.load_state_dict(state)
-        _require_history(trainer.history)
         _require_shapes(trainer)
         now, then = (learning_rate_factor(config.scale_lr, count)
                      for count in (distributed.world_size(), content.get("processes", 1)))
@@ -147,22 +147,25 @@ def _position(config: Config, source: Source, data: compose.Data) -> dict[str, A
 
 
 def _require_alike(fresh: Mapping[str, Any], saved: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """ValueError where an entry that both have is of another kind in ``saved``."""
+    """ValueError where an entry of the fresh states is missing in ``saved``, or of another kind."""
     for name in names:
         for key, value in fresh[name].items():
-            if key in saved[name] and _kind(value) != _kind(saved[name][key]) and value is not None:
-                raise ValueError(f"{name}[{key!r}] is a {type(saved[name][key]).__name__}")
+            # What torch keeps for itself differs from version to version.
+            if key not in saved[name] and not key.startswith("_"):
+                raise ValueError(f"{name} has no {key!r}")
+            found = saved[name].get(key, value)
+            if value is not None and _kind(value) is not _kind(found):
+                raise ValueError(f"{name}[{key!r}] is a {type(found).__name__}")
+    if any(value < 0 for value in saved["position"].values()) or not _is_score(saved["best"]["score"]):
+        raise ValueError("its position or best score is no such number")
 
 
 def _kind(value: Any) -> type:
     return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
 
 
-def _require_history(history: list) -> None:
-    for row in history:
-        if not (isinstance(row, dict) and isinstance(row.get("epoch"), int) and
-                all(value is None or isinstance(value, (int, float)) for value in row.values())):
-            raise ValueError("its history is not a list of rows of numbers")
+def _is_score(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
 
 
 def _require_shapes(trainer: Trainer) -> None:

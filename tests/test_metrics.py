@@ -155,11 +155,12 @@ def test_an_empty_split_is_the_users_mistake():
     ("sys.exit(3)", r"exit code 3\) after 0 of 4"),
     ("sys.stdin.readline(); print('0.1', flush=True); os.kill(os.getpid(), signal.SIGKILL)", "exit code -9.* after 1"),
     ("time.sleep(60)", "no answer for 0.5 s"),
+    ("os.close(1); time.sleep(60)", "closed its output and does not end after 0 of 4"),
     ("print('0.1', flush=True); time.sleep(60)", r"no answer for 0.5 s \(after 1 of 4"),
     ("for line in sys.stdin: print('Error: unknown', flush=True)", "refused"),
     (ANSWER_ALL.replace("0.5", "0,5"), "'0,5' where a score"),
     (ANSWER_ALL.replace("22", "21"), "23 numbers a report"),
-], ids=["exits", "killed", "hangs", "stalls", "refuses", "comma", "short"])
+], ids=["exits", "killed", "hangs", "closes", "stalls", "refuses", "comma", "short"])
 def test_a_java_that_fails_gives_none_and_a_reason_and_the_other_scores(tmp_path, body, reason):
     started = time.monotonic()
     with Metrics(java=fake_java(tmp_path, body), timeout=0.5) as metrics:
