@@ -34,7 +34,7 @@ class Normalised(FakeObjective):
 
 def made(batches, optim="Adam", **changes):
     one, _ = trainer(batches, **changes)
-    one.objective = Normalised()
+    one.objective = one.parallel = Normalised()
     one.optimizer = build_optimizer(one.objective, optim=optim, lr_ve=0.1, lr_ed=0.1, weight_decay=0.01,
                                     adam_betas=(0.9, 0.98), adam_eps=1e-9, amsgrad=True)
     one.guard = StepGuard(one.objective, one.device, scales=False)
