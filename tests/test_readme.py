@@ -73,6 +73,8 @@ def test_flags_exist(monkeypatch):
         known |= {option for action in parser._actions for option in action.option_strings}
     for script in ROOT.glob("*.sh"):
         known |= set(re.findall(r"--[a-z]\w+", script.read_text(encoding="utf-8")))
+    for benchmark in ROOT.glob("benchmarks/*.py"):
+        known |= set(re.findall(r'"(--[a-z]\w+)"', benchmark.read_text(encoding="utf-8")))
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z]\w+", page.read_text(encoding="utf-8")))
         assert not named - known, f"{page.name}: {sorted(named - known)}"
