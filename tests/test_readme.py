@@ -28,8 +28,8 @@ def command_lines() -> list[tuple[str, str]]:
     return found
 
 
-def script_parser(script: str, monkeypatch) -> argparse.ArgumentParser:
-    """The parser of scripts/``script``, caught where its main would use it."""
+def script_parser(script: str, monkeypatch, room: str = "scripts") -> argparse.ArgumentParser:
+    """The parser of scripts/``script`` (or of another room's), caught where its main would use it."""
     caught = []
 
     def catch(parser):
@@ -39,7 +39,7 @@ def script_parser(script: str, monkeypatch) -> argparse.ArgumentParser:
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", catch)
         with pytest.raises(SystemExit):
-            importlib.import_module(f"scripts.{script}").main()
+            importlib.import_module(f"{room}.{script}").main()
     return caught[0]
 
 
@@ -59,17 +59,20 @@ def test_command_line(page, line, monkeypatch):
         given, ignored = parse_flags(arguments, target, "")
         resolve_config(given)
         assert not [note for note in ignored if "ignored" in note], f"{page}: {line}"
-    elif target.startswith("scripts/"):
-        parser = script_parser(Path(target).stem, monkeypatch)
+    elif target.startswith(("scripts/", "benchmarks/")):
+        parser = script_parser(Path(target).stem, monkeypatch, Path(target).parent.name)
         monkeypatch.setattr(sys, "argv", [target])
         parser.parse_args(arguments)
 
 
 def test_flags_exist(monkeypatch):
     known = {"--help"} | DOCKER_FLAGS
-    programs = [path.stem for path in sorted((ROOT / "scripts").glob("*.py"))
-                if re.search(r"ArgumentParser\(|build_parser\(", path.read_text(encoding="utf-8"))]
-    for parser in (build_parser("", ""), *(script_parser(program, monkeypatch) for program in programs)):
+    files = [path for room in ("scripts", "benchmarks") for path in sorted((ROOT / room).glob("*.py"))]
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    programs = [path for path, text in texts.items()
+                if re.search(r"ArgumentParser\(|build_parser\(", text) and "def main(" in text]
+    parsers = (script_parser(path.stem, monkeypatch, path.parent.name) for path in programs)
+    for parser in (build_parser("", ""), *parsers):
         known |= {option for action in parser._actions for option in action.option_strings}
     for script in ROOT.glob("*.sh"):
         known |= set(re.findall(r"--[a-z]\w+", script.read_text(encoding="utf-8")))
