@@ -96,6 +96,19 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, p: float = 0.0) -> Tensor:
+    """Softmax attention (B, h, T, w) of query (B, h, T, w) to keys and values (B, h, S, w), weights dropped with ``p``.
+
+    With dropout on the CPU it is written out: torch's own does the same there, with its slower draw.
+    """
+    if p == 0 or query.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=p)
+    scores = query / math.sqrt(query.size(-1)) @ keys.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return dropout(scores.softmax(-1), p, training=True) @ values
+
+
 class Attention(nn.Module):
     """Multi-head attention with ``linears`` 0..3 = query, key, value, output (Vaswani et al., 2017)."""
 
@@ -118,7 +131,7 @@ class Attention(nn.Module):
         """Attend from ``x`` (B, T, d) to keys and values; ``mask`` broadcasts to (B, h, T, S)."""
         query = self.split_heads(self.linears[0](x))
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
+        attended = attend(query, keys, values, mask, dropout)
         return self.linears[3](attended.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
