@@ -82,7 +82,8 @@ class DetectionFeatures:
                 self._handle = h5py.File(self.file, "r", locking="best-effort")
             dataset = self._handle.get(f"{self.ids[path]}_features")
         except (OSError, RuntimeError) as error:
-            raise InputError(f"--detection_features {self.file}: cannot be read: {_one_line(error)}") from error
+            reason = "no such file" if isinstance(error, FileNotFoundError) else _one_line(error)
+            raise InputError(f"--detection_features {self.file}: cannot be read: {reason}") from error
         if not isinstance(dataset, h5py.Dataset):
             raise InputError(f"--detection_features {self.file}: has no '{self.ids[path]}_features'; every record of "
                              "the annotation needs a matrix (n, width) that its id names")

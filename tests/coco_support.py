@@ -56,3 +56,15 @@ def make_detections(path: Path, *, width: int = 6, boxes=lambda image: 1 + image
                 file.create_dataset(f"{image}_features", data=features)
                 file.create_dataset(f"{image}_boxes", data=np.zeros((boxes(image), 4), np.float32))
     return path
+
+
+def make_labels(path: Path) -> Path:
+    """Write XProNet's 14 labels for every image of ``coco_records``: the first class, or No Finding."""
+    from modules.clinical_rules import CLASSES
+
+    rows = [",".join(["id", *CLASSES])]
+    for record in (record for records in coco_records().values() for record in records):
+        labels = ["1" if number == record["id"] % 2 else "0" for number in range(len(CLASSES))]
+        rows.append(",".join([str(record["id"]), *labels]))
+    path.write_text("\n".join(rows) + "\n")
+    return path

@@ -14,11 +14,14 @@ from scripts.check_data import check
 from scripts.reporter import load_reporter
 from scripts.testing import run_testing
 from scripts.training import run_training
-from tests.coco_support import coco_records, make_coco, make_detections
+from tests.coco_support import coco_records, make_coco, make_detections, make_labels
 from tests.conftest import TINY
 from tests.test_coco_scores import coco_evaluation
 
-MODELS = {"r2gencmn": [], "r2gen": ["--rm_d_model", "16", "--rm_num_heads", "2"]}
+MODELS = {
+    "r2gencmn": "", "r2gen": "--rm_d_model 16 --rm_num_heads 2", "visualgpt": "--gpt2_layers 1 --gpt2_positions 24",
+    "xpronet": "--num_cluster 14 --num_protype 2 --d_img_ebd 8 --d_txt_ebd 8 --init_protypes_path=",
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +93,14 @@ def _check_files(folder, model, tmp_path, monkeypatch):
     assert not any(caption in log for record in truth for caption in record["captions"])
 
 
-@pytest.mark.parametrize(("model", "strategy"), [("r2gencmn", "ithn"), ("r2gencmn", "off"), ("r2gen", "mochi")])
+@pytest.mark.parametrize(("model", "strategy"), [("r2gencmn", "ithn"), ("r2gen", "off"), ("xpronet", "ithn"),
+                                               ("visualgpt", "mochi")])
 def test_detections_take_the_place_of_images_in_every_backbone(train, coco, tmp_path, model, strategy):
     ithn = ["--ithn", "off"] if strategy == "off" else ["--strategy", strategy, "--num_neighbours", 3,
                                                         "--negative_index", coco / "index.safetensors"]
-    folder = train("--model_name", model, *MODELS[model], *ithn, "--detection_features", coco / "detections.hdf5",
-                   "--max_detections", 3, "--num_workers", 2, "--image_dir", tmp_path / "no_images",
+    labels = make_labels(tmp_path / "labels.csv")  # by image, of which the captions have theirs; read by XProNet alone
+    folder = train("--model_name", model, *MODELS[model].split(), *ithn, "--label_path", labels,
+                   "--detection_features", coco / "detections.hdf5", "--max_detections", 3, "--num_workers", 2, "--image_dir", tmp_path / "no_images",
                    "--collapse_repeats", "true", "--use_bn", 1)
     results = json.loads((folder / "results.json").read_text())
     assert results["test"]["model"]["BLEU_1"] >= 0 and "repeated words collapsed" in results["tokenisation"]
@@ -114,7 +119,7 @@ def test_features_of_a_frozen_extractor_are_stored_once_per_image(train, tmp_pat
 
 
 @pytest.mark.parametrize(("flags", "part"), [
-    (["--detection_features", "nowhere.hdf5"], "--detection_features nowhere.hdf5: cannot be read"),
+    (["--detection_features", "nowhere.hdf5"], "--detection_features nowhere.hdf5: cannot be read: no such file"),
     (["--detection_features", "README.md"], "--detection_features README.md: cannot be read"),
     (["--detection_features", "x.hdf5", "--views", "separate"], "one set of features per record"),
     (["--detection_features", "x.hdf5", "--freeze_visual_extractor", "true", "--feature_cache", "x"],
