@@ -100,8 +100,8 @@ def test_detections_take_the_place_of_images_in_every_backbone(train, coco, tmp_
                                                         "--negative_index", coco / "index.safetensors"]
     labels = make_labels(tmp_path / "labels.csv")  # by image, of which the captions have theirs; read by XProNet alone
     folder = train("--model_name", model, *MODELS[model].split(), *ithn, "--label_path", labels,
-                   "--detection_features", coco / "detections.hdf5", "--max_detections", 3, "--num_workers", 2, "--image_dir", tmp_path / "no_images",
-                   "--collapse_repeats", "true", "--use_bn", 1)
+                   "--detection_features", coco / "detections.hdf5", "--max_detections", 3, "--num_workers", 2,
+                   "--image_dir", tmp_path / "no_images", "--collapse_repeats", "true", "--use_bn", 1)
     results = json.loads((folder / "results.json").read_text())
     assert results["test"]["model"]["BLEU_1"] >= 0 and "repeated words collapsed" in results["tokenisation"]
     if model == "r2gencmn" and strategy == "ithn":

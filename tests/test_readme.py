@@ -74,6 +74,8 @@ def test_flags_exist(monkeypatch):
     parsers = (script_parser(path.stem, monkeypatch, path.parent.name) for path in programs)
     for parser in (build_parser("", ""), *parsers):
         known |= {option for action in parser._actions for option in action.option_strings}
+    for benchmark in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z]\w+)"', benchmark.read_text(encoding="utf-8")))
     for script in ROOT.glob("*.sh"):
         known |= set(re.findall(r"--[a-z]\w+", script.read_text(encoding="utf-8")))
     for benchmark in ROOT.glob("benchmarks/*.py"):
