@@ -10,6 +10,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -75,12 +76,12 @@ def processes(device: str, stop: Stop | None = None) -> Iterator[None]:
     except SystemExit as error:
         _leave(error.code)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = re.sub(r"^\[[^]]*\] ?", "", " ".join(str(error).split()))
         if count == 1 or not any(part in reason.lower() for part in _LOST):
             raise
         if stop is not None and stop.number is not None:
             _leave(128 + stop.number)
-        _say_once(store, f"error: process {own} of {count} lost another one, and stops: {reason[:160]}")
+        _say_once(store, f"error: process {own} of {count} lost the connection to another and stops: {reason[:80]}")
         _leave(1)
     dist.destroy_process_group()
 

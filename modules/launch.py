@@ -6,6 +6,7 @@ Free of torch until processes are started, so that flags are read and mistakes f
 import contextlib
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -58,43 +59,55 @@ def check_processes(count: int, device: str, flag: str = "n_gpu") -> None:
 def start_processes(count: int, *, device: str, max_restarts: int = 0, argv: Sequence[str] | None = None) -> int:
     """Run ``argv`` (this program's own command line) in ``count`` processes; returns the exit code for all of them.
 
-    A process that fails ends the others. With ``max_restarts`` all are then started again, that many times. The code
-    is 2 where a process ended with a mistake of the user, which it has named; 128 + n after signal n.
+    A process that fails ends the others. With ``max_restarts`` all are then started again, up to that many times,
+    unless the failure was a mistake of the user, which a process has named: the code is 2 then. It is 128 + n where
+    signal n ended this launcher, which hands it on, and else 1.
     """
     check_processes(count, device)
+    # torchrun sets 1 where nothing is set: on a CPU the processes may share all cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    command = list(sys.argv if argv is None else argv)
+    for left in range(max_restarts, -1, -1):
+        code, reason = _run(count, command)
+        if reason is None:
+            return code
+        outcome = f"starting all {count} again" if left else "the others were stopped; --resume auto goes on"
+        print(f"\nerror: {reason}; {outcome}", file=sys.stderr, flush=True)
+    return code
+
+
+def _run(count: int, command: list[str]) -> tuple[int, str | None]:
+    """The exit code of one start of all processes, and why it failed where another start may help."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # It would print a page about every failure; the processes have said what was wrong.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # torchrun sets 1 where nothing is set: on a CPU the processes may share all cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a page about every failure: the processes say enough
     settings = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex,
-                            rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=max_restarts,
+                            rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
                             shutdown_timeout=SHUTDOWN_SECONDS)
     try:
-        elastic_launch(settings, sys.executable)(*(sys.argv if argv is None else argv))
+        elastic_launch(settings, sys.executable)(*command)
     except ChildFailedError as error:
-        return _code_of({number: failure.exitcode for number, failure in error.failures.items()}, count)
+        return _failure({number: failure.exitcode for number, failure in error.failures.items()}, count)
     except SignalException as error:
-        return 128 + int(error.sigval)
-    return 0
+        return 128 + int(error.sigval), None
+    return 0, None
+
+
+def _failure(exit_codes: dict[int, int], count: int) -> tuple[int, str | None]:
+    """Exit code and reason; the processes that were stopped because of another's failure got SIGTERM."""
+    if 2 in exit_codes.values():
+        return 2, None
+    stopped = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    # A kill comes before the code 1 of those that lost the connection to the process that was killed.
+    code, number = min((code in stopped, code, number) for number, code in exit_codes.items())[1:]
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return 1, f"process {number} of {count} {how}"
 
 
 def _cores() -> int:
     with contextlib.suppress(AttributeError):  # not on every system
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _code_of(exit_codes: dict[int, int], count: int) -> int:
-    """The exit code of the whole, after a line for a process that could say nothing itself."""
-    if 2 in exit_codes.values():
-        return 2
-    # Processes that were ended because of the first one that failed got SIGTERM (15), or lost their connection.
-    killed = {number: -code for number, code in exit_codes.items() if code < 0 and code != -15}
-    for number, signal_number in sorted(killed.items()):
-        print(f"error: process {number} of {count} was ended by signal {signal_number}; the others were stopped. "
-              "Go on from the last checkpoint with --resume", file=sys.stderr)
-    return 1

@@ -20,7 +20,7 @@ def _one(number: int, function: Callable, world: int, folder: str, arguments: tu
 def run_together(function: Callable, world: int, folder: Path, *arguments) -> list:
     """What ``function(*arguments)`` returns (tensors, plain values) in each of ``world`` processes joined by gloo."""
     torch.multiprocessing.set_forkserver_preload(
-        ["pytest", "tiny_backbone", "modules.sync_norm", "modules.cosine_search", "modules.tester", "modules.trainer"])
+        ["pytest", "tiny_backbone", "scripts.training"])
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.multiprocessing.start_processes(_one, args=(function, world, str(folder), arguments), nprocs=world,
                                           start_method="forkserver")

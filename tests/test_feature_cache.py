@@ -5,11 +5,13 @@ import os
 
 import pytest
 import torch
+from gloo_support import run_together
 
 from modules.errors import InputError
 from modules.feature_cache import build_feature_cache
 from modules.images import ImageFolder, eval_transform
 from modules.progress import Bar
+from modules.records import private_folder
 from modules.visual_extractor import VisualExtractor
 
 
@@ -34,6 +36,19 @@ def test_features_are_the_extractors(demo, tmp_path, extractor):
         expected, _, _ = extractor(pixels[None, None])
         torch.testing.assert_close(cache(path), expected[0], rtol=1e-5, atol=1e-5)
     assert oct(cache.file.stat().st_mode)[-3:] == "600" and len(list(tmp_path.iterdir())) == 1
+
+
+def made_together(images, folder):
+    """The bytes of the file that the processes make together."""
+    torch.manual_seed(0)
+    extractor = VisualExtractor("resnet18", image_size=32, frozen=True)
+    return torch.frombuffer(bytearray(build(images, folder, extractor).file.read_bytes()), dtype=torch.uint8)
+
+
+def test_processes_make_the_file_together(demo, tmp_path):
+    alone = made_together(demo, private_folder(tmp_path / "alone"))
+    for result in run_together(made_together, 3, tmp_path, demo, private_folder(tmp_path / "together")):
+        assert torch.equal(result, alone)
 
 
 def test_the_file_is_found_again_and_belongs_to_weights_and_images(demo, tmp_path, extractor):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gloo_support import run_together
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -125,6 +126,21 @@ def test_damaged_cache_costs_time_not_correctness(folder, tmp_path, damage):
     }[damage])
     np.testing.assert_array_equal(encoder(folder).encode(TEXTS, cache_dir=tmp_path), whole)
     assert file.read_bytes() == content
+
+
+def encoded(folder, cache):
+    return torch.from_numpy(encoder(folder).encode(TEXTS, cache_dir=cache))
+
+
+def test_processes_share_the_batches_and_the_first_keeps_the_cache(folder, tmp_path):
+    expected = encoded(folder, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    complete = file.read_bytes()
+    for rows in (0, 3):  # nothing, or a cache that broke off in the second batch
+        os.truncate(file, rows * 16 * 4)
+        for result in run_together(encoded, 2, tmp_path, folder, tmp_path / "cache"):
+            assert torch.equal(result, expected)
+        assert file.read_bytes() == complete
 
 
 def test_cache_knows_texts_pooling_and_weights(folder, tmp_path):
