@@ -7,10 +7,11 @@ venv=$root/.venv
 stamp=$venv/.setup-stamp           # what the finished environment was made from
 unfinished=$venv/.setup-unfinished # there while packages are going in: an interrupted run leaves it behind
 constraints=""
+locked=""
 
 usage() {
     cat <<'TEXT'
-Usage: bash setup.sh [--dev] [--v100]
+Usage: bash setup.sh [--dev] [--v100 | --locked]
 
 Makes the virtual environment .venv beside this file and installs requirements.txt into it: about 6 GB on disk.
 A run that finds everything in place changes nothing and takes a second or two.
@@ -19,6 +20,8 @@ A run that finds everything in place changes nothing and takes a second or two.
   --v100   apply constraints-v100.txt (the last torch with kernels for compute capability 7.0). Without this flag
            it is applied where nvidia-smi shows such a GPU, or a driver older than 580, which CUDA 13 needs;
            give it when installing on a machine without the GPU, such as a cluster's login node
+  --locked install exactly the versions of requirements-lock.txt, each file checked against its hash there. Its torch
+           is the one with CUDA 13: not for a V100, an older driver, or UV_TORCH_BACKEND
   --help   show this text
 
 Environment:
@@ -142,12 +145,13 @@ fingerprint() {
 }
 
 is_ready() {
-    local have pin=$constraints
+    local have pin=$constraints alternatives=("$constraints")
     [[ -x $venv/bin/python && -f $stamp && ! -e $unfinished ]] || return 1
     have=$(cat "$stamp")
     # An environment with the test tools serves a call without --dev as well, and one with the V100's torch a machine
-    # without that GPU: a cluster's login node, a container.
-    for constraints in "$pin" "$root/constraints-v100.txt"; do
+    # without that GPU: a cluster's login node, a container. One that was locked serves everybody.
+    if [[ -z $locked ]]; then alternatives+=("$root/constraints-v100.txt" "$root/requirements-lock.txt"); fi
+    for constraints in "${alternatives[@]}"; do
         if [[ $have == "$(fingerprint "${requirements[@]}")" || $have == "$(fingerprint "${all_requirements[@]}")" ]]; then
             constraints=$pin
             [[ -z $(missing_packages) ]]
@@ -175,6 +179,7 @@ install_packages() {
     local file
     for file in "${requirements[@]}"; do arguments+=(-r "$file"); done
     if [[ -n $constraints ]]; then arguments+=(-c "$constraints"); fi
+    if [[ -n $locked ]]; then arguments=(--require-hashes -r "$constraints"); fi
     if [[ -z ${PIP_NO_INDEX:-} ]] && uv=$(find_uv); then
         # uv does not read pip's settings; an index that the user gave to pip is meant for every installer.
         pip_index=${PIP_INDEX_URL:-$("$venv/bin/python" -m pip config get global.index-url 2>/dev/null || true)}
@@ -238,6 +243,7 @@ for argument in "$@"; do
     case $argument in
         --dev) requirements=("${all_requirements[@]}") ;;
         --v100) use_constraints "--v100" ;;
+        --locked) locked=1 ;;
         -h | --help) usage; exit 0 ;;
         *) usage >&2; printf 'setup: error: unknown argument %s\n' "$argument" >&2; exit 2 ;;
     esac
@@ -249,6 +255,17 @@ if command -v flock >/dev/null; then
     flock -n 9 || { say "another setup.sh is at work here: waiting for it"; flock 9; }
 fi
 if [[ -z $constraints ]]; then look_at_gpu; fi
+if [[ -n $locked ]]; then
+    if [[ -n $constraints ]]; then
+        fail "--locked: the torch of requirements-lock.txt is for newer GPUs and drivers than constraints-v100.txt is for" \
+            "run bash setup.sh --v100 instead"
+    fi
+    if ((${#requirements[@]} > 1)); then
+        fail "--locked: requirements-lock.txt has no test tools" \
+            "run bash setup.sh --locked first, and then bash setup.sh --dev, which adds them"
+    fi
+    constraints=$root/requirements-lock.txt
+fi
 if ! is_ready; then set_up; fi
 check_java
 say "ready: $("$venv/bin/python" -V) in .venv"

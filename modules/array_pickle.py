@@ -134,11 +134,12 @@ def _text(path: str | Path, key: Any) -> str:
 def _plain_array(path: str | Path, key: Any, value: Any, lists: dict[int, np.ndarray]) -> np.ndarray:
     if isinstance(value, _Array) and hasattr(value, "value"):
         return value.value
+    if id(value) in lists:
+        return lists[id(value)]
     if isinstance(value, (list, tuple)) and all(isinstance(number, (bool, int, float)) for number in value):
-        if id(value) not in lists:
-            try:
-                lists[id(value)] = np.array(value, dtype=np.float64)
-            except OverflowError as error:
-                raise InputError(f"{path}: {key!r:.80} has a number that is too large") from error
+        try:
+            lists[id(value)] = np.array(value, dtype=np.float64)
+        except OverflowError as error:
+            raise InputError(f"{path}: {key!r:.80} has a number that is too large") from error
         return lists[id(value)]
     raise InputError(f"{path}: {key!r:.80} is no numpy array and no list of numbers")

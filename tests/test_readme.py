@@ -59,7 +59,7 @@ def test_command_line(page, line, monkeypatch):
         given, ignored = parse_flags(arguments, target, "")
         resolve_config(given)
         assert not [note for note in ignored if "ignored" in note], f"{page}: {line}"
-    elif target.startswith(("scripts/", "benchmarks/")):
+    elif target.startswith(("scripts/", "benchmarks/")) and target.endswith(".py"):
         parser = script_parser(Path(target).stem, monkeypatch, Path(target).parent.name)
         monkeypatch.setattr(sys, "argv", [target])
         parser.parse_args(arguments)

@@ -137,6 +137,7 @@ def project(tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "requirements.txt").write_text("# comment\npip>=20\n")
     (tmp_path / "requirements-dev.txt").write_text("-r requirements.txt\n")
+    (tmp_path / "requirements-lock.txt").write_text("pip==25.0 --hash=sha256:00\n")
     executable(tmp_path / "bin/uv", f'#!/bin/sh\n[ "$1" = --version ] || echo "uv $*" >>{tmp_path}/calls\n')
     executable(tmp_path / "bin/java", "#!/bin/sh\n")
     executable(tmp_path / "bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
@@ -189,6 +190,20 @@ def test_setup_pins_torch_where_the_gpu_needs_it(project, output, pinned):
     executable(project.folder / "bin/nvidia-smi", f"#!/bin/sh\nprintf '{output}\\n'\n")
     said, _ = project(code=1, PYTHON="/no/such/python")
     assert ("constraints-v100.txt applies" in said) is pinned
+
+
+def test_setup_from_the_lock(project):
+    said, installed = project("--locked")
+    assert installed.strip().endswith(f"--require-hashes -r {project.folder}/requirements-lock.txt") and "ready" in said
+    assert project("--locked")[1] == project()[1] == ""  # what was locked serves every call
+    assert "requirements-dev.txt" in project("--dev")[1]
+    assert "--require-hashes" in project("--locked")[1]  # after which it is no longer what the lock says
+    (project.folder / "requirements-lock.txt").write_text("pip==25.1 --hash=sha256:00\n")
+    assert "--require-hashes" in project("--locked")[1]
+    assert "--v100" in project("--locked", "--v100", code=1)[0]
+    assert "has no test tools" in project("--locked", "--dev", code=1)[0]
+    executable(project.folder / "bin/nvidia-smi", "#!/bin/sh\nprintf '7.0, 580.65.06\\n'\n")
+    assert "newer GPUs and drivers" in project("--locked", code=1)[0]
 
 
 def test_setup_without_python(project):
