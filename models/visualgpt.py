@@ -51,6 +51,7 @@ class VisualGPT(Backbone):
         self.visual_extractor = visual_extractor
         self.image_dim, self.report_dim = visual_extractor.width, d_model
         self.begin_id, self.end_id, self.pad_token = begin_id, end_id, pad_token
+        self.register_buffer("exchanged", torch.tensor([0, end_id]), persistent=False)
         published = visualgpt_compat == "published"
         self.masks_pad_token = published and pad_token not in (begin_id, end_id)
         self.encoder = LevelEncoder(self.image_dim, d_model, num_heads, d_ff, num_layers, dropout, published)
@@ -101,8 +102,7 @@ class VisualGPT(Backbone):
         """(B, T, D) -> (B, T, V) in float32, the end at 0."""
         logits = self.decoder.lm_head(hidden)
         if self.end_id:
-            columns = torch.tensor([0, self.end_id], device=logits.device)
-            logits = logits.index_copy_(-1, columns, logits[..., columns.flip(0)])
+            logits = logits.index_copy_(-1, self.exchanged, logits[..., self.exchanged.flip(0)])
         return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
     def cross_attention(self) -> list[nn.Module]:

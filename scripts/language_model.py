@@ -35,7 +35,7 @@ def build_tokenizer(config: Config, reports: Sequence[str], *, on_gpt2: bool) ->
 def gpt2_options(config: Config, tokenizer: AnyTokenizer, *, pretrained: bool) -> dict[str, Any]:
     """Special ids, and the weights of --gpt2_path unless a checkpoint brings them."""
     if config.max_seq_length > config.gpt2_positions:
-        raise InputError(f"--max_seq_length {config.max_seq_length}: the decoder has --gpt2_positions "
+        raise InputError(f"--max_seq_length {config.max_seq_length}: at most the decoder's --gpt2_positions "
                          f"{config.gpt2_positions}")
     begin, end, padding = tokenizer.special_ids
     weights = None

@@ -147,7 +147,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_download(monkeypatch):
 def test_sizes_that_differ_from_the_flags_are_named(folder, bpe):
     with pytest.raises(InputError, match="--d_model 16 --num_heads 2 --gpt2_layers 2 --gpt2_positions 48"):
         gpt2_options(Config(gpt2_path=str(folder)), bpe, pretrained=True)
-    with pytest.raises(InputError, match="--max_seq_length 60: the decoder has --gpt2_positions 48"):
+    with pytest.raises(InputError, match="--max_seq_length 60: at most the decoder's --gpt2_positions 48"):
         gpt2_options(Config(gpt2_positions=48), bpe, pretrained=False)
     fitting = {"gpt2_path": str(folder), "d_model": 16, "num_heads": 2, "gpt2_layers": 2, "gpt2_positions": 48,
                "max_seq_length": 30}
@@ -171,7 +171,7 @@ def test_the_papers_settings():
 # ---- through the programs
 
 
-@pytest.mark.parametrize("backbone", ["visualgpt", "r2gencmn"])
+@pytest.mark.parametrize("backbone", ["visualgpt", pytest.param("r2gencmn", marks=pytest.mark.slow)])
 def test_a_run_with_bpe_is_tested_without_the_folder(train, folder, tmp_path, demo_index, backbone):
     """Weights and tokeniser travel with the checkpoint."""
     copy = shutil.copytree(folder, tmp_path / "gpt2")
@@ -184,6 +184,10 @@ def test_a_run_with_bpe_is_tested_without_the_folder(train, folder, tmp_path, de
     given, notes = parse_flags(["--load", str(results / "model_best.pth")], "main_test.py", "")
     run_testing(given, notes)
     assert (results / "res.csv").read_text() == first
+    if backbone == "r2gencmn":
+        train("--resume", results / "current_checkpoint.pth", "--save_dir", results, "--epochs", 2,
+              "--max_seq_length", 40)
+        assert len(load_checkpoint(results / "current_checkpoint.pth")["history"]) == 2
 
 
 def test_a_published_file_is_tested_on_detection_features(demo, folder, bpe, tmp_path):

@@ -249,8 +249,15 @@ def test_a_stage_of_its_own(train, tmp_path):
     assert row["train_reward"] >= 0 and "train_baseline" in row and "train_nll" not in row
     name = "encoder_decoder.logit.weight"  # learning rate 0: the weights that it started from
     assert torch.equal(content["state_dict"][name], weights[name])
-    resumed = train("--resume", second / "current_checkpoint.pth", "--save_dir", second, "--epochs", 2, "--lr_ed", 0)
-    assert len(load_checkpoint(resumed / "current_checkpoint.pth")["history"]) == 2
+
+
+@pytest.mark.slow
+def test_the_stage_is_resumed(train, tmp_path):
+    stage = train("--load", train() / "model_best.pth", "--save_dir", tmp_path / "stage", "--self_critical", "true",
+                  "--scst_baseline", "mean", "--scst_reward", "ROUGE_L")
+    train("--resume", stage / "current_checkpoint.pth", "--save_dir", stage, "--epochs", 2)
+    history = load_checkpoint(stage / "current_checkpoint.pth")["history"]
+    assert [row["epoch"] for row in history] == [1, 2] and all("train_reward" in row for row in history)
 
 
 @pytest.mark.parametrize(("flags", "reason"), [
