@@ -53,7 +53,7 @@ def points(result: dict[str, Any], size: str) -> dict[str, list[tuple[float, flo
 
 
 def draw(folder: Path) -> Path:
-    """One panel per size; double-logarithmic, so that a straight line's slope is the power of growth."""
+    """One panel per size; that of mining is double-logarithmic, as the number of pairs grows with the square."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 7), layout="constrained")
@@ -63,10 +63,15 @@ def draw(folder: Path) -> Path:
         for line, values in points(result, size).items():
             if line in ("optimiser", "labels by rules", "confidence intervals"):
                 continue  # small and flat: they would only press the others together
-            axes.loglog(*zip(*values, strict=True), marker="o", markersize=3, linewidth=1, label=line)
+            axes.plot(*zip(*values, strict=True), marker="o", markersize=3, linewidth=1, label=line)
         axes.set(title=title, xlabel=label, ylabel="seconds")
+        if name == "mine":
+            axes.set(xscale="log", yscale="log")
+        else:
+            axes.set_ylim(bottom=0)
+            axes.set_xlim(left=0)
         axes.title.set_fontsize(10)
-        axes.grid(True, which="both", linewidth=0.3)
+        axes.grid(True, linewidth=0.3)
         if len(axes.lines) > 1:
             axes.legend(fontsize=7)
     figure_of_steps(panels.flat[-1], read(folder, "generate"))

@@ -41,3 +41,4 @@ run images_jpeg images --size "${SIZES[@]}" --images "$IMAGES" --rounds "$ROUNDS
 run mine mine --rows "${ROWS[@]}" --rounds "$ROUNDS" --plain false
 run evaluate evaluate --reports "${REPORTS[@]}"
 "$PYTHON" benchmarks/plot.py "$OUT"
+"$PYTHON" benchmarks/tables.py "$OUT"

@@ -123,8 +123,28 @@ def test_plots(tmp_path):
     assert draw(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
+def test_tables(run, tmp_path):
+    """The page names the public code and an epoch of MIMIC-CXR only beside a step of the published sizes."""
+    from benchmarks.tables import write
+
+    with pytest.raises(InputError, match="holds none of the JSON files"):
+        write(tmp_path)
+    run("train_step", GIVEN + " --strategy off --batch_size 1 --max_seq_length 5")
+    page = write(tmp_path).read_text()
+    assert "features given" in page and "MIMIC-CXR" not in page
+    result = json.loads((tmp_path / "train_step.json").read_text())
+    published = {"batch_size": 16, "max_seq_length": 60, "seconds": {"step": [8.0]}, "flops": 32e9}
+    result["results"] = [result["results"][0] | published]
+    (tmp_path / "train_step.json").write_text(json.dumps(result))
+    page = write(tmp_path).read_text()
+    assert "270,790 images x 0.250 s = 18.8 hours" in page and "1.0 GFLOP per image x 270,790 = 0.27 PFLOP" in page
+    assert "| public code, another machine | 27.7 | 150 |" in page
+
+
 @pytest.mark.slow
 def test_everything_that_the_page_shows_is_made_by_one_command(tmp_path):
     subprocess.run(["bash", "benchmarks/run_all.sh", str(tmp_path), "--clock", "cpu"], cwd=ROOT, check=True,
                    timeout=280, env=os.environ | {"QUICK": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"})
     assert len(list(tmp_path.glob("*.json"))) == 14 and (tmp_path / "growth.png").is_file()
+    page = (tmp_path / "tables.md").read_text()
+    assert "## Beam search" in page and "1 Java process: METEOR" in page and "DIFFERENT" not in page
