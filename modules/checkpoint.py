@@ -25,14 +25,19 @@ BLOCK = 1 << 20
 
 
 class _Hashed:
-    """A binary file that hashes what is written to it."""
+    """A binary file that hashes what is written to it, and keeps the error that torch's zip writer would hide."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.sha256.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -41,11 +46,14 @@ class _Hashed:
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> str:
     """Write ``state`` (tensors, plain values) to the new file ``path`` of mode 0600, and read it back.
 
-    Returns its SHA-256; OSError or RuntimeError (torch's zip writer) where it cannot be written as it should be.
+    Returns its SHA-256; OSError where it cannot be written as it should be.
     """
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         hashed = _Hashed(file)
-        torch.save({"format": FORMAT, **state}, hashed)
+        try:
+            torch.save({"format": FORMAT, **state}, hashed)
+        except RuntimeError as error:
+            raise hashed.error or error from error
         file.flush()
         os.fsync(file.fileno())
     digest = hashed.sha256.hexdigest()

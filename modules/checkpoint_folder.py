@@ -89,9 +89,8 @@ class CheckpointFolder:
             self._current_is_good = True
             if best:
                 self.keep_as_best(current)
-        # torch's zip writer turns a failed write into a RuntimeError.
-        except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        except OSError as error:
+            reason = error.strerror or error
             raise InputError(f"checkpoint {current}: cannot be written ({reason}); the previous one is intact. "
                              "Free some space or choose another --save_dir, then go on with --resume") from error
         finally:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,6 +14,17 @@ from modules.launch import process_number
 class _BarSafeHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record))
+
+
+class _FileHandler(logging.StreamHandler):
+    """Says once that the file takes no more, as on a full disk, instead of a traceback for every line."""
+
+    said = False
+
+    def handleError(self, _record: logging.LogRecord) -> None:
+        if not self.said:
+            tqdm.write(f"the log file cannot be written: {sys.exc_info()[1]}")
+        self.said = True
 
 
 def start_log(path: Path) -> logging.Logger:
@@ -33,7 +45,7 @@ def start_log(path: Path) -> logging.Logger:
         raise InputError(f"file {str(path)!r} cannot be written: {error.strerror}") from error
     terminal = _BarSafeHandler()
     terminal.setFormatter(logging.Formatter("%(message)s"))
-    file = logging.StreamHandler(os.fdopen(handle, "a", encoding="utf-8"))
+    file = _FileHandler(os.fdopen(handle, "a", encoding="utf-8"))
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(terminal)
     logger.addHandler(file)
