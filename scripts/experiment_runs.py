@@ -17,7 +17,7 @@ from modules.environment import ROOT
 from modules.errors import InputError
 from modules.records import private_folder, write_results
 from scripts.experiment_files import DataSet
-from scripts.experiment_plan import BEST, CHECKPOINT, CUT, RECORD, RESULTS, UNTESTED, Index, Run, fingerprint
+from scripts.experiment_plan import BEST, CUT, RECORD, RESULTS, UNTESTED, Index, Run, fingerprint
 
 CONSOLE = "console.log"
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -107,7 +107,7 @@ def command(run: Run) -> list[str]:
     """The command line of a run."""
     if run.state == UNTESTED:
         return [sys.executable, str(ROOT / "main_test.py"), "--load", str(run.folder / BEST), *run.flags]
-    resume = ["--resume", str(run.folder / CHECKPOINT)] if run.state == CUT else []
+    resume = ["--resume", "auto"] if run.state == CUT else []
     return [sys.executable, str(ROOT / "main_train.py"), *run.flags, *resume]
 
 

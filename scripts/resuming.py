@@ -18,7 +18,8 @@ from modules.errors import InputError
 from modules.flags import resolve_config
 from modules.objective import Objective
 from modules.optimizers import learning_rate_factor, scale_learning_rates
-from modules.trainer import Best, Trainer
+from modules.trainer import Trainer
+from modules.training_state import Best
 from scripts import compose
 
 logger = logging.getLogger("ithn")

@@ -12,6 +12,7 @@ from modules.distributed import is_first
 from modules.flags import resolve_config
 from modules.records import private_folder
 from modules.run_log import start_log
+from modules.shortages import explained
 from scripts import compose
 from scripts.results import test_and_write
 from scripts.resuming import own_settings
@@ -21,6 +22,11 @@ from scripts.training import build_tester
 
 def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     """Test the checkpoint ``given["load"]``: ours brings settings and vocabulary, a published one needs the flags."""
+    with explained("lower --batch_size, --beam_size or --num_workers, or use --precision bfloat16 or float16"):
+        _test(given, ignored)
+
+
+def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     path = given["load"]
     content = load_checkpoint(path)
     ours = content.get("format") == FORMAT

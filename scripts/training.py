@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,17 +17,17 @@ from modules.environment import provenance
 from modules.flags import resolve_config
 from modules.objective import Objective
 from modules.optimizers import build_optimizer, build_scheduler, learning_rate_factor
-from modules.out_of_memory import explained
-from modules.plots import training_curves
 from modules.progress import Bar
-from modules.records import private_folder, write_private, write_results
+from modules.records import private_folder
 from modules.run_log import start_log
 from modules.score_names import tagged
+from modules.shortages import explained
 from modules.stopping import Stop, Stopped
 from modules.tester import Tester
 from modules.tokenizers import Tokenizer, clean_report
 from modules.trainer import Trainer
 from scripts import compose, resuming, starting
+from scripts.epoch_files import epoch_writer
 from scripts.results import test_and_write
 from scripts.scoring import Scoring
 
@@ -186,7 +185,7 @@ def _trainer(config: Config, data: compose.Data, objective: Objective, device: t
         loader=loaders["train"],
         validate=lambda epoch: tester.evaluate(loaders["val"], f"validation {epoch}")[0],
         save=_saver(config, data, device, folder) if is_first() else lambda trainer, improved: None,
-        on_epoch=_epoch_writer(config, folder.path) if is_first() else lambda history: None,
+        on_epoch=epoch_writer(folder.path, tensorboard=config.tensorboard) if is_first() else lambda history: None,
         progress=Bar,
         stop=stop,
         device=device,
@@ -230,24 +229,3 @@ def _saver(config: Config, data: compose.Data, device: torch.device,
         }, best=improved)
 
     return save
-
-
-def _epoch_writer(config: Config, folder: Path) -> Callable[[list[dict]], None]:
-    """Brings history.json, curves.png and the TensorBoard files up to date."""
-    writer = None
-    if config.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(private_folder(folder / "tensorboard")))
-
-    def write(history: list[dict]) -> None:
-        write_results(folder / "history.json", history)
-        write_private(folder / "curves.png", training_curves(history))
-        if writer is not None:
-            row = history[-1]
-            for name, value in row.items():
-                if value is not None:
-                    writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-            writer.flush()
-
-    return write

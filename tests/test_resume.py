@@ -39,7 +39,7 @@ class StopAt(Stop):
 
 def without_test(monkeypatch):
     monkeypatch.setattr("scripts.training.test_and_write", lambda *_, **__: None)
-    monkeypatch.setattr("scripts.training.training_curves", lambda history: b"")  # the slowest part
+    monkeypatch.setattr("scripts.epoch_files.training_curves", lambda history: b"")  # the slowest part
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from modules.errors import InputError
 from modules.optimizers import build_optimizer, build_scheduler
 from modules.progress import Bar
 from modules.stopping import Stop
-from modules.trainer import Best, Trainer
+from modules.trainer import Trainer
+from modules.training_state import Best
 
 
 @dataclass

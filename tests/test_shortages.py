@@ -1,11 +1,11 @@
-"""Memory that runs out is one line with the flags to lower; other errors keep their traceback."""
+"""Memory or a disk that runs out is one line that says what helps; other errors keep their traceback."""
 
 import pytest
 import torch
 
 from modules.checkpoint import load_checkpoint
 from modules.errors import InputError
-from modules.out_of_memory import explained
+from modules.shortages import explained
 from modules.trainer import Trainer
 
 
@@ -30,6 +30,13 @@ def test_python_and_shared_memory():
     assert "/dev/shm" in raises(RuntimeError(
         "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         "RuntimeError: unable to write to file </torch_12_3>: No space left on device (28)"))
+
+
+def test_a_full_disk_whoever_wrote_to_it():
+    with pytest.raises(InputError, match=r"file 'events.1' cannot be written: No space left"), explained(""):
+        raise OSError(28, "No space left on device", "events.1")
+    with pytest.raises(FileNotFoundError), explained(""):
+        raise FileNotFoundError(2, "No such file or directory", "x")
 
 
 def test_other_errors_pass():

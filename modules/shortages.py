@@ -1,14 +1,20 @@
-"""Memory that ran out becomes one line with the flags that need less."""
+"""Memory or disk space that ran out becomes one line that says what helps."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
 from modules.errors import InputError
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 @contextlib.contextmanager
 def explained(remedy: str) -> Iterator[None]:
-    """Turn torch's and Python's out-of-memory errors inside the block into an InputError that ends with ``remedy``."""
+    """Turn errors inside the block that say that memory (torch's, Python's) or a disk is full into an InputError.
+
+    For memory the line ends with ``remedy``, the flags that need less.
+    """
     import torch
 
     try:
@@ -20,6 +26,11 @@ def explained(remedy: str) -> Iterator[None]:
         if where is None:
             raise
         raise InputError(f"out of memory {where}: {remedy}") from error
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        named = f"file {error.filename!r} " if error.filename else "a file "
+        raise InputError(f"{named}cannot be written: {error.strerror}; what was saved before is intact") from error
 
 
 def _where(error: RuntimeError, on_gpu: bool) -> str | None:
