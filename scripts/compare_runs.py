@@ -35,7 +35,7 @@ class Folder:
     """What a results folder holds."""
 
     path: Path
-    references: list[str]
+    references: list[str]  # several captions of an image in one text
     generated: list[str]
     results: Mapping[str, Any]  # empty where there is no results.json
 
@@ -60,15 +60,19 @@ def read_folder(path: Path) -> Folder:
     """Read res.csv, gts.csv and, where it is there, results.json."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give the --save_dir of a tested run")
-    generated, references = (_reports(path / name) for name in ("res.csv", "gts.csv"))
+    results = read_json(path / "results.json") if (path / "results.json").is_file() else {}
+    several = results.get("config", {}).get("dataset_name") == "coco"  # captions: a column each
+    generated, references = _reports(path / "res.csv"), _reports(path / "gts.csv", several)
+    if several and not (path / "statistics.npz").is_file():
+        raise InputError(f"{path}: statistics.npz is not there, by which captions are compared; test the run again "
+                         "with main_test.py")
     if len(generated) != len(references):
         raise InputError(f"{path}: res.csv has {len(generated)} reports and gts.csv {len(references)}; test the run "
                          "again with main_test.py")
-    results = read_json(path / "results.json") if (path / "results.json").is_file() else {}
     return Folder(path, references, generated, results)
 
 
-def _reports(path: Path) -> list[str]:
+def _reports(path: Path, several: bool = False) -> list[str]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
@@ -76,9 +80,9 @@ def _reports(path: Path) -> list[str]:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); main_train.py and "
                          "main_test.py write it") from error
     for number, row in enumerate(rows, 1):
-        if len(row) > 1:
+        if len(row) > 1 and not several:
             raise InputError(f"{path}, row {number}: has {len(row)} fields, expected one report a row")
-    return [row[0] if row else "" for row in rows]
+    return [" / ".join(filter(None, row)) for row in rows]
 
 
 def statistics_of(folders: tuple[Folder, Folder]) -> "tuple[list[ReportStatistics], list[str]]":

@@ -75,6 +75,18 @@ def test_kept_statistics_are_used(runs):
         compared(runs, by="METEOR")
 
 
+def test_captions_are_compared_by_their_statistics(tmp_path):
+    runs = [results_folder(tmp_path / name, ["a dog", ""], config={"dataset_name": "coco"}) for name in "ab"]
+    for path, values in zip(runs, ([0.1, 0.2], [0.3, 0.2]), strict=True):
+        (path / "gts.csv").write_text("A dog.,Dogs here,\nA cat,cats,two cats\n")
+        with pytest.raises(InputError, match="statistics.npz is not there, by which captions"):
+            read_folder(path)
+        keep_statistics(path, {"CIDEr": np.array(values)[:, None]}, "same", "same")
+    comparison = compared(runs, by="CIDEr")
+    assert [line.name for line in comparison.scores] == ["CIDEr"]
+    assert [pair.reference for pair in comparison.better] == ["A dog. / Dogs here"]
+
+
 def test_runs_that_cut_references_differently_are_compared_on_whole_ones(runs):
     labels = np.zeros((4, 42), bool)
     for path, cut in zip(runs, ("cut at 60", "cut at 100"), strict=True):
