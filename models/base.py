@@ -18,7 +18,7 @@ class VisualFeatures:
 
     patches: Tensor  # (B, S, C)
     patch_mask: Tensor | None  # (B, S) bool, True = patch of a present view; None = every view is present
-    pooled: Tensor  # (B, C) mean over the patches of the present views
+    pooled: Tensor  # (B, C) mean over the patches of the present views, in float32 at least
 
     @property
     def attention_mask(self) -> Tensor | None:

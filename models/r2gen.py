@@ -14,7 +14,8 @@ from models.base import Backbone, Output, VisualFeatures
 from modules.decoding import Decoded, DecodingOptions, decode
 from modules.decoding_cache import DecodingCache
 from modules.relational_memory import RelationalMemory
-from modules.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask, normalise
+from modules.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
+from modules.transformer_norms import normalise
 from modules.transformer_patches import PatchEmbedding
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.transformer import dropout, split_heads
+from modules.transformer import attend, dropout, split_heads
+from modules.transformer_norms import TorchLayerNorm
 
 CROSS_ATTENTION_DROPOUT = 0.2
 
@@ -50,8 +51,7 @@ class SelfAttention(nn.Module):
         query, keys, values = (split_heads(part, self.num_heads) for part in self.c_attn(x).chunk(3, dim=-1))
         if cache is not None:
             keys, values = cache.append(keys, values)
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask,
-                                                  dropout_p=self.dropout if self.training else 0.0)
+        attended = attend(query, keys, values, mask, self.dropout if self.training else 0.0)
         return self.c_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -88,8 +88,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, keep: Tensor | None) -> Tensor:
         """``x`` (B, T, D) -> what it finds at each level, (B, L, T, D)."""
         query = self.queries(x, keys.size(1))
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=keep,
-                                                  dropout_p=CROSS_ATTENTION_DROPOUT if self.training else 0.0)
+        attended = attend(query, keys, values, keep, CROSS_ATTENTION_DROPOUT if self.training else 0.0)
         by_level = attended.unflatten(1, (-1, self.num_heads))  # (B, L, h, T, w)
         return self.c_proj(by_level.transpose(2, 3).flatten(3))
 
@@ -118,10 +117,10 @@ class Block(nn.Module):
 
     def __init__(self, d_model: int, num_heads: int, num_levels: int, context: int, dropout: float, tau: float):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(d_model)
+        self.ln_1 = TorchLayerNorm(d_model)
         self.attn = SelfAttention(d_model, num_heads, context, dropout)
         self.enc_dec_attn = CrossAttention(d_model, num_heads, context)
-        self.ln_2 = nn.LayerNorm(d_model)
+        self.ln_2 = TorchLayerNorm(d_model)
         self.mlp = Mlp(d_model)
         self.num_levels, self.dropout, self.tau = num_levels, dropout, tau
         for level in range(1, num_levels + 1):
@@ -156,7 +155,7 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(num_ids, d_model)
         self.wpe = nn.Embedding(num_positions, d_model)
         self.h = nn.ModuleList(Block(d_model, **block) for _ in range(num_layers))
-        self.ln_f = nn.LayerNorm(d_model)
+        self.ln_f = TorchLayerNorm(d_model)
 
     def sources(self, levels: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Every layer's keys and values of the encoder's levels (B, L, N, D)."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.transformer import dropout, split_heads
+from modules.transformer_norms import TorchLayerNorm
 
 
 class UnusedLinear(nn.Linear):
@@ -40,7 +41,7 @@ class AttentionLayer(nn.Module):
     def __init__(self, d_model: int, num_heads: int, dropout: float):
         super().__init__()
         self.attention = EncoderAttention(d_model, num_heads)
-        self.layer_norm = nn.LayerNorm(d_model)
+        self.layer_norm = TorchLayerNorm(d_model)
         self.dropout = dropout
 
     def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
@@ -53,7 +54,7 @@ class FeedForwardLayer(nn.Module):
     def __init__(self, d_model: int, d_ff: int, dropout: float):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
-        self.layer_norm = nn.LayerNorm(d_model)
+        self.layer_norm = TorchLayerNorm(d_model)
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class LevelEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
         self.fc = nn.Linear(image_dim, d_model)
-        self.layer_norm = nn.LayerNorm(d_model)
+        self.layer_norm = TorchLayerNorm(d_model)
         self.dropout, self.published = dropout, published
         for part in self.modules():
             if isinstance(part, nn.Linear):

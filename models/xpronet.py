@@ -215,6 +215,7 @@ class XProNet(Backbone):
 
 def mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """(B, T, d) -> (B, d), over the tokens where ``mask`` (B or 1, T) bool is true."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if mask is None:
         return x.mean(dim=1)
     kept = mask.unsqueeze(-1).to(x.dtype)

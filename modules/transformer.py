@@ -1,4 +1,4 @@
-"""Parts of the R2Gen family's transformer: norm, attention, feed-forward, layers, embeddings, positions.
+"""Parts of the R2Gen family's transformer: attention, feed-forward, layers, embeddings, positions.
 
 Shapes: B studies, T query positions, S key positions, d = d_model, h heads of width d/h.
 Masks are boolean, True = may be attended to.
@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from modules.transformer_norms import LayerNorm
 
 ATTENTION_DROPOUT = 0.1  # fixed in the published codes, whatever their --dropout says
 
@@ -27,56 +29,6 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     keep = torch.ge(bits[: x.numel()].view(x.shape), dropped - 2**15, out=torch.empty_like(x, requires_grad=False))
     return x * keep.mul_(2**16 / (2**16 - dropped))
-
-
-class _Normalise(torch.autograd.Function):
-    """(x - mean) / (std + eps) by torch's fused layer-norm kernels: a sixth of the time of the plain expression."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-        n = x.size(-1)
-        # The kernel divides by the biased std; the tiny eps only keeps rows without variance finite.
-        unit, mean, inverse_biased = torch.native_layer_norm(x, (n,), None, None, 1e-30)
-        std = math.sqrt(n / (n - 1)) / inverse_biased
-        inverse = 1 / (std + eps)
-        ctx.save_for_backward(x, mean, std, inverse, scale)
-        return torch.addcmul(shift, unit.mul_(inverse / inverse_biased), scale)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, mean, std, inverse, scale = ctx.saved_tensors
-        n = x.size(-1)
-        grad = grad.contiguous()
-        kernel = torch.ops.aten.native_layer_norm_backward
-        # With G = scale * grad and c = x - mean, the gradient in x is (G - mean G) / (std + eps)
-        # - c * sum(G c) / ((n - 1) std (std + eps)^2). The kernel computes r (G - mean G) - r^3 c * sum(G c) / n:
-        # the same up to a factor per row for this r.
-        r = (inverse * n / ((n - 1) * std)).sqrt()
-        grad_x = kernel(grad, x, (n,), mean, r, scale, None, [True, False, False])[0].mul_(inverse / r)
-        _, grad_scale, grad_shift = kernel(grad, x, (n,), mean, inverse, scale, scale, [False, True, True])
-        return grad_x, grad_scale, grad_shift, None
-
-
-def normalise(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
-    """scale * (x - mean) / (std + eps) + shift over the last dimension, with the unbiased std and eps outside the root.
-
-    ``scale`` and ``shift`` (d,). At least float32, as half precision would lose the variance.
-    """
-    dtype = torch.promote_types(x.dtype, scale.dtype)
-    return _Normalise.apply(x.to(dtype), scale, shift, eps)
-
-
-class LayerNorm(nn.Module):
-    """normalise(x) with parameters ``a_2`` and ``b_2``."""
-
-    def __init__(self, d_model: int):
-        super().__init__()
-        self.a_2 = nn.Parameter(torch.ones(d_model))
-        self.b_2 = nn.Parameter(torch.zeros(d_model))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return normalise(x, self.a_2, self.b_2)
 
 
 class Residual(nn.Module):
@@ -106,7 +58,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = No
     scores = query / math.sqrt(query.size(-1)) @ keys.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return dropout(scores.softmax(-1), p, training=True) @ values
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # whatever autocast chose
+    return dropout(weights, p, training=True) @ values
 
 
 class Attention(nn.Module):

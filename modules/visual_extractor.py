@@ -74,12 +74,12 @@ class VisualExtractor(nn.Module):
         if view_mask is None or views == 1 or bool(view_mask.all()):
             patches = images if images.dim() == 4 else self._all_views(images)  # (B, N, S, C)
             patches = patches.flatten(1, 2)
-            return patches, None, patches.mean(dim=1)
+            return patches, None, _at_least_float32(patches).mean(dim=1)
         patches = images if images.dim() == 4 else self._present_views(images, view_mask)
         present = view_mask.to(images.device, non_blocking=True)
-        pooled = patches.mean(dim=2).sum(dim=1) / present.sum(dim=1, keepdim=True)
+        pooled = _at_least_float32(patches).mean(dim=2).sum(dim=1) / present.sum(dim=1, keepdim=True)
         patch_mask = present.repeat_interleave(patches.size(2), dim=1)
-        return patches.flatten(1, 2), patch_mask, pooled.to(patches.dtype)
+        return patches.flatten(1, 2), patch_mask, pooled
 
     def _all_views(self, images: Tensor) -> Tensor:
         if self.batch_norm == "per_view":
@@ -149,6 +149,10 @@ class _TimmPatches(nn.Module):
         if features.dim() == 4:
             return features.permute(0, 3, 1, 2) if self.channels_are_last else features
         return features[:, self.num_prefix_tokens :]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _torchvision_trunk(name: str, pretrained: bool, weights: str | None, image_size: int):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from modules import memory
 from modules.memory import largest, topk_attention
-from modules.transformer import LayerNorm, PositionalEncoding, decoder_mask, dropout, normalise
+from modules.transformer import PositionalEncoding, decoder_mask, dropout
+from modules.transformer_norms import LayerNorm, normalise
 
 torch.set_num_threads(1)
 

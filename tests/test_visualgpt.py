@@ -290,6 +290,8 @@ def test_dropout_stands_where_published(monkeypatch):
     fused = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *inputs, dropout_p=0.0, **options: (
         attended.append(dropout_p), fused(*inputs, **options))[1])
+    monkeypatch.setattr(visualgpt_decoder, "attend", lambda query, keys, values, mask, p: (
+        attended.append(p), fused(query, keys, values, attn_mask=mask))[1])
     for part in (visualgpt_encoder, visualgpt_decoder):
         monkeypatch.setattr(part, "dropout", seen)
     model(None, TOKENS, features=features)
