@@ -28,6 +28,7 @@ fi
 
 run startup startup --rounds "$ROUNDS" ${PROGRAMS[@]+"${PROGRAMS[@]}"}
 run train_step train_step "${STEP[@]}"
+run train_step_bfloat16 train_step "${STEP[@]}" --strategy off --precision bfloat16
 run train_step_features train_step "${GIVEN[@]}" --precision float32 bfloat16
 run train_step_batches train_step "${STEP[@]}" --rounds 1 --strategy off --batch_size "${BATCHES[@]}"
 run train_step_views train_step "${STEP[@]}" --rounds 1 --strategy off --batch_size 2 --views "${VIEWS[@]}"

@@ -134,9 +134,9 @@ def beside_reference(result: dict[str, Any]) -> list[str]:
                     "No GPU was measured."]
 
 
-WRITERS = {"startup": startup, "train_step": training, "train_step_features": training, "generate": generation,
-           "generate_beams": generation, "generate_lengths": generation, "images_png": images, "images_jpeg": images,
-           "mine": mining, "evaluate": evaluation}
+WRITERS = {"startup": startup, "train_step": training, "train_step_bfloat16": training, "train_step_features": training,
+           "generate": generation, "generate_beams": generation, "generate_lengths": generation, "images_png": images,
+           "images_jpeg": images, "mine": mining, "evaluate": evaluation}
 
 
 def write(folder: Path) -> Path:
