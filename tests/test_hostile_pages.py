@@ -1,5 +1,7 @@
 """The pages, read as a browser reads them: no report, id or path adds an element or an attribute."""
 
+import shutil
+
 import html5lib
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 from modules.bootstrap import Difference
 from modules.comparison import Comparison, ReportPair, ScoreLine, to_html
 from modules.errors import InputError, run_entry_point
+from modules.html_report import Sample
 from modules.prediction import WrittenReport
 from modules.prediction_page import PageStudy, render_page
 from tests.test_html_report import PAYLOADS, page
@@ -80,6 +83,44 @@ def predictions(texts):
 @pytest.mark.parametrize("make", [comparison, predictions])
 def test_other_pages(make):
     require_harmless(make(PAYLOADS), make(["plain"] * len(PAYLOADS)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_in_a_browser_nothing_runs_and_the_page_works(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    films = [Image.new("L", (40, 30), 90)]
+    texts = [text.replace("\0", "") for text in PAYLOADS]
+    page(tmp_path / "report.html", PAYLOADS[0], samples=[Sample(text, films, (text,), text, f"{text} . clear .")
+                                                        for text in texts])
+    (tmp_path / "predictions.html").write_text(predictions(texts))
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for name in ("report.html", "predictions.html"):
+            tab = browser.new_page()
+            said, fetched = [], []
+            tab.on("console", lambda message, said=said: said.append(message.text))
+            tab.on("dialog", lambda dialog, said=said: (said.append(dialog.message), dialog.dismiss()))
+            tab.on("request", lambda request, fetched=fetched: fetched.append(request.url))
+            tab.goto((tmp_path / name).as_uri())
+            assert not said
+            assert [url for url in fetched if not url.startswith("data:")] == [(tmp_path / name).as_uri()]
+            # The style sheet, which the policy allows by its hash, is in force, and the images are there.
+            assert "Times" not in tab.evaluate("getComputedStyle(document.body).fontFamily")
+            assert tab.evaluate("[...document.images].every(image => image.loading == 'lazy' || image.naturalWidth)")
+            if name == "report.html":
+                shown = "[...document.querySelectorAll('article')].filter(each => each.offsetHeight).length"
+                before = tab.evaluate(shown)
+                tab.check("#show-none", force=True)
+                assert before == len(texts) and tab.evaluate(shown) < before  # the filter needs no script
+            # What the policy is there for: a script that got in would not run.
+            tab.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.owned = 1\">')")
+            tab.wait_for_timeout(300)
+            assert not tab.evaluate("window.owned") and any("Content Security Policy" in text for text in said)
+        browser.close()
 
 
 @pytest.mark.parametrize("page_text", ["<p onclick=x>", "<img src=//evil.example>", "<a href=x>", "<iframe>",
