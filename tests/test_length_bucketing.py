@@ -59,11 +59,11 @@ def test_processes_share_the_joint_batches():
 
 
 def test_the_flag_reaches_the_training_loader_alone(train, monkeypatch):
-    from scripts import compose
+    from scripts import compose_data
 
     seen = []
-    original = compose.build_loader
-    monkeypatch.setattr(compose, "build_loader", lambda *arguments, **options: (
+    original = compose_data.build_loader
+    monkeypatch.setattr(compose_data, "build_loader", lambda *arguments, **options: (
         seen.append(options["lengths"] and sorted(set(options["lengths"]))), original(*arguments, **options))[1])
     train("--length_bucketing", "true", "--max_seq_length", 20, "--clinical", "false", "--floors", "false")
     assert len(seen) >= 3 and seen[0] and max(seen[0]) <= 20 and min(seen[0]) > 2
