@@ -45,6 +45,7 @@ class Backbone(nn.Module):
     pad_id: int = 0  # the token that fills up the shorter of two joined batches
     # Names of the settings that the constructor takes beside visual_extractor and num_ids; each is a flag.
     flags: tuple[str, ...] = ("d_model", "d_ff", "num_heads", "num_layers", "dropout", "drop_prob_lm", "use_bn")
+    any_length: bool = True  # whether an exported step can take reports of any length
     needs_labels: bool = False  # whether training needs the 14 labels of every study
     visual_extractor: nn.Module
 
@@ -87,6 +88,18 @@ class Backbone(nn.Module):
         if features is not None:
             return features
         return VisualFeatures(*self.visual_extractor(images, view_mask))
+
+    def encode(self, features: VisualFeatures) -> tuple[Tensor, ...]:
+        """All that ``next_words`` needs of the studies, B rows in each tensor; here it is the patches themselves.
+
+        The two are the programs that scripts/export.py writes. Every view of ``features`` is present.
+        """
+        return (features.patches,)
+
+    def next_words(self, tokens: Tensor, *encoded: Tensor) -> Tensor:
+        """Log-probabilities (B, T, V+1) of the next token at every position of ``tokens`` (B, T), in evaluation."""
+        (patches,) = encoded
+        return self(None, tokens, features=VisualFeatures(patches, None, patches.mean(dim=1))).log_probs
 
     def cross_attention(self) -> list[nn.Module]:
         """The modules that attend to the visual tokens, first decoder layer first; none: nothing can be shown.

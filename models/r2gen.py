@@ -95,6 +95,12 @@ class EncoderDecoder(nn.Module):
         """The memory after each token, (B, T, m); in training its input has a dropout mask of its own, as published."""
         return self.model.rm(self.embed(tokens))
 
+    def decode(self, tokens: Tensor, encoded: Tensor, mask: Tensor | None) -> Tensor:
+        """Hidden states (B, T, d) under teacher forcing; ``mask`` (B, 1, 1, S) or None is that of the patches."""
+        decoder = self.model.decoder
+        return decoder(self.embed(tokens), decoder.source_keys_values(encoded), decoder_mask(tokens), mask,
+                       condition=(self.memory(tokens),))
+
     def log_probs(self, hidden: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, V+1) in float32."""
         return F.log_softmax(self.logit(hidden), dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -103,6 +109,7 @@ class EncoderDecoder(nn.Module):
 class R2Gen(Backbone):
     """The published model; ``num_ids`` = V+1 rows of embedding and logits, ``visual_extractor`` has ``width`` C."""
 
+    any_length = False  # the memory goes through the words one by one, and a program holds every step of a loop
     flags = (*Backbone.flags, "rm_num_slots", "rm_num_heads", "rm_d_model")
 
     def __init__(
@@ -146,15 +153,16 @@ class R2Gen(Backbone):
     ) -> Output:
         features = self.extract(images, view_mask, features)
         network = self.encoder_decoder
-        decoder = network.model.decoder
-        hidden = decoder(
-            network.embed(tokens),
-            decoder.source_keys_values(network.encode(features)),
-            decoder_mask(tokens),
-            features.attention_mask,
-            condition=(network.memory(tokens),),
-        )
+        hidden = network.decode(tokens, network.encode(features), features.attention_mask)
         return Output(network.log_probs(hidden[:supervised_rows]), features.pooled, hidden)
+
+    def encode(self, features: VisualFeatures) -> tuple[Tensor, ...]:
+        """The encoder's output (B, S, d)."""
+        return (self.encoder_decoder.encode(features),)
+
+    def next_words(self, tokens: Tensor, *encoded: Tensor) -> Tensor:
+        network = self.encoder_decoder
+        return network.log_probs(network.decode(tokens, *encoded, None))
 
     def cross_attention(self) -> list[nn.Module]:
         return [layer.src_attn for layer in self.encoder_decoder.model.decoder.layers]

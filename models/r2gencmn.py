@@ -89,6 +89,12 @@ class EncoderDecoder(nn.Module):
         x = self.model.tgt_embed[1](self.model.tgt_embed[0](tokens), position)
         return x + self.cmn(x, *memory)
 
+    def decode(self, tokens: Tensor, encoded: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Hidden states (B, T, d) under teacher forcing; ``mask`` (B, 1, 1, S) or None is that of the patches."""
+        decoder = self.model.decoder
+        x = self.embed(tokens, memory)
+        return decoder(x, decoder.source_keys_values(encoded), decoder_mask(tokens), mask)
+
     def log_probs(self, hidden: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, V+1) in float32."""
         return F.log_softmax(self.logit(hidden), dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -157,15 +163,16 @@ class R2GenCMN(Backbone):
         features = self.extract(images, view_mask, features)
         network = self.encoder_decoder
         memory = network.memory()
-        encoded = network.encode(features, memory)
-        decoder = network.model.decoder
-        hidden = decoder(
-            network.embed(tokens, memory),
-            decoder.source_keys_values(encoded),
-            decoder_mask(tokens),
-            source_mask(features),
-        )
+        hidden = network.decode(tokens, network.encode(features, memory), memory, source_mask(features))
         return Output(network.log_probs(hidden[:supervised_rows]), features.pooled, hidden)
+
+    def encode(self, features: VisualFeatures) -> tuple[Tensor, ...]:
+        """The encoder's output (B, S, d)."""
+        return (self.encoder_decoder.encode(features, self.encoder_decoder.memory()),)
+
+    def next_words(self, tokens: Tensor, *encoded: Tensor) -> Tensor:
+        network = self.encoder_decoder
+        return network.log_probs(network.decode(tokens, *encoded, network.memory(), None))
 
     def cross_attention(self) -> list[nn.Module]:
         return [layer.src_attn for layer in self.encoder_decoder.model.decoder.layers]

@@ -75,14 +75,25 @@ class VisualGPT(Backbone):
 
     def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None) -> Output:
         features = self.extract(images, view_mask, features)
-        levels, keep = self.encoder(features.patches, features.patch_mask)
+        hidden = self.decode(tokens, *self.encoder(features.patches, features.patch_mask))
+        return Output(self.log_probs(hidden[:supervised_rows]), features.pooled, hidden)
+
+    def decode(self, tokens: Tensor, levels: Tensor, keep: Tensor | None) -> Tensor:
+        """Hidden states (B, T, D) under teacher forcing; ``levels`` and ``keep`` are the encoder's."""
         ids = self.own_ids(tokens)
         real = self.real(tokens, ids)
         causal = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool, device=ids.device).tril()
         network = self.decoder.transformer
-        hidden = network(ids, None, network.sources(levels), real[:, None, None, :] & causal, keep,
-                         real.unsqueeze(-1).to(levels.dtype))
-        return Output(self.log_probs(hidden[:supervised_rows]), features.pooled, hidden)
+        return network(ids, None, network.sources(levels), real[:, None, None, :] & causal, keep,
+                       real.unsqueeze(-1).to(levels.dtype))
+
+    def encode(self, features: VisualFeatures) -> tuple[Tensor, ...]:
+        """The levels (B, layers, N, D) and, in the published variant alone, their mask (B, 1, 1, N)."""
+        levels, keep = self.encoder(features.patches, features.patch_mask)
+        return (levels,) if keep is None else (levels, keep)
+
+    def next_words(self, tokens: Tensor, *encoded: Tensor) -> Tensor:
+        return self.log_probs(self.decode(tokens, encoded[0], encoded[1] if len(encoded) > 1 else None))
 
     def own_ids(self, tokens: Tensor, first: bool = True) -> Tensor:
         """The language model's ids of ``tokens`` (B, T), which start with begin where ``first`` is true."""

@@ -80,6 +80,13 @@ class EncoderDecoder(nn.Module):
         response = self.cmn(x, prototypes.keys, prototypes.values, prototypes.selected)
         return self.model.fuse_feature(torch.cat([x, response], dim=-1)), response
 
+    def decode(self, tokens: Tensor, encoded: Tensor, prototypes: Prototypes,
+               mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Hidden states and response, (B, T, d) each, under teacher forcing; ``mask`` (B, 1, 1, S) or None."""
+        x, response = self.embed(tokens, prototypes)
+        decoder = self.model.decoder
+        return decoder(x, decoder.source_keys_values(encoded), decoder_mask(tokens), mask), response
+
     def log_probs(self, hidden: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, V+1) in float32."""
         return F.log_softmax(self.logit(hidden), dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -156,9 +163,7 @@ class XProNet(Backbone):
         network = self.encoder_decoder
         prototypes = network.prototypes(used)
         encoded, image_response = network.encode(features, prototypes)
-        x, text_response = network.embed(tokens, prototypes)
-        decoder = network.model.decoder
-        hidden = decoder(x, decoder.source_keys_values(encoded), decoder_mask(tokens), features.attention_mask)
+        hidden, text_response = network.decode(tokens, encoded, prototypes, features.attention_mask)
         auxiliary = {}
         rows = len(tokens) if supervised_rows is None else supervised_rows
         if labels is not None and rows:
@@ -168,6 +173,15 @@ class XProNet(Backbone):
                                  else features.patch_mask[:rows]),
                 mean_over_tokens(text_response[:rows], own_columns(tokens[:rows])))
         return Output(network.log_probs(hidden[:supervised_rows]), features.pooled, hidden, auxiliary)
+
+    def encode(self, features: VisualFeatures) -> tuple[Tensor, ...]:
+        """The encoder's output (B, S, d) and the labels (B, C) that the head predicts."""
+        labels = self._complete(self.label_head(features.pooled) > 0)
+        return self.encoder_decoder.encode(features, self.encoder_decoder.prototypes(labels))[0], labels
+
+    def next_words(self, tokens: Tensor, *encoded: Tensor) -> Tensor:
+        network, (states, labels) = self.encoder_decoder, encoded
+        return network.log_probs(network.decode(tokens, states, network.prototypes(labels), None)[0])
 
     def _complete(self, labels: Tensor) -> Tensor:
         return with_no_finding(labels.to(self.label_head.weight.dtype), self.no_finding)

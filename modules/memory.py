@@ -40,7 +40,9 @@ def best_slots(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     limit = SCORES_AT_ONCE.get(query.device.type, SCORES_AT_ONCE["cuda"])
     rows = max(1, limit // (keys.size(0) * keys.size(1)))
     keys = keys.permute(1, 2, 0)
-    found = [largest(torch.bmm(block.transpose(0, 1), keys), k) for block in query.split(rows)]
+    # An exported program takes any number of queries: how many blocks they make would be fixed in it.
+    blocks = [query] if torch.compiler.is_exporting() else query.split(rows)
+    found = [largest(torch.bmm(block.transpose(0, 1), keys), k) for block in blocks]
     scores, slots = (torch.cat(parts, dim=1).transpose(0, 1) for parts in zip(*found, strict=True))
     return scores, slots
 

@@ -2,14 +2,19 @@
 
   python scripts/export.py results/iu_xray/model_best.pth --out shared/iu_xray
   python scripts/export.py shared/iu_xray --out model.pth
+  python scripts/export.py results/iu_xray/model_best.pth --program programs/iu_xray
 
 The folder has model.safetensors, config.json, vocabulary.json and README.md (the model card, with the scores of the
 results.json beside the checkpoint). It holds no paths, ids or reports, but weights and vocabulary come from patients'
 reports: ask your data use agreement before you share them.
+
+--program writes encoder.pt2 and step.pt2 instead, programs of torch.export that need none of this project's code, and
+holds them against the model at once (docs/SHARING.md).
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -26,10 +31,24 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="PATH", help="a checkpoint of main_train.py, or such a folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the new folder, or the new .pth file")
+    written = parser.add_mutually_exclusive_group(required=True)
+    written.add_argument("--out", type=Path, metavar="PATH", help="the new folder, or the new .pth file")
+    written.add_argument("--program", type=Path, metavar="FOLDER", help="a new folder for encoder.pt2 and step.pt2")
+    parser.add_argument("--tolerance", type=_tolerance, default=1e-4, metavar="FLOAT",
+                        help="with --program: by how much a log-probability may differ (default %(default)s)")
     parser.add_argument("--licence", default="other", metavar="NAME",
                         help="licence named in the model card, as the hub spells it (default %(default)s)")
     return parser
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number from 0 on")
+    return value
 
 
 def to_folder(source: Path, out: Path, licence: str) -> None:
@@ -70,6 +89,27 @@ def to_checkpoint(source: Path, out: Path) -> None:
                 "vocabulary_sha256": tokenizer.sha256})
 
 
+def to_programs(source: Path, folder: Path, tolerance: float) -> None:
+    """Checkpoint -> programs of torch.export, read back and held against the model."""
+    import torch
+
+    from modules.programs import export_programs, largest_difference, write_programs
+    from scripts.reporter import load_reporter
+
+    reporter = load_reporter(str(source), {"device": "cpu", "precision": "float32"})
+    tokenizer, length = reporter.tokenizer, reporter.decoding.max_seq_length
+    sizes = {"num_views": reporter.num_views, "length": length, "num_ids": tokenizer.num_ids}
+    model = (reporter.backbone, reporter.transform)
+    about = {"torch": torch.__version__, "image_size": reporter.transform.size, "num_views": reporter.num_views,
+             "max_seq_length": length, "any_length": reporter.backbone.any_length}
+    write_programs(folder, export_programs(*model, **sizes), about, tokenizer.state())
+    difference = largest_difference(folder, *model, **sizes)
+    print(f"largest difference of a log-probability between programs and model: {difference:.1e}")
+    if difference > tolerance:
+        raise InputError(f"--program {folder}: they differ from the model by {difference:.1e}, more than --tolerance "
+                         f"{tolerance:.1e}; do not use them")
+
+
 def model_card(content: dict, folder: Path, licence: str) -> str:
     """README.md with the hub's header: what the model is, what it scored, what it must not be used for."""
     config, results = content["config"], read_results(folder)
@@ -101,16 +141,19 @@ def read_results(folder: Path) -> dict:
 
 
 def main() -> None:
-    """Write the folder, or the checkpoint."""
+    """Write the folder, the checkpoint, or the programs."""
     check_python()
     arguments = build_parser().parse_args()
-    if arguments.out.exists() and (arguments.out.is_file() or any(arguments.out.iterdir())):
-        raise InputError(f"--out {arguments.out}: is there already; name a new one")
-    if arguments.source.is_dir():
-        to_checkpoint(arguments.source, arguments.out)
+    out, flag = (arguments.program, "--program") if arguments.program else (arguments.out, "--out")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise InputError(f"{flag} {out}: is there already; name a new one")
+    if arguments.program:
+        to_programs(arguments.source, out, arguments.tolerance)
+    elif arguments.source.is_dir():
+        to_checkpoint(arguments.source, out)
     else:
-        to_folder(arguments.source, arguments.out, arguments.licence)
-    print(f"written: {arguments.out}")
+        to_folder(arguments.source, out, arguments.licence)
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

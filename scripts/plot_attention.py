@@ -19,7 +19,7 @@ from modules.errors import InputError, run_entry_point
 from modules.flags import add_flags
 from modules.study_files import find_studies
 from scripts.predict import DECODING
-from scripts.study_arguments import add_study_arguments, checkpoint_name, given_flags
+from scripts.study_arguments import add_study_arguments, checkpoint_name, given_flags, require_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +36,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _layer(text: str) -> int | None:
-    return None if text == "mean" else int(text)
+    try:
+        return None if text == "mean" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, or mean") from None
 
 
 def main() -> int:
@@ -44,6 +47,7 @@ def main() -> int:
     check_python()
     arguments = build_parser().parse_args()
     studies = find_studies(arguments.paths, arguments.group)
+    require_checkpoint(arguments.load)
 
     from modules.attention_figures import attention_figure
     from modules.prediction import WARNING
@@ -74,7 +78,7 @@ def main() -> int:
                 print(f"{study.name}: the report is empty, so there is no {name}", file=sys.stderr)
     write_page(folder / "attention.html", page, title="Where the model looked",
                checkpoint=checkpoint_name(arguments.load))
-    print(f"{len(page)} studies in {folder}: attention.html and a PNG each")
+    print(f"{folder}: attention.html, and a PNG for each of {len(page)} studies")
     return 2 if reader.unreadable else 0
 
 

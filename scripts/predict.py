@@ -21,7 +21,13 @@ from modules.environment import check_python, provenance
 from modules.errors import run_entry_point
 from modules.flags import add_flags
 from modules.study_files import find_studies
-from scripts.study_arguments import add_study_arguments, checkpoint_name, given_flags, require_new_or_file
+from scripts.study_arguments import (
+    add_study_arguments,
+    checkpoint_name,
+    given_flags,
+    require_checkpoint,
+    require_new_or_file,
+)
 
 if TYPE_CHECKING:
     from modules.prediction import WrittenReport
@@ -50,6 +56,7 @@ def main() -> int:
     for name in ("json", "csv", "html"):
         require_new_or_file(vars(arguments)[name], f"--{name}")
     studies = find_studies(arguments.paths, arguments.group)
+    require_checkpoint(arguments.load)
     from tqdm import tqdm
 
     from modules.prediction import WARNING

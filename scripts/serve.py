@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.environment import check_python
 from modules.errors import InputError, run_entry_point
 from modules.flags import add_flags
-from scripts.study_arguments import checkpoint_name, given_flags
+from scripts.study_arguments import checkpoint_name, given_flags, require_checkpoint
 
 if TYPE_CHECKING:
     from modules.prediction import Reporter
@@ -48,6 +48,7 @@ def main() -> None:
     """Load the model, then serve the page until interrupted."""
     check_python()
     arguments = build_parser().parse_args()
+    require_checkpoint(arguments.load)
     require_extra()
     from modules.local_page import LOOPBACK, build_app, upload_folder
     from modules.prediction import WARNING

@@ -23,6 +23,7 @@ from modules.study_files import find_studies
 from modules.transformer import Attention
 from scripts import plot_attention, predict
 from scripts.reporter import load_reporter
+from tests.test_dicom import dicom
 from tests.test_html_report import PAYLOADS, Page
 from tests.test_plugin import OWN_FLAGS, build
 
@@ -168,6 +169,56 @@ def test_what_cannot_predict_is_refused(trained, tmp_path):
     write_checkpoint(tmp_path / "leak.pth", content | {"config": config})
     with pytest.raises(InputError, match="--xpronet_labels predicted"):
         load_reporter(str(tmp_path / "leak.pth"), {})
+    config = content["config"] | {"model_name": "visualgpt", "detection_features": str(tmp_path / "gone.hdf5")}
+    write_checkpoint(tmp_path / "detections.pth", content | {"config": config})
+    with pytest.raises(InputError, match="--detection_features, which a new image does not have"):
+        load_reporter(str(tmp_path / "detections.pth"), {})
+
+
+@pytest.mark.parametrize("script", ["predict", "plot_attention", "serve"])
+def test_a_missing_checkpoint_is_named_before_torch_is_imported(demo, tmp_path, script):
+    image = [] if script == "serve" else [next((demo / "images").rglob("*.png"))]
+    out = ["--out", tmp_path / "out"] if script == "plot_attention" else []
+    code = (f"import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); import scripts.{script} as script\n"
+            "try: script.main()\nexcept Exception as error: print(error, 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, script, "--load", tmp_path / "gone.pth", *out, *image],
+                          capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert "gone.pth: no such file" in done.stdout and done.stdout.endswith("False\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_training_read_may_be_gone(demo, trained, tmp_path, monkeypatch):
+    """Feature cache, pretrained weights, annotation and images: predict.py asks for none of them."""
+    content, gone = load_checkpoint(trained / "model_best.pth"), str(tmp_path / "gone")
+    config = content["config"] | {"freeze_visual_extractor": True, "visual_extractor_pretrained": True} | dict.fromkeys(
+        ("feature_cache", "image_cache", "gpt2_path", "ann_path", "image_dir", "visual_extractor_weights"), gone)
+    write_checkpoint(tmp_path / "model.pth", content | {"config": config})
+    image = next((demo / "images").rglob("*.png"))
+    for name, checkpoint in (("first", trained / "model_best.pth"), ("moved", tmp_path / "model.pth")):
+        assert not run(monkeypatch, predict, "--load", checkpoint, "--quiet", image, "--csv", tmp_path / name)
+    assert (tmp_path / "first").read_text() == (tmp_path / "moved").read_text()
+
+
+def test_a_captioning_model_reads_one_image(demo, trained, tmp_path):
+    content = load_checkpoint(trained / "model_best.pth")
+    write_checkpoint(tmp_path / "coco.pth", content | {"config": content["config"] | {"dataset_name": "coco"}})
+    assert load_reporter(str(tmp_path / "coco.pth"), {}).num_views == 1
+
+
+def test_a_dicom_gives_the_report_of_its_pixels(demo, trained, tmp_path, monkeypatch, capsys):
+    """An inverted 12-bit DICOM without a suffix, in a folder, beside the image that it was made of."""
+    image = np.asarray(Image.open(next((demo / "images").rglob("*.png"))).convert("L"))
+    Image.fromarray(image).save(tmp_path / "image.png")
+    (tmp_path / "scans").mkdir()
+    dicom(tmp_path / "scans" / "IM0001", (4095 - np.rint(image * (4095 / 255))).astype(np.uint16),
+          photometric="MONOCHROME1", WindowCenter=2048, WindowWidth=4096)
+    assert not run(monkeypatch, predict, "--load", trained / "model_best.pth", tmp_path / "image.png",
+                   tmp_path / "scans", "--json", tmp_path / "out.json", "--html", tmp_path / "out.html")
+    first, second = json.loads((tmp_path / "out.json").read_text())["reports"]
+    assert first["report"] == second["report"] != ""
+    assert second["log_prob"] == pytest.approx(first["log_prob"], abs=1e-4)
+    everything = capsys.readouterr().out + (tmp_path / "out.json").read_text() + (tmp_path / "out.html").read_text()
+    assert "Doe" not in everything and "PHI-4711" not in everything
 
 
 def test_flags_of_decoding_go_before_the_checkpoints(trained):
