@@ -61,7 +61,7 @@ def pipelines(folder: Path, names: list[str]) -> dict[str, Callable[[], Iterable
 
     from modules.image_cache import build_image_cache
     from modules.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, train_transform
-    from modules.loaders import keyed_generator
+    from modules.sample_order import keyed_generator
 
     usual = transforms.Compose([
         transforms.Resize(RESIZE), transforms.RandomCrop(CROP), transforms.RandomHorizontalFlip(),

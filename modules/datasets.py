@@ -16,15 +16,8 @@ from modules.detection_features import DetectionFeatures
 from modules.errors import InputError
 from modules.feature_cache import FeatureCache
 from modules.images import ImageFolder, Transform
-from modules.loaders import (
-    AUGMENT_NEGATIVE,
-    AUGMENT_POSITIVE,
-    NEIGHBOUR,
-    REPLACEMENT,
-    EpochLoader,
-    build_loader,
-    keyed_generator,
-)
+from modules.loaders import EpochLoader, build_loader
+from modules.sample_order import AUGMENT_NEGATIVE, AUGMENT_POSITIVE, NEIGHBOUR, REPLACEMENT, keyed_generator
 from modules.shards import ShardImages
 from modules.tokenizers import Tokenizer, clean_report
 

@@ -1,4 +1,4 @@
-"""Which samples come when: an order keyed by seed and epoch, shared out over processes, resumable at any batch."""
+"""Batches read by other processes, which may be killed or hang without taking the run with them."""
 
 import logging
 import signal
@@ -8,115 +8,16 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from modules import distributed
 from modules.batches import collate
 from modules.errors import InputError
+from modules.sample_order import EpochBatchSampler
 
 REPLACED_LIMIT = 0.01
-SECONDS_BETWEEN_LOOKS = 5  # at whether the processes that read are still alive, while none of them answers
-# Batches that are sorted by length together: enough to make their lengths alike, few enough to be others next epoch.
-BATCHES_PER_BUCKETING = 50
-LANES = 8  # shards that are read by turns: that many are held at a time
-# What a key is for, so that order, crops and neighbours are drawn independently of one another.
-ORDER, AUGMENT_POSITIVE, AUGMENT_NEGATIVE, NEIGHBOUR, REPLACEMENT = range(5)
-
-
-def keyed_generator(*key: int) -> torch.Generator:
-    """A generator that depends on ``key`` alone, not on what was drawn before or in which process."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
-
-
-class EpochBatchSampler(Sampler):
-    """Batches of (epoch, index): the index reaches the workers together with the epoch that keys its augmentation.
-
-    In training every process gets the same number of batches of the same sizes, its slices of the batches that one
-    process with ``world_size * batch_size`` would see; where the last one cannot be shared out evenly, up to
-    ``world_size`` - 1 samples are left out of that epoch. In evaluation (``shuffle`` off) every sample comes exactly
-    once, on one process: the batches are those of one process, shared out in turn, because a report must not depend
-    on which others it was generated with, and the last digits of a matrix product do.
-
-    With ``lengths``, one number per sample, a training batch holds samples of like length. An epoch has the same
-    samples in as many batches of the same sizes as without, and so have the processes.
-
-    With ``shards``, the samples of each file that images stand in, an epoch reads every file once, in a changing
-    order: consecutive batches (of one process) come from LANES files by turns, wherever an epoch begins, and with
-    processes that divide LANES each reads its own files. In evaluation it reads one file after another.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0,
-                 world_size: int = 1, drop_last: bool = False, lengths: Sequence[int] | None = None,
-                 shards: Sequence[Sequence[int]] | None = None):  # fmt: skip
-        self.num_samples, self.batch_size, self.shuffle, self.seed = num_samples, batch_size, shuffle, seed
-        self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
-        self.lengths = None if lengths is None else torch.as_tensor(lengths)
-        self.shards = None if shards is None else [torch.as_tensor(shard) for shard in shards]
-        self.epoch = self.seen = 0
-
-    def set_epoch(self, epoch: int, seen: int = 0) -> None:
-        """Epoch of the next iteration; in training it begins behind the first ``seen`` samples, those of all processes.
-
-        So it goes on where another number of processes or another batch size left off.
-        """
-        self.epoch, self.seen = epoch, seen
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch on this process, wherever it starts."""
-        if not self.shuffle:
-            batches = -(-self.num_samples // self.batch_size)
-            return len(range(self.rank, batches, self.world_size))
-        whole, rest = divmod(self.num_samples, self.batch_size * self.world_size)
-        return whole + (rest >= self.world_size and not self.drop_last)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, size, together = self.epoch, self.batch_size, self.batch_size * self.world_size
-        if not self.shuffle:
-            order = range(self.num_samples) if self.shards is None else torch.cat(self.shards).tolist()
-            for first in range(self.rank * size, self.num_samples, together):
-                yield [(epoch, index) for index in order[first : first + size]]
-            return
-        generator = keyed_generator(self.seed, epoch, ORDER)
-        if self.shards is None:
-            order = torch.randperm(self.num_samples, generator=generator)
-        else:
-            order = self._by_shard(generator)
-        if self.lengths is not None:
-            order = self._bucketed(order, generator)
-        order = order.tolist()
-        for first in range(self.seen, self.num_samples, together):
-            share = len(order[first : first + together]) // self.world_size
-            if share == 0 or (self.drop_last and share < size):
-                return
-            yield [(epoch, index) for index in order[first + self.rank * share :][:share]]
-
-    def _by_shard(self, generator: torch.Generator) -> Tensor:
-        """Order (num_samples,) in which batch b of one process comes from lane b modulo LANES.
-
-        Files and the samples in each are shuffled, laid end to end and cut into LANES equal lanes of whole batches;
-        what is left over of all lanes comes last.
-        """
-        order = [self.shards[i] for i in torch.randperm(len(self.shards), generator=generator).tolist()]
-        order = torch.cat([shard[torch.randperm(len(shard), generator=generator)] for shard in order])
-        rows, size = self.num_samples // LANES // self.batch_size, self.batch_size
-        lanes = order[: LANES * (self.num_samples // LANES)].view(LANES, -1)
-        whole = lanes[:, : rows * size].reshape(LANES, rows, size).transpose(0, 1)
-        return torch.cat([whole.flatten(), lanes[:, rows * size :].flatten(), order[lanes.numel() :]])
-
-    def _bucketed(self, order: Tensor, generator: torch.Generator) -> Tensor:
-        """``order`` (num_samples,) with its whole batches (of all processes) made up anew by length.
-
-        Samples that fill no whole batch stay last, so that chance and not length leaves them out where some are.
-        """
-        together = self.batch_size * self.world_size
-        whole, rest = order.split([len(order) // together * together, len(order) % together])
-        sort = [part[self.lengths[part].argsort(stable=True)] for part in whole.split(BATCHES_PER_BUCKETING * together)]
-        batches = torch.cat(sort).view(len(whole) // together, together)
-        return torch.cat([batches[torch.randperm(len(batches), generator=generator)].flatten(), rest])
+SECONDS_BETWEEN_LOOKS = 1.0  # at how long none of the processes that read has answered
 
 
 class EpochLoader(DataLoader):
@@ -130,6 +31,8 @@ class EpochLoader(DataLoader):
     replaced = 0
     patience = 0.0
     _processes: Sequence[BaseProcess] = ()
+    _waiting_since: float | None = None
+    _hung = False
 
     def set_epoch(self, epoch: int, seen: int = 0) -> None:
         """See EpochBatchSampler.set_epoch."""
@@ -166,38 +69,48 @@ class EpochLoader(DataLoader):
             process.kill()
         for process in self._processes:
             process.join()
-        self._processes = ()
+        self._processes, self._hung = (), False
         self._iterator = None  # torch keeps persistent workers by it
 
     def _batches(self) -> Iterator[Any]:
-        iterator = self._started()
-        waiting_since = time.monotonic()
-        while True:
-            try:
-                batch = self._next(iterator)
-            except StopIteration:
+        iterator, over = self._started(), threading.Event()
+        if self._processes and self.patience:
+            threading.Thread(target=self._watch, args=(over,), daemon=True).start()
+        try:
+            while True:
+                try:
+                    batch = self._next(iterator)
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError, EOFError) as error:
+                    raise self._explained(error) from None
+                yield batch
+        finally:
+            over.set()
+
+    def _watch(self, over: threading.Event) -> None:
+        """Kill the workers where none has answered for too long: a batch is not only awaited, but fetched from one of
+        them, and no other end of that can be set.
+        """
+        while not over.wait(SECONDS_BETWEEN_LOOKS):
+            since = self._waiting_since
+            if since is not None and time.monotonic() - since > self.patience:
+                self._hung = True
+                for process in self._processes:
+                    process.kill()
                 return
-            except (RuntimeError, OSError, EOFError) as error:
-                self._explain(error)
-                if self.patience and time.monotonic() - waiting_since > self.patience:
-                    self.close()
-                    raise InputError(
-                        f"no data-loading process has answered for {self.patience:g} s: one hangs, or the storage of "
-                        "--image_dir does; give more time with --worker_timeout, or read in this process with "
-                        "--num_workers 0") from None
-                continue
-            yield batch
-            waiting_since = time.monotonic()
 
     def _next(self, iterator: Iterator[Any]) -> Any:
         """``next(iterator)``, broken off where a worker dies: half a message of it would be waited for without end."""
         if not self._processes or threading.current_thread() is not threading.main_thread():
             return next(iterator)
         before = signal.signal(signal.SIGCHLD, self._look_for_dead)
+        self._waiting_since = time.monotonic()
         try:
             self._look_for_dead()
             return next(iterator)
         finally:
+            self._waiting_since = None
             signal.signal(signal.SIGCHLD, before)
 
     def _look_for_dead(self, *_) -> None:
@@ -214,25 +127,26 @@ class EpochLoader(DataLoader):
         self._processes = getattr(iterator, "_workers", ())
         return iterator
 
-    def _explain(self, error: Exception) -> None:
-        """InputError for a dead worker, ``error`` itself unless it only says that none has answered so far."""
+    def _explained(self, error: Exception) -> Exception:
+        """An InputError for a worker that is dead or hangs, else ``error`` itself; no worker is left."""
         if isinstance(error, (ConnectionError, EOFError)):
             for process in self._processes:  # its socket is gone a moment before it is
                 process.join(0.2)
-        dead = next((process for process in self._processes if process.exitcode), None)
+        dead, hung = next((process for process in self._processes if process.exitcode), None), self._hung
+        self.close()
+        if hung:
+            return InputError(
+                f"no data-loading process has answered for {self.patience:g} s: one hangs, or the storage of "
+                "--image_dir does; give more time with --worker_timeout, or read in this process with --num_workers 0")
         if dead is not None:
-            pid, code = dead.pid, dead.exitcode
-            self.close()
-            raise InputError(f"data-loading process {pid} {_end(code)}; --num_workers {self.num_workers}") from None
-        if "DataLoader timed out" not in str(error):
-            self.close()
-            raise error
+            return InputError(f"data-loading process {dead.pid} {_end(dead.exitcode)} (now {self.num_workers})")
+        return error
 
 
 def _end(code: int) -> str:
     """How a process with this exit code came to its end, and what may help."""
     if code == -signal.SIGKILL:
-        return "was killed, as the system does when memory runs out: lower --num_workers or --batch_size"
+        return "was killed, as the system does when memory runs out: lower --batch_size or --num_workers"
     if code == -signal.SIGBUS:
         return "found no room in shared memory (/dev/shm): enlarge it (docker run --shm-size), or lower --num_workers"
     return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -282,7 +196,6 @@ def build_loader(
         worker_init_fn=ignore_interrupt,
         # Its own generator: starting an epoch would otherwise draw from the global one and change what follows.
         generator=torch.Generator(),
-        timeout=SECONDS_BETWEEN_LOOKS if num_workers else 0,
     )
     loader.patience = patience
     return loader

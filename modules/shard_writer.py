@@ -12,8 +12,8 @@ from PIL import Image
 from modules.annotations import Study
 from modules.errors import InputError
 from modules.images import ImageFolder, open_image, train_transform
-from modules.loaders import ORDER, keyed_generator
 from modules.records import write_private
+from modules.sample_order import ORDER, keyed_generator
 from modules.shards import Shard
 
 

@@ -62,8 +62,8 @@ class Tester:
     def predict(self, loader: Iterable, description: str) -> Predictions | None:
         """Generate a report for every study of ``loader``; the visual extractor sees each image once.
 
-        Every process goes through its batches of the split (modules.loaders); the first one gets all predictions, in
-        the order of the data set, the others None.
+        Every process goes through its batches of the split (modules.sample_order); the first one gets all predictions,
+        in the order of the data set, the others None.
         """
         was_training = self.objective.training
         self.objective.eval()

@@ -11,7 +11,7 @@ from modules.annotations import Study
 from modules.datasets import ReportDataset, build_loader
 from modules.errors import InputError
 from modules.images import ImageFolder, eval_transform, train_transform
-from modules.loaders import AUGMENT_POSITIVE, keyed_generator
+from modules.sample_order import AUGMENT_POSITIVE, keyed_generator
 from modules.tokenizers import Tokenizer
 
 torch.set_num_threads(1)

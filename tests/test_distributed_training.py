@@ -9,10 +9,10 @@ from tiny_backbone import TinyBackbone, rows_of, tiny_batch
 from torch import nn
 
 from modules import distributed
-from modules.loaders import EpochBatchSampler
 from modules.objective import Objective
 from modules.optimizers import build_optimizer, build_scheduler
 from modules.progress import Bar
+from modules.sample_order import EpochBatchSampler
 from modules.stopping import Stop
 from modules.trainer import Trainer
 

@@ -16,7 +16,7 @@ from modules.datasets import collate
 from modules.errors import InputError
 from modules.image_cache import build_image_cache
 from modules.images import ImageFolder, eval_transform, train_transform
-from modules.loaders import keyed_generator
+from modules.sample_order import keyed_generator
 
 torch.set_num_threads(1)
 TRAIN, EVALUATION = train_transform(16, 24), eval_transform(16)

@@ -12,8 +12,8 @@ import torch
 from modules.annotations import read_annotation
 from modules.errors import InputError
 from modules.images import ImageFolder
-from modules.loaders import LANES, EpochBatchSampler
 from modules.mining import HardNegativeIndex
+from modules.sample_order import LANES, EpochBatchSampler
 from modules.shards import MANIFEST, Manifest, ShardImages, check_manifest, neighbours_sha256, read_file
 from scripts import make_shards
 

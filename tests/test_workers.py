@@ -34,7 +34,7 @@ class Numbered(list):
 
 
 def made(act, monkeypatch, *, at=5, patience=30.0, **changes):
-    monkeypatch.setattr(loaders, "SECONDS_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(loaders, "SECONDS_BETWEEN_LOOKS", 0.1)
     monkeypatch.setattr(loaders, "_collate_or_report", Numbered)
     return build_loader(Numbers(at, act), 2, shuffle=False, num_workers=2, patience=patience, **changes)
 
@@ -56,7 +56,7 @@ def assert_ends(loader, reason):
 
 @pytest.mark.parametrize("persistent", [True, False])
 @pytest.mark.parametrize(("number", "reason"), [
-    (signal.SIGKILL, r"process \d+ was killed, as the system does when memory runs out: lower --num_workers"),
+    (signal.SIGKILL, r"process \d+ was killed, .* memory runs out: lower --batch_size or --num_workers \(now 2\)"),
     (signal.SIGBUS, r"no room in shared memory \(/dev/shm\)"),
     (signal.SIGUSR1, "ended by SIGUSR1")])
 def test_a_worker_that_is_killed_is_named(monkeypatch, number, reason, persistent):
@@ -71,6 +71,19 @@ def test_a_worker_that_exits_is_named(monkeypatch):
 @pytest.mark.parametrize("act", [lambda: kill_self(signal.SIGSTOP), lambda: time.sleep(600)], ids=["stopped", "hangs"])
 def test_a_worker_that_stalls_is_waited_for_no_longer_than_asked(monkeypatch, act):
     assert_ends(made(act, monkeypatch, patience=2.0), "no data-loading process has answered for 2 s.*--worker_timeout")
+
+
+def test_a_worker_that_stalls_while_a_batch_is_fetched_from_it_is_not_waited_for(monkeypatch):
+    """What it has read is announced already, and the tensors are still to be asked for."""
+    loader = made(lambda: None, monkeypatch, patience=1.0)
+    batches = iter(loader)
+    next(batches)
+    time.sleep(0.5)
+    for process in loader._processes:
+        os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(InputError, match="no data-loading process has answered for 1 s"):
+        list(batches)
+    assert not multiprocessing.active_children()
 
 
 def test_a_slow_worker_is_waited_for(monkeypatch):
