@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from modules.errors import InputError
+from modules.input_files import require_plain_archive
 
 FORMAT = "ithn-checkpoint-1"
 # What a test reads of a checkpoint of ours, and what training goes on from.
@@ -107,6 +108,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"checkpoint {path}: no such file; --load and --resume take a .pth file, such as "
                          "model_best.pth")
+    require_plain_archive(path, "checkpoint")
     try:
         require_whole(path)
         with _plain_numpy_scalars():

@@ -63,4 +63,4 @@ def _history(content: Mapping[str, Any], folder: Path) -> list[dict]:
     except (OSError, ValueError):
         rows = []
     known = list(content["history"])
-    return rows if rows[: len(known)] == known else known
+    return rows if isinstance(rows, list) and rows[: len(known)] == known else known

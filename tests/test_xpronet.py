@@ -295,4 +295,4 @@ def test_run_with_reference_labels(run, monkeypatch):
     nll = [row["val_nll_reference_labels"] for row in history]
     assert results["best_epoch"] == 1 + nll.index(min(nll))
     assert "BLEU-4 reference_labels" in (folder / "report.html").read_text()
-    assert "test, model" in log and "f1_micro_14_uncertain_negative_reference_labels=" in log
+    assert "test, model" in log and "f1_micro_14_uncertain_negative_reference_labels_full=" in log
