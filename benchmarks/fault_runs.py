@@ -6,6 +6,7 @@ Nothing is downloaded; the data are synthetic. Everything lies below one tempora
 import contextlib
 import mmap
 import os
+import random
 import signal
 import struct
 import time
@@ -90,6 +91,17 @@ class Bench:
         os.setpgid(0, 0)
         with quiet(folder.with_name(f"{folder.name}.log")):
             os._exit(_work(["--save_dir", str(folder), *self.argv, *flags], self.progress, before))
+
+    def reach(self, pid: int, folder: Path, rng: random.Random) -> None:
+        """Wait for a random instant of the run, or its end: some time after a step that is drawn at random."""
+        step = rng.randrange(self.steps)
+        # Before there is a folder the program has not begun.
+        while not (folder.is_dir() and self.progress.steps >= step or self._ended(pid)):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0.0, 3 * self.seconds / self.steps))
+
+    def _ended(self, pid: int) -> bool:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def wait(self, pid: int, limit: float = 120.0) -> int | None:
         """Exit code of ``pid``, negative for a signal; None where it had to be killed after ``limit`` seconds."""

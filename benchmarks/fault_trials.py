@@ -51,12 +51,12 @@ def _killed(bench: Bench, rng: random.Random, number: int, inside_write: bool) -
             flags = ["--resume", "auto"] if folder.exists() else []
             pid = bench.start(folder, *flags, before=trap)
             if not inside_write:
-                time.sleep(rng.uniform(0.05, 1.0) * bench.seconds / 2)
+                bench.reach(pid, folder, rng)
                 os.kill(pid, signal.SIGKILL)
             if bench.wait(pid) == -signal.SIGKILL:
                 trials.append((bench.progress.steps, _reached(folder)))
             elif bench.progress.steps >= bench.steps or folder.exists() and _finished(bench, folder):
-                shutil.rmtree(folder)  # it ended before it was killed: a new run for the rest
+                shutil.rmtree(folder, ignore_errors=True)  # it ended before it was killed: a new run for the rest
         identical = bench.resume(folder)
         for made, kept in trials:
             yield Trial(survived=kept is not None, identical=identical,
@@ -116,19 +116,19 @@ def signals(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
         folder = bench.folder / f"signalled-{done}"
         kind, code = rng.choice(((signal.SIGTERM, 143), (signal.SIGINT, 130)))
         pid = bench.start(folder)
-        time.sleep(rng.uniform(0.2, 0.95) * bench.seconds)
+        bench.reach(pid, folder, rng)
         started = time.monotonic()
         os.kill(pid, kind)
         ended = bench.wait(pid)
         seconds = time.monotonic() - started
         if ended == 0:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             continue  # it was through before the signal came
         kept, made = _reached(folder), bench.progress.steps
         survived = ended in (code, -kind) and seconds < SIGNAL_SECONDS and group_is_gone(pid) and kept is not None
         yield Trial(survived, lost=None if kept is None else max(0, made - kept), identical=bench.resume(folder),
                     seconds=seconds)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         done += 1
 
 
@@ -191,7 +191,7 @@ def full_disks(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]
         survived = (code == 2 and "cannot be written" in log and "Traceback" not in log and kept is not None
                     and not list(folder.glob(".*.tmp")))
         yield Trial(survived, lost=None if kept is None else max(0, made - kept), identical=bench.resume(folder))
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def killed_workers(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
@@ -200,7 +200,7 @@ def killed_workers(bench: Bench, rng: random.Random, number: int) -> Iterator[Tr
     while done < number:
         folder = bench.folder / f"worker-{done}"
         pid = bench.start(folder, "--num_workers", "2")
-        time.sleep(rng.uniform(0.2, 0.9) * bench.seconds)
+        bench.reach(pid, folder, rng)
         started = time.monotonic()
         if not _kill_one(_children(pid), rng):
             bench.wait(pid)
@@ -209,7 +209,7 @@ def killed_workers(bench: Bench, rng: random.Random, number: int) -> Iterator[Tr
         code = bench.wait(pid)
         seconds = time.monotonic() - started
         if code == 0:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             continue  # a worker that had nothing left to read
         log = (bench.folder / f"{folder.name}.log").read_text()
         kept, made = _reached(folder), bench.progress.steps
@@ -217,7 +217,7 @@ def killed_workers(bench: Bench, rng: random.Random, number: int) -> Iterator[Tr
                     and group_is_gone(pid) and kept is not None)
         yield Trial(survived, lost=None if kept is None else max(0, made - kept), identical=bench.resume(folder),
                     seconds=seconds)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         done += 1
 
 
@@ -260,7 +260,7 @@ def killed_ranks(bench: Bench, rng: random.Random, number: int) -> Iterator[Tria
         kept = _reached(folder)
         yield Trial(code not in (0, None) and seconds < FAILURE_SECONDS and group_is_gone(job.pid)
                     and kept is not None and kept > 0, seconds=seconds)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _ranks_at_work(job: subprocess.Popen, folder: Path, limit: float = 120.0) -> list[int]:
