@@ -13,6 +13,18 @@ from modules import loaders
 from modules.errors import InputError
 from modules.loaders import build_loader
 
+OTHERS = set()  # processes that other tests keep
+
+
+@pytest.fixture(autouse=True)
+def others():
+    OTHERS.clear()
+    OTHERS.update(multiprocessing.active_children())
+
+
+def new_children():
+    return set(multiprocessing.active_children()) - OTHERS
+
 
 class Numbers(Dataset):
     """``act`` is what happens where sample ``at`` is read."""
@@ -51,7 +63,7 @@ def assert_ends(loader, reason):
     assert "\n" not in str(error.value)
     # What the dead process had read and not yet handed over is lost with it; nothing is skipped.
     assert [int(number) for number in read] == list(range(len(read))) and len(read) <= 4
-    assert not multiprocessing.active_children()
+    assert not new_children()
 
 
 @pytest.mark.parametrize("persistent", [True, False])
@@ -83,7 +95,7 @@ def test_a_worker_that_stalls_while_a_batch_is_fetched_from_it_is_not_waited_for
         os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(InputError, match="no data-loading process has answered for 1 s"):
         list(batches)
-    assert not multiprocessing.active_children()
+    assert not new_children()
 
 
 def test_a_slow_worker_is_waited_for(monkeypatch):
