@@ -62,13 +62,13 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
         "checkpoint_sha256": file_sha256(config.load or folder / BEST), "seed": config.seed}
     scores = scored.scores | {MODEL: {tagged(name, tag): value for name, value in scored.scores[MODEL].items()}}
     classes = class_tables(scored, MODEL)
-    _log(scores, tag, variety[MODEL], scoring.metrics.meteor_error)
+    _log(scores, tag, variety[MODEL], scoring.meteor_error)
     write_results(folder / "results.json", {
         "split": "test", "best_epoch": best_epoch, "val": validation,
         "test": {name: with_aliases(values) for name, values in scores.items()}, "intervals": scored.intervals,
         "intervals_are": f"percentile bootstrap over reports, {RESAMPLES} resamples, level {LEVEL:g}",
         "variety": variety | {MODEL: {tagged(name, tag): value for name, value in variety[MODEL].items()}},
-        "tokenisation": scoring.tokenisation, "clinical_classes": classes, "meteor_error": scoring.metrics.meteor_error,
+        "tokenisation": scoring.tokenisation, "clinical_classes": classes, "meteor_error": scoring.meteor_error,
         "synthetic": data.annotation.synthetic, "config": dataclasses.asdict(config), "provenance": run})
     captions = [scoring.captions(sample) for sample in found.ids] if config.captioning else None
     _write_files(folder, found, scored, captions)
@@ -79,7 +79,7 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
         title=f"{config.exp_name or config.model_name} on {config.dataset_name}",
         subtitle=f"{_method(config, data)}; {len(found.ids)} test samples; best epoch {best_epoch} of {len(history)}",
         synthetic=data.annotation.synthetic, scores=_score_rows(scored, validation, tag), classes=classes,
-        meteor_error=scoring.metrics.meteor_error, history=history, best_epoch=best_epoch or None,
+        meteor_error=scoring.meteor_error, history=history, best_epoch=best_epoch or None,
         variety={f"{name} ({tag})" if tag and name == MODEL else name: values
                  for name, values in variety.items() if name != COMMONEST},  # that varies not at all
         warnings=[line for line in (collapse_warning(variety[MODEL]),) if line],

@@ -42,6 +42,7 @@ class Scoring:
 
     def __init__(self, config: Config, device: torch.device, datasets: Iterable[ReportDataset] = ()):
         self.metrics = Metrics()
+        self.meteor_error: str | None = None  # why some system of the latest test has no METEOR
         self._captions = captions_by_sample(datasets) if config.captioning else None
         self._ptb = PtbTokeniser()
         if self._captions:
@@ -98,9 +99,11 @@ class Scoring:
         references = self._references(found)
         digests = [digest(found.ids, references[form if form in references else ""]) for form in ("", FULL)]
         scored = Scored(labels=self._labels(references, systems))
+        self.meteor_error = None
         for system, generated in systems.items():
             scores, tables = measure(self.metrics, references[""], references.get(FULL), self._words(generated),
                                      with_meteor=self._config.meteor)
+            self.meteor_error = self.meteor_error or self.metrics.meteor_error
             if generated is found.generated:
                 scores["nll"], tables["nll"] = mean_nll(found), found.nll.numpy()
             tables["diversity"] = ngram_counts(generated)

@@ -34,6 +34,22 @@ def test_every_score_has_an_interval_and_statistics_that_repeat_it():
         assert set(scored.intervals[system]) == set(again)
 
 
+def test_the_reason_for_a_missing_meteor_outlives_the_next_system(monkeypatch):
+    """Java may fail for the model and work again for the floor: the reason must not be lost in between."""
+    with Scoring(Config(), torch.device("cpu")) as scoring:
+        answers = iter([None, 0.5, 0.5])
+
+        def meteor(references, _):
+            value = next(answers)
+            scoring.metrics.meteor_error = "no answer" if value is None else None
+            return {"METEOR": value}, {} if value is None else {"METEOR": np.ones((len(references), 6))}
+
+        monkeypatch.setattr(scoring.metrics, "_meteor", meteor)
+        scored = scoring.test(FOUND, {"model": GENERATED, "floor": ["no effusion ."] * 3}, {})
+    assert (scored.scores["model"]["METEOR"], scored.scores["floor"]["METEOR"]) == (None, 0.5)
+    assert scoring.meteor_error == "no answer"
+
+
 def test_clinical_scores_are_against_both_forms_of_the_references():
     scored = run()
     # The cut reference of the second study has lost its effusion, which the model has not said.
