@@ -67,6 +67,9 @@ def draw(folder: Path) -> Path:
         axes.set(title=title, xlabel=label, ylabel="seconds")
         if name == "mine":
             axes.set(xscale="log", yscale="log")
+            axes.set_xticks(axes.lines[0].get_xdata(), [f"{rows:,.0f}" for rows in axes.lines[0].get_xdata()],
+                            rotation=30, fontsize=8)
+            axes.minorticks_off()
         else:
             axes.set_ylim(bottom=0)
             axes.set_xlim(left=0)
