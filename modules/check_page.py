@@ -14,7 +14,7 @@ _VIEWS = {"studies": "studies", "images": "images", "distinct_study_ids": "diffe
 
 def render_statistics(found: Mapping[str, Any], max_seq_length: int, image_size: int) -> str:
     """Tables by split, and what belongs to no split; parts that could not be read are absent."""
-    lines = ["SYNTHETIC data: drawings, and reports by a grammar"] if found.get("synthetic") else []
+    lines = ["SYNTHETIC data: the images are drawings"] if found.get("synthetic") else []
     if views := found.get("views"):
         rows = [(label, [f"{views[split][key]:,}" for split in views]) for key, label in _VIEWS.items()]
         lines += _table(list(views), rows + _report_rows(found, list(views), max_seq_length))

@@ -27,6 +27,7 @@ logger = logging.getLogger("ithn")
 
 CURRENT, PREVIOUS, BEST = "current_checkpoint.pth", "previous_checkpoint.pth", "model_best.pth"
 NAMES = (CURRENT, PREVIOUS, BEST)
+EPOCH = "epoch_{:04d}.pth"
 LOCK = ".training.lock"
 # What else a training leaves in its folder, and the next one would write over.
 OF_A_RUN = ("history.json", "curves.png", "results.json", "res.csv", "gts.csv", "statistics.npz", "report.html",
@@ -62,7 +63,7 @@ class CheckpointFolder:
 
     def sweep(self) -> None:
         """Remove what a killed run left half written, and bring checksums to one line each."""
-        for name in (*NAMES, *(f"{name}.sha256" for name in NAMES), "history.json", "curves.png"):
+        for name in (*NAMES, *(f"{name}.sha256" for name in NAMES), "epoch_*", "history.json", "curves.png"):
             for orphan in self.path.glob(f".{name}.*.tmp"):
                 orphan.unlink(missing_ok=True)
                 logger.info("removed %s, which an earlier run left unfinished", orphan.name)
@@ -103,6 +104,12 @@ class CheckpointFolder:
         copy = self._temporary(BEST)
         _link(source, copy)
         self._put(copy, self.path / BEST, _checksum(source))
+
+    def keep_epoch(self, epoch: int) -> None:
+        """Keep the current checkpoint as that of ``epoch`` too; it is not used to go on from."""
+        place, copy = self.path / EPOCH.format(epoch), self._temporary(EPOCH.format(epoch))
+        _link(self.path / CURRENT, copy)
+        self._put(copy, place, _checksum(self.path / CURRENT))
 
     def _put(self, new: Path, place: Path, digest: str, keep_as: Path | None = None) -> None:
         """Have ``new``, whose checksum is ``digest``, take ``place``; what was there moves on to ``keep_as``.
@@ -164,7 +171,8 @@ class CheckpointFolder:
         while (aside := self.path / f"earlier_{number}").exists():
             number += 1
         aside.mkdir(mode=0o700)
-        for name in (*NAMES, *(checksum_file(Path(name)).name for name in NAMES), *OF_A_RUN):
+        of_epochs = [path.name for path in self.path.glob("epoch_*.pth*")]
+        for name in (*NAMES, *(checksum_file(Path(name)).name for name in NAMES), *of_epochs, *OF_A_RUN):
             if (self.path / name).exists():
                 (self.path / name).rename(aside / name)
         return aside

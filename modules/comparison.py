@@ -24,7 +24,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _HEADINGS = ("Score", "A", "B", "B − A", "95 % interval", "p bootstrap", "p randomisation")
 _EXPLANATION = ("Paired over the test reports, 2,000 resamples: interval of the difference and p by bootstrap, and p "
                 "by approximate randomisation; two-sided, not corrected for the number of scores.")
-_SYNTHETIC = "SYNTHETIC data: the images are drawings and a grammar wrote the reports."
+_SYNTHETIC = "SYNTHETIC data: the images are drawings."
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,7 @@ class Config:
     record_dir: str = flag("records/", "results", "folder of <dataset>.csv, one line per run")
     exp_name: str = flag("", "results", "name of the run in records and report")
     save_period: int = flag(1, "results", "epochs between checkpoints; the best model is always kept", low=1)
+    keep_epochs: bool = flag(False, "results", "keep the checkpoint of every epoch that is saved, as epoch_<n>.pth")
     checkpoint_steps: int = flag(0, "results", "optimiser steps between further checkpoints within an epoch; 0: none",
                                  low=0)
     log_period: int = flag(1000, "results", "steps between lines in the log", low=1)

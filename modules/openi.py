@@ -7,7 +7,7 @@ number; the report is the findings as they stand.
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
@@ -29,6 +29,7 @@ class OpeniStudy:
     findings: str
     images: tuple[str, ...]
     views: tuple[str, ...] = ()  # "frontal" or "lateral" by image; () where the files do not say
+    mesh: tuple[str, ...] = ()  # the coders' terms, "Opacity/lung/base/left"; () where the files do not say
 
     @property
     def id(self) -> str:
@@ -68,7 +69,8 @@ def parse_report(content: bytes, name: str) -> OpeniStudy:
     wrong = [image for image in images if not _IMAGE.fullmatch(image)]
     if wrong:
         raise InputError(f"{name}: image {wrong[0][:80]!r} is not named as Open-i's are (CXR2_IM-0652-1001)")
-    return OpeniStudy(number[1], " ".join(findings), tuple(images))
+    mesh = tuple(term.text.strip() for term in root.iter("major") if term.text)
+    return OpeniStudy(number[1], " ".join(findings), tuple(images), mesh=mesh)
 
 
 def _parse_xml(content: bytes, name: str) -> Element:
@@ -90,7 +92,7 @@ def _parse_xml(content: bytes, name: str) -> Element:
 
 def _with_views(study: OpeniStudy, views: dict[str, str]) -> OpeniStudy:
     found = tuple(views.get(kaggle_name(image), "") for image in study.images)
-    return OpeniStudy(study.number, study.findings, study.images, found if any(found) else ())
+    return replace(study, views=found if any(found) else ())
 
 
 def kaggle_name(image: str) -> str:

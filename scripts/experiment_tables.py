@@ -135,7 +135,7 @@ def _title(dataset: str, datasets: Mapping[str, DataSet]) -> str:
 def _notes(table: Table, datasets: Mapping[str, DataSet], results: Mapping[str, Results]) -> list[str]:
     notes = [table.note] if table.note else []
     if any(found.synthetic for found in results.values()):
-        notes.append("The data is SYNTHETIC (drawn radiographs, generated reports): these scores say nothing about "
+        notes.append("The data is SYNTHETIC (the radiographs are drawings): these scores say nothing about "
                      "patients and cannot be held against the paper's figures.")
     elsewhere = sorted({_title(row.published_on, datasets) for row in table.rows
                         if row.published and row.published_on != row.dataset})

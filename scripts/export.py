@@ -122,7 +122,7 @@ def model_card(content: dict, folder: Path, licence: str) -> str:
              "`config.json` has the settings, `vocabulary.json` the words.", "",
              "Research software, no medical device: no report that it writes is fit for care.", ""]
     if results.get("synthetic"):
-        lines += ["Trained on synthetic drawings with made-up reports: it says nothing about patients.", ""]
+        lines += ["Trained on synthetic images: it says nothing about patients.", ""]
     scores = results.get("test", {}).get(MODEL, {})
     if known := [(name, scores[name]) for name in SCORES if isinstance(scores.get(name), float)]:
         lines += [f"Test split, epoch {results.get('best_epoch')}, one run:", "", "| score | value |", "|---|---|"]

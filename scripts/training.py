@@ -227,5 +227,7 @@ def _saver(config: Config, data: compose.Data, device: torch.device,
             "processes": distributed.world_size(),
             "provenance": made_by,
         }, best=improved)
+        if config.keep_epochs and position.trained:
+            folder.keep_epoch(position.epoch)
 
     return save

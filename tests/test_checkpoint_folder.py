@@ -44,6 +44,19 @@ def test_the_last_two_and_the_best_are_kept_with_checksums_that_sha256sum_reads(
     assert len(list(tmp_path.iterdir())) == 6
 
 
+def test_epochs_are_kept_on_demand_and_move_aside_with_the_rest(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2, 3):
+        folder.save(state(step), best=False)
+        folder.keep_epoch(step)
+        folder.keep_epoch(step)  # saved again after validation
+    assert [step_of(tmp_path / f"epoch_000{step}.pth") for step in (1, 2, 3)] == [1, 2, 3]
+    assert kept(tmp_path) == {CURRENT: 3, PREVIOUS: 2}
+    subprocess.run(["sha256sum", "--check", "--strict", "epoch_0002.pth.sha256"], cwd=tmp_path, check=True)
+    aside = folder.move_aside()
+    assert step_of(aside / "epoch_0001.pth") == 1 and not list(tmp_path.glob("epoch_*"))
+
+
 def killed_at(number: int, work) -> bool:
     """Run ``work`` in a process that is killed at its ``number``-th call that touches the disk; whether it was."""
     pid = os.fork()

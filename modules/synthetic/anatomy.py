@@ -13,6 +13,18 @@ _HEART_RATIO = {"": 0.435, "mild": 0.56, "moderate": 0.64, "severe": 0.73}
 _MEDIASTINUM = {"": 0.055, "mild": 0.095, "moderate": 0.118, "severe": 0.142}  # half-width above the heart
 
 
+@dataclass(frozen=True)
+class Variation:
+    """How far films differ in what no report mentions; the demo's values are 1."""
+
+    nuisance: float = 1.0  # multiplies the spread of habitus, positioning, exposure and grain
+    faintest: float = 1.0  # findings are drawn at a strength between this and 1
+
+
+DEMO = Variation()
+PHANTOM = Variation(nuisance=2.0, faintest=0.4)
+
+
 @dataclass
 class Anatomy:
     """Numbers in body coordinates (see canvas); lengths are shares of the image width."""
@@ -105,11 +117,11 @@ class Anatomy:
         return x, y
 
 
-def sample_anatomy(rng: np.random.Generator, findings: Iterable[Finding]) -> Anatomy:
+def sample_anatomy(rng: np.random.Generator, findings: Iterable[Finding], nuisance: float = 1.0) -> Anatomy:
     """A random patient; the number of draws does not depend on ``findings``, so the same key gives the same patient."""
 
     def around(mean: float, sd: float) -> float:
-        return float(mean + sd * np.clip(rng.standard_normal(), -2, 2))
+        return float(mean + nuisance * sd * np.clip(rng.standard_normal(), -2, 2))
 
     lift = around(0, 0.012)
     patient = Anatomy(
@@ -131,7 +143,7 @@ def sample_anatomy(rng: np.random.Generator, findings: Iterable[Finding]) -> Ana
         shift=(around(0, 0.012), around(0, 0.012)),
         gain=around(1.0, 0.06),
         contrast=around(1.0, 0.07),
-        noise=float(rng.uniform(0.008, 0.02)),
+        noise=nuisance * float(rng.uniform(0.008, 0.02)),
         blur=float(rng.uniform(0.0008, 0.0022)),
     )
     _apply(patient, findings, around)

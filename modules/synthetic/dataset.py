@@ -11,13 +11,15 @@ import numpy as np
 from PIL import Image
 
 from modules.errors import InputError
+from modules.synthetic.anatomy import DEMO, Variation
 from modules.synthetic.findings import Finding, complete, sample_findings
 from modules.synthetic.findings_csv import write_findings, write_labels
 from modules.synthetic.render import render_study
 from modules.synthetic.reports import write_report
 
 SPLITS = {"train": 0.7, "val": 0.1, "test": 0.2}
-SIGNATURE = "SYNTHETIC chest radiographs: drawings made by scripts/make_demo_data.py, no patients."
+SIGNATURE = "SYNTHETIC chest radiographs: drawings"
+_DEMO_ORIGIN = f"{SIGNATURE} made by scripts/make_demo_data.py, no patients."
 _IMAGES = ("0.png", "1.png")  # frontal, lateral
 # Second numbers of the random keys (seed, study, purpose); the renderer counts from 1.
 _FINDINGS, _REPORT = 0, 100
@@ -91,7 +93,7 @@ def prepare_folder(out: Path) -> None:
         (out / "annotation.json").unlink(missing_ok=True)  # written last: where it is missing, a run was interrupted
     try:
         (out / "images").mkdir(parents=True, exist_ok=True)
-        (out / "README.txt").write_text(f"{SIGNATURE}\n", encoding="utf-8")
+        (out / "README.txt").write_text(f"{SIGNATURE}, unfinished\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
 
@@ -107,9 +109,11 @@ def _remove_old_images(images: Path) -> None:
             path.unlink()
 
 
-def draw_images(out: Path, studies: list[SyntheticStudy], seed: int, size: int, workers: int) -> Iterator[str]:
+def draw_images(out: Path, studies: list[SyntheticStudy], seed: int, size: int, workers: int,
+                variation: Variation = DEMO) -> Iterator[str]:
     """Draw both views of every study under ``out``/images, yielding each id when its files are written."""
-    jobs = [(str(out / "images" / study.id), study.findings, (seed, study.index), size) for study in studies]
+    jobs = [(str(out / "images" / study.id), study.findings, (seed, study.index), size, variation)
+            for study in studies]
     if workers == 1:
         yield from map(_draw_study, jobs)
     else:
@@ -117,19 +121,20 @@ def draw_images(out: Path, studies: list[SyntheticStudy], seed: int, size: int, 
             yield from pool.map(_draw_study, jobs, chunksize=4)
 
 
-def _draw_study(job: tuple[str, tuple[Finding, ...], tuple[int, int], int]) -> str:
-    folder, findings, key, size = job
-    films = render_study(findings, key, size)
+def _draw_study(job: tuple[str, tuple[Finding, ...], tuple[int, int], int, Variation]) -> str:
+    folder, findings, key, size, variation = job
+    films = render_study(findings, key, size, variation)
     os.makedirs(folder, exist_ok=True)
     for name, view in zip(_IMAGES, ("frontal", "lateral"), strict=True):
         Image.fromarray(films[view]).save(os.path.join(folder, name), optimize=False, compress_level=6)
     return os.path.basename(folder)
 
 
-def write_tables(out: Path, studies: Iterable[SyntheticStudy], description: str) -> None:
-    """Write README.txt, findings.csv, labels.csv and, last, annotation.json."""
+def write_tables(out: Path, studies: Iterable[SyntheticStudy], description: str, origin: str = _DEMO_ORIGIN) -> None:
+    """Write README.txt (``origin``, which begins with SIGNATURE, then ``description``), findings.csv, labels.csv and,
+    last, annotation.json."""
     truth = {study.id: study.findings for study in studies}
-    (out / "README.txt").write_text(f"{SIGNATURE}\n\n{description}", encoding="utf-8")
+    (out / "README.txt").write_text(f"{origin}\n\n{description}", encoding="utf-8")
     write_findings(out / "findings.csv", truth)
     write_labels(out / "labels.csv", truth)
     annotation: dict[str, list[dict]] = {split: [] for split in SPLITS}

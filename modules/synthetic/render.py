@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from modules.synthetic.anatomy import sample_anatomy
+from modules.synthetic.anatomy import DEMO, Variation, sample_anatomy
 from modules.synthetic.devices import (
     draw_aortic_calcification,
     draw_degenerative_spine,
@@ -28,7 +28,8 @@ from modules.synthetic.scene import Scene
 _VIEWS = {"frontal": draw_frontal, "lateral": draw_lateral}
 
 
-def render_study(findings: tuple[Finding, ...], key: tuple[int, ...], size: int) -> dict[str, np.ndarray]:
+def render_study(findings: tuple[Finding, ...], key: tuple[int, ...], size: int,
+                 variation: Variation = DEMO) -> dict[str, np.ndarray]:
     """Draw ``findings`` (completed) as {"frontal", "lateral"}: (size, size) uint8 each, air black.
 
     ``key`` seeds everything that is left to chance, so that one key with other findings is the same patient.
@@ -39,10 +40,14 @@ def render_study(findings: tuple[Finding, ...], key: tuple[int, ...], size: int)
     )
     films = {}
     for number, (view, draw) in enumerate(_VIEWS.items()):
-        patient = sample_anatomy(np.random.default_rng([*key, 2]), findings)
+        patient = sample_anatomy(np.random.default_rng([*key, 2]), findings, variation.nuisance)
         scene = draw(patient, np.random.default_rng([*key, 3, number]), size, congestion)
         for order, finding in enumerate(findings):
+            before = scene.density.copy()
             draw_finding(scene, finding, view, np.random.default_rng([*key, 4, number, order]))
+            if variation.faintest < 1:  # the same in both views
+                strength = np.random.default_rng([*key, 6, order]).uniform(variation.faintest, 1)
+                scene.density = before + np.float32(strength) * (scene.density - before)
         films[view] = develop(scene, np.random.default_rng([*key, 5, number]), marker if view == "frontal" else "L")
     return films
 
