@@ -93,10 +93,13 @@ class PreviousEpoch(nn.Module):
         self.register_buffer("harder", torch.zeros(n_samples, dim))
         self.register_buffer("known", torch.zeros(n_samples, dtype=torch.bool))
 
+    # The compiled backward pass would read the buffers anew, after ``keep`` has written to them (torch 2.15).
+    @torch.compiler.disable
     def start(self, index: Tensor, negative: Tensor) -> Tensor:
         """Where the synthesis of samples ``index`` (B,) begins: the kept vector, else ``negative`` (B, D)."""
         return torch.where(self.known[index].unsqueeze(1), self.harder[index].to(negative.dtype), negative)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def keep(self, index: Tensor, harder: Tensor, rows: Tensor | None = None) -> None:
         """Store ``harder`` (B, D) of samples ``index``, but for non-finite vectors and for samples not in ``rows``."""

@@ -20,7 +20,7 @@ DONE, CUT, MISSING, CHANGED, UNAVAILABLE = "done", "cut", "missing", "changed", 
 UNTESTED = "to be tested again"  # trained as wanted, scored by other flags
 # Flags that move files about or say where to compute: another value gives the same results.
 NOT_DECIDING = frozenset((
-    "ann_path", "image_dir", "follow_links", "num_workers", "n_gpu", "device", "resume", "load", "save_dir",
+    "ann_path", "image_dir", "follow_links", "num_workers", "device", "resume", "load", "save_dir",
     "record_dir", "exp_name", "save_period", "keep_epochs", "checkpoint_steps", "log_period", "tensorboard",
     "report_samples", "worker_timeout", "image_cache", "max_restarts"))
 # Flags that act after training: the best model is tested again, not trained again.

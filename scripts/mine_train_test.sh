@@ -36,6 +36,7 @@ else
         --dataset_name "$(value_of --dataset_name iu_xray "$@")" \
         --text_encoder "${TEXT_ENCODER:-zzxslp/RadBERT-RoBERTa-4m}" \
         --top_k "$(value_of --num_neighbours 5 "$@")" \
+        --n_gpu "$(value_of --n_gpu 1 "$@")" --device "$(value_of --device auto "$@")" \
         --out "$index"
 fi
 if [[ $(value_of --ithn auto "$@") != off ]]; then arguments+=(--negative_index "$index"); fi

@@ -51,6 +51,18 @@ def test_training_step(run, capsys):
     assert "loss module's share of the step" in shown and "ANOTHER machine" in shown and "images/s" in shown
 
 
+def test_memory_and_scaling(run, capsys):
+    found = run("cluster", STEP.replace("--batch_size 2", "--batch_size 6") + " --gpus 1 8 64 --views 1")
+    one, eight, many = found["scaling"]
+    parameters = found["counted"]["2"]["visual extractor"] + found["counted"]["2"]["everything else"]
+    assert found["memory_gib"]["gradients"] * 2**30 == 4 * parameters
+    assert one["sent"] == 0 and eight["sent"] == 7 / 4 * 4 * parameters
+    assert 1 == one["without overlap"] > eight["without overlap"] > many["without overlap"]
+    # On the line through 2 and 3 samples: 6 samples take 4 steps more.
+    low, high = (found["counted"][size]["operations"] for size in ("2", "3"))
+    assert found["operations"] == low + 4 * (high - low) and "FSDP over 8 GPUs would save" in capsys.readouterr().out
+
+
 def test_training_step_in_all_combinations(run):
     found = run("train_step", GIVEN + " --strategy off contrastive --batch_size 1 --max_seq_length 5 9")["results"]
     sizes = [(one["max_seq_length"], one["strategy"]) for one in found]

@@ -1,6 +1,7 @@
 """Several processes, joined by gloo: they compute what one does, and one process is the identity."""
 
 import numpy as np
+import pytest
 import torch
 from gloo_support import run_together
 from tiny_backbone import TinyBackbone, rows_of, tiny_batch
@@ -58,6 +59,28 @@ def test_two_processes_equal_one(tmp_path):
     assert torch.equal(found[0]["kept"], found[1]["kept"])
     mean = sum(result["terms"]["loss"] for result in found) / 2
     torch.testing.assert_close(mean, expected["terms"]["loss"], **EXACT)
+
+
+def compiled() -> dict:
+    """Gradients of the second epoch, of the objective as it is and compiled."""
+    found, share = [], len(LENGTHS) // distributed.world_size()
+    own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    for backend in (None, "aot_eager"):
+        objective = build()
+        if backend:
+            objective.compile(backend=backend)
+        parallel = distributed.data_parallel(objective)
+        for epoch in (2, 3):
+            objective.zero_grad()
+            parallel(rows_of(whole_batch(), own), epoch)["loss"].backward()
+        found.append([parameter.grad for parameter in objective.parameters()])
+    return {"eager": found[0], "compiled": found[1]}
+
+
+@pytest.mark.slow
+def test_compiled_processes_have_the_same_gradients(tmp_path):
+    for result in run_together(compiled, 2, tmp_path):
+        torch.testing.assert_close(result["compiled"], result["eager"], **EXACT)
 
 
 # ---- batch normalisation

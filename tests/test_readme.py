@@ -76,7 +76,7 @@ def test_flags_exist(monkeypatch):
         known |= {option for action in parser._actions for option in action.option_strings}
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z]\w+)"', benchmark.read_text(encoding="utf-8")))
-    for script in ROOT.glob("*.sh"):
+    for script in (*ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.sh")):
         known |= set(re.findall(r"--[a-z]\w+", script.read_text(encoding="utf-8")))
     for benchmark in ROOT.glob("benchmarks/*.py"):
         known |= set(re.findall(r'"(--[a-z]\w+)"', benchmark.read_text(encoding="utf-8")))

@@ -105,9 +105,10 @@ def test_study_takes_a_backbones_own_settings(study):
 
 def test_study_follows_the_users_flags(study):
     mining, training = study("run_iu_xray.sh", "--ann_path=other.json", "--save_dir", "out dir",
-                                      "--num_neighbours", "9", TEXT_ENCODER="tfidf")
+                             "--num_neighbours", "9", "--n_gpu", "8", "--device", "cuda", TEXT_ENCODER="tfidf")
     assert value(mining, "--ann_path") == "other.json"
     assert (value(mining, "--text_encoder"), value(mining, "--top_k")) == ("tfidf", "9")
+    assert (value(mining, "--n_gpu"), value(mining, "--device")) == ("8", "cuda")
     assert value(training, "--negative_index") == "out dir/hard_negatives.safetensors"
 
 
@@ -219,3 +220,18 @@ def test_setup_without_python(project):
 def test_setup_refuses_unknown_arguments(project):
     assert "unknown argument --develop" in project("--develop", code=2)[0]
     assert "Usage" in project("--help")[0]
+
+
+def test_slurm_starts_torchrun_on_every_machine(tmp_path):
+    for name, text in {"scontrol": "echo node7; echo node8", "srun": f'printf "%s\\n" "$@" > {tmp_path}/call'}.items():
+        executable(tmp_path / "bin" / name, f"#!/bin/sh\n{text}\n")
+    slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "20012", "SLURM_JOB_NUM_NODES": "2",
+             "SLURM_GPUS_ON_NODE": "8", "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    subprocess.run(["bash", ROOT / "scripts" / "slurm_train.sh", "--save_dir", "a b"], check=True,
+                   env=os.environ | slurm)
+    words = (tmp_path / "call").read_text().splitlines()
+    options, (script, *flags) = words[: words.index("main_train.py")], words[words.index("main_train.py"):]
+    assert script == "main_train.py" and flags == ["--resume", "auto", "--save_dir", "a b"]
+    given = {name: options[options.index(name) + 1] for name in options if name.startswith("--") and "=" not in name}
+    assert (given["--nnodes"], given["--nproc_per_node"], given["--max_restarts"]) == ("2", "8", "3")
+    assert given["--rdzv_endpoint"] == "node7:20012"
