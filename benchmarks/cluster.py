@@ -30,8 +30,20 @@ COUNTED_AT = (2, 3)  # batch sizes
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = parser_of(__doc__, rounds=1)
+    add_sizes(parser, batch_size=64)
     add = parser.add_argument
-    add("--batch_size", type=int, default=64, help="samples of each process; default %(default)s")
+    add("--tflops", type=float, default=15.7, help="of a GPU; default: a V100's float32 peak, %(default)s")
+    add("--nvlink", type=float, default=150.0,
+        help="GB/s in one direction between the GPUs of a machine; default: a V100's six links, %(default)s")
+    add("--network", type=float, default=100.0, help="Gb/s between machines; default %(default)s")
+    add("--gpus", type=int, nargs="+", default=[1, 8, 64], help="default 1 8 64")
+    return parser
+
+
+def add_sizes(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """The flags that say what a step computes."""
+    add = parser.add_argument
+    add("--batch_size", type=int, default=batch_size, help="samples of each process; default %(default)s")
     add("--views", type=int, default=1, help="images of a sample; default %(default)s")
     add("--max_seq_length", type=int, default=60, help="default %(default)s")
     add("--strategy", default="ithn", choices=("off", "contrastive", "ithn"), help="default %(default)s")
@@ -39,12 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--visual_extractor", default="resnet101", help="default %(default)s")
     add("--image_size", type=int, default=224, help="default %(default)s")
     add("--vocab_size", type=int, default=760, help="default %(default)s")
-    add("--tflops", type=float, default=15.7, help="of a GPU; default: a V100's float32 peak, %(default)s")
-    add("--nvlink", type=float, default=150.0,
-        help="GB/s in one direction between the GPUs of a machine; default: a V100's six links, %(default)s")
-    add("--network", type=float, default=100.0, help="Gb/s between machines; default %(default)s")
-    add("--gpus", type=int, nargs="+", default=[1, 8, 64], help="default 1 8 64")
-    return parser
 
 
 def count(arguments: argparse.Namespace, device: str, batch_size: int) -> dict[str, int]:
@@ -87,19 +93,25 @@ def memory(parameters: int, kept: float) -> dict[str, float]:
     return {"parameters": each, "gradients": each, "Adam with AMSGrad": 3 * each, "activations": kept / 2**30}
 
 
+def efficiency(compute: float, wire: float) -> tuple[float, float]:
+    """Share of the time left for computing, with nothing of the all-reduce hidden and with all that fits.
+
+    What can hide it is the backward pass, two thirds of ``compute``; both in seconds of a step.
+    """
+    return compute / (compute + wire), compute / (compute + max(0.0, wire - compute * 2 / 3))
+
+
 def scaling(parameters: int, operations: float, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of a step's computing and of its all-reduce, and the efficiency without and with overlap, by GPUs."""
     compute = operations / (arguments.tflops * 1e12)
-    backward = compute * 2 / 3
     rows = []
     for gpus in arguments.gpus:
         sent = 4 * parameters * 2 * (gpus - 1) / gpus
         # All of a machine's GPUs share its network; a ring passes through it once.
         rate = arguments.nvlink * 1e9 if gpus <= GPUS_PER_MACHINE else arguments.network / 8 * 1e9
-        wire = sent / rate
-        rows.append({"gpus": gpus, "sent": sent, "compute": compute, "all_reduce": wire,
-                     "without overlap": compute / (compute + wire),
-                     "with overlap": compute / (compute + max(0.0, wire - backward))})
+        without, overlap = efficiency(compute, sent / rate)
+        rows.append({"gpus": gpus, "sent": sent, "compute": compute, "all_reduce": sent / rate,
+                     "without overlap": without, "with overlap": overlap})
     return rows
 
 

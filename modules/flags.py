@@ -60,6 +60,8 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     for name in ALIASES:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--use_amp", action="store_true", help=argparse.SUPPRESS)
+    # torchrun takes both spellings.
+    parser.add_argument("--max-restarts", type=int, dest="max_restarts", help=argparse.SUPPRESS)
     groups["backbone"].add_argument(
         "--backbone", choices=BACKBONES, metavar="{" + ",".join(BACKBONES) + "}",
         help="like --model_name, with that paper's published settings for --dataset_name beneath the flags given")

@@ -46,8 +46,8 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, scheduler: Any, facto
     """Multiply the learning rates by ``factor``, and what the schedule remembers of them."""
     for group in optimizer.param_groups:
         group.update({name: group[name] * factor for name in ("lr", "initial_lr") if name in group})
-    if hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+    if isinstance(scheduler, EpochSchedule):
+        scheduler.scheduler.base_lrs = [rate * factor for rate in scheduler.scheduler.base_lrs]
 
 
 class PlateauOnAny:

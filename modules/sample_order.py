@@ -1,6 +1,8 @@
 """Which samples come when: an order keyed by seed and epoch, shared out over processes, resumable at any batch."""
 
+import json
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -52,6 +54,13 @@ class EpochBatchSampler(Sampler):
         So it goes on where another number of processes or another batch size left off.
         """
         self.epoch, self.seen = epoch, seen
+
+    @property
+    def shards_sha256(self) -> str | None:
+        """Names what each of ``shards`` holds, which decides the order as the seed does; None without them."""
+        if self.shards is None:
+            return None
+        return sha256(json.dumps([shard.tolist() for shard in self.shards]).encode()).hexdigest()
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this process, wherever it starts."""

@@ -99,7 +99,7 @@ def restore(trainer: Trainer, objective: Objective, source: Source, config: Conf
     state = dict(content)
     try:
         _require_alike(trainer.state_dict(), state, ("scheduler", "scaler", "position", "best", "guard"))
-        state["position"] = _position(config, source, data)
+        state["position"] = _position(config, source, data, trainer.loader.batch_sampler.shards_sha256)
         objective.load_state_dict(content["objective"])
         trainer.load_state_dict(state)
         _require_shapes(trainer)
@@ -124,10 +124,10 @@ def _require_unchanged(config: Config, began: Config, names: tuple[str, ...], pa
                              "with it; leave the flag out, or start a new run")
 
 
-def _position(config: Config, source: Source, data: compose.Data) -> dict[str, Any]:
+def _position(config: Config, source: Source, data: compose.Data, shards_sha256: str | None) -> dict[str, Any]:
     """Where to go on; in an epoch that was begun, behind the samples that were seen.
 
-    The batch size and the number of processes may be others now.
+    The batch size and the number of processes may be others now, where the order does not depend on them.
     """
     position = dict(source.content["position"])
     if position["trained"] or not position["batches"]:
@@ -137,6 +137,11 @@ def _position(config: Config, source: Source, data: compose.Data) -> dict[str, A
     if source.content["annotation_sha256"] != data.annotation.sha256:
         raise InputError(f"--resume {source.path}: it stands in the middle of epoch {position['epoch']} of another "
                          f"annotation than {config.ann_path}; use the one it began with")
+    if source.content.get("shards_sha256") != shards_sha256:
+        raise InputError(f"--shards {config.shards!r}: --resume {source.path} stands in the middle of epoch "
+                         f"{position['epoch']}, which began with other shards or without; give those it began with")
+    if config.shards:  # a batch comes from one of the files that are read by turns
+        _require_unchanged(config, began, ("batch_size",), source.path)
     # Batches of like length are made up by their size in all processes together.
     together = config.batch_size * distributed.world_size()
     then = began.batch_size * source.content.get("processes", 1)

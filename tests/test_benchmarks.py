@@ -63,6 +63,16 @@ def test_memory_and_scaling(run, capsys):
     assert found["operations"] == low + 4 * (high - low) and "FSDP over 8 GPUs would save" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # three processes start
+def test_step_in_two_processes(run, capsys):
+    found = run("processes", STEP + " --views 1")
+    assert set(found["several"]) == {"step", "step without all-reduce", "all-reduce alone"}
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in (found["one"], *found["several"].values()))
+    assert found["sent"] > 4 * 11e6  # ResNet-18 and more
+    assert 0 < found["calculated"]["no overlap"] < found["calculated"]["overlap"] <= 1
+    assert "2 processes: all-reduce alone" in capsys.readouterr().out
+
+
 def test_training_step_in_all_combinations(run):
     found = run("train_step", GIVEN + " --strategy off contrastive --batch_size 1 --max_seq_length 5 9")["results"]
     sizes = [(one["max_seq_length"], one["strategy"]) for one in found]
@@ -113,6 +123,7 @@ def test_evaluation(run):
     ("generate", "--threads 0", "--threads 0: must be 1 or more"),
     ("mine", "--rows 5 --text_encoder tfidf", "--text_encoder and --ann_path go together"),
     ("evaluate", "--reports 0", "--reports 0: must be 1 or more"),
+    ("processes", "--processes 1", "--processes 1: must be 2 or more"),
     ("images", "--device tpu", "--device tpu: must be auto, cpu, cuda or cuda:N"),
 ])
 def test_what_cannot_be_measured_is_one_line(name, flags, message, monkeypatch):

@@ -56,6 +56,10 @@ def test_names_of_visualgpt_are_translated():
     assert (config.num_workers, config.epochs, config.optim, config.clip_norm) == (3, 3, "AdamW", 1.0)
 
 
+def test_restarts_are_spelled_as_torchrun_does():
+    assert resolve("--max-restarts", "3").max_restarts == resolve("--max_restarts", "3").max_restarts == 3
+
+
 @pytest.mark.parametrize(("argv", "part"), [
     (["--lr_ve", "fast"], "--lr_ve"),
     (["--alpha", "nan"], "--alpha nan: must be a finite number"),

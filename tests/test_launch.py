@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from modules.flags import parse_flags
 from modules.launch import _failure, check_processes, process_device
 from tests.conftest import TINY
 
+ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -68,16 +70,31 @@ def children(process) -> list[int]:
     return [int(pid) for pid in listing.split()]
 
 
+def kill_one_in_epoch_1(demo, tmp_path, *flags, seconds):
+    """Exit code and output of a job in two processes, one of which is killed; it must end within ``seconds``."""
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(command(demo, tmp_path, "--n_gpu", 2, "--checkpoint_steps", 1, *flags), stdout=out,
+                                   stderr=out, env=ENVIRONMENT)
+        when(tmp_path / "run" / "train.log", "epoch 1: ", process)
+        own = children(process)
+        os.kill(own[1], signal.SIGKILL)
+        code = process.wait(seconds)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in own)
+    return code, (tmp_path / "out").read_text()
+
+
+@pytest.mark.slow
+def test_a_kill_ends_all_within_a_minute(demo, tmp_path):
+    code, said = kill_one_in_epoch_1(demo, tmp_path, "--epochs", 200, seconds=60)
+    assert code == 1 and "of 2 was ended by SIGKILL; the others were stopped; --resume auto goes on" in said
+
+
 @pytest.mark.slow
 def test_after_a_kill_all_start_again_from_the_last_checkpoint(demo, tmp_path):
-    flags = ["--n_gpu", 2, "--epochs", 4, "--resume", "auto", "--max_restarts", 1, "--checkpoint_steps", 1]
-    with open(tmp_path / "out", "w") as out:
-        process = subprocess.Popen(command(demo, tmp_path, *flags), stdout=out, stderr=out, env=ENVIRONMENT)
-        when(tmp_path / "run" / "train.log", "epoch 1: ", process)
-        os.kill(children(process)[1], signal.SIGKILL)
-        assert process.wait(250) == 0
-    said, log = (tmp_path / "out").read_text(), (tmp_path / "run" / "train.log").read_text()
-    assert "of 2 was ended by SIGKILL; starting all 2 again" in said
+    code, said = kill_one_in_epoch_1(demo, tmp_path, "--epochs", 4, "--resume", "auto", "--max_restarts", 1,
+                                     seconds=250)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert code == 0 and "of 2 was ended by SIGKILL; starting all 2 again" in said
     assert "going on from" in log and log.count("epoch 4: ") == log.count("epoch 1: ") == 1
 
 
@@ -96,6 +113,25 @@ def test_a_signal_saves_and_one_process_goes_on(demo, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert [row["epoch"] for row in history] == list(range(1, reached["epoch"] + 1))
+
+
+@pytest.mark.slow
+def test_two_machines_meet_under_slurm(demo, tmp_path):
+    """Its stand-in starts what srun is given twice: two torchruns of a process each, which stand for two machines."""
+    programs = {"scontrol": "echo localhost", "srun": 'shift\n"$@" &\n"$@" &\nwait -n && wait -n',
+                "python": f'exec {sys.executable} "$@"'}
+    for name, text in programs.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "2",
+             "SLURM_GPUS_ON_NODE": "1", "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", ROOT / "scripts" / "slurm_train.sh", *command(demo, tmp_path, "--epochs", 1)[2:]],
+                          capture_output=True, text=True, env=ENVIRONMENT | slurm, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "a step takes 16 samples (8 samples x 2 processes)" in (tmp_path / "run" / "train.log").read_text()
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["test"]
 
 
 @pytest.mark.parametrize(("codes", "code", "reason"), [

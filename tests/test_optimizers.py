@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from modules.optimizers import PlateauOnAny, build_optimizer, build_scheduler
+from modules.optimizers import (
+    PlateauOnAny,
+    build_optimizer,
+    build_scheduler,
+    learning_rate_factor,
+    scale_learning_rates,
+)
 
 
 class Tiny(nn.Module):
@@ -72,26 +78,41 @@ def test_an_epoch_without_validation_is_not_one_without_progress():
     assert optim.param_groups[1]["lr"] == 5e-4
 
 
-@pytest.mark.parametrize("kind", ["StepLR", "ReduceLROnPlateau", "CosineAnnealingLR", "constant"])
+KINDS = ["StepLR", "ReduceLROnPlateau", "CosineAnnealingLR", "constant"]
+
+
+def made(kind, factor=1.0):
+    optim = optimizer(Tiny(), lr_ve=1e-4 * factor, lr_ed=5e-4 * factor)
+    return optim, build_scheduler(optim, lr_scheduler=kind, step_size=2, gamma=0.5, plateau_patience=0, epochs=8)
+
+
+def rates(optim, schedule, steps):
+    found = []
+    for step in range(*steps):
+        optim.step()
+        schedule.step({"BLEU_3": 0.1, "BLEU_4": 0.1 * (step < 2)})
+        found.append(optim.param_groups[1]["lr"])
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_restored_schedule_goes_on_alike(kind):
-    def make():
-        optim = optimizer(Tiny())
-        return optim, build_scheduler(optim, lr_scheduler=kind, step_size=2, gamma=0.5, plateau_patience=0, epochs=8)
-
-    def rates(optim, schedule, steps):
-        found = []
-        for step in range(*steps):
-            optim.step()
-            schedule.step({"BLEU_3": 0.1, "BLEU_4": 0.1 * (step < 2)})
-            found.append(optim.param_groups[1]["lr"])
-        return found
-
-    optim, schedule = make()
-    whole = rates(optim, schedule, (0, 6))
-    first, schedule = make()
+    whole = rates(*made(kind), (0, 6))
+    first, schedule = made(kind)
     begin = rates(first, schedule, (0, 3))
-    second, restored = make()
+    second, restored = made(kind)
     second.load_state_dict(first.state_dict())
     restored.load_state_dict(schedule.state_dict())
     assert begin + rates(second, restored, (3, 6)) == whole
     assert (len(set(whole)) > 1) == (kind != "constant")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_processes_go_on_with_the_rates_of_their_number(kind):
+    """Of two processes made eight, under --scale_lr sqrt."""
+    factors = [learning_rate_factor("sqrt", processes) for processes in (2, 8)]
+    assert factors == pytest.approx([2**0.5, 8**0.5])
+    optim, schedule = made(kind, factors[0])
+    rates(optim, schedule, (0, 3))
+    scale_learning_rates(optim, schedule, factors[1] / factors[0])
+    assert rates(optim, schedule, (3, 6)) == pytest.approx(rates(*made(kind, factors[1]), (0, 6))[3:])

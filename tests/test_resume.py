@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from test_shards import make
 
 from modules.checkpoint import load_checkpoint
 from modules.checkpoint_folder import BEST, CURRENT, PREVIOUS
@@ -187,6 +188,23 @@ def test_another_batch_size_goes_on_behind_the_samples_that_were_seen(run):
         run("like", "--length_bucketing", "true", stop=StopAt(1))
     with pytest.raises(InputError, match="--length_bucketing true: .* have 2 samples"):
         run("like", "--length_bucketing", "true", "--resume", "auto", "--batch_size", 1)
+
+
+def test_shards_are_read_on_at_the_right_sample(run, demo, demo_index, tmp_path):
+    """The order depends on what each of them holds, not on where they lie."""
+    for name, size in (("shards", 0.02), ("others", 0.05)):
+        make(tmp_path / name, demo, "--negative_index", demo_index, "--shard_mb", size)
+    whole = run("whole", "--shards", tmp_path / "shards")
+    with pytest.raises(Stopped):
+        run("part", "--shards", tmp_path / "shards", stop=StopAt(2))
+    for flags, reason in ((["--shards", tmp_path / "others"], "others': --resume .* began with other shards"),
+                          (["--shards", ""], "--shards '': --resume .* in the middle of epoch 1, which began with"),
+                          (["--batch_size", 1], "--batch_size 1: the run of .* began with 2")):
+        with pytest.raises(InputError, match=reason):
+            run("part", "--resume", "auto", *flags)
+    part = run("part", "--resume", "auto", "--shards", (tmp_path / "shards").rename(tmp_path / "moved"))
+    assert_same(load_checkpoint(whole / CURRENT), load_checkpoint(part / CURRENT))
+    assert logged(whole) == logged(part)
 
 
 def test_a_moved_folder_is_written_to_where_it_is(run, demo, demo_index, tmp_path):

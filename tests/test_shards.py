@@ -187,6 +187,29 @@ def test_other_data_or_negatives_are_refused(shards, demo, demo_index):
             check_manifest(manifest, "s", *found)
 
 
+def test_shards_at_an_address(shards, demo, monkeypatch):
+    """fsspec's own memory stands for a store; what does not answer at first is asked again."""
+    fsspec = pytest.importorskip("fsspec")
+    for path in shards.iterdir():
+        fsspec.filesystem("memory").pipe_file(f"/far/{path.name}", path.read_bytes())
+    answers, plain = [], fsspec.open
+
+    def busy(*arguments):
+        answers.append(arguments)
+        if len(answers) % 3:
+            raise OSError("busy")
+        return plain(*arguments)
+
+    monkeypatch.setattr("fsspec.open", busy)
+    monkeypatch.setattr("modules.shards.SECONDS_BETWEEN_TRIES", 0.0)
+    images, near = split_images("memory://far", demo), split_images(shards, demo)
+    path, gone = (images.paths[images.shards[number].rows[0]][0] for number in (0, -1))
+    assert np.array_equal(images(path), near(path)) and len(answers) == 6
+    fsspec.filesystem("memory").rm(f"/far/{images.shards[-1].file}")
+    with pytest.raises(InputError, match="--shards memory://far: train-.* cannot be read"):
+        images(gone)
+
+
 def test_shell_commands_are_no_addresses(shards, tmp_path):
     for root in ("pipe:touch canary", "pipe://touch canary", "shell::echo"):
         with pytest.raises(InputError, match="--shards"):

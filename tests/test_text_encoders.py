@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from modules.errors import InputError
+from modules.mining import HardNegativeIndex
 from modules.text_encoders import TfidfEncoder, TransformerEncoder, build_text_encoder
 
 WORDS = ["the", "lungs", "are", "clear", "no", "effusion", "heart", "is", "large", "small", "left", "right"]
@@ -141,6 +142,26 @@ def test_processes_share_the_batches_and_the_first_keeps_the_cache(folder, tmp_p
         for result in run_together(encoded, 2, tmp_path, folder, tmp_path / "cache"):
             assert torch.equal(result, expected)
         assert file.read_bytes() == complete
+
+
+def mined(folder, demo, out):
+    from scripts import mine_hard_negatives as script
+
+    flags = ["--ann_path", demo / "annotation.json", "--out", out, "--text_encoder", folder, "--max_length", 12,
+             "--batch_size", 2, "--device", "cpu", "--examples", 0]
+    script.mine_and_write(script.build_parser().parse_args([str(part) for part in flags]))
+
+
+def test_two_processes_mine_the_same_bytes(folder, demo, tmp_path):
+    """But for the time at which each was made, which stands in the index too."""
+    mined(folder, demo, tmp_path / "alone" / "index.safetensors")
+    run_together(mined, 2, tmp_path, folder, demo, tmp_path / "both" / "index.safetensors")
+    one, other = (HardNegativeIndex.load(tmp_path / name / "index.safetensors") for name in ("alone", "both"))
+    assert one.neighbours.tobytes() == other.neighbours.tobytes() and (one.neighbours >= 0).all()
+    assert one.similarity.tobytes() == other.similarity.tobytes()
+    assert one.metadata | {"created": ""} == other.metadata | {"created": ""}
+    (embeddings,), (others,) = ((tmp_path / name / "embeddings").iterdir() for name in ("alone", "both"))
+    assert embeddings.read_bytes() == others.read_bytes()
 
 
 def test_cache_knows_texts_pooling_and_weights(folder, tmp_path):
