@@ -59,6 +59,7 @@ def main() -> int:
 
     from benchmarks.fault_runs import Bench
     from modules.environment import provenance
+    from modules.records import write_results
 
     torch.set_num_threads(1)  # the processes are forked: threads would not come along
     rows = []
@@ -68,11 +69,9 @@ def main() -> int:
         for name in arguments.only or NUMBERS:
             number = max(1, round(NUMBERS[name] * arguments.share))
             rows.append(run(name, number, bench, random.Random(f"{arguments.seed} {name}")))
+            if arguments.out:  # after every fault: the whole takes most of an hour
+                write_results(arguments.out, {**provenance("cpu"), "seed": arguments.seed, "faults": rows})
     print("\n" + table(rows))
-    if arguments.out:
-        from modules.records import write_results
-
-        write_results(arguments.out, {**provenance("cpu"), "seed": arguments.seed, "faults": rows})
     return 0 if all(row["survived"] == row["trials"] for row in rows) else 1
 
 
