@@ -32,6 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, rounds=1)
     add_sizes(parser, batch_size=64)
     add = parser.add_argument
+    add("--precision", default="float32", choices=("float32", "bfloat16", "float16"),
+        help="of products and what is kept of them; default %(default)s")
     add("--tflops", type=float, default=15.7, help="of a GPU; default: a V100's float32 peak, %(default)s")
     add("--nvlink", type=float, default=150.0,
         help="GB/s in one direction between the GPUs of a machine; default: a V100's six links, %(default)s")
@@ -58,8 +60,10 @@ def count(arguments: argparse.Namespace, device: str, batch_size: int) -> dict[s
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from modules.tester import autocast
+
     case = {"batch_size": batch_size, "views": arguments.views, "max_seq_length": arguments.max_seq_length,
-            "precision": "float32", "compile": False, "strategy": arguments.strategy}
+            "precision": arguments.precision, "compile": False, "strategy": arguments.strategy}
     step = build_step(arguments, device, case)
     objective, kept = step.objective, {}
     own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
@@ -71,7 +75,8 @@ def count(arguments: argparse.Namespace, device: str, batch_size: int) -> dict[s
         return tensor
 
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+                autocast(torch.device(device), arguments.precision):
             loss = objective(step.batch, 1)["loss"]
         loss.backward()
     parts = {"visual extractor": objective.backbone.visual_extractor}
@@ -88,7 +93,7 @@ def at_size(counted: Sequence[dict[str, int]], batch_size: int, name: str) -> fl
 
 
 def memory(parameters: int, kept: float) -> dict[str, float]:
-    """GiB by kind, in float32, of a process; Adam with AMSGrad keeps three numbers per parameter."""
+    """GiB by kind, all but activations in float32, of a process; Adam with AMSGrad keeps three numbers per parameter."""
     each = 4 * parameters / 2**30
     return {"parameters": each, "gradients": each, "Adam with AMSGrad": 3 * each, "activations": kept / 2**30}
 
@@ -124,7 +129,7 @@ def report(arguments: argparse.Namespace, counted: Sequence[dict[str, int]]) -> 
     print(f"operations of a step of {arguments.batch_size} samples: {operations / 1e12:.2f} TFLOP, "
           f"forward and backward")
     by_kind = memory(parameters, kept)
-    print(f"\nGiB of a process, float32, batch {arguments.batch_size}")
+    print(f"\nGiB of a process, {arguments.precision}, batch {arguments.batch_size}")
     for name, value in {**by_kind, "together": sum(by_kind.values())}.items():
         print(f"  {name:<24}{value:8.2f}")
     shared = sum(by_kind[name] for name in ("parameters", "gradients", "Adam with AMSGrad"))

@@ -3,7 +3,7 @@
 Every process has a batch of its own, and on a CPU one thread unless --threads says more. Beside the step as training
 takes it, in the same rounds: the step with each process's gradients left where they are, and the all-reduce of as many
 bytes alone. From these two follows, as benchmarks/cluster.py calculates, the share of the time left for computing with
-nothing of the all-reduce hidden behind the backward pass and with all that fits; the measured one stands beside.
+nothing of the all-reduce hidden behind the backward pass and with all that fits; the measured one stands beside. Seconds of the processor (--clock cpu) hide behind nothing.
 
   python benchmarks/processes.py                                     two processes, gloo, R2GenCMN with ITHN, batch 4
   python benchmarks/processes.py --device cuda --processes 8 --batch_size 64     a GPU each, NCCL
@@ -94,7 +94,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     without, overlap = efficiency(compute, wire)
     sent = many["gradients"] * 2 * (arguments.processes - 1) / arguments.processes
     measured = statistics.median(a / b for a, b in zip(many["seconds"][APART], many["seconds"][STEP], strict=True))
-    return {"one": one["seconds"][STEP], "several": many["seconds"], "sent": sent, "bytes_per_second": sent / wire,
+    return {"one": one["seconds"][STEP], "several": many["seconds"], "sent": sent,
             "calculated": {"no overlap": without, "overlap": overlap}, "measured": measured,
             "of_one_process": statistics.median(one["seconds"][STEP]) / statistics.median(many["seconds"][STEP])}
 
@@ -106,7 +106,9 @@ def report(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     print_row("1 process: step", found["one"])
     for name, seconds in found["several"].items():
         print_row(f"{arguments.processes} processes: {name}", seconds)
-    print(f"sent by each: {found['sent'] / 1e6:.0f} MB, {found['bytes_per_second'] / 1e9:.2f} GB/s")
+    # Seconds of the processor are not those of the wire.
+    rate = f", {found['sent'] / statistics.median(found['several'][ALONE]) / 1e9:.2f} GB/s"
+    print(f"sent by each: {found['sent'] / 1e6:.0f} MB{rate if arguments.clock == 'wall' else ''}")
     calculated = found["calculated"]
     print(f"share of the time left for computing: calculated {calculated['no overlap']:.1%} (nothing overlapped) to "
           f"{calculated['overlap']:.1%} (all that fits), measured {found['measured']:.1%}")

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 # Batches that are sorted by length together: enough to make their lengths alike, few enough to be others next epoch.
 BATCHES_PER_BUCKETING = 50
-LANES = 8  # shards that are read by turns: that many are held at a time
+LANES = 8  # shards that are read by turns
 # What a key is for, so that order, crops and neighbours are drawn independently of one another.
 ORDER, AUGMENT_POSITIVE, AUGMENT_NEGATIVE, NEIGHBOUR, REPLACEMENT = range(5)
 

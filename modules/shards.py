@@ -4,6 +4,7 @@ A shard holds the images of some records, and beside each record those of its ha
 shard after another is enough. ``shards.json`` says which record is where. Shards are patients' data.
 """
 
+import importlib.util
 import io
 import json
 import time
@@ -19,6 +20,7 @@ from PIL import Image
 
 from modules.errors import InputError
 from modules.images import MAX_PIXELS, decode_image
+from modules.sample_order import LANES
 
 FORMAT = "ithn-shards-1"
 MANIFEST = "shards.json"
@@ -55,6 +57,7 @@ class Manifest:
     @classmethod
     def load(cls, root: str) -> "Manifest":
         """The manifest below ``root``, a folder or an address; InputError where there is none."""
+        require_library()
         try:
             content = json.loads(read_file(root, MANIFEST))
             if content.pop("format") != FORMAT:
@@ -71,6 +74,12 @@ class Manifest:
             raise InputError(f"--shards {root}: its {MANIFEST} is damaged or of another version "
                              f"({' '.join(str(error).split())[:100]}); make it again with scripts/make_shards.py"
                              ) from error
+
+
+def require_library() -> None:
+    """InputError where what reads and writes shards is not installed."""
+    if importlib.util.find_spec("webdataset") is None:
+        raise InputError("tar shards need webdataset: pip install -r requirements-shards.txt")
 
 
 def is_address(root: str) -> bool:
@@ -107,7 +116,7 @@ class ShardImages:
     shards: tuple[Shard, ...]
     paths: Sequence[Sequence[str]]  # of each row's own images
     max_pixels: int = MAX_PIXELS
-    keep: int = 8
+    keep: int = 2 * LANES  # while a lane goes from one to the next it is in both
     _shard_of: dict[int, int] = field(init=False, repr=False)
     _row_of: dict[str, int] = field(init=False, repr=False)
     _held: "OrderedDict[int, dict[tuple[int, str], bytes]]" = field(init=False, repr=False)

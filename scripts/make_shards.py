@@ -37,8 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resize", type=int, default=0, metavar="PX",
                         help="make the shorter side this long; 256 suits training at 224; 0: leave images as they are "
                         "(default: %(default)s)")
-    parser.add_argument("--shard_mb", type=float, default=64, metavar="MB",
-                        help="size of a shard; training holds eight in memory (default: %(default)s)")
+    parser.add_argument("--shard_mb", type=float, default=32, metavar="MB",
+                        help="size of a shard; each process that reads images holds up to sixteen in memory "
+                        "(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=9233, metavar="INT",
                         help="deals the training records to shards (default: %(default)s)")
     return parser
@@ -63,8 +64,9 @@ def main() -> None:
     from modules.progress import Bar
     from modules.records import private_folder, write_private
     from modules.shard_writer import Packing, write_split
-    from modules.shards import MANIFEST, Manifest, neighbours_sha256
+    from modules.shards import MANIFEST, Manifest, neighbours_sha256, require_library
 
+    require_library()
     neighbours = read_neighbours(annotation, arguments.negative_index, arguments.num_neighbours)
     packing = Packing(private_folder(out), ImageFolder(arguments.image_dir), int(arguments.shard_mb * 2**20),
                       arguments.resize, arguments.seed)

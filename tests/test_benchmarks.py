@@ -61,6 +61,9 @@ def test_memory_and_scaling(run, capsys):
     # On the line through 2 and 3 samples: 6 samples take 4 steps more.
     low, high = (found["counted"][size]["operations"] for size in ("2", "3"))
     assert found["operations"] == low + 4 * (high - low) and "FSDP over 8 GPUs would save" in capsys.readouterr().out
+    half = run("cluster", STEP + " --views 1 --precision bfloat16")
+    whole, half = (case["counted"]["3"]["kept"] - case["counted"]["2"]["kept"] for case in (found, half))
+    assert whole / 2 < half < 0.8 * whole  # of a sample more
 
 
 @pytest.mark.slow  # three processes start
