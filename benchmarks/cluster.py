@@ -93,7 +93,7 @@ def at_size(counted: Sequence[dict[str, int]], batch_size: int, name: str) -> fl
 
 
 def memory(parameters: int, kept: float) -> dict[str, float]:
-    """GiB by kind, all but activations in float32, of a process; Adam with AMSGrad keeps three numbers per parameter."""
+    """GiB of a process by kind, all but activations in float32; Adam with AMSGrad keeps three numbers per parameter."""
     each = 4 * parameters / 2**30
     return {"parameters": each, "gradients": each, "Adam with AMSGrad": 3 * each, "activations": kept / 2**30}
 
