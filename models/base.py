@@ -101,6 +101,10 @@ class Backbone(nn.Module):
         (patches,) = encoded
         return self(None, tokens, features=VisualFeatures(patches, None, patches.mean(dim=1))).log_probs
 
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """The output layer alone: (B, T, D) last hidden states -> (B, T, V+1) log-probabilities."""
+        return self.encoder_decoder.log_probs(hidden)
+
     def cross_attention(self) -> list[nn.Module]:
         """The modules that attend to the visual tokens, first decoder layer first; none: nothing can be shown.
 

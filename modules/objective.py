@@ -45,6 +45,16 @@ class Projection(nn.Module):
         return normalise(self.linear1(x.to(self.linear1.weight.dtype)))
 
 
+@dataclasses.dataclass
+class Embedded:
+    """What the contrastive terms see of the B samples of a Pair, and what u is the projection of."""
+
+    image: Tensor  # (B, E) z
+    report: Tensor  # (B, E) u
+    hidden: Tensor  # (B, T, D) last hidden states, positions that do not count included
+    mean: Tensor  # (B, D) their mean over the positions that count: u before projection and norm
+
+
 class Objective(nn.Module):
     """``objective(batch, epoch)`` -> dictionary with the ``loss`` to minimise and detached terms to log.
 
@@ -124,6 +134,13 @@ class Objective(nn.Module):
         """Negative log-likelihood (B,) of each report of a modules.datasets.Pair; ``features`` replace its images."""
         output = self._teach(pair, features=features)
         return report_nll(output.log_probs, pair.tokens[:, 1:], pair.token_mask[:, 1:])
+
+    def embed(self, pair: Any) -> Embedded:
+        """z and u of a modules.datasets.Pair in this process, as the contrastive terms take them; not for "off"."""
+        output = self._teach(pair, supervised_rows=0)
+        mean = self._report_feature(output.report_features, pair.token_mask[:, 1:])
+        return Embedded(self.img_projection(output.image_features), self.text_projection(mean),
+                        output.report_features, mean)
 
     def after_step(self) -> None:
         """To be called after each optimiser step: keeps 1/tau at 100 at most (the released variant has no cap)."""

@@ -33,7 +33,10 @@ class TinyBackbone(Backbone):
         if self.auxiliary_weight:
             error = pooled[:supervised_rows, 0] - labels[:supervised_rows, 0]
             auxiliary["label"] = self.auxiliary_weight * error.square().mean()
-        return Output(self.logit(hidden[:supervised_rows]).log_softmax(-1), pooled, hidden, auxiliary)
+        return Output(self.log_probs(hidden[:supervised_rows]), pooled, hidden, auxiliary)
+
+    def log_probs(self, hidden):
+        return self.logit(hidden).log_softmax(-1)
 
 
 def tiny_pair(lengths: list[int], seed: int, dtype: torch.dtype = torch.float64) -> Pair:
