@@ -48,6 +48,7 @@ class Batch:
     reports: list[str]  # as in the annotation
     replaced: int = 0  # samples of this batch that stand in for unreadable ones
     transform: Transform | None = None  # made the images, and knows how they are normalised
+    label_key: Tensor | None = None  # (B,) int64, equal for reports with the same 14 labels; where that is asked for
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """The batch on ``device``, its images normalised there if they are still as they were loaded.
@@ -92,6 +93,7 @@ class Sample:
     report: str
     transform: Transform
     replaced: bool = False
+    label_key: int | None = None
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -107,6 +109,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         reports=[sample.report for sample in samples],
         replaced=sum(sample.replaced for sample in samples),
         transform=samples[0].transform,
+        label_key=None if samples[0].label_key is None else torch.tensor([sample.label_key for sample in samples]),
     )
 
 

@@ -145,6 +145,20 @@ class Config:
     previous_epoch_start: bool = flag(False, "ITHN", "start the synthesis from the previous epoch's negative")
     clamp_segment: bool = flag(False, "ITHN", "keep the projection between the negative and the positive")
     mask_identical: bool = flag(False, "ITHN", "leave out off-diagonal pairs of the same study or the same text")
+    contrastive_temperature: float = flag(0.07, "ITHN", "initial temperature of the contrastive loss", low=0.01)
+
+    # ---- beyond ITHN
+    learn_temperature: bool = flag(True, "beyond ITHN", "train the temperature of the contrastive loss")
+    mask_same_labels: bool = flag(False, "beyond ITHN", "leave out off-diagonal pairs whose reports have the same 14 "
+                                  "labels: of --label_path where that file is, else by rules")
+    harder_term: str = flag("paper", "beyond ITHN", "column: the harder negative is one more candidate of its image "
+                            "in S1 alone, in place of S2 and of S3 with its negated diagonal",
+                            choices=("paper", "column"))
+    hardness_schedule: str = flag("epoch", "beyond ITHN", "retrieval: the hardness is --max_hardness times the "
+                                  "smoothed retrieval accuracy in training, whatever the epoch",
+                                  choices=("epoch", "retrieval"))
+    max_hardness: float = flag(1.0, "beyond ITHN", "hardness at a retrieval accuracy of 1, with --hardness_schedule "
+                               "retrieval", low=0.0, high=1.0)
 
     # ---- decoding
     sample_method: str = flag("beam_search", "decoding", "how reports are decoded",

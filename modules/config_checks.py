@@ -26,14 +26,13 @@ def check_together(config: Any) -> None:
     _check_inputs(config)
     _check_scores(config)
     _check_stage(config)
+    _check_ithn(config)
     for name in ("save_dir", "record_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is empty: name a folder")
     if config.sync_bn and config.batch_norm == "per_view":
         # A process without a second view in its batch would leave the others waiting.
         raise InputError("--sync_bn true: needs --batch_norm joint, as processes may differ in the views they have")
-    if config.ithn == "off" and config.released:
-        raise InputError("--ithn_variant released has no effect with --ithn off; leave one of them out")
 
 
 def _check_network(config: Any) -> None:
@@ -72,6 +71,31 @@ def _check_scores(config: Any) -> None:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
     if config.monitor_metric in ("METEOR", "xpronet_selection") and not config.meteor:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --meteor true")
+
+
+def beyond_ithn(config: Any) -> list[str]:
+    """The options beyond the paper that are on, as they are typed."""
+    off = {"mask_same_labels": False, "harder_term": "paper", "hardness_schedule": "epoch"}
+    return [f"--{name} {str(getattr(config, name)).lower()}" for name in off if getattr(config, name) != off[name]]
+
+
+def _check_ithn(config: Any) -> None:
+    if config.ithn == "off":
+        for given in (["--ithn_variant released"] if config.released else []) + beyond_ithn(config):
+            raise InputError(f"{given} has no effect with --ithn off; leave one of them out")
+    if config.mask_same_labels and config.captioning:
+        raise InputError("--mask_same_labels true: there are no clinical labels on coco")
+    if config.harder_term == "column" and (config.strategy == "contrastive" or config.released):
+        without = "--ithn_variant released" if config.released else "--strategy contrastive"
+        raise InputError(f"--harder_term column: not with {without}; it needs the paper's variant and a strategy with "
+                         "a harder negative")
+    by_retrieval = config.hardness_schedule == "retrieval"
+    if by_retrieval and config.strategy in ("contrastive", "prior"):
+        raise InputError(f"--hardness_schedule retrieval: --strategy {config.strategy} has no hardness; choose ithn, "
+                         "mochi or unconstrained")
+    if config.max_hardness != 1 and not by_retrieval:
+        raise InputError(f"--max_hardness {config.max_hardness}: needs --hardness_schedule retrieval; by the epoch "
+                         "--alpha decides")
 
 
 def _check_stage(config: Any) -> None:

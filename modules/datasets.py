@@ -40,7 +40,8 @@ class ReportDataset(Dataset):
     nearest, or with ``num_neighbours`` > 1 one drawn uniformly from that many (MoCHi). With ``annotation_negatives``
     they are the studies' own negative reports and images instead.
 
-    ``labels`` (num_studies, 14) go with the samples and, for ``neighbours``, with the negatives.
+    ``labels`` (num_studies, 14) go with the samples and, for ``neighbours``, with the negatives; ``label_keys``
+    (num_studies,) are the numbers that Batch.label_key holds.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class ReportDataset(Dataset):
         num_neighbours: int = 1,
         annotation_negatives: bool = False,
         labels: np.ndarray | None = None,
+        label_keys: np.ndarray | None = None,
         on_bad_image: str = "stop",
     ):
         if neighbours is not None:
@@ -69,7 +71,7 @@ class ReportDataset(Dataset):
         self.studies, self.tokenizer, self.read_image, self.transform = studies, tokenizer, read_image, transform
         self.max_seq_length, self.seed, self.on_bad_image = max_seq_length, seed, on_bad_image
         self.neighbours, self.num_neighbours = neighbours, num_neighbours
-        self.annotation_negatives, self.labels = annotation_negatives, labels
+        self.annotation_negatives, self.labels, self.label_keys = annotation_negatives, labels, label_keys
         self.has_negatives = neighbours is not None or annotation_negatives
         self.separate = views == "separate"
         # A data set with one image per study has no second view to leave empty.
@@ -157,6 +159,7 @@ class ReportDataset(Dataset):
             id=self.sample_id(index),
             report=study.report,
             transform=self.transform,
+            label_key=None if self.label_keys is None else int(self.label_keys[row]),
         )
 
     def _negative(self, epoch: int, index: int) -> SamplePair | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from modules.annotations import Study
 from modules.array_pickle import read_pickled_arrays
+from modules.clinical import label_reports
 from modules.clinical_files import parse_labels, read_table
 from modules.clinical_rules import CLASSES
 from modules.errors import InputError, Problem, stop_at
@@ -53,6 +54,11 @@ class LabelTable:
         """(14,) float32, or None where the file has no labels for ``study``."""
         keys = (study.id, study.study_id, "-".join(study.id.split("-")[:2]))
         return next((self.labels[key] for key in keys if key in self.labels), None)
+
+
+def labels_by_rules(reports: Sequence[str], progress: bool = False) -> np.ndarray:
+    """(N, 14) float32 in the order of CLASSES: what a LabelTable would hold if the rules had labelled it."""
+    return np.isin(label_reports(reports, progress), (1, -1)).astype(np.float32)
 
 
 def class_order(text: str, flag: str) -> tuple[str, ...]:

@@ -119,6 +119,7 @@ def mine_neighbours(
     *,
     text_group: np.ndarray | None,
     study_group: np.ndarray | None,
+    label_group: np.ndarray | None = None,
     device: str = "cpu",
     memory_mb: int = 256,
     progress: bool = False,
@@ -127,7 +128,8 @@ def mine_neighbours(
 
     vectors (T, D) of norm 1 embed the T distinct texts, text (N,) says which is whose. Records with the same
     text_group (identical cleaned text) or study_group are no negatives of each other; None lifts that rule, and then
-    only the record itself is left out. Equal similarities go to the earlier record.
+    only the record itself is left out. Nor are, where it is given, those of one label_group (the same for the same
+    text). Equal similarities go to the earlier record.
     """
     from modules.cosine_search import top_k_cosine
 
@@ -135,6 +137,8 @@ def mine_neighbours(
     # Records of one text and one study have the same neighbours and are admissible together: one unit stands for all.
     unit, first = _number(np.stack([text, study], axis=1))
     exclusions = [] if text_group is None else [text_group[first]]
+    if label_group is not None:
+        exclusions.append(label_group[first])
     unit_study = study[first]
     exclusions.append(np.where(unit_study < 0, -1 - np.arange(len(first)), unit_study))
     if not np.array_equal(text[first], np.arange(vectors.shape[0])):

@@ -18,19 +18,31 @@ from modules import distributed
 from modules.errors import InputError
 from modules.losses import (
     CONTRASTIVE_FORMS,
+    alignment,
     clip_scores,
     contrastive_loss,
     cosine_loss,
     modified_scores,
     normalise,
+    own_scores,
     report_nll,
     token_nll,
 )
 from modules.negatives import PreviousEpoch
-from modules.variants import WITHOUT_NEGATIVES, check_choice, synthesis, variant_rules
+from modules.variants import (
+    HARDER_TERMS,
+    HARDNESS_SCHEDULES,
+    WITHOUT_NEGATIVES,
+    check_choice,
+    synthesis,
+    variant_rules,
+)
 
 # Names beside the backbone's; published files have them too.
 HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
+# What only training goes on from.
+REMEMBERED = ("previous.", "smoothed_accuracy")
+ACCURACY_DECAY = 0.99  # per optimiser step
 
 
 class Projection(nn.Module):
@@ -64,7 +76,14 @@ class Objective(nn.Module):
     where they are None.
     ``previous_epoch_start`` begins the synthesis at the sample's harder negative of the epoch before and needs
     ``n_samples``, the size of the training set. ``mask_identical`` leaves off-diagonal pairs with the same report
-    out of L_CP. InputError for an unknown name or for options that exclude one another.
+    out of L_CP.
+
+    Beyond the paper: ``mask_same_labels`` leaves pairs with the same Batch.label_key out of L_CP.
+    ``hardness_schedule`` ``retrieval``: lambda is ``max_hardness`` times the smoothed retrieval accuracy in training.
+    ``harder_term`` ``column``: u~_i is one more candidate in row i of S_1, and S_2 is left out. The temperature
+    starts at ``contrastive_temperature``, and stays there unless ``learn_temperature``.
+
+    InputError for an unknown name or for options that exclude one another.
     """
 
     def __init__(self, backbone: nn.Module, *, strategy: str = "ithn", variant: str = "paper", alpha: float = 0.01,
@@ -72,23 +91,31 @@ class Objective(nn.Module):
                  cosine_weight: float = 0.2, contrastive_form: str = "standard", detach_negative: bool | None = None,
                  renormalise_negative: bool | None = None, joint_pass: bool | None = None,
                  previous_epoch_start: bool = False, clamp_segment: bool = False, mask_identical: bool = False,
-                 n_samples: int | None = None):
+                 n_samples: int | None = None, mask_same_labels: bool = False, hardness_schedule: str = "epoch",
+                 max_hardness: float = 1.0, harder_term: str = "paper", contrastive_temperature: float = 0.07,
+                 learn_temperature: bool = True):
         super().__init__()
         check_choice("contrastive_form", contrastive_form, CONTRASTIVE_FORMS)
+        check_choice("harder_term", harder_term, HARDER_TERMS)
+        check_choice("hardness_schedule", hardness_schedule, HARDNESS_SCHEDULES)
         self.rule = variant_rules(variant, ce_weight=ce_weight, detach_negative=detach_negative,
                                   renormalise_negative=renormalise_negative, joint_pass=joint_pass)
         self.strategy, self.alpha, self.contrastive_form = strategy, alpha, contrastive_form
         self.contrastive_weight, self.cosine_weight = contrastive_weight, cosine_weight
-        self.mask_identical = mask_identical
+        self.mask_identical, self.mask_same_labels = mask_identical, mask_same_labels
+        self.max_hardness, self.harder_term = max_hardness, harder_term
         self.synthesise = synthesis(strategy, variant, clamp_segment)
         self.backbone = backbone
         if strategy != "off":
             # A module's own parameters come before its children's: temperatures, backbone, projections, as published.
-            self.temp_1 = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            start = torch.tensor(math.log(1 / contrastive_temperature))
+            self.temp_1 = nn.Parameter(start, requires_grad=learn_temperature)
             if self.rule.own_harder_scale and strategy not in WITHOUT_NEGATIVES:
-                self.temp_3 = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+                self.temp_3 = nn.Parameter(start.clone(), requires_grad=learn_temperature)
             self.img_projection = Projection(backbone.image_dim, embedding_dim)
             self.text_projection = Projection(backbone.report_dim, embedding_dim)
+        by_retrieval = hardness_schedule == "retrieval" and strategy != "off"
+        self.register_buffer("smoothed_accuracy", torch.zeros(()) if by_retrieval else None)
         self.previous = None
         if previous_epoch_start and strategy != "off":
             if strategy not in ("ithn", "unconstrained") or not n_samples:
@@ -96,8 +123,13 @@ class Objective(nn.Module):
                                  "strategy ithn or unconstrained, and the number of training samples")
             self.previous = PreviousEpoch(n_samples, embedding_dim)
 
-    def hardness(self, epoch: int) -> float:
-        """lambda = 1 - exp(-alpha * e) of the ``epoch`` as logged, from 1: e = epoch - 1 (released: e = epoch)."""
+    def hardness(self, epoch: int) -> float | Tensor:
+        """lambda = 1 - exp(-alpha * e) of the ``epoch`` as logged, from 1: e = epoch - 1 (released: e = epoch).
+
+        Scheduled by retrieval: ``max_hardness`` times the retrieval accuracy, smoothed over the steps so far, from 0.
+        """
+        if self.smoothed_accuracy is not None:
+            return self.max_hardness * self.smoothed_accuracy
         return -math.expm1(-self.alpha * (epoch - self.rule.first_epoch))
 
     def forward(self, batch: Any, epoch: int, *, token_count: Tensor | float | None = None,
@@ -128,6 +160,9 @@ class Objective(nn.Module):
             loss = loss + share * self.contrastive_weight * contrast["contrastive"]
             loss = loss + share * self.cosine_weight * contrast.get("cosine", 0.0)
             terms |= contrast
+            if self.smoothed_accuracy is not None and self.training:
+                self.smoothed_accuracy.lerp_(contrast["retrieval_accuracy"].to(self.smoothed_accuracy.dtype),
+                                             1 - ACCURACY_DECAY ** share)
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
 
     def report_nll(self, pair: Any, features: Any = None) -> Tensor:
@@ -151,7 +186,7 @@ class Objective(nn.Module):
     def published_state_dict(self) -> dict[str, Tensor]:
         """The weights under the published names (visual_extractor.*, encoder_decoder.*, img_projection.*, temp_*)."""
         state = self.state_dict()
-        return {key.removeprefix("backbone."): state[key] for key in state if not key.startswith("previous.")}
+        return {key.removeprefix("backbone."): state[key] for key in state if not key.startswith(REMEMBERED)}
 
     def load_published(self, state: Mapping[str, Tensor]) -> list[str]:
         """Load the state dict of a published code, or ours; returns our entries that it does not have.
@@ -218,25 +253,35 @@ class Objective(nn.Module):
     def _contrast(self, batch: Any, features: list[Tensor], epoch: int) -> dict[str, Tensor]:
         """L_CP (Eq. 12), L_CS (Eq. 1) and what shows whether they work, over the samples with a hard negative."""
         scale = self.temp_1.clamp(max=self.rule.max_log_scale).exp()
-        rows = excluded = None
-        if self.mask_identical:
-            key = distributed.gather(batch.report_key)
-            excluded = key.unsqueeze(0) == key.unsqueeze(1)
+        rows = for_images = None
         if self.strategy in WITHOUT_NEGATIVES:
             z, u = features
-            scores, terms = clip_scores(z, u, scale), _diagnostics(z, u)
+            scores, terms = clip_scores(z, u, scale), alignment(z, u)
         else:
             z, negative_z, u, negative_u = features
             rows = distributed.gather(batch.has_negative)
             harder = self._harder_negative(batch, z, u, negative_u, rows, epoch)
-            harder_scale = self.temp_3.exp() if self.rule.own_harder_scale else None
-            scores = modified_scores(z, u, negative_z, negative_u, harder, scale, harder_scale,
-                                     self.rule.keep_off_diagonal)
-            terms = _diagnostics(z, u, rows, cos_negative=negative_u, cos_harder=harder)
+            if self.harder_term == "column":
+                scores, for_images = clip_scores(z, u, scale), own_scores(z, harder, scale)
+            else:
+                harder_scale = self.temp_3.exp() if self.rule.own_harder_scale else None
+                scores = modified_scores(z, u, negative_z, negative_u, harder, scale, harder_scale,
+                                         self.rule.keep_off_diagonal)
+            terms = alignment(z, u, rows, cos_negative=negative_u, cos_harder=harder)
             terms["cosine"] = cosine_loss(z, negative_z, rows, self.rule.absolute_cosine)
-            terms["hardness"] = torch.full_like(scale, self.hardness(epoch))
-        terms["contrastive"] = contrastive_loss(scores, self.contrastive_form, rows, excluded)
+            terms["hardness"] = torch.zeros_like(scale) + self.hardness(epoch)
+        terms["contrastive"] = contrastive_loss(scores, self.contrastive_form, rows, self._excluded(batch),
+                                                for_images=for_images)
         return terms | {"temperature": 1 / scale}
+
+    def _excluded(self, batch: Any) -> Tensor | None:
+        """(B, B) bool: pairs that are no negatives of each other, if any are asked for."""
+        rules = ((self.mask_identical, batch.report_key), (self.mask_same_labels, batch.label_key))
+        keys = [key for asked, key in rules if asked]
+        if not keys:
+            return None
+        keys = distributed.gather(torch.stack(keys, 1))  # (B, 1 or 2)
+        return (keys.unsqueeze(0) == keys.unsqueeze(1)).any(-1)
 
     def _harder_negative(self, batch: Any, z: Tensor, u: Tensor, negative: Tensor, rows: Tensor, epoch: int) -> Tensor:
         """u~ (B, E) as it enters S_3, from u- or from the one of the epoch before."""
@@ -249,14 +294,6 @@ class Objective(nn.Module):
                 harder = self.synthesise(z, u, self.previous.start(index, negative), self.hardness(epoch))
                 self.previous.keep(index, harder, rows)
             return normalise(harder) if self.rule.renormalise_negative else harder
-
-
-@torch.no_grad()
-def _diagnostics(z: Tensor, u: Tensor, rows: Tensor | None = None, **reports: Tensor) -> dict[str, Tensor]:
-    """Mean cosine of each image with its report and with ``reports``, and how often its own report is the nearest."""
-    hits = clip_scores(z, u, 1.0).argmax(1) == torch.arange(len(z), device=z.device)
-    cosines = {name: cosine_loss(z, normalise(report), rows) for name, report in reports.items()}
-    return {"cos_positive": cosine_loss(z, u, rows), **cosines, "retrieval_accuracy": hits.float().mean()}
 
 
 def join(positive: Any, negative: Any, pad_id: int) -> Any:

@@ -9,6 +9,7 @@ the mean of the last hidden states over all tokens (--pooling mean) or by the fi
 
   python scripts/mine_hard_negatives.py --ann_path data/iu_xray/annotation.json --out data/iu_xray/negatives.safetensors
   python scripts/mine_hard_negatives.py ... --text_encoder tfidf          needs no weights and nothing downloaded
+  python scripts/mine_hard_negatives.py ... --exclude_same_labels         and any label by rules must differ
   python scripts/mine_hard_negatives.py ... --n_gpu 8                     or under torchrun: embedding and search shared
 """
 
@@ -30,7 +31,7 @@ from modules.records import private_folder
 from modules.tokenizers import clean_report
 
 RECORDED = ("text_encoder", "pooling", "max_length", "top_k", "dataset_name", "include_same_study",
-            "include_identical_text")
+            "include_identical_text", "exclude_same_labels", "seed")
 SHOWN_LETTERS = 240
 ALIKE = 0.999
 
@@ -42,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ann_path", default="data/iu_xray/annotation.json", metavar="FILE", help="default %(default)s")
     add("--out", required=True, type=Path, metavar="FILE", help="index to write (.safetensors), readable by you alone")
     add("--text_encoder", default="zzxslp/RadBERT-RoBERTa-4m", metavar="NAME",
-        help="hub id of a transformers encoder (downloaded once), a local folder with one, minilm (a pip package) or "
-             "tfidf; default %(default)s")
+        help="hub id of a transformers encoder (downloaded once), a local folder with one, minilm (a pip package), "
+             "tfidf, labels (overlap of the 14 labels by rules) or random; default %(default)s")
     add("--pooling", default="mean", choices=("mean", "first"), help="of the encoder's tokens; default %(default)s")
     add("--top_k", type=int, default=5, metavar="K", help="neighbours kept per report; default %(default)s")
     add("--dataset_name", default="iu_xray", choices=DATASETS,
@@ -52,6 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--include_same_study", **either, help="allow records of the same study as negatives")
     add("--include_identical_text", **either, help="allow reports with the same cleaned text; both flags together are "
         "the literal rule: any other record")
+    add("--exclude_same_labels", **either, help="a negative must differ in one of the 14 labels by rules at least")
+    add("--seed", type=int, default=0, metavar="S", help="of --text_encoder random, and of the ties of labels; default "
+        "%(default)s")
     add("--cache", metavar="DIR", help="folder for embeddings, from which an interrupted run goes on, or none; "
         "default embeddings/ beside --out")
     add("--batch_size", type=int, default=32, metavar="B", help="reports embedded at once; default %(default)s")
@@ -69,9 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
 def check(arguments: argparse.Namespace) -> None:
     """InputError for values out of range, and for an --out that could not be written after hours of work."""
     for flag, low in (("top_k", 1), ("batch_size", 1), ("max_length", 3), ("memory_mb", 1), ("examples", 0),
-                      ("n_gpu", 0)):
+                      ("n_gpu", 0), ("seed", 0)):
         if getattr(arguments, flag) < low:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: must be {low} or more")
+    if arguments.dataset_name == "coco" and (arguments.exclude_same_labels or arguments.text_encoder == "labels"):
+        wrong = "--exclude_same_labels" if arguments.exclude_same_labels else "--text_encoder labels"
+        raise InputError(f"{wrong}: there are no clinical labels on coco")
     if arguments.out.is_dir():
         raise InputError(f"--out {arguments.out}: is a folder; give a file name, such as negatives.safetensors")
     folder = private_folder(arguments.out.parent)
@@ -82,8 +89,12 @@ def check(arguments: argparse.Namespace) -> None:
 def embed(arguments: argparse.Namespace, texts: list[str], device: str) -> tuple:
     """Embeddings of the texts, one row each, and the encoder's description."""
     from modules import distributed
+    from modules.mining_baselines import ENCODERS
     from modules.text_encoders import TfidfEncoder, build_text_encoder
 
+    if arguments.text_encoder in ENCODERS:
+        encoder = ENCODERS[arguments.text_encoder](arguments.seed)
+        return encoder.encode(texts, progress=distributed.is_first()), encoder.describe()
     with distributed.first_goes_ahead():
         encoder = build_text_encoder(arguments.text_encoder, pooling=arguments.pooling,
                                      max_length=arguments.max_length, device=device, batch_size=arguments.batch_size)
@@ -98,6 +109,7 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
     """The index of the annotation's training reports."""
     from modules import distributed
     from modules.environment import choose_device, provenance
+    from modules.label_files import labels_by_rules
     from modules.mining import HardNegativeIndex, group_ids, mine_neighbours
 
     device = str(choose_device("cpu" if arguments.n_gpu == 0 else process_device(arguments.device)))
@@ -105,11 +117,15 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
     reports = [" ".join(study.report.split()) for study in train]
     cleaned = group_ids(clean_report(study.report, arguments.dataset_name) for study in train)
     studies = group_ids(study.study_id for study in train)
+    labels = None
+    if arguments.exclude_same_labels:
+        labels = group_ids(row.tobytes() for row in labels_by_rules(reports, progress=distributed.is_first()))
     vectors, encoder = embed(arguments, list(dict.fromkeys(reports)), device)
     neighbours, similarity = mine_neighbours(
         vectors, group_ids(reports), arguments.top_k,
         text_group=None if arguments.include_identical_text else cleaned,
         study_group=None if arguments.include_same_study else studies,
+        label_group=labels,
         device=device, memory_mb=arguments.memory_mb, progress=distributed.is_first(),
     )
     metadata = {
@@ -120,6 +136,7 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
         "encoder": encoder,
         "sharing_text": _sharing(cleaned),
         "sharing_study": _sharing(studies),
+        "sharing_labels": None if labels is None else _sharing(labels),
         **provenance(device),
     }
     return HardNegativeIndex(neighbours, similarity, metadata, path=str(arguments.out))
@@ -144,6 +161,9 @@ def print_statistics(index) -> None:
     ):
         rule = "admitted as each other's negatives" if admitted else "excluded as each other's negatives"
         print(f"{sharing:,} of {count:,} training records share their {what} with another: {rule}")
+    if metadata["sharing_labels"] is not None:
+        print(f"{metadata['sharing_labels']:,} of {count:,} training records share their labels with another: excluded "
+              "as each other's negatives")
     found = (index.neighbours >= 0).sum(axis=1)
     some, all_k = (found > 0).sum(), (found == k).sum()
     print(f"{some:,} have an admissible neighbour ({all_k:,} have {k}), {count - some:,} have none")

@@ -171,6 +171,41 @@ def test_script_restores_the_literal_rule(mine):
     np.testing.assert_allclose(index.similarity[:2, 0], 1, atol=1e-6)
 
 
+LABELLED = ["No pleural effusion.", "Lungs are clear.", "Large left effusion.", "Small left effusion.",
+            "Cardiomegaly and a small effusion.", "The heart is enlarged.", "Normal chest."]
+
+
+def test_script_asks_for_another_label_on_request(mine, capsys):
+    index, _ = mine(LABELLED, "--top_k", 6)
+    assert index.neighbours[2, 0] == 3, "another size of the same finding"
+    index, _ = mine(LABELLED, "--top_k", 6, "--exclude_same_labels")
+    # Labels: no finding 0, 1, 6; effusion 2, 3; both 4; cardiomegaly 5.
+    for rows in ((0, 1, 6), (2, 3), (4,), (5,)):
+        for row in rows:
+            assert set(index.neighbours[row].tolist()) - {-1} == set(range(7)) - set(rows)
+    assert "5 of 7 training records share their labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_script_goes_by_the_overlap_of_labels(mine, seed):
+    index, _ = mine(LABELLED, "--top_k", 6, "--text_encoder", "labels", "--seed", seed)
+    assert set(index.neighbours[0, :2]) == {1, 6} and index.neighbours[2, 0] == 3
+    # {effusion} against {effusion, cardiomegaly}: 1 / sqrt 2.
+    assert index.neighbours[2, 1] == 4 and index.similarity[2, 1] == pytest.approx(2**-0.5, abs=1e-3)
+    assert set(index.neighbours[4, :3]) == {2, 3, 5}
+
+
+def test_script_draws_neighbours_at_random_by_seed(mine):
+    def drawn(*flags):
+        return mine([f"report number {i}" for i in range(60)], "--top_k", 3, "--text_encoder", "random", *flags)[0]
+
+    first = drawn("--seed", 4)
+    np.testing.assert_array_equal(first.neighbours, drawn("--seed", 4).neighbours)
+    assert (first.neighbours != drawn("--seed", 5).neighbours).mean() > 0.8
+    assert not (first.neighbours == np.arange(60)[:, None]).any()
+    assert first.metadata["flags"]["seed"] == 4
+
+
 def test_script_keeps_report_text_to_itself_on_request(mine, capsys):
     mine(REPORTS, "--examples", 0)
     printed = capsys.readouterr()
@@ -193,7 +228,7 @@ def test_index_of_other_reports_is_refused_with_the_command(mine):
 
 
 @pytest.mark.parametrize("flags", [("--top_k", 0), ("--batch_size", 0), ("--examples", -1), ("--memory_mb", 0),
-                                   ("--device", "tpu"), ("--text_encoder", "./nowhere")])
+                                   ("--device", "tpu"), ("--text_encoder", "./nowhere"), ("--seed", -1)])
 def test_script_names_the_flag_that_is_wrong(mine, flags):
     with pytest.raises(InputError, match=f"{flags[0]} {flags[1]}"):
         mine(REPORTS, *flags)
