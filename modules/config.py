@@ -154,6 +154,9 @@ class Config:
     harder_term: str = flag("paper", "beyond ITHN", "column: the harder negative is one more candidate of its image "
                             "in S1 alone, in place of S2 and of S3 with its negated diagonal",
                             choices=("paper", "column"))
+    image_negatives: bool = flag(False, "beyond ITHN", "synthesise a harder negative of each image too")
+    negative_queue: int = flag(0, "beyond ITHN", "samples whose features stay, without gradient, as further negatives "
+                               "of later steps, by their S1", low=0)
     hardness_schedule: str = flag("epoch", "beyond ITHN", "retrieval: the hardness is --max_hardness times the "
                                   "smoothed retrieval accuracy in training, whatever the epoch",
                                   choices=("epoch", "retrieval"))

@@ -75,7 +75,8 @@ def _check_scores(config: Any) -> None:
 
 def beyond_ithn(config: Any) -> list[str]:
     """The options beyond the paper that are on, as they are typed."""
-    off = {"mask_same_labels": False, "harder_term": "paper", "hardness_schedule": "epoch"}
+    off = {"mask_same_labels": False, "harder_term": "paper", "image_negatives": False, "negative_queue": 0,
+           "hardness_schedule": "epoch"}
     return [f"--{name} {str(getattr(config, name)).lower()}" for name in off if getattr(config, name) != off[name]]
 
 
@@ -85,10 +86,11 @@ def _check_ithn(config: Any) -> None:
             raise InputError(f"{given} has no effect with --ithn off; leave one of them out")
     if config.mask_same_labels and config.captioning:
         raise InputError("--mask_same_labels true: there are no clinical labels on coco")
-    if config.harder_term == "column" and (config.strategy == "contrastive" or config.released):
+    synthesised = [given for given in beyond_ithn(config) if given.startswith(("--harder_term", "--image_negatives"))]
+    if synthesised and (config.strategy == "contrastive" or config.released):
         without = "--ithn_variant released" if config.released else "--strategy contrastive"
-        raise InputError(f"--harder_term column: not with {without}; it needs the paper's variant and a strategy with "
-                         "a harder negative")
+        raise InputError(f"{synthesised[0]}: not with {without}; it needs the paper's variant and a strategy with a "
+                         "harder negative")
     by_retrieval = config.hardness_schedule == "retrieval"
     if by_retrieval and config.strategy in ("contrastive", "prior"):
         raise InputError(f"--hardness_schedule retrieval: --strategy {config.strategy} has no hardness; choose ithn, "

@@ -7,7 +7,6 @@ u~: the synthesised harder negative.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,6 +28,8 @@ from modules.losses import (
     token_nll,
 )
 from modules.negatives import PreviousEpoch
+from modules.negatives_queue import FeatureQueue
+from modules.published_names import PublishedNames
 from modules.variants import (
     HARDER_TERMS,
     HARDNESS_SCHEDULES,
@@ -38,10 +39,6 @@ from modules.variants import (
     variant_rules,
 )
 
-# Names beside the backbone's; published files have them too.
-HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
-# What only training goes on from.
-REMEMBERED = ("previous.", "smoothed_accuracy")
 ACCURACY_DECAY = 0.99  # per optimiser step
 
 
@@ -67,7 +64,7 @@ class Embedded:
     mean: Tensor  # (B, D) their mean over the positions that count: u before projection and norm
 
 
-class Objective(nn.Module):
+class Objective(PublishedNames):
     """``objective(batch, epoch)`` -> dictionary with the ``loss`` to minimise and detached terms to log.
 
     ``strategy``: ``ithn``, ``mochi``, ``prior``, ``unconstrained`` (modules/negatives.py); ``contrastive``: S_1 alone,
@@ -80,8 +77,10 @@ class Objective(nn.Module):
 
     Beyond the paper: ``mask_same_labels`` leaves pairs with the same Batch.label_key out of L_CP.
     ``hardness_schedule`` ``retrieval``: lambda is ``max_hardness`` times the smoothed retrieval accuracy in training.
-    ``harder_term`` ``column``: u~_i is one more candidate in row i of S_1, and S_2 is left out. The temperature
-    starts at ``contrastive_temperature``, and stays there unless ``learn_temperature``.
+    ``harder_term`` ``column``: u~_i is one more candidate in row i of S_1, and S_2 is left out. ``image_negatives``
+    synthesises z~ too, from z- as u~ is from u-: S_4' of ``modified_scores``, or with ``column`` one more candidate in
+    column i. ``negative_queue``: the features of that many past samples are further negatives, by their S_1. The
+    temperature starts at ``contrastive_temperature``, and stays there unless ``learn_temperature``.
 
     InputError for an unknown name or for options that exclude one another.
     """
@@ -92,8 +91,8 @@ class Objective(nn.Module):
                  renormalise_negative: bool | None = None, joint_pass: bool | None = None,
                  previous_epoch_start: bool = False, clamp_segment: bool = False, mask_identical: bool = False,
                  n_samples: int | None = None, mask_same_labels: bool = False, hardness_schedule: str = "epoch",
-                 max_hardness: float = 1.0, harder_term: str = "paper", contrastive_temperature: float = 0.07,
-                 learn_temperature: bool = True):
+                 max_hardness: float = 1.0, harder_term: str = "paper", image_negatives: bool = False,
+                 negative_queue: int = 0, contrastive_temperature: float = 0.07, learn_temperature: bool = True):
         super().__init__()
         check_choice("contrastive_form", contrastive_form, CONTRASTIVE_FORMS)
         check_choice("harder_term", harder_term, HARDER_TERMS)
@@ -103,7 +102,7 @@ class Objective(nn.Module):
         self.strategy, self.alpha, self.contrastive_form = strategy, alpha, contrastive_form
         self.contrastive_weight, self.cosine_weight = contrastive_weight, cosine_weight
         self.mask_identical, self.mask_same_labels = mask_identical, mask_same_labels
-        self.max_hardness, self.harder_term = max_hardness, harder_term
+        self.max_hardness, self.harder_term, self.image_negatives = max_hardness, harder_term, image_negatives
         self.synthesise = synthesis(strategy, variant, clamp_segment)
         self.backbone = backbone
         if strategy != "off":
@@ -116,6 +115,7 @@ class Objective(nn.Module):
             self.text_projection = Projection(backbone.report_dim, embedding_dim)
         by_retrieval = hardness_schedule == "retrieval" and strategy != "off"
         self.register_buffer("smoothed_accuracy", torch.zeros(()) if by_retrieval else None)
+        self.queue = FeatureQueue(negative_queue, embedding_dim) if negative_queue and strategy != "off" else None
         self.previous = None
         if previous_epoch_start and strategy != "off":
             if strategy not in ("ithn", "unconstrained") or not n_samples:
@@ -183,38 +183,6 @@ class Objective(nn.Module):
             with torch.no_grad():
                 self.temp_1.clamp_(max=self.rule.max_log_scale)
 
-    def published_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the published names (visual_extractor.*, encoder_decoder.*, img_projection.*, temp_*)."""
-        state = self.state_dict()
-        return {key.removeprefix("backbone."): state[key] for key in state if not key.startswith(REMEMBERED)}
-
-    def load_published(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Load the state dict of a published code, or ours; returns our entries that it does not have.
-
-        These are heads, which keep their initial values; heads of the file that have no place here (``temp_3`` in
-        the paper's variant) are ignored. InputError where the backbone knows no entry of a name, cannot do without
-        one that is missing, or has another shape.
-        """
-        own = self.state_dict()
-        # Trained on several GPUs, the published codes save the wrapper's names.
-        state = self.backbone.adopt({key.removeprefix("module."): value for key, value in state.items()})
-        ours = {key if key.startswith(HEADS) else f"backbone.{key}": value for key, value in state.items()}
-        ours = {key: value for key, value in ours.items() if key in own or not key.startswith(HEADS)}
-        for key, value in ours.items():
-            if key in own and value.shape != own[key].shape:
-                raise InputError(f"checkpoint entry {key.removeprefix('backbone.')}: shape {tuple(value.shape)}, "
-                                 f"but this model has {tuple(own[key].shape)}")
-        missing, unexpected = self.load_state_dict(ours, strict=False)
-        if unexpected:
-            raise InputError(f"checkpoint does not fit this model: {len(unexpected)} entries are unknown, the first is "
-                             f"{unexpected[0].removeprefix('backbone.')}")
-        absent = [key.removeprefix("backbone.") for key in missing if key.startswith("backbone.")]
-        try:
-            self.backbone.check_missing(absent)
-        except ValueError as error:
-            raise InputError(f"checkpoint does not fit this model: {error}") from error
-        return missing
-
     def _teach(self, pair: Any, supervised_rows: int | None = None, features: Any = None) -> Any:
         """Teacher forcing: the shift of the inputs against the targets [:, 1:] is in this file and nowhere else."""
         return self.backbone(None if features is not None else pair.images, pair.tokens[:, :-1],
@@ -253,45 +221,60 @@ class Objective(nn.Module):
     def _contrast(self, batch: Any, features: list[Tensor], epoch: int) -> dict[str, Tensor]:
         """L_CP (Eq. 12), L_CS (Eq. 1) and what shows whether they work, over the samples with a hard negative."""
         scale = self.temp_1.clamp(max=self.rule.max_log_scale).exp()
-        rows = for_images = None
+        rows, for_images, for_reports = None, [], []
         if self.strategy in WITHOUT_NEGATIVES:
             z, u = features
             scores, terms = clip_scores(z, u, scale), alignment(z, u)
         else:
             z, negative_z, u, negative_u = features
             rows = distributed.gather(batch.has_negative)
-            harder = self._harder_negative(batch, z, u, negative_u, rows, epoch)
+            # Outside training the sample indices are those of another split.
+            remembers = self.previous is not None and self.training
+            index = distributed.gather(batch.sample_index) if remembers else None
+            harder = self._harder_negative(z, u, negative_u, epoch, index, rows)
+            harder_z = self._harder_negative(u, z, negative_z, epoch) if self.image_negatives else None
             if self.harder_term == "column":
-                scores, for_images = clip_scores(z, u, scale), own_scores(z, harder, scale)
+                scores, for_images = clip_scores(z, u, scale), [own_scores(z, harder, scale)]
+                for_reports = [] if harder_z is None else [own_scores(harder_z, u, scale)]
             else:
                 harder_scale = self.temp_3.exp() if self.rule.own_harder_scale else None
                 scores = modified_scores(z, u, negative_z, negative_u, harder, scale, harder_scale,
-                                         self.rule.keep_off_diagonal)
+                                         self.rule.keep_off_diagonal, harder_z)
             terms = alignment(z, u, rows, cos_negative=negative_u, cos_harder=harder)
             terms["cosine"] = cosine_loss(z, negative_z, rows, self.rule.absolute_cosine)
             terms["hardness"] = torch.zeros_like(scale) + self.hardness(epoch)
-        terms["contrastive"] = contrastive_loss(scores, self.contrastive_form, rows, self._excluded(batch),
-                                                for_images=for_images)
+        excluded, compared = None, [1] * self.mask_identical + [2] * self.mask_same_labels
+        if compared or self.queue is not None:
+            keys = self._keys(batch)
+            excluded = (keys.unsqueeze(0) == keys.unsqueeze(1))[..., compared].any(-1)
+        if self.queue is not None and self.training:
+            unlike = self.queue.strangers(keys, compared)
+            # Copies, as the places are overwritten before the backward pass.
+            for_images.append(clip_scores(z, self.queue.report.clone(), scale).masked_fill(~unlike, -torch.inf))
+            for_reports.append(clip_scores(u, self.queue.image.clone(), scale).masked_fill(~unlike, -torch.inf))
+            self.queue.push(z, u, keys)
+        terms["contrastive"] = contrastive_loss(
+            scores, self.contrastive_form, rows, excluded, for_images=torch.cat(for_images, 1) if for_images else None,
+            for_reports=torch.cat(for_reports, 1) if for_reports else None)
         return terms | {"temperature": 1 / scale}
 
-    def _excluded(self, batch: Any) -> Tensor | None:
-        """(B, B) bool: pairs that are no negatives of each other, if any are asked for."""
-        rules = ((self.mask_identical, batch.report_key), (self.mask_same_labels, batch.label_key))
-        keys = [key for asked, key in rules if asked]
-        if not keys:
-            return None
-        keys = distributed.gather(torch.stack(keys, 1))  # (B, 1 or 2)
-        return (keys.unsqueeze(0) == keys.unsqueeze(1)).any(-1)
+    def _keys(self, batch: Any) -> Tensor:
+        """Index, report key and label key (-1 where there is none) of the samples of all processes, (B, 3)."""
+        assert batch.label_key is not None or not self.mask_same_labels
+        index = batch.sample_index
+        labels = torch.full_like(index, -1) if batch.label_key is None else batch.label_key
+        return distributed.gather(torch.stack([index, batch.report_key, labels], 1))
 
-    def _harder_negative(self, batch: Any, z: Tensor, u: Tensor, negative: Tensor, rows: Tensor, epoch: int) -> Tensor:
-        """u~ (B, E) as it enters S_3, from u- or from the one of the epoch before."""
+    def _harder_negative(self, z: Tensor, u: Tensor, negative: Tensor, epoch: int, index: Tensor | None = None,
+                         rows: Tensor | None = None) -> Tensor:
+        """u~ (B, E) as it enters S_3, from u- or, given the samples' ``index``, from the one of the epoch before.
+
+        With image and report exchanged, and from z-, it is z~.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.rule.detach_negative):
-            # Outside training the sample indices are those of another split.
-            if self.previous is None or not self.training:
-                harder = self.synthesise(z, u, negative, self.hardness(epoch))
-            else:
-                index = distributed.gather(batch.sample_index)
-                harder = self.synthesise(z, u, self.previous.start(index, negative), self.hardness(epoch))
+            start = negative if index is None else self.previous.start(index, negative)
+            harder = self.synthesise(z, u, start, self.hardness(epoch))
+            if index is not None:
                 self.previous.keep(index, harder, rows)
             return normalise(harder) if self.rule.renormalise_negative else harder
 

@@ -151,6 +151,8 @@ def build_objective(config: Config, data: Data, device: torch.device, *, pretrai
         mask_identical=config.mask_identical,
         mask_same_labels=config.mask_same_labels,
         harder_term=config.harder_term,
+        image_negatives=config.image_negatives,
+        negative_queue=config.negative_queue,
         hardness_schedule=config.hardness_schedule,
         max_hardness=config.max_hardness,
         contrastive_temperature=config.contrastive_temperature,

@@ -13,6 +13,7 @@ from modules.errors import InputError
 from modules.flags import resolve_config
 from modules.losses import clip_scores, contrastive_loss, modified_scores, normalise, own_scores
 from modules.negatives import ithn
+from modules.negatives_queue import FeatureQueue
 from modules.objective import Objective
 
 LENGTHS, NEGATIVE_LENGTHS = [5, 9, 4, 7], [6, 3, 12, 5]
@@ -101,6 +102,123 @@ def test_with_a_column_the_opposed_configuration_is_no_minimum():
     assert column["cosine"] > 0.1 and column["accuracy"] == 1
 
 
+# ---- image_negatives: z~ = (1 - lambda) z- + lambda p, p the point of the line z z- that is nearest to u
+
+
+def harder_images(z, negative_z, u, hardness):
+    rows = []
+    for image, negative, report in zip(z, negative_z, u, strict=True):
+        line = image - negative
+        p = negative + (report - negative) @ line / (line @ line) * line
+        mixed = (1 - hardness) * negative + hardness * p
+        rows.append((mixed / mixed.norm()).detach())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("term", ["paper", "column"])
+def test_negatives_of_images_mirror_those_of_reports(batch, term):
+    objective = make_objective(image_negatives=True, harder_term=term, alpha=0.3)
+    hardness = 1 - math.exp(-0.3 * 4)
+    terms = objective(batch, 5)
+    z, negative_z, u, negative_u = embeddings(objective, batch)
+    harder_u, harder_z = normalise(ithn(z, u, negative_u, hardness)).detach(), harder_images(z, negative_z, u, hardness)
+    scale, target, sign = objective.temp_1.exp(), torch.arange(4), 1 - 2 * torch.eye(4, dtype=torch.float64)
+    if term == "paper":
+        rows = columns = scale * (z @ u.T + negative_z @ negative_u.T + sign * (z @ harder_u.T)
+                                  + sign * (harder_z @ u.T)) / 4
+    else:
+        rows = scale * torch.cat([z @ u.T, (z * harder_u).sum(1, keepdim=True)], 1)
+        columns = scale * torch.cat([z @ u.T, (harder_z * u).sum(1).unsqueeze(0)], 0)
+    expected = (entropy(rows, target) + entropy(columns.T, target)) / 2
+    torch.testing.assert_close(terms["contrastive"], expected.detach())
+    without = make_objective(image_negatives=True, harder_term=term, alpha=0.3, contrastive_weight=0.0)
+    rest, ours = gradients(without, without(batch, 5)["loss"]), gradients(objective, terms["loss"])
+    for name, gradient in gradients(objective, expected).items():
+        whole = rest[name] + (0.0 if gradient is None else 0.1 * gradient)
+        torch.testing.assert_close(ours[name], whole, msg=name)
+
+
+def test_negatives_of_images_make_the_opposed_configuration_the_lower_one():
+    """Averaged in with a negated diagonal they deepen the second minimum of Eq. 11: margin 1 there, 1/2 if aligned."""
+    size, scale = 16, 1 / 0.07
+    own, far = torch.eye(2 * size, dtype=torch.float64).chunk(2)
+    aligned = contrastive_loss(modified_scores(own, own, far, far, far, scale, harder_image=far))
+    one = normalise(torch.ones(size, 4, dtype=torch.float64))
+    opposed = contrastive_loss(modified_scores(one, -one, one, -one, -one, scale, harder_image=one))
+    assert aligned.item() == pytest.approx(math.log(1 + 15 * math.exp(-scale / 2)))
+    assert opposed.item() == pytest.approx(math.log(1 + 15 * math.exp(-scale)))
+
+
+# ---- negative_queue: row i has <z_i, u_q> / tau, column i <z_q, u_i> / tau of each q in the queue as candidates
+
+
+def of_samples(seed, index):
+    made = tiny_batch(LENGTHS, NEGATIVE_LENGTHS, seed=seed)
+    return replace(made, sample_index=torch.tensor(index), report_key=torch.tensor(index) % 10)
+
+
+@pytest.mark.parametrize("strategy", ["contrastive", "ithn"])
+def test_past_features_are_further_candidates(strategy):
+    objective, plain = (make_objective(strategy=strategy, negative_queue=size) for size in (6, 0))
+    first, second, third = (of_samples(seed, index) for seed, index in
+                            enumerate(([0, 1, 2, 3], [4, 5, 6, 7], [12, 6, 8, 3])))
+    terms = [objective(made, 3) for made in (first, second, third)]
+    torch.testing.assert_close(terms[0]["contrastive"], plain(first, 3)["contrastive"])
+    (*_, z1, z2, z3), (*_, u1, u2, u3) = ([embeddings(plain, made)[place].detach() for made in (first, second, third)]
+                                          for place in (0, 2))
+    queued_z, queued_u = torch.cat([z1[2:], z2]), torch.cat([u1[2:], u2])  # samples 2, 3, 4, 5, 6, 7: the last 6
+    scale = objective.temp_1.exp().detach()
+    for_images, for_reports = scale * z3 @ queued_u.T, scale * u3 @ queued_z.T
+    for extra in (for_images, for_reports):
+        extra[1, 4] = extra[3, 1] = -torch.inf  # samples 6 and 3 are no negatives of themselves
+    if strategy == "contrastive":
+        scores = scale * z3 @ u3.T
+    else:
+        z, negative_z, u, negative_u = (part.detach() for part in embeddings(plain, third))
+        harder = normalise(ithn(z, u, negative_u, plain.hardness(3)))
+        scores = modified_scores(z, u, negative_z, negative_u, harder, scale)
+    expected = contrastive_loss(scores, for_images=for_images, for_reports=for_reports)
+    torch.testing.assert_close(terms[2]["contrastive"], expected, rtol=1e-6, atol=1e-6)
+    terms[2]["loss"].backward()  # what was queued since has not changed what the backward pass needs
+    # Sample 12 has the report of sample 2, when that counts.
+    masked = make_objective(strategy=strategy, negative_queue=6, mask_identical=True)
+    masked.load_state_dict(plain.state_dict(), strict=False)
+    for made in (first, second):
+        masked(made, 3)
+    for extra in (for_images, for_reports):
+        extra[0, 0] = -torch.inf
+    expected = contrastive_loss(scores, for_images=for_images, for_reports=for_reports)
+    torch.testing.assert_close(masked(third, 3)["contrastive"], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_queue_belongs_to_the_checkpoint_and_to_training():
+    batches = [of_samples(seed, list(range(4 * seed, 4 * seed + 4))) for seed in range(4)]
+    whole, begun = (make_objective(negative_queue=6) for _ in range(2))
+    expected = [whole(made, 3)["loss"] for made in batches]
+    for made in batches[:2]:
+        begun(made, 3)
+    resumed = make_objective(seed=1, negative_queue=6)
+    resumed.load_state_dict(begun.state_dict())
+    assert [resumed(made, 3)["loss"] for made in batches[2:]] == expected[2:]
+    assert not any(name.startswith("queue") for name in whole.published_state_dict())
+    torch.testing.assert_close(whole.eval()(batches[0], 3)["loss"], make_objective()(batches[0], 3)["loss"])
+
+
+def test_what_is_not_finite_leaves_its_place_empty(batch):
+    queue = FeatureQueue(3, 2)
+    keys = torch.arange(5).unsqueeze(1).expand(5, 3)
+    features = torch.arange(10.0).view(5, 2)
+    queue.push(features[:2], features[:2], keys[:2])
+    assert queue.keys[:, 0].tolist() == [0, 1, -1]
+    queue.push(torch.tensor([[torch.nan, 0.0]]), features[:1], keys[2:3])
+    queue.push(features[3:], features[3:], keys[3:])
+    assert queue.keys[:, 0].tolist() == [3, 4, -1] and queue.image.isfinite().all()
+    queue.push(features, features, keys)  # more than there is room for
+    assert sorted(queue.keys[:, 0].tolist()) == [2, 3, 4]
+    strangers = queue.strangers(torch.tensor([[3, 9, 2], [7, 8, 8]]), [2])
+    assert sorted(strangers[0].tolist()) == [False, False, True] and strangers[1].all()
+
+
 # ---- mask_same_labels
 
 
@@ -171,6 +289,8 @@ def test_the_temperature_starts_where_it_is_told_and_may_stay(batch):
     ({"dataset_name": "coco", "mask_same_labels": True}, "--mask_same_labels true: there are no clinical labels"),
     ({"strategy": "contrastive", "harder_term": "column"}, "--harder_term column: not with --strategy contrastive"),
     ({"ithn_variant": "released", "harder_term": "column"}, "--harder_term column: not with --ithn_variant released"),
+    ({"ithn": "off", "negative_queue": 8}, "--negative_queue 8 has no effect with --ithn off"),
+    ({"strategy": "contrastive", "image_negatives": True}, "--image_negatives true: not with --strategy contrastive"),
     ({"strategy": "prior", "hardness_schedule": "retrieval"}, "--strategy prior has no hardness"),
     ({"max_hardness": 0.5}, "--max_hardness 0.5: needs --hardness_schedule retrieval"),
     ({"contrastive_temperature": 0.0}, "--contrastive_temperature 0.0: must be at least 0.01"),
@@ -183,22 +303,28 @@ def test_what_does_not_go_together(flags, message):
 def test_settings_of_an_older_checkpoint_have_the_paper_s_options():
     config = resolve_config({}, {"strategy": "mochi"})
     assert (config.harder_term, config.hardness_schedule, config.mask_same_labels) == ("paper", "epoch", False)
+    assert (config.image_negatives, config.negative_queue) == (False, 0)
     assert (config.contrastive_temperature, config.learn_temperature, config.max_hardness) == (0.07, True, 1.0)
 
 
-def test_a_run_with_all_of_them_goes_on_as_it_began(train, demo_index):
+def test_a_run_with_all_of_them_goes_on_as_it_began(train, demo_index, tmp_path):
     """Through the real entry point; the labels are those of the rules."""
     flags = ("--negative_index", demo_index, "--harder_term", "column", "--mask_same_labels", "true",
+             "--image_negatives", "true", "--negative_queue", 20, "--mask_identical", "true",
              "--hardness_schedule", "retrieval", "--contrastive_temperature", 0.1, "--learn_temperature", "false")
     folder = train(*flags)
     assert "by rules; the commonest has" in (folder / "train.log").read_text()
     state = load_checkpoint(folder / "current_checkpoint.pth")
     assert state["objective"]["smoothed_accuracy"] > 0
+    assert sorted(state["objective"]["queue.keys"][:, 0].tolist()) == [-1] * 6 + list(range(14))
     assert state["state_dict"]["temp_1"].item() == pytest.approx(math.log(10))
-    assert "smoothed_accuracy" not in state["state_dict"]
+    assert not any(name.startswith(("smoothed", "queue")) for name in state["state_dict"])
     with pytest.raises(InputError, match="--hardness_schedule epoch: the run of --resume .* began with retrieval"):
         train("--resume", folder / "current_checkpoint.pth", "--epochs", 2, "--hardness_schedule", "epoch")
     train("--resume", folder / "current_checkpoint.pth", "--epochs", 2)
     again = load_checkpoint(folder / "current_checkpoint.pth")
     assert again["config"]["harder_term"] == "column" and len(again["history"]) == 2
     assert again["history"][1]["train_hardness"] > state["history"][0]["train_hardness"] > 0
+    whole = load_checkpoint(train(*flags, "--epochs", 2, "--save_dir", tmp_path / "whole") / "current_checkpoint.pth")
+    for name, value in whole["objective"].items():
+        assert torch.equal(value, again["objective"][name]), name
