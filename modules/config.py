@@ -145,9 +145,9 @@ class Config:
     previous_epoch_start: bool = flag(False, "ITHN", "start the synthesis from the previous epoch's negative")
     clamp_segment: bool = flag(False, "ITHN", "keep the projection between the negative and the positive")
     mask_identical: bool = flag(False, "ITHN", "leave out off-diagonal pairs of the same study or the same text")
-    contrastive_temperature: float = flag(0.07, "ITHN", "initial temperature of the contrastive loss", low=0.01)
 
     # ---- beyond ITHN
+    contrastive_temperature: float = flag(0.07, "beyond ITHN", "initial temperature of the contrastive loss", low=0.01)
     learn_temperature: bool = flag(True, "beyond ITHN", "train the temperature of the contrastive loss")
     mask_same_labels: bool = flag(False, "beyond ITHN", "leave out off-diagonal pairs whose reports have the same 14 "
                                   "labels: of --label_path where that file is, else by rules")

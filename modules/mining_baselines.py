@@ -6,14 +6,16 @@ import numpy as np
 
 from modules.label_files import labels_by_rules
 
-# Cosines of label sets come in steps; among equal ones the choice is random, and never changes the order of unequal
-# ones of up to six labels.
+# Cosines of label sets come in steps of 7e-4 or more; among equal ones the choice is random, by less than that.
 TIE_WIDTH, TIE_WEIGHT = 8, 0.01
 RANDOM_WIDTH = 64
 
 
 class LabelEncoder:
-    """The 14 labels by rules, positive or uncertain, divided by their norm: the cosine is the overlap of two sets."""
+    """The 14 labels by rules, positive or uncertain, divided by their norm: the cosine is the overlap of two sets.
+
+    None of the 14 (a finding that has no class) is a label too, so that such reports are alike.
+    """
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -23,9 +25,10 @@ class LabelEncoder:
         return {"features": "14 labels by rules, ties at random", "seed": self.seed}
 
     def encode(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
-        """(N, 22) float32 rows of norm 1, but for a text without a label."""
+        """(N, 23) float32 rows of norm 1."""
         labels = labels_by_rules(texts, progress)
-        labels /= np.maximum(np.linalg.norm(labels, axis=1, keepdims=True), 1)
+        labels = np.hstack([labels, ~labels.any(axis=1, keepdims=True)])
+        labels /= np.linalg.norm(labels, axis=1, keepdims=True)
         vectors = np.hstack([labels, TIE_WEIGHT * _directions(len(texts), TIE_WIDTH, self.seed)])
         return (vectors / np.sqrt(1 + TIE_WEIGHT**2)).astype(np.float32)
 

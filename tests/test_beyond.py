@@ -7,7 +7,10 @@ import pytest
 import torch
 from tiny_backbone import gradients, make_objective, tiny_batch
 
+from modules.annotations import read_annotation
 from modules.checkpoint import load_checkpoint
+from modules.clinical_files import write_table
+from modules.clinical_rules import CLASSES
 from modules.config import Config
 from modules.errors import InputError
 from modules.flags import resolve_config
@@ -15,6 +18,7 @@ from modules.losses import clip_scores, contrastive_loss, modified_scores, norma
 from modules.negatives import ithn
 from modules.negatives_queue import FeatureQueue
 from modules.objective import Objective
+from scripts.hard_negatives import same_labels
 
 LENGTHS, NEGATIVE_LENGTHS = [5, 9, 4, 7], [6, 3, 12, 5]
 entropy = torch.nn.functional.cross_entropy
@@ -234,6 +238,17 @@ def test_reports_with_the_same_labels_are_no_negatives_of_each_other(batch):
     both = make_objective(mask_same_labels=True, mask_identical=True, strategy="contrastive")
     expected = contrastive_loss(both.temp_1.exp().detach() * scores, excluded=excluded)
     torch.testing.assert_close(both(labelled, 3)["contrastive"], expected)
+
+
+def test_labels_come_from_the_file_where_there_is_one(demo, demo_labels):
+    studies = read_annotation(demo / "annotation.json").splits["train"]
+    by_rules = same_labels(Config(label_path=Config.label_path), studies, None)
+    assert same_labels(Config(label_path=str(demo_labels)), studies, None).tolist() == by_rules.tolist()
+    rows = [[study.id, "1", *[""] * 13] for study in studies]
+    write_table(demo_labels.with_name("alike.csv"), ["id", *CLASSES], rows)
+    assert not same_labels(Config(label_path=str(demo_labels.with_name("alike.csv"))), studies, None).any()
+    with pytest.raises(InputError, match="--label_path .*nowhere.csv: cannot be read"):
+        same_labels(Config(label_path="nowhere.csv"), studies, None)
 
 
 # ---- hardness_schedule retrieval: lambda = max_hardness * a, a <- 0.99 a + 0.01 (accuracy of the batch)

@@ -173,6 +173,7 @@ def test_script_restores_the_literal_rule(mine):
 
 LABELLED = ["No pleural effusion.", "Lungs are clear.", "Large left effusion.", "Small left effusion.",
             "Cardiomegaly and a small effusion.", "The heart is enlarged.", "Normal chest."]
+UNCLASSED = ["Scoliosis of the spine.", "A calcified granuloma."]
 
 
 def test_script_asks_for_another_label_on_request(mine, capsys):
@@ -188,7 +189,8 @@ def test_script_asks_for_another_label_on_request(mine, capsys):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_script_goes_by_the_overlap_of_labels(mine, seed):
-    index, _ = mine(LABELLED, "--top_k", 6, "--text_encoder", "labels", "--seed", seed)
+    index, _ = mine(LABELLED + UNCLASSED, "--top_k", 6, "--text_encoder", "labels", "--seed", seed)
+    assert index.neighbours[7:, 0].tolist() == [8, 7]
     assert set(index.neighbours[0, :2]) == {1, 6} and index.neighbours[2, 0] == 3
     # {effusion} against {effusion, cardiomegaly}: 1 / sqrt 2.
     assert index.neighbours[2, 1] == 4 and index.similarity[2, 1] == pytest.approx(2**-0.5, abs=1e-3)
