@@ -143,8 +143,8 @@ def contrastive_loss(
 
 def _one_direction(scores: Tensor, candidates: Tensor, more: Tensor | None = None) -> Tensor:
     """Sum over rows of log sum_{j candidate} exp(S_ij) - S_ii; rows without a candidate count 0."""
-    own = scores.diagonal()
+    every = scores
     if more is not None:
-        scores, candidates = torch.cat([scores, more], 1), torch.cat([candidates, more != -torch.inf], 1)
-    log_sum = scores.masked_fill(~candidates, -torch.inf).logsumexp(1)  # -inf, with a gradient of 0, for such a row
-    return torch.where(candidates.any(1), log_sum - own, 0.0).sum()
+        every, candidates = torch.cat([scores, more], 1), torch.cat([candidates, more != -torch.inf], 1)
+    log_sum = every.masked_fill(~candidates, -torch.inf).logsumexp(1)  # -inf, with a gradient of 0, for such a row
+    return torch.where(candidates.any(1), log_sum - scores.diagonal(), 0.0).sum()

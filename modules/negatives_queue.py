@@ -18,14 +18,18 @@ class FeatureQueue(nn.Module):
         self.register_buffer("keys", torch.full((size, 3), -1))
         self.register_buffer("next", torch.tensor(0))
 
-    def strangers(self, keys: Tensor, compared: list[int]) -> Tensor:
-        """(B, N) bool: places that are filled, by another sample, which differs in the keys of columns ``compared``.
+    # As in PreviousEpoch, a compiled backward pass must not read the buffers anew, after ``push`` has written to them.
+    @torch.compiler.disable
+    def past(self, keys: Tensor, compared: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of the image and report features (N, D), and (B, N) bool: which are negatives of samples ``keys``.
 
-        A sample whose features of an earlier epoch are still here is no negative of itself.
+        These are the places that are filled, by another sample, which differs in the keys of columns ``compared``. A
+        sample whose features of an earlier epoch are still here is no negative of itself.
         """
         same = (keys.unsqueeze(1) == self.keys)[..., [0, *compared]].any(-1)
-        return ~same & (self.keys[:, 0] >= 0)
+        return self.image.clone(), self.report.clone(), ~same & (self.keys[:, 0] >= 0)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def push(self, image: Tensor, report: Tensor, keys: Tensor) -> None:
         """Put B samples in the place of the oldest; features that are not finite leave their place empty."""

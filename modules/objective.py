@@ -129,8 +129,17 @@ class Objective(PublishedNames):
         Scheduled by retrieval: ``max_hardness`` times the retrieval accuracy, smoothed over the steps so far, from 0.
         """
         if self.smoothed_accuracy is not None:
-            return self.max_hardness * self.smoothed_accuracy
+            return self._hardness_by_retrieval()
         return -math.expm1(-self.alpha * (epoch - self.rule.first_epoch))
+
+    # A compiled backward pass must not read the buffer anew, after ``_follow`` has changed it.
+    @torch.compiler.disable
+    def _hardness_by_retrieval(self) -> Tensor:
+        return self.max_hardness * self.smoothed_accuracy
+
+    @torch.compiler.disable
+    def _follow(self, accuracy: Tensor, share: float) -> None:
+        self.smoothed_accuracy.lerp_(accuracy.to(self.smoothed_accuracy.dtype), 1 - ACCURACY_DECAY ** share)
 
     def forward(self, batch: Any, epoch: int, *, token_count: Tensor | float | None = None,
                 share: float = 1.0) -> dict[str, Tensor]:
@@ -161,8 +170,7 @@ class Objective(PublishedNames):
             loss = loss + share * self.cosine_weight * contrast.get("cosine", 0.0)
             terms |= contrast
             if self.smoothed_accuracy is not None and self.training:
-                self.smoothed_accuracy.lerp_(contrast["retrieval_accuracy"].to(self.smoothed_accuracy.dtype),
-                                             1 - ACCURACY_DECAY ** share)
+                self._follow(contrast["retrieval_accuracy"].detach(), share)
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
 
     def report_nll(self, pair: Any, features: Any = None) -> Tensor:
@@ -248,10 +256,9 @@ class Objective(PublishedNames):
             keys = self._keys(batch)
             excluded = (keys.unsqueeze(0) == keys.unsqueeze(1))[..., compared].any(-1)
         if self.queue is not None and self.training:
-            unlike = self.queue.strangers(keys, compared)
-            # Copies, as the places are overwritten before the backward pass.
-            for_images.append(clip_scores(z, self.queue.report.clone(), scale).masked_fill(~unlike, -torch.inf))
-            for_reports.append(clip_scores(u, self.queue.image.clone(), scale).masked_fill(~unlike, -torch.inf))
+            past_z, past_u, unlike = self.queue.past(keys, compared)
+            for_images.append(clip_scores(z, past_u, scale).masked_fill(~unlike, -torch.inf))
+            for_reports.append(clip_scores(u, past_z, scale).masked_fill(~unlike, -torch.inf))
             self.queue.push(z, u, keys)
         terms["contrastive"] = contrastive_loss(
             scores, self.contrastive_form, rows, excluded, for_images=torch.cat(for_images, 1) if for_images else None,

@@ -219,7 +219,7 @@ def test_what_is_not_finite_leaves_its_place_empty(batch):
     assert queue.keys[:, 0].tolist() == [3, 4, -1] and queue.image.isfinite().all()
     queue.push(features, features, keys)  # more than there is room for
     assert sorted(queue.keys[:, 0].tolist()) == [2, 3, 4]
-    strangers = queue.strangers(torch.tensor([[3, 9, 2], [7, 8, 8]]), [2])
+    _, _, strangers = queue.past(torch.tensor([[3, 9, 2], [7, 8, 8]]), [2])
     assert sorted(strangers[0].tolist()) == [False, False, True] and strangers[1].all()
 
 
