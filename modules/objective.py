@@ -29,7 +29,7 @@ from modules.losses import (
 )
 from modules.negatives import PreviousEpoch
 from modules.negatives_queue import FeatureQueue
-from modules.published_names import PublishedNames
+from modules.published_names import Projection, PublishedNames
 from modules.variants import (
     HARDER_TERMS,
     HARDNESS_SCHEDULES,
@@ -40,18 +40,6 @@ from modules.variants import (
 )
 
 ACCURACY_DECAY = 0.99  # per optimiser step
-
-
-class Projection(nn.Module):
-    """Bias-free linear map into the joint embedding."""
-
-    def __init__(self, width: int, embedding_dim: int):
-        super().__init__()
-        self.linear1 = nn.Linear(width, embedding_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width) -> (B, E) of unit length."""
-        return normalise(self.linear1(x.to(self.linear1.weight.dtype)))
 
 
 @dataclasses.dataclass

@@ -1,15 +1,28 @@
-"""An objective's weights under the names of the published codes, in both directions."""
+"""An objective's heads, and its weights under the names of the published codes, in both directions."""
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from modules.errors import InputError
+from modules.losses import normalise
 
 # Names beside the backbone's; published files have them too.
 HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
 # What only training goes on from.
 REMEMBERED = ("previous.", "queue.", "smoothed_accuracy")
+
+
+class Projection(nn.Module):
+    """Bias-free linear map into the joint embedding."""
+
+    def __init__(self, width: int, embedding_dim: int):
+        super().__init__()
+        self.linear1 = nn.Linear(width, embedding_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width) -> (B, E) of unit length."""
+        return normalise(self.linear1(x.to(self.linear1.weight.dtype)))
 
 
 class PublishedNames(nn.Module):
