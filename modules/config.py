@@ -147,6 +147,9 @@ class Config:
     mask_identical: bool = flag(False, "ITHN", "leave out off-diagonal pairs of the same study or the same text")
 
     # ---- beyond ITHN
+    report_context: str = flag("own", "beyond ITHN", "image under which the decoder reads a report for the "
+                               "contrastive terms: own, as published; other: another study's, so that the feature "
+                               "cannot carry the image that it is compared with", choices=("own", "other"))
     contrastive_temperature: float = flag(0.07, "beyond ITHN", "initial temperature of the contrastive loss", low=0.01)
     learn_temperature: bool = flag(True, "beyond ITHN", "train the temperature of the contrastive loss")
     mask_same_labels: bool = flag(False, "beyond ITHN", "leave out off-diagonal pairs whose reports have the same 14 "

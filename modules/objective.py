@@ -30,6 +30,8 @@ from modules.losses import (
 from modules.negatives import PreviousEpoch
 from modules.negatives_queue import FeatureQueue
 from modules.published_names import Projection, PublishedNames
+from modules.report_context import CONTEXTS, others
+from modules.report_context import rows as rows_of
 from modules.variants import (
     HARDER_TERMS,
     HARDNESS_SCHEDULES,
@@ -80,8 +82,11 @@ class Objective(PublishedNames):
                  previous_epoch_start: bool = False, clamp_segment: bool = False, mask_identical: bool = False,
                  n_samples: int | None = None, mask_same_labels: bool = False, hardness_schedule: str = "epoch",
                  max_hardness: float = 1.0, harder_term: str = "paper", image_negatives: bool = False,
-                 negative_queue: int = 0, contrastive_temperature: float = 0.07, learn_temperature: bool = True):
+                 negative_queue: int = 0, contrastive_temperature: float = 0.07, learn_temperature: bool = True,
+                 report_context: str = "own"):
         super().__init__()
+        check_choice("report_context", report_context, CONTEXTS)
+        self.report_context = report_context
         check_choice("contrastive_form", contrastive_form, CONTRASTIVE_FORMS)
         check_choice("harder_term", harder_term, HARDER_TERMS)
         check_choice("hardness_schedule", hardness_schedule, HARDNESS_SCHEDULES)
@@ -140,7 +145,7 @@ class Objective(PublishedNames):
         """
         positive = batch.positive
         pairs = [positive] if self.strategy in WITHOUT_NEGATIVES else [positive, batch.negative]
-        outputs = self._outputs(pairs)
+        outputs = self._outputs(pairs) if self.report_context == "own" else self._outputs_under_others(pairs)
         mask = positive.token_mask[:, 1:]
         nll_sum = token_nll(outputs[0].log_probs, positive.tokens[:, 1:], mask, token_count=1)
         own_count = mask.sum().clamp(min=1)
@@ -168,7 +173,8 @@ class Objective(PublishedNames):
 
     def embed(self, pair: Any) -> Embedded:
         """z and u of a modules.datasets.Pair in this process, as the contrastive terms take them; not for "off"."""
-        output = self._teach(pair, supervised_rows=0)
+        own = self.report_context == "own"
+        output = self._teach(pair, supervised_rows=0) if own else self._outputs_under_others([pair])[0]
         mean = self._report_feature(output.report_features, pair.token_mask[:, 1:])
         return Embedded(self.img_projection(output.image_features), self.text_projection(mean),
                         output.report_features, mean)
@@ -184,6 +190,25 @@ class Objective(PublishedNames):
         return self.backbone(None if features is not None else pair.images, pair.tokens[:, :-1],
                              view_mask=pair.view_mask, labels=pair.labels, features=features,
                              supervised_rows=supervised_rows)
+
+    def _outputs_under_others(self, pairs: list) -> list:
+        """As ``_outputs``, but report features are made under the image of the row before, which says nothing of them.
+
+        Log-probabilities, z and z- are what they are otherwise.
+        """
+        positive, count = pairs[0], len(pairs[0].tokens)
+        both = join(*pairs, pad_id=self.backbone.pad_id) if len(pairs) == 2 else positive
+        seen = self.backbone.extract(both.images, both.view_mask)
+        output = self._teach(positive, features=rows_of(seen, slice(None, count)))
+        chosen = others(count, len(pairs), positive.tokens.device)
+        labels = None if positive.labels is None else positive.labels[chosen]
+        read = self._teach(dataclasses.replace(both, view_mask=both.view_mask[chosen.to(both.view_mask.device)],
+                                               labels=labels),
+                           supervised_rows=0, features=rows_of(seen, chosen))
+        parts = (slice(None, count), slice(count, None))[:len(pairs)]
+        return [dataclasses.replace(output, image_features=seen.pooled[part],
+                                    report_features=read.report_features[part, :pair.tokens.shape[1] - 1])
+                for pair, part in zip(pairs, parts, strict=True)]
 
     def _outputs(self, pairs: list) -> list:
         """The backbone's Output for the positives and, if any, for their hard negatives, which are not supervised."""

@@ -151,6 +151,7 @@ def build_objective(config: Config, data: Data, device: torch.device, *, pretrai
         mask_identical=config.mask_identical,
         mask_same_labels=config.mask_same_labels,
         harder_term=config.harder_term,
+        report_context=config.report_context,
         image_negatives=config.image_negatives,
         negative_queue=config.negative_queue,
         hardness_schedule=config.hardness_schedule,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.base import Backbone, Output
+from models.base import Backbone, Output, VisualFeatures
 from modules.batches import Batch, Pair
 from modules.objective import Objective
 
@@ -25,8 +25,7 @@ class TinyBackbone(Backbone):
 
     def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None):
         self.calls.append(tokens)
-        present = view_mask.unsqueeze(-1).to(images.dtype)  # (B, N, 1)
-        pooled = self.visual_extractor((images.mean((-1, -2)) * present).sum(1) / present.sum(1))
+        pooled = self.extract(images, view_mask, features).pooled
         steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).unsqueeze(-1)
         hidden = torch.tanh(self.words(tokens).cumsum(1) / steps + self.look(pooled).unsqueeze(1))
         auxiliary = {}
@@ -37,6 +36,13 @@ class TinyBackbone(Backbone):
 
     def log_probs(self, hidden):
         return self.logit(hidden).log_softmax(-1)
+
+    def extract(self, images, view_mask=None, features=None):
+        if features is not None:
+            return features
+        present = view_mask.unsqueeze(-1).to(images.dtype)  # (B, N, 1)
+        pooled = self.visual_extractor((images.mean((-1, -2)) * present).sum(1) / present.sum(1))
+        return VisualFeatures(pooled.unsqueeze(1), None, pooled)
 
 
 def tiny_pair(lengths: list[int], seed: int, dtype: torch.dtype = torch.float64) -> Pair:
