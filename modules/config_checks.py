@@ -75,8 +75,8 @@ def _check_scores(config: Any) -> None:
 
 def beyond_ithn(config: Any) -> list[str]:
     """The options beyond the paper that are on, as they are typed."""
-    off = {"report_context": "own", "mask_same_labels": False, "harder_term": "paper", "image_negatives": False, "negative_queue": 0,
-           "hardness_schedule": "epoch"}
+    off = {"report_context": "own", "mask_same_labels": False, "harder_term": "paper", "image_negatives": False,
+           "negative_queue": 0, "hardness_schedule": "epoch"}
     return [f"--{name} {str(getattr(config, name)).lower()}" for name in off if getattr(config, name) != off[name]]
 
 
