@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules import distributed
@@ -30,8 +29,7 @@ from modules.losses import (
 from modules.negatives import PreviousEpoch
 from modules.negatives_queue import FeatureQueue
 from modules.published_names import Projection, PublishedNames
-from modules.report_context import CONTEXTS, others
-from modules.report_context import rows as rows_of
+from modules.report_context import CONTEXTS, join, others, rows_of
 from modules.variants import (
     HARDER_TERMS,
     HARDNESS_SCHEDULES,
@@ -297,18 +295,3 @@ class Objective(PublishedNames):
             if index is not None:
                 self.previous.keep(index, harder, rows)
             return normalise(harder) if self.rule.renormalise_negative else harder
-
-
-def join(positive: Any, negative: Any, pad_id: int) -> Any:
-    """Two modules.datasets.Pair of B rows as one of 2B; the shorter tokens are filled up with ``pad_id``."""
-    width = max(positive.tokens.shape[1], negative.tokens.shape[1])
-
-    def filled(name: str, value: int) -> Tensor:
-        parts = [getattr(pair, name) for pair in (positive, negative)]
-        return torch.cat([F.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
-
-    return dataclasses.replace(
-        positive, images=torch.cat([positive.images, negative.images]),
-        view_mask=torch.cat([positive.view_mask, negative.view_mask]),
-        tokens=filled("tokens", pad_id), token_mask=filled("token_mask", False),
-        labels=None if positive.labels is None else torch.cat([positive.labels, negative.labels]))
