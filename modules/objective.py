@@ -169,9 +169,12 @@ class Objective(PublishedNames):
         output = self._teach(pair, features=features)
         return report_nll(output.log_probs, pair.tokens[:, 1:], pair.token_mask[:, 1:])
 
-    def embed(self, pair: Any) -> Embedded:
-        """z and u of a modules.datasets.Pair in this process, as the contrastive terms take them; not for "off"."""
-        own = self.report_context == "own"
+    def embed(self, pair: Any, context: str | None = None) -> Embedded:
+        """z and u of a modules.datasets.Pair in this process, as the contrastive terms take them; not for "off".
+
+        ``context`` other than the objective's: "own" reads a report under its own image, "other" under another.
+        """
+        own = (context or self.report_context) == "own"
         output = self._teach(pair, supervised_rows=0) if own else self._outputs_under_others([pair])[0]
         mean = self._report_feature(output.report_features, pair.token_mask[:, 1:])
         return Embedded(self.img_projection(output.image_features), self.text_projection(mean),

@@ -60,6 +60,18 @@ def test_shipped_tables_run_on_the_demo_data_and_on_their_own(path, tmp_path):
     assert all("tfidf" in str(run.index.path) for run in runs if run.index)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "evidence").glob("*.json")), ids=lambda path: path.stem)
+def test_tables_of_the_evidence_can_be_planned(path, tmp_path):
+    if path.stem == "datasets":
+        assert {"demo_30", "cxr_notes", "coco_mini", "phantom_trained"} <= set(read_datasets(path))
+        return
+    table = read_table(path)
+    datasets = read_datasets(ROOT / "experiments" / "datasets.json") | read_datasets(path.with_name("datasets.json"))
+    assert all(len(row.seeds) == 3 for row in table.rows)
+    runs = plan(table, datasets, tmp_path, overrides=(), text_encoder="", models=MODELS)
+    assert len(runs) == 3 * len(table.rows) and {run.state for run in runs} == {MISSING}
+
+
 def test_figures_of_the_paper():
     components = {row.name: row.published for row in read_table(ROOT / "experiments/table3_components.json").rows}
     assert components["ithn"] == {"BLEU_4": 0.183, "ROUGE_L": 0.387, "CIDEr": 0.495}
