@@ -88,6 +88,9 @@ def run(name: str, number: int, bench: Any, rng: random.Random) -> dict[str, Any
 
     started = time.monotonic()
     trials = list(tqdm(faults()[name](bench, rng, number), total=number, desc=TITLES[name], leave=False))
+    for trial in trials:
+        if trial.why:
+            print(trial.why, file=sys.stderr)
     lost = [trial.lost for trial in trials if trial.lost is not None]
     ends = [trial.identical for trial in trials if trial.identical is not None]
     seconds = [trial.seconds for trial in trials if trial.seconds is not None]

@@ -22,13 +22,14 @@ KILLS_PER_RUN = 5
 @dataclass(frozen=True)
 class Trial:
     """One fault. ``survived``: all that is promised held. ``lost``: steps that had to be made again, None: not asked.
-    ``identical``: whether the run's end was the undisturbed run's, None: not asked.
+    ``identical``: whether the run's end was the undisturbed run's, None: not asked. ``why`` it did not survive.
     """
 
     survived: bool
     lost: int | None = None
     identical: bool | None = None
     seconds: float | None = None
+    why: str = ""
 
 
 def kills(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
@@ -125,9 +126,13 @@ def signals(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
             shutil.rmtree(folder, ignore_errors=True)
             continue  # it was through before the signal came
         kept, made = _reached(folder), bench.progress.steps
-        survived = ended in (code, -kind) and seconds < SIGNAL_SECONDS and group_is_gone(pid) and kept is not None
+        gone = group_is_gone(pid)
+        survived = ended in (code, -kind) and seconds < SIGNAL_SECONDS and gone and kept is not None
+        last = folder.with_name(f"{folder.name}.log").read_text(encoding="utf-8", errors="replace")[-2000:]
+        why = "" if survived else (f"{kind.name} after {made} steps: ended with {ended} in {seconds:.1f} s, checkpoint "
+                                   f"of {kept} steps, processes {'gone' if gone else 'left'}; {last}")
         yield Trial(survived, lost=None if kept is None else max(0, made - kept), identical=bench.resume(folder),
-                    seconds=seconds)
+                    seconds=seconds, why=why)
         shutil.rmtree(folder, ignore_errors=True)
         done += 1
 
