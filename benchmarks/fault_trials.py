@@ -128,13 +128,18 @@ def signals(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
         kept, made = _reached(folder), bench.progress.steps
         gone = group_is_gone(pid)
         survived = ended in (code, -kind) and seconds < SIGNAL_SECONDS and gone and kept is not None
-        last = folder.with_name(f"{folder.name}.log").read_text(encoding="utf-8", errors="replace")[-2000:]
-        why = "" if survived else (f"{kind.name} after {made} steps: ended with {ended} in {seconds:.1f} s, checkpoint "
-                                   f"of {kept} steps, processes {'gone' if gone else 'left'}; {last}")
+        log = (bench.folder / f"{folder.name}.log").read_text()
+        why = "" if survived else f"{kind.name}: {_account(ended, seconds, made, kept, gone, log)}"
         yield Trial(survived, lost=None if kept is None else max(0, made - kept), identical=bench.resume(folder),
                     seconds=seconds, why=why)
         shutil.rmtree(folder, ignore_errors=True)
         done += 1
+
+
+def _account(code: int | None, seconds: float, made: int, kept: int | None, gone: bool, log: str) -> str:
+    """What is needed to understand a trial that did not survive."""
+    return (f"ended with {code} in {seconds:.1f} s after {made} steps, checkpoint of {kept} steps, processes "
+            f"{'gone' if gone else 'left'}; the log ends with {log[-1500:]!r}")
 
 
 def truncations(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
@@ -218,10 +223,12 @@ def killed_workers(bench: Bench, rng: random.Random, number: int) -> Iterator[Tr
             continue  # a worker that had nothing left to read
         log = (bench.folder / f"{folder.name}.log").read_text()
         kept, made = _reached(folder), bench.progress.steps
+        gone = group_is_gone(pid)
         survived = (code == 2 and seconds < FAILURE_SECONDS and "was killed" in log and "Traceback" not in log
-                    and group_is_gone(pid) and kept is not None)
+                    and gone and kept is not None)
+        why = "" if survived else _account(code, seconds, made, kept, gone, log)
         yield Trial(survived, lost=None if kept is None else max(0, made - kept), identical=bench.resume(folder),
-                    seconds=seconds)
+                    seconds=seconds, why=why)
         shutil.rmtree(folder, ignore_errors=True)
         done += 1
 

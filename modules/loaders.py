@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -73,20 +73,35 @@ class EpochLoader(DataLoader):
         self._iterator = None  # torch keeps persistent workers by it
 
     def _batches(self) -> Iterator[Any]:
-        iterator, over = self._started(), threading.Event()
-        if self._processes and self.patience:
-            threading.Thread(target=self._watch, args=(over,), daemon=True).start()
+        over = threading.Event()
+        if self._iterator is None:  # only persistent workers outlive an epoch
+            self._processes = ()
+        kept = bool(self._processes)
         try:
+            if kept:
+                self._start_watch(over)
+            iterator = self._guarded(self._started)  # a kept worker may have died since the epoch before
+            if not kept:
+                self._start_watch(over)
             while True:
                 try:
-                    batch = self._next(iterator)
+                    batch = self._guarded(lambda: next(iterator))
                 except StopIteration:
                     return
-                except (RuntimeError, OSError, EOFError) as error:
-                    raise self._explained(error) from None
                 yield batch
         finally:
             over.set()
+
+    def _guarded(self, ask: Callable[[], Any]) -> Any:
+        """``ask()``, with the failure of a worker explained."""
+        try:
+            return self._answer(ask)
+        except (RuntimeError, OSError, EOFError) as error:
+            raise self._explained(error) from None
+
+    def _start_watch(self, over: threading.Event) -> None:
+        if self._processes and self.patience:
+            threading.Thread(target=self._watch, args=(over,), daemon=True).start()
 
     def _watch(self, over: threading.Event) -> None:
         """Kill the workers where none has answered for too long: a batch is not only awaited, but fetched from one of
@@ -100,15 +115,15 @@ class EpochLoader(DataLoader):
                     process.kill()
                 return
 
-    def _next(self, iterator: Iterator[Any]) -> Any:
-        """``next(iterator)``, broken off where a worker dies: half a message of it would be waited for without end."""
+    def _answer(self, ask: Callable[[], Any]) -> Any:
+        """``ask()``, broken off where a worker dies: half a message of it would be waited for without end."""
         if not self._processes or threading.current_thread() is not threading.main_thread():
-            return next(iterator)
+            return ask()
         before = signal.signal(signal.SIGCHLD, self._look_for_dead)
         self._waiting_since = time.monotonic()
         try:
             self._look_for_dead()
-            return next(iterator)
+            return ask()
         finally:
             self._waiting_since = None
             signal.signal(signal.SIGCHLD, before)

@@ -98,6 +98,26 @@ def test_a_worker_that_stalls_while_a_batch_is_fetched_from_it_is_not_waited_for
     assert not new_children()
 
 
+@pytest.mark.parametrize(("number", "reason"), [
+    (signal.SIGKILL, "was killed"), (signal.SIGSTOP, "no data-loading process has answered for 2 s")])
+def test_a_worker_that_fails_between_two_epochs_is_named_and_replaced(monkeypatch, number, reason):
+    """They are kept from one epoch to the next, and asked anew before the first batch."""
+    loader = made(lambda: None, monkeypatch, patience=2.0)
+    assert len(list(loader)) == 6
+    for process in loader._processes:
+        os.kill(process.pid, number)
+    with pytest.raises(InputError, match=reason):
+        list(loader)
+    assert not new_children()
+    assert len(list(loader)) == 6
+    loader.close()
+
+
+def test_workers_that_end_with_their_epoch_are_no_failure(monkeypatch):
+    loader = made(lambda: None, monkeypatch, persistent_workers=False)
+    assert [len(list(loader)) for _ in range(2)] == [6, 6]
+
+
 def test_a_slow_worker_is_waited_for(monkeypatch):
     loader = made(lambda: time.sleep(2.5), monkeypatch)
     assert [int(number) for batch in loader for number in batch] == list(range(12))
