@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+SMALL_IS_GOOD = ("nll",)
 MARKS = ((0.01, "**"), (0.05, "*"))
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
           "α": r"$\alpha$", "–": "--", "—": "---", **{letter: f"\\{letter}" for letter in "&%$#_{}"}}
@@ -50,11 +51,11 @@ class ScoreTable:
     notes: Sequence[str] = ()
 
     def best(self, group: str) -> dict[str, float]:
-        """The highest mean of each column among the group's trained rows, as it is printed."""
+        """The best mean of each column among the group's trained rows, as it is printed; of nll it is the lowest."""
         rows = [row for row in self.rows if row.group == group and not row.is_floor]
         means = {key: [round(row.cells[key].mean, 3) for row in rows if key in row.cells] for key, _ in self.columns}
         # One row alone is no comparison.
-        return {key: max(values) for key, values in means.items() if len(values) > 1}
+        return {key: (min if key in SMALL_IS_GOOD else max)(values) for key, values in means.items() if len(values) > 1}
 
 
 def to_markdown(table: ScoreTable) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from modules.report_statistics import ReportStatistics, save_statistics
+from modules.tables import Cell, ScoreTable, TableRow
 from scripts.experiment_files import choose, read_datasets, read_table
 from scripts.experiment_plan import UNAVAILABLE
 from scripts.experiment_tables import gather, write
@@ -105,3 +106,10 @@ def test_the_whole_on_real_trainings(demo, tmp_path):
     assert (tmp_path / "out/ithn/seed1/results.json").stat().st_mtime_ns == before
     changed = call("--overrides", "--alpha 0.5")
     assert changed.returncode == 2 and changed.stderr.count("\n") == 1 and "alpha 0.01, now 0.5" in changed.stderr
+
+
+def test_the_lowest_nll_is_the_best():
+    rows = [TableRow(name, "data", "3 seeds", {"nll": Cell(nll), "CIDEr": Cell(cider)})
+            for name, nll, cider in (("a", 1.5, 0.3), ("b", 1.4, 0.2), ("c", 1.6, 0.4))]
+    table = ScoreTable("t", (("nll", "nll"), ("CIDEr", "C")), rows)
+    assert table.best("data") == {"nll": 1.4, "CIDEr": 0.4}
