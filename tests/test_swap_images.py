@@ -24,7 +24,8 @@ def test_a_decoder_that_does_not_look_makes_features_of_the_report_alone():
     with torch.no_grad():
         objective.backbone.look.weight.zero_()
     found = measure(objective, [batch], torch.device("cpu"))
-    own = objective.embed(batch.positive)
+    with torch.no_grad():
+        own = objective.embed(batch.positive)
     cosines = own.report @ own.image.T
     assert found["cos_own"] == pytest.approx(float(cosines.diagonal().mean()))
     assert found["cos_under"] == pytest.approx(float(cosines.diagonal(-1).sum() + cosines[0, -1]) / 4)
@@ -37,7 +38,8 @@ def test_a_decoder_that_looks_and_does_not_read_makes_features_of_the_image_alon
     with torch.no_grad():
         objective.backbone.words.weight.zero_()
     found = measure(objective, [batch, tiny_batch([4], None)], torch.device("cpu"))  # one alone has no other image
-    own = objective.embed(batch.positive)
+    with torch.no_grad():
+        own = objective.embed(batch.positive)
     # Hidden states are those of the image before: under another image the feature is that image's.
     assert found["cos_under"] == pytest.approx(float((own.report * own.image).sum(1).mean()))
     assert found["cos_own"] == pytest.approx(float((own.report.roll(1, 0) * own.image).sum(1).mean()))
