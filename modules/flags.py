@@ -68,14 +68,16 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Give the parser of another program the flags ``names`` of main_test.py; absent from its result unless given.
+def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], *, defaults: bool = False) -> None:
+    """Give the parser of another program the flags ``names`` of main_train.py.
 
-    Their defaults are the checkpoint's, so help shows none.
+    They have their own ``defaults``, or they are absent from the result unless given: a checkpoint's settings are then
+    beneath them, and help shows none.
     """
     for item in dataclasses.fields(Config):
         if item.name in names:
-            parser.add_argument(f"--{item.name}", default=argparse.SUPPRESS, **_argument(item, show_default=False))
+            parser.add_argument(f"--{item.name}", default=item.default if defaults else argparse.SUPPRESS,
+                                **_argument(item, show_default=defaults))
 
 
 def _argument(item: dataclasses.Field, *, show_default: bool = True) -> dict[str, Any]:

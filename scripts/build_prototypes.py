@@ -17,9 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.clinical_rules import CLASSES
-from modules.config import DATASETS, Config
+from modules.config import Config
 from modules.errors import InputError, run_entry_point
-from modules.flags import boolean
+from modules.flags import add_flags, boolean
 
 # Flags that mean what they mean in main_train.py.
 SHARED = ("ann_path", "image_dir", "dataset_name", "visual_extractor", "visual_extractor_pretrained",
@@ -30,11 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    for name in SHARED:
-        field = Config.__dataclass_fields__[name]
-        add(f"--{name}", type=boolean if field.type is bool else field.type, default=field.default,
-            choices=DATASETS if name == "dataset_name" else None, metavar=field.type.__name__.upper(),
-            help=f"{field.metadata['help']} (default: {field.default})")
+    add_flags(parser, SHARED, defaults=True)
     add("--label_path", required=True, metavar="FILE", help=Config.__dataclass_fields__["label_path"].metadata["help"])
     add("--label_columns", default="", metavar="ORDER", help="as in main_train.py; a pickle needs it")
     add("--out", required=True, type=Path, metavar="FILE", help="file to write (.safetensors), readable by you alone")

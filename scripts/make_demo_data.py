@@ -7,31 +7,25 @@ folder lists the values). A study without findings has one row "No Finding"; wha
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.errors import InputError, run_entry_point
-
-SMALLEST, LARGEST = 64, 2048
+from scripts.drawing_arguments import add_drawing_arguments, check_drawing
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, empty or earlier output folder")
+    add_drawing_arguments(parser)
     parser.add_argument("--studies", type=int, metavar="N", help="number of studies to sample (default 600)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default %(default)s")
     parser.add_argument("--normal_fraction", type=float, metavar="P",
                         help="share of studies without findings (default 0.6, as in IU X-Ray)")
     parser.add_argument("--findings", type=Path, metavar="CSV", help="draw these findings instead of sampling")
     parser.add_argument("--reports", type=Path, metavar="FILE",
                         help="reports for the studies of --findings: CSV (id,report[,split]) or annotation.json")
-    parser.add_argument("--size", type=int, default=256, metavar="PX", help="image side (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="W",
-                        help="processes that draw (default %(default)s)")
     return parser
 
 
@@ -48,12 +42,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--studies {studies}: must be 3 or more, one for each of train, val and test")
     if not 0 <= normal_fraction <= 1:
         raise InputError(f"--normal_fraction {normal_fraction}: must lie between 0 and 1")
-    if arguments.seed < 0:
-        raise InputError(f"--seed {arguments.seed}: must be 0 or more")
-    if not SMALLEST <= arguments.size <= LARGEST:
-        raise InputError(f"--size {arguments.size}: must lie between {SMALLEST} and {LARGEST} pixels")
-    if arguments.workers < 1:
-        raise InputError(f"--workers {arguments.workers}: must be 1 or more")
+    check_drawing(arguments)
     arguments.studies, arguments.normal_fraction = studies, normal_fraction
 
 

@@ -12,15 +12,13 @@ as far as in the demo, and findings are drawn at 40 to 100 % of the demo's stren
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.errors import InputError, run_entry_point
-
-SMALLEST, LARGEST = 64, 2048
+from modules.errors import run_entry_point
+from scripts.drawing_arguments import add_drawing_arguments, check_drawing
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,28 +28,14 @@ def build_parser() -> argparse.ArgumentParser:
                         help="annotation.json with the reports and their splits, such as R2Gen's of IU X-Ray")
     parser.add_argument("--coding", type=Path, metavar="PATH",
                         help="Open-i's MeSH coding: NLMCXR_reports.tgz, its folder, or a CSV")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, empty or earlier output folder")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default %(default)s")
-    parser.add_argument("--size", type=int, default=256, metavar="PX", help="image side (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="W",
-                        help="processes that draw (default %(default)s)")
+    add_drawing_arguments(parser)
     return parser
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """InputError for values out of range."""
-    if arguments.seed < 0:
-        raise InputError(f"--seed {arguments.seed}: must be 0 or more")
-    if not SMALLEST <= arguments.size <= LARGEST:
-        raise InputError(f"--size {arguments.size}: must lie between {SMALLEST} and {LARGEST} pixels")
-    if arguments.workers < 1:
-        raise InputError(f"--workers {arguments.workers}: must be 1 or more")
 
 
 def main() -> None:
     """Read reports and coding, draw behind a progress bar, write the tables."""
     arguments = build_parser().parse_args()
-    check(arguments)
+    check_drawing(arguments)
 
     from tqdm import tqdm
 
