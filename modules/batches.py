@@ -85,7 +85,7 @@ class Sample:
     """One row of a Batch."""
 
     positive: SamplePair
-    negative: SamplePair | None
+    negatives: list[SamplePair] | None
     has_negative: bool
     sample_index: int
     report_key: int
@@ -98,10 +98,12 @@ class Sample:
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples; each side's tokens are padded with 0 to its own longest report."""
-    has_negatives = samples[0].negative is not None
+    has_negatives = samples[0].negatives is not None
     return Batch(
         positive=_stack([sample.positive for sample in samples]),
-        negative=_stack([sample.negative for sample in samples]) if has_negatives else None,
+        # First negative of every sample, then the second of every sample, and so on.
+        negative=_stack([pair for nth in zip(*(sample.negatives for sample in samples), strict=True) for pair in nth])
+        if has_negatives else None,
         has_negative=torch.tensor([sample.has_negative for sample in samples]) if has_negatives else None,
         sample_index=torch.tensor([sample.sample_index for sample in samples]),
         report_key=torch.tensor([sample.report_key for sample in samples]),

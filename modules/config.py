@@ -150,6 +150,10 @@ class Config:
     report_context: str = flag("own", "beyond ITHN", "image under which the decoder reads a report for the "
                                "contrastive terms: own, as published; other: another study's, so that the feature "
                                "cannot carry the image that it is compared with", choices=("own", "other"))
+    image_feature: str = flag("pooled", "beyond ITHN", "image feature of the contrastive terms: pooled, the visual "
+                              "extractor's mean, as published; encoder, the mean of the transformer encoder's output",
+                              choices=("pooled", "encoder"))
+    report_gradient: bool = flag(True, "beyond ITHN", "let the contrastive terms train the decoder")
     contrastive_temperature: float = flag(0.07, "beyond ITHN", "initial temperature of the contrastive loss", low=0.01)
     learn_temperature: bool = flag(True, "beyond ITHN", "train the temperature of the contrastive loss")
     mask_same_labels: bool = flag(False, "beyond ITHN", "leave out off-diagonal pairs whose reports have the same 14 "
@@ -158,6 +162,8 @@ class Config:
                             "in S1 alone, in place of S2 and of S3 with its negated diagonal",
                             choices=("paper", "column"))
     image_negatives: bool = flag(False, "beyond ITHN", "synthesise a harder negative of each image too")
+    token_level: bool = flag(False, "beyond ITHN", "compare single words and patches, not their means")
+    negatives_per_anchor: int = flag(1, "beyond ITHN", "hard negatives of each sample, drawn from its nearest", low=1)
     negative_queue: int = flag(0, "beyond ITHN", "samples whose features stay, without gradient, as further negatives "
                                "of later steps, by their S1", low=0)
     hardness_schedule: str = flag("epoch", "beyond ITHN", "retrieval: the hardness is --max_hardness times the "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from modules import distributed
 from modules.errors import InputError
+from modules.image_feature import IMAGE_FEATURES
 from modules.losses import (
     CONTRASTIVE_FORMS,
     alignment,
@@ -29,7 +30,9 @@ from modules.losses import (
 from modules.negatives import PreviousEpoch
 from modules.negatives_queue import FeatureQueue
 from modules.published_names import Projection, PublishedNames
-from modules.report_context import CONTEXTS, join, others, rows_of
+from modules.report_context import CONTEXTS
+from modules.taught_passes import TaughtPasses
+from modules.token_level import contrast_tokens
 from modules.variants import (
     HARDER_TERMS,
     HARDNESS_SCHEDULES,
@@ -52,7 +55,7 @@ class Embedded:
     mean: Tensor  # (B, D) their mean over the positions that count: u before projection and norm
 
 
-class Objective(PublishedNames):
+class Objective(TaughtPasses, PublishedNames):
     """``objective(batch, epoch)`` -> dictionary with the ``loss`` to minimise and detached terms to log.
 
     ``strategy``: ``ithn``, ``mochi``, ``prior``, ``unconstrained`` (modules/negatives.py); ``contrastive``: S_1 alone,
@@ -68,7 +71,10 @@ class Objective(PublishedNames):
     ``harder_term`` ``column``: u~_i is one more candidate in row i of S_1, and S_2 is left out. ``image_negatives``
     synthesises z~ too, from z- as u~ is from u-: S_4' of ``modified_scores``, or with ``column`` one more candidate in
     column i. ``negative_queue``: the features of that many past samples are further negatives, by their S_1. The
-    temperature starts at ``contrastive_temperature``, and stays there unless ``learn_temperature``.
+    temperature starts at ``contrastive_temperature``, and stays there unless ``learn_temperature``. ``image_feature``
+    ``encoder``: z comes from the transformer encoder's output. Without ``report_gradient`` the contrastive terms train
+    everything but the decoder. ``token_level``: words and patches are compared (modules/token_level.py), in the column
+    form. A Batch with several hard negatives of each sample has a u~ of each: S is their mean, and columns are added.
 
     InputError for an unknown name or for options that exclude one another.
     """
@@ -81,8 +87,12 @@ class Objective(PublishedNames):
                  n_samples: int | None = None, mask_same_labels: bool = False, hardness_schedule: str = "epoch",
                  max_hardness: float = 1.0, harder_term: str = "paper", image_negatives: bool = False,
                  negative_queue: int = 0, contrastive_temperature: float = 0.07, learn_temperature: bool = True,
-                 report_context: str = "own"):
+                 report_context: str = "own", image_feature: str = "pooled", report_gradient: bool = True,
+                 token_level: bool = False):
         super().__init__()
+        check_choice("image_feature", image_feature, IMAGE_FEATURES)
+        self.token_level = token_level
+        self.image_feature, self.report_gradient = image_feature, report_gradient
         check_choice("report_context", report_context, CONTEXTS)
         self.report_context = report_context
         check_choice("contrastive_form", contrastive_form, CONTRASTIVE_FORMS)
@@ -102,7 +112,8 @@ class Objective(PublishedNames):
             self.temp_1 = nn.Parameter(start, requires_grad=learn_temperature)
             if self.rule.own_harder_scale and strategy not in WITHOUT_NEGATIVES:
                 self.temp_3 = nn.Parameter(start.clone(), requires_grad=learn_temperature)
-            self.img_projection = Projection(backbone.image_dim, embedding_dim)
+            width = backbone.image_dim if image_feature == "pooled" else backbone.report_dim
+            self.img_projection = Projection(width, embedding_dim)
             self.text_projection = Projection(backbone.report_dim, embedding_dim)
         by_retrieval = hardness_schedule == "retrieval" and strategy != "off"
         self.register_buffer("smoothed_accuracy", torch.zeros(()) if by_retrieval else None)
@@ -156,7 +167,8 @@ class Objective(PublishedNames):
         if self.strategy != "off":
             # Half precision is for the network only: similarities differ in the third digit.
             with torch.autocast(loss.device.type, enabled=False):
-                contrast = self._contrast(batch, self._embed(pairs, outputs), epoch)
+                contrast = contrast_tokens(self, batch, pairs, outputs, epoch) if self.token_level else \
+                    self._contrast(batch, self._embed(pairs, outputs), epoch)
             loss = loss + share * self.contrastive_weight * contrast["contrastive"]
             loss = loss + share * self.cosine_weight * contrast.get("cosine", 0.0)
             terms |= contrast
@@ -175,7 +187,7 @@ class Objective(PublishedNames):
         ``context`` other than the objective's: "own" reads a report under its own image, "other" under another.
         """
         own = (context or self.report_context) == "own"
-        output = self._teach(pair, supervised_rows=0) if own else self._outputs_under_others([pair])[0]
+        output = self._seen_and_taught(pair, 0) if own else self._outputs_under_others([pair])[0]
         mean = self._report_feature(output.report_features, pair.token_mask[:, 1:])
         return Embedded(self.img_projection(output.image_features), self.text_projection(mean),
                         output.report_features, mean)
@@ -186,51 +198,14 @@ class Objective(PublishedNames):
             with torch.no_grad():
                 self.temp_1.clamp_(max=self.rule.max_log_scale)
 
-    def _teach(self, pair: Any, supervised_rows: int | None = None, features: Any = None) -> Any:
-        """Teacher forcing: the shift of the inputs against the targets [:, 1:] is in this file and nowhere else."""
-        return self.backbone(None if features is not None else pair.images, pair.tokens[:, :-1],
-                             view_mask=pair.view_mask, labels=pair.labels, features=features,
-                             supervised_rows=supervised_rows)
-
-    def _outputs_under_others(self, pairs: list) -> list:
-        """As ``_outputs``, but report features are made under the image of the row before, which says nothing of them.
-
-        Log-probabilities, z and z- are what they are otherwise.
-        """
-        positive, count = pairs[0], len(pairs[0].tokens)
-        both = join(*pairs, pad_id=self.backbone.pad_id) if len(pairs) == 2 else positive
-        seen = self.backbone.extract(both.images, both.view_mask)
-        output = self._teach(positive, features=rows_of(seen, slice(None, count)))
-        chosen = others(count, len(pairs), positive.tokens.device)
-        labels = None if positive.labels is None else positive.labels[chosen]
-        read = self._teach(dataclasses.replace(both, view_mask=both.view_mask[chosen.to(both.view_mask.device)],
-                                               labels=labels),
-                           supervised_rows=0, features=rows_of(seen, chosen))
-        parts = (slice(None, count), slice(count, None))[:len(pairs)]
-        return [dataclasses.replace(output, image_features=seen.pooled[part],
-                                    report_features=read.report_features[part, :pair.tokens.shape[1] - 1])
-                for pair, part in zip(pairs, parts, strict=True)]
-
-    def _outputs(self, pairs: list) -> list:
-        """The backbone's Output for the positives and, if any, for their hard negatives, which are not supervised."""
-        if len(pairs) == 1 or not self.rule.joint_pass:
-            return [self._teach(pair, None if i == 0 else 0) for i, pair in enumerate(pairs)]
-        rows, outputs = len(pairs[0].tokens), []
-        both = self._teach(join(*pairs, pad_id=self.backbone.pad_id), supervised_rows=rows)
-        for pair, part in zip(pairs, (slice(None, rows), slice(rows, None)), strict=True):
-            length = pair.tokens.shape[1] - 1  # without the padding that came with joining
-            outputs.append(dataclasses.replace(
-                both, log_probs=both.log_probs[part, :length], image_features=both.image_features[part],
-                report_features=both.report_features[part, :length]))
-        return outputs
-
     def _embed(self, pairs: list, outputs: list) -> list[Tensor]:
         """z, u or z, z-, u, u- of all processes, each (B, E) of unit length."""
         reports = torch.cat([self._report_feature(output.report_features, pair.token_mask[:, 1:])
                              for output, pair in zip(outputs, pairs, strict=True)])
         z = self.img_projection(torch.cat([output.image_features for output in outputs]))
-        u = self.text_projection(reports)
-        features = torch.stack([*z.chunk(len(pairs)), *u.chunk(len(pairs))], dim=1)
+        copies = len(z) // len(outputs[0].image_features)  # one of the positives, the others of negatives
+        u = self.text_projection(reports if self.report_gradient else reports.detach())
+        features = torch.stack([*z.chunk(copies), *u.chunk(copies)], dim=1)
         return list(distributed.gather_with_gradient(features).unbind(1))
 
     def _report_feature(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -248,7 +223,9 @@ class Objective(PublishedNames):
             z, u = features
             scores, terms = clip_scores(z, u, scale), alignment(z, u)
         else:
-            z, negative_z, u, negative_u = features
+            half = len(features) // 2
+            (z, *negatives_z), (u, *negatives_u) = features[:half], features[half:]
+            negative_z, negative_u = negatives_z[0], negatives_u[0]
             rows = distributed.gather(batch.has_negative)
             # Outside training the sample indices are those of another split.
             remembers = self.previous is not None and self.training
@@ -256,14 +233,21 @@ class Objective(PublishedNames):
             harder = self._harder_negative(z, u, negative_u, epoch, index, rows)
             harder_z = self._harder_negative(u, z, negative_z, epoch) if self.image_negatives else None
             if self.harder_term == "column":
-                scores, for_images = clip_scores(z, u, scale), [own_scores(z, harder, scale)]
+                more = [self._harder_negative(z, u, other, epoch) for other in negatives_u[1:]]
+                scores, for_images = clip_scores(z, u, scale), [own_scores(z, each, scale) for each in (harder, *more)]
                 for_reports = [] if harder_z is None else [own_scores(harder_z, u, scale)]
             else:
                 harder_scale = self.temp_3.exp() if self.rule.own_harder_scale else None
                 scores = modified_scores(z, u, negative_z, negative_u, harder, scale, harder_scale,
                                          self.rule.keep_off_diagonal, harder_z)
+                for other_z, other_u in zip(negatives_z[1:], negatives_u[1:], strict=True):
+                    scores = scores + modified_scores(z, u, other_z, other_u,
+                                                      self._harder_negative(z, u, other_u, epoch), scale, harder_scale,
+                                                      self.rule.keep_off_diagonal)
+                scores = scores / len(negatives_u)
             terms = alignment(z, u, rows, cos_negative=negative_u, cos_harder=harder)
-            terms["cosine"] = cosine_loss(z, negative_z, rows, self.rule.absolute_cosine)
+            terms["cosine"] = sum(cosine_loss(z, other, rows, self.rule.absolute_cosine)
+                                  for other in negatives_z) / len(negatives_z)
             terms["hardness"] = torch.zeros_like(scale) + self.hardness(epoch)
         excluded, compared = None, [1] * self.mask_identical + [2] * self.mask_same_labels
         if compared or self.queue is not None:

@@ -87,6 +87,7 @@ def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extr
         seed=config.seed,
         neighbours=neighbours,
         num_neighbours=config.num_neighbours if data.strategy == "mochi" else 1,
+        negatives_per_anchor=config.negatives_per_anchor,
         annotation_negatives=negatives and neighbours is None,
         labels=data.labels.of(studies) if labelled else None,
         label_keys=data.label_keys if augment else None,

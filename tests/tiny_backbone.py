@@ -37,6 +37,9 @@ class TinyBackbone(Backbone):
     def log_probs(self, hidden):
         return self.logit(hidden).log_softmax(-1)
 
+    def encode(self, features):
+        return (self.look(features.patches),)
+
     def extract(self, images, view_mask=None, features=None):
         if features is not None:
             return features
