@@ -96,6 +96,11 @@ class Backbone(nn.Module):
         """
         return (features.patches,)
 
+    @property
+    def encoded_dim(self) -> int:
+        """Width of the first tensor of ``encode``, (B, S, width) or (B, levels, S, width)."""
+        return self.image_dim if type(self).encode is Backbone.encode else self.report_dim
+
     def next_words(self, tokens: Tensor, *encoded: Tensor) -> Tensor:
         """Log-probabilities (B, T, V+1) of the next token at every position of ``tokens`` (B, T), in evaluation."""
         (patches,) = encoded

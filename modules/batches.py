@@ -48,7 +48,6 @@ class Batch:
     reports: list[str]  # as in the annotation
     replaced: int = 0  # samples of this batch that stand in for unreadable ones
     transform: Transform | None = None  # made the images, and knows how they are normalised
-    label_key: Tensor | None = None  # (B,) int64, equal for reports with the same 14 labels; where that is asked for
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """The batch on ``device``, its images normalised there if they are still as they were loaded.
@@ -85,7 +84,7 @@ class Sample:
     """One row of a Batch."""
 
     positive: SamplePair
-    negatives: list[SamplePair] | None
+    negative: SamplePair | None
     has_negative: bool
     sample_index: int
     report_key: int
@@ -93,17 +92,14 @@ class Sample:
     report: str
     transform: Transform
     replaced: bool = False
-    label_key: int | None = None
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples; each side's tokens are padded with 0 to its own longest report."""
-    has_negatives = samples[0].negatives is not None
+    has_negatives = samples[0].negative is not None
     return Batch(
         positive=_stack([sample.positive for sample in samples]),
-        # First negative of every sample, then the second of every sample, and so on.
-        negative=_stack([pair for nth in zip(*(sample.negatives for sample in samples), strict=True) for pair in nth])
-        if has_negatives else None,
+        negative=_stack([sample.negative for sample in samples]) if has_negatives else None,
         has_negative=torch.tensor([sample.has_negative for sample in samples]) if has_negatives else None,
         sample_index=torch.tensor([sample.sample_index for sample in samples]),
         report_key=torch.tensor([sample.report_key for sample in samples]),
@@ -111,7 +107,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         reports=[sample.report for sample in samples],
         replaced=sum(sample.replaced for sample in samples),
         transform=samples[0].transform,
-        label_key=None if samples[0].label_key is None else torch.tensor([sample.label_key for sample in samples]),
     )
 
 

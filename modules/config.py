@@ -147,30 +147,9 @@ class Config:
     mask_identical: bool = flag(False, "ITHN", "leave out off-diagonal pairs of the same study or the same text")
 
     # ---- beyond ITHN
-    report_context: str = flag("own", "beyond ITHN", "image under which the decoder reads a report for the "
-                               "contrastive terms: own, as published; other: another study's, so that the feature "
-                               "cannot carry the image that it is compared with", choices=("own", "other"))
-    image_feature: str = flag("pooled", "beyond ITHN", "image feature of the contrastive terms: pooled, the visual "
-                              "extractor's mean, as published; encoder, the mean of the transformer encoder's output",
-                              choices=("pooled", "encoder"))
-    report_gradient: bool = flag(True, "beyond ITHN", "let the contrastive terms train the decoder")
-    contrastive_temperature: float = flag(0.07, "beyond ITHN", "initial temperature of the contrastive loss", low=0.01)
-    learn_temperature: bool = flag(True, "beyond ITHN", "train the temperature of the contrastive loss")
-    mask_same_labels: bool = flag(False, "beyond ITHN", "leave out off-diagonal pairs whose reports have the same 14 "
-                                  "labels: of --label_path where that file is, else by rules")
-    harder_term: str = flag("paper", "beyond ITHN", "column: the harder negative is one more candidate of its image "
-                            "in S1 alone, in place of S2 and of S3 with its negated diagonal",
-                            choices=("paper", "column"))
-    image_negatives: bool = flag(False, "beyond ITHN", "synthesise a harder negative of each image too")
-    token_level: bool = flag(False, "beyond ITHN", "compare single words and patches, not their means")
-    negatives_per_anchor: int = flag(1, "beyond ITHN", "hard negatives of each sample, drawn from its nearest", low=1)
-    negative_queue: int = flag(0, "beyond ITHN", "samples whose features stay, without gradient, as further negatives "
-                               "of later steps, by their S1", low=0)
-    hardness_schedule: str = flag("epoch", "beyond ITHN", "retrieval: the hardness is --max_hardness times the "
-                                  "smoothed retrieval accuracy in training, whatever the epoch",
-                                  choices=("epoch", "retrieval"))
-    max_hardness: float = flag(1.0, "beyond ITHN", "hardness at a retrieval accuracy of 1, with --hardness_schedule "
-                               "retrieval", low=0.0, high=1.0)
+    contrastive_features: str = flag("extractor", "beyond ITHN", "encoder: z is made of the transformer encoder's "
+                                     "output, reports are read under another study's image, and the contrastive terms "
+                                     "train no decoder; extractor: as published", choices=("extractor", "encoder"))
 
     # ---- decoding
     sample_method: str = flag("beam_search", "decoding", "how reports are decoded",
@@ -272,6 +251,11 @@ class Config:
     def released(self) -> bool:
         """Whether the released code's departures from the paper are asked for."""
         return self.ithn_variant == "released"
+
+    @property
+    def on_encoder(self) -> bool:
+        """Whether the contrastive terms work on the encoder's output."""
+        return self.contrastive_features == "encoder"
 
     @property
     def captioning(self) -> bool:

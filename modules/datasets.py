@@ -40,9 +40,7 @@ class ReportDataset(Dataset):
     nearest, or with ``num_neighbours`` > 1 one drawn uniformly from that many (MoCHi). With ``annotation_negatives``
     they are the studies' own negative reports and images instead.
 
-    ``labels`` (num_studies, 14) go with the samples and, for ``neighbours``, with the negatives; ``label_keys``
-    (num_studies,) are the numbers that Batch.label_key holds. With ``negatives_per_anchor`` K a sample has K distinct
-    ones of its K nearest, or some twice where there are fewer.
+    ``labels`` (num_studies, 14) go with the samples and, for ``neighbours``, with the negatives.
     """
 
     def __init__(
@@ -58,26 +56,20 @@ class ReportDataset(Dataset):
         seed: int = 0,
         neighbours: np.ndarray | None = None,
         num_neighbours: int = 1,
-        negatives_per_anchor: int = 1,
         annotation_negatives: bool = False,
         labels: np.ndarray | None = None,
-        label_keys: np.ndarray | None = None,
         on_bad_image: str = "stop",
     ):
         if neighbours is not None:
-            _check_neighbours(neighbours, len(studies), max(num_neighbours, negatives_per_anchor))
+            _check_neighbours(neighbours, len(studies), num_neighbours)
         if labels is not None and len(labels) != len(studies):
             raise InputError(f"labels: {len(labels)} rows for {len(studies)} studies; every study needs one")
-        if annotation_negatives and negatives_per_anchor > 1:
-            raise InputError(f"--negatives_per_anchor {negatives_per_anchor}: the annotation has one negative of each "
-                             "study; give --negative_index instead")
         if labels is not None and annotation_negatives:
             raise InputError("labels: the annotation's own negatives have none; give --negative_index instead")
         self.studies, self.tokenizer, self.read_image, self.transform = studies, tokenizer, read_image, transform
         self.max_seq_length, self.seed, self.on_bad_image = max_seq_length, seed, on_bad_image
         self.neighbours, self.num_neighbours = neighbours, num_neighbours
-        self.annotation_negatives, self.labels, self.label_keys = annotation_negatives, labels, label_keys
-        self.negatives_per_anchor = negatives_per_anchor
+        self.annotation_negatives, self.labels = annotation_negatives, labels
         self.has_negatives = neighbours is not None or annotation_negatives
         self.separate = views == "separate"
         # A data set with one image per study has no second view to leave empty.
@@ -155,43 +147,33 @@ class ReportDataset(Dataset):
         row, view = self.samples[index]
         study = self.studies[row]
         positive = self._pair(study, row, view, (epoch, AUGMENT_POSITIVE, index), row)
-        negatives = self._negatives(epoch, index) if self.has_negatives else None
-        has_negative = bool(negatives)
-        if self.has_negatives and not negatives:
-            negatives = [positive] * self.negatives_per_anchor
+        negative = self._negative(epoch, index) if self.has_negatives else None
         return Sample(
             positive=positive,
-            negatives=negatives,
-            has_negative=has_negative,
+            negative=positive if self.has_negatives and negative is None else negative,
+            has_negative=negative is not None,
             sample_index=index,
             report_key=self.report_keys[row],
             id=self.sample_id(index),
             report=study.report,
             transform=self.transform,
-            label_key=None if self.label_keys is None else int(self.label_keys[row]),
         )
 
-    def _negatives(self, epoch: int, index: int) -> list[SamplePair]:
-        """The sample's hard negatives, those there are again where they are fewer than wanted; or none at all."""
+    def _negative(self, epoch: int, index: int) -> SamplePair | None:
         anchor, view = self.samples[index]
         if self.annotation_negatives:
-            study = self.studies[anchor]
+            row, study = anchor, self.studies[anchor]
             if study.negative_report is None or not study.negative_image_paths:
-                return []
-            chosen = [(anchor, replace(study, report=study.negative_report, image_paths=study.negative_image_paths))]
+                return None
+            study = replace(study, report=study.negative_report, image_paths=study.negative_image_paths)
         else:
-            wanted = self.negatives_per_anchor
-            admissible = self.neighbours[anchor][self.neighbours[anchor] >= 0][: max(self.num_neighbours, wanted)]
+            admissible = self.neighbours[anchor][self.neighbours[anchor] >= 0][: self.num_neighbours]
             if len(admissible) == 0:
-                return []
+                return None
             rng = keyed_generator(self.seed, epoch, NEIGHBOUR, index)
-            if wanted == 1:
-                rows = [int(admissible[torch.randint(len(admissible), (), generator=rng)])]
-            else:
-                order = torch.randperm(len(admissible), generator=rng).tolist()
-                rows = [int(admissible[order[i % len(order)]]) for i in range(wanted)]
-            chosen = [(row, self.studies[row]) for row in rows]
-        return [self._pair(study, row, view, (epoch, AUGMENT_NEGATIVE, index), anchor) for row, study in chosen]
+            row = int(admissible[torch.randint(len(admissible), (), generator=rng)])
+            study = self.studies[row]
+        return self._pair(study, row, view, (epoch, AUGMENT_NEGATIVE, index), anchor)
 
     def _pair(self, study: Study, row: int, view: int, key: tuple[int, int, int], anchor: int) -> SamplePair:
         """Images and report of ``study``; where every image is a sample, the one at ``view``, or the first.

@@ -65,11 +65,6 @@ def clip_scores(image: Tensor, report: Tensor, scale: Tensor | float) -> Tensor:
     return scale * (_at_least_float32(image) @ _at_least_float32(report).T)
 
 
-def own_scores(image: Tensor, report: Tensor, scale: Tensor | float) -> Tensor:
-    """The diagonal of ``clip_scores`` as a column, ``scale`` * <z_i, u_i>, (B, 1)."""
-    return scale * (_at_least_float32(image) * _at_least_float32(report)).sum(-1, keepdim=True)
-
-
 @torch.no_grad()
 def alignment(image: Tensor, report: Tensor, rows: Tensor | None = None, **others: Tensor) -> dict[str, Tensor]:
     """Mean cosine of each image with its report and with ``others``, and how often its own report is the nearest."""
@@ -87,7 +82,6 @@ def modified_scores(
     scale: Tensor | float,
     harder_scale: Tensor | float | None = None,
     keep_off_diagonal: bool = True,
-    harder_image: Tensor | None = None,
 ) -> Tensor:
     """S/tau, Eq. 9-11: (S_1 + S_2 + S_3') / 3 times ``scale`` = 1/tau, (B, B).
 
@@ -95,23 +89,17 @@ def modified_scores(
     harder negative; S_3' is S_3 with its diagonal negated. All features (B, D), unit length but for u~, which is
     taken as it comes. The released code departs twice: ``harder_scale`` is a scale of its own for S_3', and
     ``keep_off_diagonal=False`` sets everything off the diagonal of S_3' to 0.
-
-    Beyond the paper, with a ``harder_image`` z~: S_4 = <z~_i, u_j>, its diagonal negated, S = (S_1+S_2+S_3'+S_4')/4.
     """
     s1 = clip_scores(image, report, scale)
     s2 = clip_scores(negative_image, negative_report, scale)
     s3 = clip_scores(image, harder_negative, scale if harder_scale is None else harder_scale)
     diagonal = torch.eye(len(s3), dtype=torch.bool, device=s3.device)
     s3 = torch.where(diagonal, -s3, s3 if keep_off_diagonal else 0.0)
-    if harder_image is None:
-        return (s1 + s2 + s3) / 3
-    s4 = clip_scores(harder_image, report, scale)
-    return (s1 + s2 + s3 + torch.where(diagonal, -s4, s4)) / 4
+    return (s1 + s2 + s3) / 3
 
 
 def contrastive_loss(
-    scores: Tensor, form: str = "standard", rows: Tensor | None = None, excluded: Tensor | None = None, *,
-    for_images: Tensor | None = None, for_reports: Tensor | None = None,
+    scores: Tensor, form: str = "standard", rows: Tensor | None = None, excluded: Tensor | None = None
 ) -> Tensor:
     """L_CP, Eq. 12: mean of the row-wise and the column-wise contrastive loss of ``scores`` = S/tau (B, B).
 
@@ -119,9 +107,7 @@ def contrastive_loss(
     positive out: -S_ii/tau + log sum_{j != i} exp(S_ij/tau), which may be negative. ``rows`` (B,) bool are the samples
     that take part, as rows and as columns. ``excluded`` (B, B) bool, symmetric, are off-diagonal pairs left out of the
     denominators. A sample that has nothing to be compared with (B = 1, for instance) counts 0 with a zero gradient.
-    ``for_images`` (B, M) and ``for_reports`` (B, N) are scores of candidates beyond the batch, which enter the
-    denominators of the row-wise and of the column-wise loss; -inf leaves one out. Raises ValueError for an unknown
-    form.
+    Raises ValueError for an unknown form.
     """
     if form not in CONTRASTIVE_FORMS:
         raise ValueError(f"contrastive form {form!r} is unknown: one of {', '.join(CONTRASTIVE_FORMS)}")
@@ -135,16 +121,11 @@ def contrastive_loss(
     else:
         candidates = candidates & rows.unsqueeze(0) & rows.unsqueeze(1)
         count = rows.sum().clamp(min=1)
-        for_images, for_reports = (more if more is None else more.masked_fill(~rows.unsqueeze(1), -torch.inf)
-                                   for more in (for_images, for_reports))
-    both = _one_direction(scores, candidates, for_images) + _one_direction(scores.T, candidates.T, for_reports)
+    both = _one_direction(scores, candidates) + _one_direction(scores.T, candidates.T)
     return both / (2 * count)
 
 
-def _one_direction(scores: Tensor, candidates: Tensor, more: Tensor | None = None) -> Tensor:
+def _one_direction(scores: Tensor, candidates: Tensor) -> Tensor:
     """Sum over rows of log sum_{j candidate} exp(S_ij) - S_ii; rows without a candidate count 0."""
-    every = scores
-    if more is not None:
-        every, candidates = torch.cat([scores, more], 1), torch.cat([candidates, more != -torch.inf], 1)
-    log_sum = every.masked_fill(~candidates, -torch.inf).logsumexp(1)  # -inf, with a gradient of 0, for such a row
+    log_sum = scores.masked_fill(~candidates, -torch.inf).logsumexp(1)  # -inf, with a gradient of 0, for such a row
     return torch.where(candidates.any(1), log_sum - scores.diagonal(), 0.0).sum()

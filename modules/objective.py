@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from modules import distributed
 from modules.errors import InputError
-from modules.image_feature import IMAGE_FEATURES
 from modules.losses import (
     CONTRASTIVE_FORMS,
     alignment,
@@ -23,26 +22,13 @@ from modules.losses import (
     cosine_loss,
     modified_scores,
     normalise,
-    own_scores,
     report_nll,
     token_nll,
 )
 from modules.negatives import PreviousEpoch
-from modules.negatives_queue import FeatureQueue
 from modules.published_names import Projection, PublishedNames
-from modules.report_context import CONTEXTS
 from modules.taught_passes import TaughtPasses
-from modules.token_level import contrast_tokens
-from modules.variants import (
-    HARDER_TERMS,
-    HARDNESS_SCHEDULES,
-    WITHOUT_NEGATIVES,
-    check_choice,
-    synthesis,
-    variant_rules,
-)
-
-ACCURACY_DECAY = 0.99  # per optimiser step
+from modules.variants import CONTRASTIVE_FEATURES, WITHOUT_NEGATIVES, check_choice, synthesis, variant_rules
 
 
 @dataclasses.dataclass
@@ -66,15 +52,9 @@ class Objective(TaughtPasses, PublishedNames):
     ``n_samples``, the size of the training set. ``mask_identical`` leaves off-diagonal pairs with the same report
     out of L_CP.
 
-    Beyond the paper: ``mask_same_labels`` leaves pairs with the same Batch.label_key out of L_CP.
-    ``hardness_schedule`` ``retrieval``: lambda is ``max_hardness`` times the smoothed retrieval accuracy in training.
-    ``harder_term`` ``column``: u~_i is one more candidate in row i of S_1, and S_2 is left out. ``image_negatives``
-    synthesises z~ too, from z- as u~ is from u-: S_4' of ``modified_scores``, or with ``column`` one more candidate in
-    column i. ``negative_queue``: the features of that many past samples are further negatives, by their S_1. The
-    temperature starts at ``contrastive_temperature``, and stays there unless ``learn_temperature``. ``image_feature``
-    ``encoder``: z comes from the transformer encoder's output. Without ``report_gradient`` the contrastive terms train
-    everything but the decoder. ``token_level``: words and patches are compared (modules/token_level.py), in the column
-    form. A Batch with several hard negatives of each sample has a u~ of each: S is their mean, and columns are added.
+    Beyond the paper and for ``contrastive`` alone, ``contrastive_features`` ``encoder``: z comes from the transformer
+    encoder's output, u is read under another study's image, and the contrastive terms do not train the decoder
+    (modules/taught_passes.py).
 
     InputError for an unknown name or for options that exclude one another.
     """
@@ -84,40 +64,29 @@ class Objective(TaughtPasses, PublishedNames):
                  cosine_weight: float = 0.2, contrastive_form: str = "standard", detach_negative: bool | None = None,
                  renormalise_negative: bool | None = None, joint_pass: bool | None = None,
                  previous_epoch_start: bool = False, clamp_segment: bool = False, mask_identical: bool = False,
-                 n_samples: int | None = None, mask_same_labels: bool = False, hardness_schedule: str = "epoch",
-                 max_hardness: float = 1.0, harder_term: str = "paper", image_negatives: bool = False,
-                 negative_queue: int = 0, contrastive_temperature: float = 0.07, learn_temperature: bool = True,
-                 report_context: str = "own", image_feature: str = "pooled", report_gradient: bool = True,
-                 token_level: bool = False):
+                 n_samples: int | None = None, contrastive_features: str = "extractor"):
         super().__init__()
-        check_choice("image_feature", image_feature, IMAGE_FEATURES)
-        self.token_level = token_level
-        self.image_feature, self.report_gradient = image_feature, report_gradient
-        check_choice("report_context", report_context, CONTEXTS)
-        self.report_context = report_context
         check_choice("contrastive_form", contrastive_form, CONTRASTIVE_FORMS)
-        check_choice("harder_term", harder_term, HARDER_TERMS)
-        check_choice("hardness_schedule", hardness_schedule, HARDNESS_SCHEDULES)
+        check_choice("contrastive_features", contrastive_features, CONTRASTIVE_FEATURES)
         self.rule = variant_rules(variant, ce_weight=ce_weight, detach_negative=detach_negative,
                                   renormalise_negative=renormalise_negative, joint_pass=joint_pass)
         self.strategy, self.alpha, self.contrastive_form = strategy, alpha, contrastive_form
         self.contrastive_weight, self.cosine_weight = contrastive_weight, cosine_weight
-        self.mask_identical, self.mask_same_labels = mask_identical, mask_same_labels
-        self.max_hardness, self.harder_term, self.image_negatives = max_hardness, harder_term, image_negatives
+        self.mask_identical = mask_identical
+        self.on_encoder = contrastive_features == "encoder" and strategy != "off"
+        if self.on_encoder and strategy != "contrastive":
+            raise InputError(f"contrastive_features 'encoder' with strategy {strategy!r}: it needs 'contrastive', as "
+                             "Eq. 11 does not leave its second minimum there")
         self.synthesise = synthesis(strategy, variant, clamp_segment)
         self.backbone = backbone
         if strategy != "off":
             # A module's own parameters come before its children's: temperatures, backbone, projections, as published.
-            start = torch.tensor(math.log(1 / contrastive_temperature))
-            self.temp_1 = nn.Parameter(start, requires_grad=learn_temperature)
+            self.temp_1 = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
             if self.rule.own_harder_scale and strategy not in WITHOUT_NEGATIVES:
-                self.temp_3 = nn.Parameter(start.clone(), requires_grad=learn_temperature)
-            width = backbone.image_dim if image_feature == "pooled" else backbone.report_dim
-            self.img_projection = Projection(width, embedding_dim)
+                self.temp_3 = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            image_width = backbone.encoded_dim if self.on_encoder else backbone.image_dim
+            self.img_projection = Projection(image_width, embedding_dim)
             self.text_projection = Projection(backbone.report_dim, embedding_dim)
-        by_retrieval = hardness_schedule == "retrieval" and strategy != "off"
-        self.register_buffer("smoothed_accuracy", torch.zeros(()) if by_retrieval else None)
-        self.queue = FeatureQueue(negative_queue, embedding_dim) if negative_queue and strategy != "off" else None
         self.previous = None
         if previous_epoch_start and strategy != "off":
             if strategy not in ("ithn", "unconstrained") or not n_samples:
@@ -125,23 +94,9 @@ class Objective(TaughtPasses, PublishedNames):
                                  "strategy ithn or unconstrained, and the number of training samples")
             self.previous = PreviousEpoch(n_samples, embedding_dim)
 
-    def hardness(self, epoch: int) -> float | Tensor:
-        """lambda = 1 - exp(-alpha * e) of the ``epoch`` as logged, from 1: e = epoch - 1 (released: e = epoch).
-
-        Scheduled by retrieval: ``max_hardness`` times the retrieval accuracy, smoothed over the steps so far, from 0.
-        """
-        if self.smoothed_accuracy is not None:
-            return self._hardness_by_retrieval()
+    def hardness(self, epoch: int) -> float:
+        """lambda = 1 - exp(-alpha * e) of the ``epoch`` as logged, from 1: e = epoch - 1 (released: e = epoch)."""
         return -math.expm1(-self.alpha * (epoch - self.rule.first_epoch))
-
-    # A compiled backward pass must not read the buffer anew, after ``_follow`` has changed it.
-    @torch.compiler.disable
-    def _hardness_by_retrieval(self) -> Tensor:
-        return self.max_hardness * self.smoothed_accuracy
-
-    @torch.compiler.disable
-    def _follow(self, accuracy: Tensor, share: float) -> None:
-        self.smoothed_accuracy.lerp_(accuracy.to(self.smoothed_accuracy.dtype), 1 - ACCURACY_DECAY ** share)
 
     def forward(self, batch: Any, epoch: int, *, token_count: Tensor | float | None = None,
                 share: float = 1.0) -> dict[str, Tensor]:
@@ -154,7 +109,7 @@ class Objective(TaughtPasses, PublishedNames):
         """
         positive = batch.positive
         pairs = [positive] if self.strategy in WITHOUT_NEGATIVES else [positive, batch.negative]
-        outputs = self._outputs(pairs) if self.report_context == "own" else self._outputs_under_others(pairs)
+        outputs = self._outputs(pairs)
         mask = positive.token_mask[:, 1:]
         nll_sum = token_nll(outputs[0].log_probs, positive.tokens[:, 1:], mask, token_count=1)
         own_count = mask.sum().clamp(min=1)
@@ -167,13 +122,10 @@ class Objective(TaughtPasses, PublishedNames):
         if self.strategy != "off":
             # Half precision is for the network only: similarities differ in the third digit.
             with torch.autocast(loss.device.type, enabled=False):
-                contrast = contrast_tokens(self, batch, pairs, outputs, epoch) if self.token_level else \
-                    self._contrast(batch, self._embed(pairs, outputs), epoch)
+                contrast = self._contrast(batch, self._embed(pairs, outputs), epoch)
             loss = loss + share * self.contrastive_weight * contrast["contrastive"]
             loss = loss + share * self.cosine_weight * contrast.get("cosine", 0.0)
             terms |= contrast
-            if self.smoothed_accuracy is not None and self.training:
-                self._follow(contrast["retrieval_accuracy"].detach(), share)
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
 
     def report_nll(self, pair: Any, features: Any = None) -> Tensor:
@@ -181,13 +133,14 @@ class Objective(TaughtPasses, PublishedNames):
         output = self._teach(pair, features=features)
         return report_nll(output.log_probs, pair.tokens[:, 1:], pair.token_mask[:, 1:])
 
-    def embed(self, pair: Any, context: str | None = None) -> Embedded:
+    def embed(self, pair: Any, own_image: bool = False) -> Embedded:
         """z and u of a modules.datasets.Pair in this process, as the contrastive terms take them; not for "off".
 
-        ``context`` other than the objective's: "own" reads a report under its own image, "other" under another.
+        With ``own_image`` reports are read under their own images, which is what they are but for "encoder".
         """
-        own = (context or self.report_context) == "own"
-        output = self._seen_and_taught(pair, 0) if own else self._outputs_under_others([pair])[0]
+        output = self._output_on_encoder(pair) if self.on_encoder else self._teach(pair, supervised_rows=0)
+        if own_image and self.on_encoder:
+            output = dataclasses.replace(self._teach(pair, 0), image_features=output.image_features)
         mean = self._report_feature(output.report_features, pair.token_mask[:, 1:])
         return Embedded(self.img_projection(output.image_features), self.text_projection(mean),
                         output.report_features, mean)
@@ -203,9 +156,8 @@ class Objective(TaughtPasses, PublishedNames):
         reports = torch.cat([self._report_feature(output.report_features, pair.token_mask[:, 1:])
                              for output, pair in zip(outputs, pairs, strict=True)])
         z = self.img_projection(torch.cat([output.image_features for output in outputs]))
-        copies = len(z) // len(outputs[0].image_features)  # one of the positives, the others of negatives
-        u = self.text_projection(reports if self.report_gradient else reports.detach())
-        features = torch.stack([*z.chunk(copies), *u.chunk(copies)], dim=1)
+        u = self.text_projection(reports)
+        features = torch.stack([*z.chunk(len(pairs)), *u.chunk(len(pairs))], dim=1)
         return list(distributed.gather_with_gradient(features).unbind(1))
 
     def _report_feature(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -218,67 +170,34 @@ class Objective(TaughtPasses, PublishedNames):
     def _contrast(self, batch: Any, features: list[Tensor], epoch: int) -> dict[str, Tensor]:
         """L_CP (Eq. 12), L_CS (Eq. 1) and what shows whether they work, over the samples with a hard negative."""
         scale = self.temp_1.clamp(max=self.rule.max_log_scale).exp()
-        rows, for_images, for_reports = None, [], []
+        rows = excluded = None
+        if self.mask_identical:
+            key = distributed.gather(batch.report_key)
+            excluded = key.unsqueeze(0) == key.unsqueeze(1)
         if self.strategy in WITHOUT_NEGATIVES:
             z, u = features
             scores, terms = clip_scores(z, u, scale), alignment(z, u)
         else:
-            half = len(features) // 2
-            (z, *negatives_z), (u, *negatives_u) = features[:half], features[half:]
-            negative_z, negative_u = negatives_z[0], negatives_u[0]
+            z, negative_z, u, negative_u = features
             rows = distributed.gather(batch.has_negative)
-            # Outside training the sample indices are those of another split.
-            remembers = self.previous is not None and self.training
-            index = distributed.gather(batch.sample_index) if remembers else None
-            harder = self._harder_negative(z, u, negative_u, epoch, index, rows)
-            harder_z = self._harder_negative(u, z, negative_z, epoch) if self.image_negatives else None
-            if self.harder_term == "column":
-                more = [self._harder_negative(z, u, other, epoch) for other in negatives_u[1:]]
-                scores, for_images = clip_scores(z, u, scale), [own_scores(z, each, scale) for each in (harder, *more)]
-                for_reports = [] if harder_z is None else [own_scores(harder_z, u, scale)]
-            else:
-                harder_scale = self.temp_3.exp() if self.rule.own_harder_scale else None
-                scores = modified_scores(z, u, negative_z, negative_u, harder, scale, harder_scale,
-                                         self.rule.keep_off_diagonal, harder_z)
-                for other_z, other_u in zip(negatives_z[1:], negatives_u[1:], strict=True):
-                    scores = scores + modified_scores(z, u, other_z, other_u,
-                                                      self._harder_negative(z, u, other_u, epoch), scale, harder_scale,
-                                                      self.rule.keep_off_diagonal)
-                scores = scores / len(negatives_u)
+            harder = self._harder_negative(batch, z, u, negative_u, rows, epoch)
+            harder_scale = self.temp_3.exp() if self.rule.own_harder_scale else None
+            scores = modified_scores(z, u, negative_z, negative_u, harder, scale, harder_scale,
+                                     self.rule.keep_off_diagonal)
             terms = alignment(z, u, rows, cos_negative=negative_u, cos_harder=harder)
-            terms["cosine"] = sum(cosine_loss(z, other, rows, self.rule.absolute_cosine)
-                                  for other in negatives_z) / len(negatives_z)
-            terms["hardness"] = torch.zeros_like(scale) + self.hardness(epoch)
-        excluded, compared = None, [1] * self.mask_identical + [2] * self.mask_same_labels
-        if compared or self.queue is not None:
-            keys = self._keys(batch)
-            excluded = (keys.unsqueeze(0) == keys.unsqueeze(1))[..., compared].any(-1)
-        if self.queue is not None and self.training:
-            past_z, past_u, unlike = self.queue.past(keys, compared)
-            for_images.append(clip_scores(z, past_u, scale).masked_fill(~unlike, -torch.inf))
-            for_reports.append(clip_scores(u, past_z, scale).masked_fill(~unlike, -torch.inf))
-            self.queue.push(z, u, keys)
-        terms["contrastive"] = contrastive_loss(
-            scores, self.contrastive_form, rows, excluded, for_images=torch.cat(for_images, 1) if for_images else None,
-            for_reports=torch.cat(for_reports, 1) if for_reports else None)
+            terms["cosine"] = cosine_loss(z, negative_z, rows, self.rule.absolute_cosine)
+            terms["hardness"] = torch.full_like(scale, self.hardness(epoch))
+        terms["contrastive"] = contrastive_loss(scores, self.contrastive_form, rows, excluded)
         return terms | {"temperature": 1 / scale}
 
-    def _keys(self, batch: Any) -> Tensor:
-        """Index, report key and label key (-1 where there is none) of the samples of all processes, (B, 3)."""
-        assert batch.label_key is not None or not self.mask_same_labels
-        index = batch.sample_index
-        labels = torch.full_like(index, -1) if batch.label_key is None else batch.label_key
-        return distributed.gather(torch.stack([index, batch.report_key, labels], 1))
-
-    def _harder_negative(self, z: Tensor, u: Tensor, negative: Tensor, epoch: int, index: Tensor | None = None,
-                         rows: Tensor | None = None) -> Tensor:
-        """u~ (B, E) as it enters S_3, from u- or, given the samples' ``index``, from the one of the epoch before.
-
-        With image and report exchanged, and from z-, it is z~.
-        """
+    def _harder_negative(self, batch: Any, z: Tensor, u: Tensor, negative: Tensor, rows: Tensor, epoch: int) -> Tensor:
+        """u~ (B, E) as it enters S_3, from u- or from the one of the epoch before."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.rule.detach_negative):
-            start = negative if index is None else self.previous.start(index, negative)
-            harder = self.synthesise(z, u, start, self.hardness(epoch))
-            if index is not None:
+            # Outside training the sample indices are those of another split.
+            if self.previous is None or not self.training:
+                harder = self.synthesise(z, u, negative, self.hardness(epoch))
+            else:
+                index = distributed.gather(batch.sample_index)
+                harder = self.synthesise(z, u, self.previous.start(index, negative), self.hardness(epoch))
                 self.previous.keep(index, harder, rows)
             return normalise(harder) if self.rule.renormalise_negative else harder

@@ -10,7 +10,7 @@ from modules.losses import normalise
 # Names beside the backbone's; published files have them too.
 HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
 # What only training goes on from.
-REMEMBERED = ("previous.", "queue.", "smoothed_accuracy")
+REMEMBERED = "previous."
 
 
 class Projection(nn.Module):

@@ -33,9 +33,8 @@ VARIANTS = {
                         absolute_cosine=True, max_log_scale=math.inf, detach_negative=False,
                         renormalise_negative=False, joint_pass=False),
 }
-# Beyond the paper: how the harder negative enters L_CP, and what its hardness follows.
-HARDER_TERMS = ("paper", "column")
-HARDNESS_SCHEDULES = ("epoch", "retrieval")
+# Where the features of the contrastive terms are taken; the encoder is beyond the paper.
+CONTRASTIVE_FEATURES = ("extractor", "encoder")
 WITHOUT_NEGATIVES = ("off", "contrastive")
 SYNTHESES = tuple(name for name in STRATEGIES if name != "released")  # that one comes with the variant
 

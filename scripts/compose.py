@@ -25,7 +25,7 @@ from modules.prototype_files import load_prototypes
 from modules.sync_norm import with_common_statistics
 from modules.visual_extractor import VisualExtractor
 from scripts.compose_data import Data, build_dataset, build_split_loader, cache_features, count_samples
-from scripts.hard_negatives import hard_negatives, same_labels
+from scripts.hard_negatives import hard_negatives
 from scripts.language_model import AnyTokenizer, build_tokenizer, gpt2_options
 
 __all__ = ["Data", "build_backbone", "build_dataset", "build_extractor", "build_objective", "build_split_loader",
@@ -83,11 +83,8 @@ def read_data(config: Config, *, tokenizer: AnyTokenizer | None = None, trained_
         logger.warning("--xpronet_labels reference: reports are generated from labels that come from the reference "
                        "reports; every score of this run is named *_%s and is none of a model that sees images only",
                        score_tag(config))
-    label_keys = None
-    if config.mask_same_labels and strategy != "off":
-        label_keys = same_labels(config, annotation.splits["train"], labels)
     return Data(annotation, tokenizer, strategy, index, trained_with or strategy, detections, labels,
-                labels_leak=bool(score_tag(config)), label_keys=label_keys)
+                labels_leak=bool(score_tag(config)))
 
 
 def _backbone_class(config: Config) -> type[Backbone]:
@@ -149,18 +146,7 @@ def build_objective(config: Config, data: Data, device: torch.device, *, pretrai
         previous_epoch_start=config.previous_epoch_start,
         clamp_segment=config.clamp_segment,
         mask_identical=config.mask_identical,
-        mask_same_labels=config.mask_same_labels,
-        harder_term=config.harder_term,
-        report_context=config.report_context,
-        image_feature=config.image_feature,
-        report_gradient=config.report_gradient,
-        token_level=config.token_level,
-        image_negatives=config.image_negatives,
-        negative_queue=config.negative_queue,
-        hardness_schedule=config.hardness_schedule,
-        max_hardness=config.max_hardness,
-        contrastive_temperature=config.contrastive_temperature,
-        learn_temperature=config.learn_temperature,
+        contrastive_features=config.contrastive_features,
         n_samples=count_samples(config, data.annotation.splits["train"]),
     )
     return with_common_statistics(objective.to(device)) if config.sync_bn else objective.to(device)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -37,7 +36,6 @@ class Data:
     features: FeatureCache | DetectionFeatures | None = None
     labels: LabelTable | None = None  # where the backbone is trained with labels, or generates from given ones
     labels_leak: bool = False  # whether generation is given the labels of the reference reports
-    label_keys: np.ndarray | None = None  # of each training study, equal for equal labels, with --mask_same_labels
 
 
 def count_samples(config: Config, studies: tuple[Study, ...]) -> int:
@@ -87,10 +85,8 @@ def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extr
         seed=config.seed,
         neighbours=neighbours,
         num_neighbours=config.num_neighbours if data.strategy == "mochi" else 1,
-        negatives_per_anchor=config.negatives_per_anchor,
         annotation_negatives=negatives and neighbours is None,
         labels=data.labels.of(studies) if labelled else None,
-        label_keys=data.label_keys if augment else None,
         on_bad_image=config.on_bad_image,
     )
 

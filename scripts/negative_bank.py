@@ -44,6 +44,9 @@ class Inspection:
         content = load_checkpoint(self.paths[0])
         settings = own_settings(content, self.paths[0])
         config = resolve_config(given, settings | UNUSED)
+        if config.on_encoder:
+            raise InputError(f"--load {self.paths[0]}: trained with --contrastive_features encoder, where no negative "
+                             "is synthesised; give checkpoints trained with ITHN")
         if not config.negative_index:
             raise InputError(f"--load {self.paths[0]}: trained without an index of hard negatives (strategy "
                              f"{content['strategy']}); give --negative_index FILE, which "

@@ -24,10 +24,9 @@ from scripts import compose
 
 logger = logging.getLogger("ithn")
 
-# Flags that the kept states of optimiser, schedule, model selection and objective decide when a run goes on.
+# Flags that the kept states of optimiser, schedule, model selection and projections decide when a run goes on.
 KEPT = ("optim", "lr_ve", "lr_ed", "weight_decay", "adam_betas", "adam_eps", "amsgrad", "lr_scheduler", "step_size",
-        "gamma", "scale_lr", "monitor_metric", "monitor_mode", "hardness_schedule", "negative_queue",
-        "contrastive_temperature", "learn_temperature")
+        "gamma", "scale_lr", "monitor_metric", "monitor_mode", "contrastive_features")
 # Flags that decide which samples are still to come in an epoch that was begun.
 KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing")
 

@@ -46,7 +46,7 @@ def measure(objective: Any, loader: Any, device: Any) -> dict[str, float]:
                 continue
             own = objective.embed(pair)  # z and u as in training
             swapped = dataclasses.replace(pair, images=pair.images.roll(1, 0), view_mask=pair.view_mask.roll(1, 0))
-            moved = objective.embed(swapped, context="own").report  # (B, E)
+            moved = objective.embed(swapped, own_image=True).report  # (B, E)
             under, described = (moved * own.image.roll(1, 0)).sum(1), (moved * own.image).sum(1)
             right = (own.image @ own.report.T).argmax(1) == torch.arange(len(moved), device=moved.device)
             for name, values in zip(sums, (right, under > described, under, described, torch.ones_like(under)),
@@ -70,8 +70,7 @@ def rows(path: str, given: dict[str, Any]) -> list[tuple[str, ...]]:
     if content["strategy"] == "off":
         raise InputError(f"--load {path}: trained without ITHN, so that it has no joint embedding")
     # Strategies have the same projections: which of them a run was trained with makes no difference here.
-    config = dataclasses.replace(resolve_config(given, settings), ithn="on", strategy="contrastive",
-                                 harder_term="paper", image_negatives=False)
+    config = dataclasses.replace(resolve_config(given, settings), ithn="on", strategy="contrastive")
     device = compose.prepare_device(config)
     data = compose.read_data(config, tokenizer=tokenizer_from_state(content["vocabulary"]))
     objective = compose.build_objective(config, data, device, pretrained=False).eval()

@@ -17,9 +17,8 @@ LEAVES = ("losses", "negatives", "transformer", "visual_extractor", "decoding", 
 LEAF_PACKAGES = {"torch", "torchvision"}
 MORE_PACKAGES = {"visual_extractor": {"timm", "safetensors"}}
 BUILDING_BLOCKS = ("transformer", "visual_extractor", "decoding", "memory", "prototypes", "relational_memory")
-OBJECTIVE_PARTS = {f"modules.{part}" for part in ("losses", "negatives", "negatives_queue", "variants",
-                                                   "distributed", "errors", "published_names", "report_context",
-                                                   "token_level", "image_feature", "taught_passes")}
+OBJECTIVE_PARTS = {f"modules.{part}" for part in ("losses", "negatives", "variants", "distributed", "errors",
+                                                   "published_names", "taught_passes")}
 HANDED_IN = {"modules.objective", "modules.datasets", "modules.metrics", "modules.mining"}
 # Must be importable in a moment: --help, checks and error lines stand on them.
 LIGHT = ("modules.errors", "modules.config", "modules.flags", "modules.annotations", "modules.tokenizers",

@@ -158,11 +158,11 @@ def test_mochi_draws_from_the_first_neighbours_by_epoch_and_index(make):
     rows = np.tile(np.array([1, 2, 3, 4], np.int32), (5, 1))
     rows[0, 1:] = -1
     dataset = make([study(name) for name in "abcde"], neighbours=rows, num_neighbours=3)
-    drawn = {index: [shown(dataset[epoch, index].negatives[0].images)[0] for epoch in range(60)] for index in (0, 1, 2)}
+    drawn = {index: [shown(dataset[epoch, index].negative.images)[0] for epoch in range(60)] for index in (0, 1, 2)}
     assert set(drawn[0]) == {10}
     assert set(drawn[1]) == {10, 20, 30} and min(map(drawn[1].count, (10, 20, 30))) > 8  # 20 each on average
     assert drawn[1] != drawn[2]
-    assert drawn[1][7] == shown(dataset[7, 1].negatives[0].images)[0]
+    assert drawn[1][7] == shown(dataset[7, 1].negative.images)[0]
 
 
 def test_annotation_negatives(make):
@@ -232,7 +232,7 @@ def test_epochs_do_not_depend_on_workers_or_history(varied):
 
 
 def test_augmentation_differs_by_epoch_sample_view_and_role(varied):
-    crops = [varied[1, 1].positive.images[0], varied[2, 1].positive.images[0], varied[1, 2].negatives[0].images[0]]
+    crops = [varied[1, 1].positive.images[0], varied[2, 1].positive.images[0], varied[1, 2].negative.images[0]]
     assert varied.neighbours[2, 0] == 1
     assert not any(torch.equal(crops[i], crops[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     path = varied.studies[1].image_paths[0]

@@ -231,8 +231,11 @@ def test_wrong_checkpoints_are_named_in_a_line(run, tmp_path):
                         config=content["config"] | {"strategy": "contrastive", "negative_index": ""})
     plain = saved("p.pth", state_dict={name: value for name, value in content["state_dict"].items()
                                        if not name.startswith("img_projection.")})
+    encoder = saved("e.pth", strategy="contrastive", config=content["config"] | {
+        "strategy": "contrastive", "contrastive_features": "encoder"})
     other = saved("o.pth", epoch=2, config=content["config"] | {"alpha": 0.1})
     for paths, words in (([contrastive], "strategy contrastive); give --negative_index"), ([plain], "--ithn off"),
+                         ([encoder], "no negative is synthesised"),
                          ([first, other], "alpha is 0.1, that of"), ([first, saved("same.pth")], "of epoch 1, as")):
         with pytest.raises(InputError, match="^--load ") as caught:
             Inspection(paths, {}, None)

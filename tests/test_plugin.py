@@ -17,6 +17,7 @@ from scripts import compose
 from tests.conftest import TINY
 
 STRATEGIES = ("off", "contrastive", "prior", "mochi", "ithn", "unconstrained")
+ON_ENCODER = "contrastive on the encoder"
 OWN_FLAGS = {"r2gencmn": [], "r2gen": ["--rm_d_model", "16", "--rm_num_heads", "2"],
              "visualgpt": ["--gpt2_layers", "1", "--gpt2_positions", "32"],
              "xpronet": ["--num_cluster", "14", "--num_protype", "3", "--d_img_ebd", "4", "--d_txt_ebd", "4",
@@ -44,11 +45,13 @@ def generate(objective: Objective, config, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("views", ["paired", "separate"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", (*STRATEGIES, ON_ENCODER))
 @pytest.mark.parametrize("backbone", MODELS)
 def test_every_backbone_with_every_strategy(demo, demo_index, tmp_path, backbone, strategy, views):
     """One training step moves the weights, reports are generated, and a checkpoint brings the same reports back."""
-    chosen = ["--ithn", "off"] if strategy == "off" else ["--strategy", strategy]
+    features = ["--contrastive_features", "encoder"] if strategy == ON_ENCODER else []
+    strategy = strategy.removesuffix(" on the encoder")
+    chosen = ["--ithn", "off"] if strategy == "off" else ["--strategy", strategy, *features]
     flags = ["--model_name", backbone, "--views", views, *chosen, *OWN_FLAGS[backbone]]
     config, data, objective, loader = build(demo, demo_index, *flags)
     assert objective.strategy == strategy

@@ -81,7 +81,7 @@ def rows_of(batch: Batch, rows: slice | list[int]) -> Batch:
     count = len(batch.sample_index[rows])
     return Batch(of_pair(batch.positive), of_pair(batch.negative) if batch.negative else None,
                  batch.has_negative[rows] if batch.negative else None, batch.sample_index[rows], batch.report_key[rows],
-                 [""] * count, [""] * count, label_key=None if batch.label_key is None else batch.label_key[rows])
+                 [""] * count, [""] * count)
 
 
 def make_objective(seed: int = 0, auxiliary_weight: float = 0.0, **options) -> Objective:
