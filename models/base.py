@@ -7,9 +7,11 @@ D decoder width, V words (ids 1..V, so V+1 logits), L generated tokens.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from modules.decoding import DecodingOptions
+from modules.decoding import Decoded, DecodingOptions, DecodingSession, Search, decode
+from modules.decoding_guidance import Guided
 
 
 @dataclass
@@ -37,7 +39,10 @@ class Output:
 
 
 class Backbone(nn.Module):
-    """A report generator: subclasses set ``image_dim`` and ``report_dim`` and define the two passes."""
+    """A report generator: subclasses set ``image_dim`` and ``report_dim``, define ``forward`` and ``session``.
+
+    ``mean_patches`` (S, C) are the patches of the mean training image, which decoding with guidance needs.
+    """
 
     image_dim: int  # C, the width of Output.image_features
     report_dim: int  # D, the width of Output.report_features
@@ -48,6 +53,7 @@ class Backbone(nn.Module):
     any_length: bool = True  # whether an exported step can take reports of any length
     needs_labels: bool = False  # whether training needs the 14 labels of every study
     visual_extractor: nn.Module
+    mean_patches: Tensor | None = None
 
     def forward(
         self,
@@ -79,7 +85,40 @@ class Backbone(nn.Module):
         decoding: DecodingOptions,
     ) -> Tensor:
         """Token ids (B, max_seq_length) of each study's likeliest report, 0 after the end."""
+        return self.search(images, view_mask=view_mask, labels=labels, features=features,
+                           decoding=decoding).tokens[:, 0]
+
+    @torch.no_grad()
+    def search(self, images: Tensor | None, *, view_mask: Tensor | None = None, labels: Tensor | None = None,
+               features: VisualFeatures | None = None, decoding: DecodingOptions) -> Decoded:
+        """All returned hypotheses with their scores; ``generate`` takes the best."""
+        features = self.extract(images, view_mask, features)
+        session = self.session(features, labels, decoding)
+        if decoding.guidance:
+            session = Guided(session, self.session(self.mean_study(features), labels, decoding), decoding.guidance)
+        return decode(session, len(features.patches), features.patches.device, decoding, self.beam_search(decoding))
+
+    def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> DecodingSession:
+        """The decoder at the first word of reports on studies with ``features`` and, where they are given, ``labels``.
+        """
         raise NotImplementedError
+
+    def beam_search(self, decoding: DecodingOptions) -> type[Search] | None:
+        """The beam search that this backbone's codes have; None: the R2Gen family's."""
+        return None
+
+    def mean_study(self, features: VisualFeatures) -> VisualFeatures:
+        """The mean training image in place of every study of ``features``, with the same views."""
+        assert self.mean_patches is not None
+        rows, count = features.patches.shape[:2]
+        mean = self.mean_patches.to(features.patches)
+        if len(mean) < count:  # more views than any training study had: they look like the first
+            mean = mean.repeat(-(-count // len(mean)), 1)
+        patches = mean[:count].expand(rows, -1, -1)
+        there = torch.ones_like(patches[..., :1], dtype=features.pooled.dtype)
+        if features.patch_mask is not None:
+            there = features.patch_mask.unsqueeze(-1).to(there)
+        return VisualFeatures(patches, features.patch_mask, (patches * there).sum(1) / there.sum(1))
 
     def extract(
         self, images: Tensor | None, view_mask: Tensor | None = None, features: VisualFeatures | None = None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Backbone, Output, VisualFeatures
-from modules.decoding import Decoded, DecodingOptions, decode
+from modules.decoding import DecodingOptions
 from modules.decoding_cache import DecodingCache
 from modules.relational_memory import RelationalMemory
 from modules.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
@@ -167,15 +167,8 @@ class R2Gen(Backbone):
     def cross_attention(self) -> list[nn.Module]:
         return [layer.src_attn for layer in self.encoder_decoder.model.decoder.layers]
 
-    def generate(self, images, *, view_mask=None, labels=None, features=None, decoding: DecodingOptions) -> Tensor:
-        return self.search(images, view_mask=view_mask, features=features, decoding=decoding).tokens[:, 0]
-
-    @torch.no_grad()
-    def search(self, images, *, view_mask=None, features=None, decoding: DecodingOptions) -> Decoded:
-        """All returned hypotheses with their scores; ``generate`` takes the best."""
-        features = self.extract(images, view_mask, features)
-        session = Session(self.encoder_decoder, features, decoding)
-        return decode(session, len(features.patches), features.patches.device, decoding)
+    def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> "Session":
+        return Session(self.encoder_decoder, features, decoding)
 
 
 class Session:

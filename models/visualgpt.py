@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.base import Backbone, Output, VisualFeatures
 from models.visualgpt_decoder import LanguageModel
 from models.visualgpt_encoder import LevelEncoder
-from modules.decoding import Decoded, DecodingOptions, decode
+from modules.decoding import DecodingOptions
 from modules.decoding_cache import DecodingCache
 from modules.decoding_standard import StandardBeamSearch
 
@@ -119,16 +119,12 @@ class VisualGPT(Backbone):
     def cross_attention(self) -> list[nn.Module]:
         return [block.enc_dec_attn for block in self.decoder.transformer.h]
 
-    def generate(self, images, *, view_mask=None, labels=None, features=None, decoding: DecodingOptions) -> Tensor:
-        return self.search(images, view_mask=view_mask, features=features, decoding=decoding).tokens[:, 0]
+    def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> "Session":
+        return Session(self, features, decoding)
 
-    @torch.no_grad()
-    def search(self, images, *, view_mask=None, features=None, decoding: DecodingOptions) -> Decoded:
-        """All returned hypotheses with their scores; ``generate`` takes the best. Groups search as R2Gen's do."""
-        features = self.extract(images, view_mask, features)
-        session = Session(self, features, decoding)
-        own_search = StandardBeamSearch if decoding.group_size == 1 else None
-        return decode(session, len(features.patches), features.patches.device, decoding, own_search)
+    def beam_search(self, decoding: DecodingOptions) -> type[StandardBeamSearch] | None:
+        """Groups search as R2Gen's do."""
+        return StandardBeamSearch if decoding.group_size == 1 else None
 
     def adopt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``state`` with this model's own buffers: published ones are constants, or what decoding left behind."""

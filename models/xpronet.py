@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Backbone, Output, VisualFeatures
-from modules.decoding import Decoded, DecodingOptions, decode
+from modules.decoding import DecodingOptions
 from modules.decoding_cache import DecodingCache
 from modules.prototypes import PrototypeResponse, label_contrastive_loss, prototypes_of, with_no_finding
 from modules.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
@@ -204,20 +204,13 @@ class XProNet(Backbone):
     def cross_attention(self) -> list[nn.Module]:
         return [layer.src_attn for layer in self.encoder_decoder.model.decoder.layers]
 
-    def generate(self, images, *, view_mask=None, labels=None, features=None, decoding: DecodingOptions) -> Tensor:
-        return self.search(images, view_mask=view_mask, labels=labels, features=features,
-                           decoding=decoding).tokens[:, 0]
-
-    @torch.no_grad()
-    def search(self, images, *, view_mask=None, labels=None, features=None, decoding: DecodingOptions) -> Decoded:
-        """All returned hypotheses with their scores; ``generate`` takes the best."""
-        features = self.extract(images, view_mask, features)
+    def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> "Session":
+        """Prototypes are chosen by the labels that the image predicts, or by the given ones with "reference"."""
         if self.xpronet_labels == "predicted":
             labels = self.label_head(features.pooled) > 0
         elif labels is None:
             raise ValueError("xpronet_labels 'reference': generation needs the labels of every study")
-        session = Session(self.encoder_decoder, features, self._complete(labels), decoding)
-        return decode(session, len(features.patches), features.patches.device, decoding)
+        return Session(self.encoder_decoder, features, self._complete(labels), decoding)
 
     def check_missing(self, names: list[str]) -> None:
         without_head = [name for name in names if not name.startswith("label_head.")]

@@ -22,7 +22,8 @@ class DecodingOptions:
 
     ``sample_method`` is ``beam_search``, ``greedy`` (arg max) or ``sample`` (multinomial). ``sample_n`` reports are
     returned per study. ``group_size`` > 1 is diverse beam search (Vijayakumar et al., arXiv 1610.02424) with
-    ``diversity_lambda``. ``block_trigrams`` acts on greedy choice and sampling only.
+    ``diversity_lambda``. ``block_trigrams`` acts on greedy choice and sampling only. ``guidance`` > 0 decodes away from
+    the mean image (modules/decoding_guidance.py); the backbone makes the sessions for it.
     """
 
     sample_method: str = "beam_search"
@@ -33,6 +34,7 @@ class DecodingOptions:
     group_size: int = 1
     diversity_lambda: float = 0.5
     block_trigrams: bool = True
+    guidance: float = 0.0
 
     def __post_init__(self):
         if self.sample_method not in SAMPLE_METHODS:
@@ -42,8 +44,9 @@ class DecodingOptions:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature}: expected more than 0")
-        if self.diversity_lambda < 0:
-            raise ValueError(f"diversity_lambda {self.diversity_lambda}: expected at least 0")
+        for name in ("diversity_lambda", "guidance"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 0")
         if self.sample_method != "beam_search" and self.group_size > 1:
             raise ValueError(f"group_size {self.group_size}: groups need sample_method beam_search")
         if self.sample_method == "greedy" and self.sample_n > 1:

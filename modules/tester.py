@@ -46,17 +46,18 @@ class Tester:
     ``clean`` maps a raw report to its cleaned text; ``score(predictions)`` returns the metrics by name;
     ``progress(iterable, description)`` shows a bar. ``score_tag`` becomes part of the names of all scores.
     ``collapse_repeats`` writes a word that immediately repeats itself once. Reports that are drawn at random are drawn
-    by ``seed`` and their batch.
+    by ``seed`` and their batch. ``training_studies`` are batches of the training split, not augmented, whose mean image
+    ``decoding`` with guidance needs.
     """
 
     def __init__(self, objective: nn.Module, *, tokenizer: Any, decoding: DecodingOptions, device: torch.device,
                  precision: str, clean: Callable[[str], str], score: Callable[[Predictions], Mapping],
                  progress: Callable[[Iterable, str], Iterable], score_tag: str = "", collapse_repeats: bool = False,
-                 seed: int = 0):
+                 seed: int = 0, training_studies: Iterable | None = None):
         self.objective, self.tokenizer, self.decoding = objective, tokenizer, decoding
         self.device, self.precision, self.seed = device, precision, seed
         self.clean, self.score, self.progress, self.score_tag = clean, score, progress, score_tag
-        self.collapse_repeats = collapse_repeats
+        self.collapse_repeats, self.training_studies = collapse_repeats, training_studies
 
     @torch.inference_mode()
     def predict(self, loader: Iterable, description: str) -> Predictions | None:
@@ -67,6 +68,8 @@ class Tester:
         """
         was_training = self.objective.training
         self.objective.eval()
+        if self.decoding.guidance:
+            self.objective.backbone.mean_patches = self._mean_patches()
         texts, rows = [], []
         for turn, batch in enumerate(self.progress(loader, description)):
             pair = batch.to(self.device).positive
@@ -82,6 +85,20 @@ class Tester:
         self.objective.train(was_training)
         gathered = distributed.gather_batches(texts, rows)
         return None if gathered is None else _joined(*gathered)
+
+    def _mean_patches(self) -> Tensor:
+        """(S, C): every patch's mean over the training studies that have its view."""
+        total, count = 0.0, 0.0
+        for batch in self.progress(self.training_studies, "mean training image"):
+            pair = batch.to(self.device).positive
+            with autocast(self.device, self.precision):
+                features = self.objective.backbone.extract(pair.images, pair.view_mask)
+            patches = features.patches.double()
+            there = torch.ones_like(patches[..., :1])
+            if features.patch_mask is not None:
+                there = features.patch_mask.unsqueeze(-1).to(there)
+            total, count = total + (patches * there).sum(0), count + there.sum(0)
+        return (total / count.clamp(min=1)).float()
 
     @contextlib.contextmanager
     def _drawing(self, turn: int) -> Iterator[None]:

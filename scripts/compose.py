@@ -24,12 +24,20 @@ from modules.objective import Objective
 from modules.prototype_files import load_prototypes
 from modules.sync_norm import with_common_statistics
 from modules.visual_extractor import VisualExtractor
-from scripts.compose_data import Data, build_dataset, build_split_loader, cache_features, count_samples
+from scripts.compose_data import (
+    Data,
+    build_dataset,
+    build_split_loader,
+    cache_features,
+    count_samples,
+    training_studies,
+)
 from scripts.hard_negatives import hard_negatives
 from scripts.language_model import AnyTokenizer, build_tokenizer, gpt2_options
 
 __all__ = ["Data", "build_backbone", "build_dataset", "build_extractor", "build_objective", "build_split_loader",
-           "cache_features", "decoding_options", "load_weights", "prepare_device", "read_data", "score_tag"]
+           "cache_features", "decoding_options", "load_weights", "prepare_device", "read_data", "score_tag",
+           "training_studies"]
 logger = logging.getLogger("ithn")
 
 
@@ -182,7 +190,7 @@ def _prototypes(config: Config, pretrained: bool) -> dict[str, Any]:
 def decoding_options(config: Config) -> DecodingOptions:
     """How reports are generated."""
     names = ("sample_method", "beam_size", "max_seq_length", "temperature", "sample_n", "group_size",
-             "diversity_lambda")
+             "diversity_lambda", "guidance")
     try:
         return DecodingOptions(**{name: getattr(config, name) for name in names},
                                block_trigrams=bool(config.block_trigrams))

@@ -1,13 +1,17 @@
 """A run's data: the annotation with what was derived from it, and its splits as data sets and loaders."""
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from modules import distributed
 from modules.annotations import Annotation, Study
+from modules.captions import first_of_each_image
 from modules.config import Config
 from modules.datasets import MAX_VIEWS, EpochLoader, ReportDataset, build_loader
 from modules.detection_features import DetectionFeatures
@@ -21,6 +25,7 @@ from scripts.language_model import AnyTokenizer
 
 # R2GenCMN resizes to 256 and crops 224; other image sizes keep that proportion.
 RESIZE_PER_CROP = 256 / 224
+MEAN_STUDIES = 256  # their mean is off that of all by a sixteenth of the patches' spread
 
 
 @dataclass
@@ -99,3 +104,39 @@ def build_split_loader(config: Config, dataset: ReportDataset, device: torch.dev
                         drop_last=shuffle and config.drop_last, patience=config.worker_timeout,
                         lengths=dataset.token_counts() if shuffle and config.length_bucketing else None,
                         shards=dataset.shards())
+
+
+@contextlib.contextmanager
+def training_studies(config: Config, data: Data, extractor: nn.Module, device: torch.device) -> Iterator[Any]:
+    """Batches of MEAN_STUDIES training studies, whose mean image --guidance decodes away from; None without it.
+
+    They are evenly spaced in the annotation; of shards, which are read one after the other, they are the first. Every
+    process goes through all of them, so that the mean does not depend on how many there are.
+    """
+    if not config.guidance:
+        yield None
+        return
+    studies = data.annotation.splits["train"]
+    studies = first_of_each_image(studies) if config.captioning else studies
+    count = min(MEAN_STUDIES, len(studies))
+    if not config.shards:
+        studies = [studies[turn * len(studies) // count] for turn in range(count)]
+    dataset = build_dataset(config, data, "train", augment=False, extractor=extractor, studies=studies)
+    loader = build_loader(dataset, config.batch_size, False, config.num_workers, config.seed,
+                          pin_memory=device.type == "cuda", persistent_workers=False, patience=config.worker_timeout,
+                          shards=dataset.shards())
+    with contextlib.closing(loader):
+        yield FirstBatches(loader, -(-count // config.batch_size)) if config.shards else loader
+
+
+class FirstBatches:
+    """The first ``count`` batches of ``loader``, each time anew."""
+
+    def __init__(self, loader: EpochLoader, count: int):
+        self.loader, self.count = loader, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self.loader), self.count)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Flags of main_test.py that change how reports are written; the checkpoint has its own values.
 DECODING = ("sample_method", "beam_size", "group_size", "diversity_lambda", "temperature", "sample_n", "block_trigrams",
-            "max_seq_length", "device", "n_gpu", "precision", "seed")
+            "guidance", "max_seq_length", "device", "n_gpu", "precision", "seed")
 
 
 def build_parser() -> argparse.ArgumentParser:

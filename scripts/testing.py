@@ -50,8 +50,9 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     loader = compose.build_split_loader(config, dataset, device, shuffle=False)
     history = _history(content, Path(path).parent) if ours else []
     with contextlib.closing(loader), \
+            compose.training_studies(config, data, objective.backbone.visual_extractor, device) as guide, \
             Scoring(config, device, (dataset,)) if is_first() else contextlib.nullcontext() as scoring:
-        tester = build_tester(config, data.tokenizer, objective, device, scoring)
+        tester = build_tester(config, data.tokenizer, objective, device, scoring, guide)
         test_and_write(config, data, objective, device, tester=tester, loader=loader, scoring=scoring, folder=folder,
                        history=history, best_epoch=int(content.get("epoch") or 0))
 

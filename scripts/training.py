@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +104,9 @@ def _train_and_test(config: Config, source: resuming.Source | None, start: start
             opened.callback(loader.close)
         scoring = opened.enter_context(Scoring(config, device, (datasets["val"], datasets["test"]))) if is_first() \
             else None
-        tester = build_tester(config, data.tokenizer, objective, device, scoring)
+        guide = opened.enter_context(
+            compose.training_studies(config, data, objective.backbone.visual_extractor, device))
+        tester = build_tester(config, data.tokenizer, objective, device, scoring, guide)
         trainer = _trainer(config, data, objective, device, loaders, tester, folder, stop)
         if source is not None:
             resuming.restore(trainer, objective, source, config, data)
@@ -148,7 +150,7 @@ def _datasets(config: Config, data: compose.Data, objective: Objective) -> dict[
 
 
 def build_tester(config: Config, tokenizer: Tokenizer, objective: Objective, device: torch.device,
-                 scoring: Scoring | None) -> Tester:
+                 scoring: Scoring | None, training_studies: Iterable | None) -> Tester:
     """``scoring`` is None in all processes but the first."""
     return Tester(
         objective,
@@ -162,6 +164,7 @@ def build_tester(config: Config, tokenizer: Tokenizer, objective: Objective, dev
         score_tag=compose.score_tag(config),
         collapse_repeats=config.collapse_repeats,
         seed=config.seed,
+        training_studies=training_studies,
     )
 
 
@@ -226,6 +229,7 @@ def _saver(config: Config, data: compose.Data, device: torch.device,
             "shards_sha256": trainer.loader.batch_sampler.shards_sha256,
             "strategy": data.trained_with,
             "processes": distributed.world_size(),
+            "mean_patches": trainer.objective.backbone.mean_patches,
             "provenance": made_by,
         }, best=improved)
         if config.keep_epochs and position.trained:
