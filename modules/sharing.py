@@ -23,7 +23,8 @@ SHARED = (
     "rm_num_heads", "rm_d_model", "tokenizer", "gpt2_layers", "gpt2_positions", "tau", "visualgpt_compat",
     "cluster_order", "num_cluster", "num_protype", "d_img_ebd", "d_txt_ebd", "xpronet_labels", "detection_features",
     "max_detections", "sample_method", "beam_size", "group_size", "diversity_lambda", "temperature", "collapse_repeats",
-    "block_trigrams")
+    "block_trigrams", "guidance")
+MEAN = "mean_patches"  # of the training split, of models trained with guidance
 _OURS_ALONE = ("label_head.",)  # XProNet's labels predicted from the image
 _HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
 
@@ -58,6 +59,8 @@ def write_shared(folder: Path, content: Mapping[str, Any], card: str) -> None:
     private_folder(folder)
     # Tensors of one memory (tied weights) are written one by one, as the published files have them.
     weights = {name: value.contiguous().clone() for name, value in content["state_dict"].items()}
+    if content.get(MEAN) is not None:
+        weights[MEAN] = content[MEAN].contiguous()
     write_private(folder / WEIGHTS, save(weights, {"format": "pt"}))
     settings = {"format": FORMAT, "strategy": content["strategy"], "epoch": content["epoch"],
                 **shared_settings(content["config"])}
@@ -67,7 +70,10 @@ def write_shared(folder: Path, content: Mapping[str, Any], card: str) -> None:
 
 
 def read_shared(folder: Path) -> dict[str, Any]:
-    """What ``write_shared`` wrote: state_dict, config, vocabulary, strategy, epoch. InputError for anything else."""
+    """What ``write_shared`` wrote: state_dict, mean_patches, config, vocabulary, strategy, epoch.
+
+    InputError for anything else.
+    """
     from safetensors.torch import load_file
 
     settings, vocabulary = (_read_json(folder / name) for name in (SETTINGS, VOCABULARY))
@@ -79,7 +85,8 @@ def read_shared(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / WEIGHTS}: missing or damaged ({type(error).__name__})") from error
     if not isinstance(settings.get("strategy"), str) or not isinstance(settings.get("epoch"), int):
         raise InputError(f"{folder / SETTINGS}: needs the entries strategy and epoch")
-    return {"state_dict": weights, "config": shared_settings(settings), "vocabulary": vocabulary,
+    mean = weights.pop(MEAN, None)
+    return {"state_dict": weights, MEAN: mean, "config": shared_settings(settings), "vocabulary": vocabulary,
             "strategy": settings["strategy"], "epoch": settings["epoch"]}
 
 

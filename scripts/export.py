@@ -96,7 +96,7 @@ def to_programs(source: Path, folder: Path, tolerance: float) -> None:
     from modules.programs import export_programs, largest_difference, write_programs
     from scripts.reporter import load_reporter
 
-    reporter = load_reporter(str(source), {"device": "cpu", "precision": "float32"})
+    reporter = load_reporter(str(source), {"device": "cpu", "precision": "float32", "guidance": 0.0})
     tokenizer, length = reporter.tokenizer, reporter.decoding.max_seq_length
     sizes = {"num_views": reporter.num_views, "length": length, "num_ids": tokenizer.num_ids}
     model = (reporter.backbone, reporter.transform)

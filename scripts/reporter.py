@@ -4,8 +4,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from PIL import Image
 
+from models import Backbone
 from modules.bpe_tokenizer import tokenizer_from_state
 from modules.checkpoint import FORMAT, load_checkpoint
 from modules.datasets import MAX_VIEWS
@@ -40,11 +42,25 @@ def load_reporter(path: str, given: Mapping[str, Any]) -> Reporter:
     backbone = compose.build_backbone(config, extractor, tokenizer, pretrained=False)
     objective = Objective(backbone, strategy="off").to(device)
     compose.load_weights(objective, content["state_dict"], path)
+    if config.guidance:
+        backbone.mean_patches = _mean_patches(content.get("mean_patches"), backbone, config.guidance, path)
     return Reporter(
         backbone, tokenizer=tokenizer, device=device, precision=config.precision,
         transform=eval_transform(size=config.image_size, mean=extractor.mean, std=extractor.std),
         num_views=1 if config.views == "separate" else MAX_VIEWS[config.dataset_name],
         decoding=compose.decoding_options(config))
+
+
+def _mean_patches(found: Any, backbone: Backbone, guidance: float, path: str) -> torch.Tensor:
+    """The mean training image of a checkpoint that was trained with guidance."""
+    if found is None:
+        raise InputError(f"--guidance {guidance:g}: {path}, trained without it, has no mean training image; train "
+                         "with --guidance, or test with main_test.py, which makes one of the training split")
+    if not (isinstance(found, torch.Tensor) and found.dim() == 2 and found.shape[1] == backbone.image_dim
+            and found.shape[0] and found.isfinite().all()):
+        raise InputError(f"--load {path}: its mean_patches must be finite and as wide as the visual extractor, "
+                         f"{backbone.image_dim}")
+    return found
 
 
 class StudyReader:

@@ -212,6 +212,7 @@ def test_diverse_groups_equal_the_plain_rules(penalty):
         {"sample_method": "greedy", "sample_n": 2},
         {"sample_method": "greedy", "group_size": 2},
         {"diversity_lambda": -1},
+        {"guidance": -0.5},
     ],
 )
 def test_impossible_options_are_named(wrong):
