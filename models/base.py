@@ -114,11 +114,12 @@ class Backbone(nn.Module):
         mean = self.mean_patches.to(features.patches)
         if len(mean) < count:  # more views than any training study had: they look like the first
             mean = mean.repeat(-(-count // len(mean)), 1)
-        patches = mean[:count].expand(rows, -1, -1)
-        there = torch.ones_like(patches[..., :1], dtype=features.pooled.dtype)
-        if features.patch_mask is not None:
-            there = features.patch_mask.unsqueeze(-1).to(there)
-        return VisualFeatures(patches, features.patch_mask, (patches * there).sum(1) / there.sum(1))
+        patches, there = mean[:count].expand(rows, -1, -1), features.patch_mask
+        if there is None:
+            return VisualFeatures(patches, None, patches.mean(1, dtype=features.pooled.dtype))
+        patches = patches * there.unsqueeze(-1)  # what is absent is 0 there too
+        pooled = patches.sum(1, dtype=features.pooled.dtype) / there.sum(1, keepdim=True)
+        return VisualFeatures(patches, there, pooled)
 
     def extract(
         self, images: Tensor | None, view_mask: Tensor | None = None, features: VisualFeatures | None = None

@@ -125,7 +125,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     weights = content["state_dict"]
     if not isinstance(weights, dict) or not weights or not all(_dense(value) for value in weights.values()):
         raise InputError(f"checkpoint {path}: its state_dict is not a dictionary of dense tensors")
+    require_mean_patches(content, path)
     return content
+
+
+def require_mean_patches(content: Mapping[str, Any], path: str | Path) -> None:
+    """InputError where the mean training image, if there is one, is no finite table (S, C)."""
+    mean = content.get("mean_patches")
+    if mean is not None and not (_dense(mean) and mean.dtype in (torch.float32, torch.float64) and mean.dim() == 2
+                                 and mean.numel() and mean.isfinite().all()):
+        raise InputError(f"checkpoint {path}: its mean_patches is not a table of finite numbers")
 
 
 def _dense(value: Any) -> bool:

@@ -165,8 +165,8 @@ class Config:
     block_trigrams: int = flag(1, "decoding", "penalise repeated trigrams in greedy decoding and sampling",
                                choices=(0, 1))
     guidance: float = flag(0.0, "decoding", "weight of what the image adds: words are ranked by log p(w | image) + "
-                           "guidance * (log p(w | image) - log p(w | mean training image)); 0: by log p(w | image), as "
-                           "published", low=0.0)
+                           "guidance * (log p(w | image) - log p(w | mean training image)), of the words with a tenth "
+                           "of the likeliest one's p at least; 0: by log p(w | image), as published", low=0.0)
 
     # ---- optimisation
     epochs: int = flag(100, "optimisation", "training epochs", low=1)

@@ -25,10 +25,11 @@ class EpochLoader(DataLoader):
 
     A worker's InputError is raised in its own words. InputError too for a worker that was killed, for none that
     answers within ``patience`` seconds (0: wait for ever), and where the samples of the epoch that stand in for
-    unreadable ones (``replaced``) are more than REPLACED_LIMIT, in one process or, at the end, in all together.
+    unreadable ones (``replaced``) are more than ``replaced_limit``, in one process or, at the end, in all together.
     """
 
     replaced = 0
+    replaced_limit = REPLACED_LIMIT
     patience = 0.0
     _processes: Sequence[BaseProcess] = ()
     _waiting_since: float | None = None
@@ -57,10 +58,10 @@ class EpochLoader(DataLoader):
 
     def _check_replaced(self) -> None:
         total = self.batch_sampler.num_samples
-        if self.replaced > REPLACED_LIMIT * total:
+        if self.replaced > self.replaced_limit * total:
             raise InputError(
                 f"--on_bad_image skip: {self.replaced} of {total} samples of this epoch could not be read, "
-                f"more than {REPLACED_LIMIT:.0%}; check --image_dir and the files"
+                f"more than {self.replaced_limit:.0%}; check --image_dir and the files"
             )
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.checkpoint import require_mean_patches
 from modules.errors import InputError
 from modules.records import private_folder, write_private
 
@@ -50,6 +51,12 @@ def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in SHARED if name in config}
 
 
+def shared_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint and, where it was trained with guidance, its mean training image."""
+    mean = content.get(MEAN)
+    return dict(content["state_dict"]) | ({} if mean is None else {MEAN: mean})
+
+
 def write_shared(folder: Path, content: Mapping[str, Any], card: str) -> None:
     """Write a checkpoint of ours as weights, settings, vocabulary and card; InputError where the folder has a model."""
     from safetensors.torch import save
@@ -58,9 +65,7 @@ def write_shared(folder: Path, content: Mapping[str, Any], card: str) -> None:
         raise InputError(f"--out {folder}: holds a model already; name another folder")
     private_folder(folder)
     # Tensors of one memory (tied weights) are written one by one, as the published files have them.
-    weights = {name: value.contiguous().clone() for name, value in content["state_dict"].items()}
-    if content.get(MEAN) is not None:
-        weights[MEAN] = content[MEAN].contiguous()
+    weights = {name: value.contiguous().clone() for name, value in shared_tensors(content).items()}
     write_private(folder / WEIGHTS, save(weights, {"format": "pt"}))
     settings = {"format": FORMAT, "strategy": content["strategy"], "epoch": content["epoch"],
                 **shared_settings(content["config"])}
@@ -85,8 +90,9 @@ def read_shared(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / WEIGHTS}: missing or damaged ({type(error).__name__})") from error
     if not isinstance(settings.get("strategy"), str) or not isinstance(settings.get("epoch"), int):
         raise InputError(f"{folder / SETTINGS}: needs the entries strategy and epoch")
-    mean = weights.pop(MEAN, None)
-    return {"state_dict": weights, MEAN: mean, "config": shared_settings(settings), "vocabulary": vocabulary,
+    own = {MEAN: weights.pop(MEAN, None)}
+    require_mean_patches(own, folder / WEIGHTS)
+    return {"state_dict": weights, **own, "config": shared_settings(settings), "vocabulary": vocabulary,
             "strategy": settings["strategy"], "epoch": settings["epoch"]}
 
 

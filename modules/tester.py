@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modules import distributed
 from modules.captions import collapse_repeats
 from modules.decoding import DecodingOptions
+from modules.errors import InputError
 from modules.score_names import tagged
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,7 +88,11 @@ class Tester:
         return None if gathered is None else _joined(*gathered)
 
     def _mean_patches(self) -> Tensor:
-        """(S, C): every patch's mean over the training studies that have its view."""
+        """(S, C): every patch's mean over the training studies that have its view.
+
+        A view that fewer than a sixteenth of the others' studies have would be a mean of a few patients: there it is
+        the mean of all patches. InputError where it is not finite.
+        """
         total, count = 0.0, 0.0
         for batch in self.progress(self.training_studies, "mean training image"):
             pair = batch.to(self.device).positive
@@ -98,7 +103,11 @@ class Tester:
             if features.patch_mask is not None:
                 there = features.patch_mask.unsqueeze(-1).to(there)
             total, count = total + (patches * there).sum(0), count + there.sum(0)
-        return (total / count.clamp(min=1)).float()
+        mean = torch.where(16 * count < count.max(), total.sum(0) / count.sum(), total / count.clamp(min=1)).float()
+        if not mean.isfinite().all():
+            raise InputError("--guidance: the mean training image is not finite; with --precision float16, try "
+                             "bfloat16 or float32")
+        return mean
 
     @contextlib.contextmanager
     def _drawing(self, turn: int) -> Iterator[None]:

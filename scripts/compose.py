@@ -163,9 +163,10 @@ def build_objective(config: Config, data: Data, device: torch.device, *, pretrai
 def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer, *, pretrained: bool) -> Backbone:
     """The backbone that --model_name names, with the flags that it asks for; InputError where they do not fit."""
     kind = _backbone_class(config)
-    if config.guidance and kind.session is Backbone.session:
-        raise InputError(f"--guidance {config.guidance:g}: --model_name {config.model_name} has no session() to guide, "
-                         "only a generate() of its own")
+    if config.guidance and not (kind.session is not Backbone.session and kind.search is Backbone.search
+                                and kind.generate is Backbone.generate):
+        raise InputError(f"--guidance {config.guidance:g}: --model_name {config.model_name} writes reports by a "
+                         "generate() of its own, not by a session() that can be guided")
     options = {name: getattr(config, name) for name in kind.flags}
     if "num_protype" in kind.flags:
         options |= _prototypes(config, pretrained)

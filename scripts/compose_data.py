@@ -73,7 +73,7 @@ def build_dataset(config: Config, data: Data, split: str, *, augment: bool, extr
     elif config.shards:
         source = shard_source(config, data.annotation, split, negatives=negatives, index=data.index,
                               num_neighbours=config.num_neighbours if data.strategy == "mochi" else 1)
-    elif split == "train" and not augment:  # seen once per run: nothing to gain from keeping it
+    elif split == "train" and not augment:  # all of it is seen once per run: nothing to gain from keeping it
         source = image_folder(config)
     else:
         source = image_source(config, studies, transform, negatives=negatives and neighbours is None)
@@ -125,6 +125,7 @@ def training_studies(config: Config, data: Data, extractor: nn.Module, device: t
     loader = build_loader(dataset, config.batch_size, False, config.num_workers, config.seed,
                           pin_memory=device.type == "cuda", persistent_workers=False, patience=config.worker_timeout,
                           shards=dataset.shards())
+    loader.replaced_limit = 1.0  # a share of so few says little; whole splits are held to theirs
     with contextlib.closing(loader):
         yield FirstBatches(loader, -(-count // config.batch_size)) if config.shards else loader
 

@@ -23,7 +23,9 @@ from modules.presets import BACKBONES
 from scripts.study_arguments import given_flags
 
 GROUPS = ("data", "backbone", "VisualGPT", "XProNet", "decoding")
-FLAGS = tuple(item.name for item in dataclasses.fields(Config) if item.metadata["group"] in GROUPS)
+# A converted checkpoint has no mean training image to be guided by.
+FLAGS = tuple(item.name for item in dataclasses.fields(Config) if item.metadata["group"] in GROUPS
+              and item.name != "guidance")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -54,7 +54,7 @@ def _tolerance(text: str) -> float:
 def to_folder(source: Path, out: Path, licence: str) -> None:
     """Checkpoint -> folder, read back and held against the checkpoint."""
     from modules.checkpoint import FORMAT, load_checkpoint
-    from modules.sharing import read_shared, same_weights, write_shared
+    from modules.sharing import read_shared, same_weights, shared_tensors, write_shared
     from scripts.resuming import own_settings
 
     content = load_checkpoint(source)
@@ -62,7 +62,7 @@ def to_folder(source: Path, out: Path, licence: str) -> None:
         raise InputError(f"{source}: not one of ours; scripts/convert_checkpoint.py --to ours makes one of it")
     own_settings(content, str(source))
     write_shared(out, content, model_card(content, source.parent, licence))
-    if not same_weights(read_shared(out)["state_dict"], content["state_dict"]):
+    if not same_weights(shared_tensors(read_shared(out)), shared_tensors(content)):
         raise InputError(f"{out}: the weights do not read back as they were written; is the disk whole?")
 
 

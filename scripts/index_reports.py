@@ -47,7 +47,7 @@ def main() -> None:
     from scripts.reporter import load_reporter
 
     folder = ImageFolder(arguments.image_dir)
-    reporter = load_reporter(arguments.load, given_flags(arguments, RUNNING))
+    reporter = load_reporter(arguments.load, given_flags(arguments, RUNNING) | {"guidance": 0.0})
     samples = [(paths, study.report) for study in studies for paths in views_of(study.image_paths, reporter.num_views)]
     features = []
     for start in Bar(range(0, len(samples), arguments.batch_size), "features of the training images"):

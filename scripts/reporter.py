@@ -54,11 +54,10 @@ def load_reporter(path: str, given: Mapping[str, Any]) -> Reporter:
 def _mean_patches(found: Any, backbone: Backbone, guidance: float, path: str) -> torch.Tensor:
     """The mean training image of a checkpoint that was trained with guidance."""
     if found is None:
-        raise InputError(f"--guidance {guidance:g}: {path}, trained without it, has no mean training image; train "
-                         "with --guidance, or test with main_test.py, which makes one of the training split")
-    if not (isinstance(found, torch.Tensor) and found.dim() == 2 and found.shape[1] == backbone.image_dim
-            and found.shape[0] and found.isfinite().all()):
-        raise InputError(f"--load {path}: its mean_patches must be finite and as wide as the visual extractor, "
+        raise InputError(f"--guidance {guidance:g}: {path} has no mean training image: trained without guidance, or "
+                         "saved before a validation; give --guidance 0, or a model_best.pth trained with it")
+    if found.shape[1] != backbone.image_dim:
+        raise InputError(f"--load {path}: its mean_patches have width {found.shape[1]}, the visual extractor's is "
                          f"{backbone.image_dim}")
     return found
 

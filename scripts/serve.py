@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from modules.prediction import Reporter
     from modules.report_index import ReportIndex
 
-RUNNING = ("device", "n_gpu", "precision", "max_seq_length", "beam_size")
+RUNNING = ("device", "n_gpu", "precision", "max_seq_length", "beam_size", "guidance")
 SIMILAR = 3  # training reports shown below
 
 

@@ -150,7 +150,7 @@ def _datasets(config: Config, data: compose.Data, objective: Objective) -> dict[
 
 
 def build_tester(config: Config, tokenizer: Tokenizer, objective: Objective, device: torch.device,
-                 scoring: Scoring | None, training_studies: Iterable | None) -> Tester:
+                 scoring: Scoring | None, training_studies: Iterable | None = None) -> Tester:
     """``scoring`` is None in all processes but the first."""
     return Tester(
         objective,
@@ -229,7 +229,8 @@ def _saver(config: Config, data: compose.Data, device: torch.device,
             "shards_sha256": trainer.loader.batch_sampler.shards_sha256,
             "strategy": data.trained_with,
             "processes": distributed.world_size(),
-            "mean_patches": trainer.objective.backbone.mean_patches,
+            # Made by the validation, of weights that a step since would have changed.
+            "mean_patches": None if position.steps else trainer.objective.backbone.mean_patches,
             "provenance": made_by,
         }, best=improved)
         if config.keep_epochs and position.trained:

@@ -19,11 +19,11 @@ class Scores:
         return {"words": sum(map(len, found.generated)) / len(found.ids), "METEOR": None}
 
 
-def evaluated(demo, method: str, views: str) -> dict:
+def evaluated(demo, method: str, views: str, guidance: float) -> dict:
     """Scores and predictions of a random network on the training split, 14 studies, in batches of 4."""
     given, _ = parse_flags([*map(str, ["--ann_path", demo / "annotation.json", "--image_dir", demo / "images",
                                        "--device", "cpu", *TINY, "--batch_size", 4, "--sample_method", method,
-                                       "--views", views])], "main_test.py", "")
+                                       "--views", views, "--guidance", guidance])], "main_test.py", "")
     config = resolve_config(given)
     device = compose.prepare_device(config)
     data = compose.read_data(config)
@@ -31,18 +31,20 @@ def evaluated(demo, method: str, views: str) -> dict:
     dataset = compose.build_dataset(config, data, "train", augment=False, extractor=objective.backbone.visual_extractor)
     loader = compose.build_split_loader(config, dataset, device, shuffle=False)
     torch.rand(distributed.rank())  # what is drawn before must not matter
-    tester = build_tester(config, data.tokenizer, objective, device, Scores() if distributed.is_first() else None)
-    scores, found = tester.evaluate(loader, "test")
+    with compose.training_studies(config, data, objective.backbone.visual_extractor, device) as guide:
+        tester = build_tester(config, data.tokenizer, objective, device, Scores() if distributed.is_first() else None,
+                              guide)
+        scores, found = tester.evaluate(loader, "test")
     return {"scores": scores, "ids": [dataset.sample_id(index) for index in range(len(dataset))],
             "found": None if found is None else dict(vars(found))}
 
 
-@pytest.mark.parametrize(("method", "views"), [("beam_search", "paired"), ("sample", "separate")])
-def test_scores_of_one_two_and_three_processes_are_equal(demo, tmp_path, method, views):
-    alone = evaluated(demo, method, views)
+@pytest.mark.parametrize(("method", "views", "guidance"), [("beam_search", "paired", 0.0), ("sample", "separate", 2.0)])
+def test_scores_of_one_two_and_three_processes_are_equal(demo, tmp_path, method, views, guidance):
+    alone = evaluated(demo, method, views, guidance)
     assert alone["found"]["ids"] == alone["ids"] and len(set(alone["found"]["generated"])) > 1
     for world in (2, 3):
-        first, *others = run_together(evaluated, world, tmp_path, demo, method, views)
+        first, *others = run_together(evaluated, world, tmp_path, demo, method, views, guidance)
         assert first["scores"] == alone["scores"]
         for name, value in alone["found"].items():
             same = torch.equal(first["found"][name], value) if isinstance(value, torch.Tensor) else \

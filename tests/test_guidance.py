@@ -46,19 +46,34 @@ def test_the_words_that_the_image_adds_are_raised():
     half = [0.5**1.5 / math.sqrt(0.6), 0.3, 0.2**1.5 / math.sqrt(0.1)]
     found = Guided(own, mean, 0.5).step(tokens, parents)
     torch.testing.assert_close(found.exp(), torch.tensor([[half]]) / sum(half))
-    torch.testing.assert_close(Guided(own, mean, 0.0).step(tokens, parents), own.probabilities.log())
     Guided(own, mean, 1.0).keep(torch.tensor([0]))
-    assert len(own.asked) == len(mean.asked) == 4 and mean.asked[0] == (tokens, parents)
+    assert len(own.asked) == len(mean.asked) == 3 and mean.asked[0] == (tokens, parents)
+
+
+def test_a_word_below_a_tenth_of_the_likeliest_is_not_raised():
+    """p = 0.9 0.089 0.011: the second word is below 0.09, and stays behind whatever the mean image rules out."""
+    tokens = torch.zeros(1, 1, dtype=torch.int64)
+    found = Guided(Fixed([0.9, 0.089, 0.011]), Fixed([1.0, 0.0, 0.0]), 2.0).step(tokens, None)
+    assert found.isfinite().all() and found[0, 0, 0] == 0
+    assert found[0, 0, 1] - found[0, 0, 2] == pytest.approx(math.log(0.089 / 0.011), abs=1e-3)
+    # At 0.09 it is ranked: 0.9^3 / 1^2 against 0.09^3 / e^(-200), as far as e^(-100) stands for 0.
+    found = Guided(Fixed([0.9, 0.0901, 0.0099]), Fixed([1.0, 0.0, 0.0]), 2.0).step(tokens, None)
+    assert found.isfinite().all() and found[0, 0].argmax() == 1
+    # What the image itself rules out stays ruled out.
+    found = Guided(Fixed([0.5, 0.5, 0.0]), Fixed([0.5, 0.5, 0.0]), 2.0).step(tokens, None)
+    assert found.exp().tolist() == [[[0.5, 0.5, 0.0]]]
 
 
 class Difference(Language):
-    """p^2 / q of two languages, normalised."""
+    """p^2 / q of two languages where p is plausible, normalised."""
 
     def __init__(self, own: Language, mean: Language):
         self.own, self.mean = own, mean
 
     def log_probs(self, study, history):
-        return (2 * self.own.log_probs(study, history) - self.mean.log_probs(study, history)).log_softmax(-1)
+        own, mean = self.own.log_probs(study, history), self.mean.log_probs(study, history)
+        ranked = [2 * p - q if p.exp() >= 0.1 * own.exp().max() else p - 1000 for p, q in zip(own, mean, strict=True)]
+        return torch.stack(ranked).log_softmax(-1)
 
 
 def test_guided_beams_are_those_of_the_language_of_the_differences():
@@ -75,29 +90,36 @@ def test_guided_beams_are_those_of_the_language_of_the_differences():
         assert float(found.scores[study, 0]) == pytest.approx(float(score), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_backbone_is_guided_by_its_mean_image(demo, demo_labels, demo_index, name):
+@pytest.mark.parametrize(("name", "more"), [*((name, []) for name in MODELS), (
+    "xpronet", ["--xpronet_labels", "reference"]), ("visualgpt", ["--visualgpt_compat", "published"])])
+def test_every_backbone_is_guided_by_its_mean_image(demo, demo_labels, demo_index, name, more):
     """Greedy words are the best of the differences by teacher-forced passes under image and mean image."""
-    config, _, objective, loader = build(demo, demo_index, "--model_name", name, "--ithn", "off", *OWN_FLAGS[name])
+    config, _, objective, loader = build(demo, demo_index, "--model_name", name, "--ithn", "off", *OWN_FLAGS[name],
+                                      *more)
     backbone = objective.eval().backbone
     pair = next(iter(loader)).to("cpu").positive
     pair.view_mask[1, 1] = False
+    labels = pair.labels if more[:1] == ["--xpronet_labels"] else None
     with torch.no_grad():
         features = backbone.extract(pair.images, pair.view_mask)
         # Little trained, the decoder looks away; features of a large scale make the image matter.
-        features = dataclasses.replace(features, patches=20 * torch.randn_like(features.patches))
+        features = dataclasses.replace(features, patches=20 * torch.randn_like(features.patches)
+                                       * features.patch_mask.unsqueeze(-1))
         features.pooled = backbone_mean(features)
         backbone.mean_patches = 20 * torch.randn_like(features.patches[0])
         options = DecodingOptions(sample_method="greedy", block_trigrams=False, max_seq_length=8)
-        plain = backbone.generate(None, features=features, decoding=options)
-        guided = backbone.generate(None, features=features, decoding=dataclasses.replace(options, guidance=1.5))
+        plain = backbone.generate(None, features=features, labels=labels, decoding=options)
+        guided = backbone.generate(None, features=features, labels=labels,
+                                   decoding=dataclasses.replace(options, guidance=1.5))
         mean = backbone.mean_study(features)
         inputs = torch.cat([torch.zeros_like(guided[:, :1]), guided[:, :-1]], dim=1)
-        seen, unseen = (backbone(None, inputs, features=each).log_probs for each in (features, mean))
+        seen, unseen = (backbone(None, inputs, labels=labels, features=each).log_probs for each in (features, mean))
     assert not torch.equal(plain, guided)
-    assert torch.equal(mean.patches[1], backbone.mean_patches) and mean.patch_mask is features.patch_mask
+    half = len(backbone.mean_patches) // 2
+    assert torch.equal(mean.patches[0], backbone.mean_patches) and mean.patch_mask is features.patch_mask
+    assert torch.equal(mean.patches[1, :half], backbone.mean_patches[:half]) and not mean.patches[1, half:].any()
     torch.testing.assert_close(mean.pooled, backbone_mean(mean))
-    ranked = seen + 1.5 * (seen - unseen)
+    ranked = (seen + 1.5 * (seen - unseen)).masked_fill(seen < seen.amax(-1, keepdim=True) + math.log(0.1), -math.inf)
     chosen = ranked.gather(-1, guided.unsqueeze(-1)).squeeze(-1)
     before_end = torch.ones_like(guided, dtype=torch.bool)
     before_end[:, 1:] = guided[:, :-1].bool().cummin(dim=1).values
@@ -149,6 +171,11 @@ def test_the_mean_image_leaves_absent_views_out():
     batches = [Batch([[[1.0], [10.0]], [[2.0], [99.0]]], [[True, True], [True, False]]),
                Batch([[[6.0], [20.0]]], [[True, True]])]
     assert make_tester(objective, batches)._mean_patches().tolist() == [[3.0], [15.0]]
+    # One study of seventeen has a second view: its mean would be that patient's, so it is that of all, 17 + 10 by 18.
+    rare = [Batch([[[1.0], [0.0]]] * 16, [[True, False]] * 16), Batch([[[1.0], [10.0]]], [[True, True]])]
+    assert make_tester(objective, rare)._mean_patches().tolist() == [[1.0], [1.5]]
+    with pytest.raises(InputError, match="the mean training image is not finite"):
+        make_tester(objective, [Batch([[[math.inf], [1.0]]], [[True, True]])])._mean_patches()
 
 
 def test_the_mean_image_is_of_studies_spread_over_the_training_split(demo, demo_index, monkeypatch):
@@ -182,6 +209,9 @@ def test_from_training_to_a_report_for_a_loose_image(demo, train, tmp_path, monk
     run_testing(*parse_flags(["--load", str(folder / "model_best.pth"), "--save_dir", str(tmp_path / "again"),
                               "--record_dir", str(tmp_path / "records")], "main_test.py", ""))
     assert (tmp_path / "again" / "res.csv").read_text() == written
+    run_testing(*parse_flags(["--load", str(folder / "model_best.pth"), "--save_dir", str(tmp_path / "plain"),
+                              "--guidance", "0", "--record_dir", str(tmp_path / "records")], "main_test.py", ""))
+    assert (tmp_path / "plain" / "res.csv").read_text() != written
 
     for study in json.loads((demo / "annotation.json").read_text())["test"]:
         for number, path in enumerate(study["image_path"]):
@@ -202,16 +232,57 @@ def test_from_training_to_a_report_for_a_loose_image(demo, train, tmp_path, monk
 
     damaged = dict(content, mean_patches=content["mean_patches"][:, :3])
     write_checkpoint(tmp_path / "damaged.pth", damaged)
-    with pytest.raises(InputError, match="mean_patches must be finite and as wide as the visual extractor, 512"):
+    with pytest.raises(InputError, match="mean_patches have width 3, the visual extractor's is 512"):
         run(monkeypatch, predict, "--load", tmp_path / "damaged.pth", demo / "images")
 
 
 def test_what_cannot_be_guided_is_told(trained, demo, demo_index, monkeypatch):
     assert load_checkpoint(trained / "model_best.pth")["mean_patches"] is None
-    with pytest.raises(InputError, match="--guidance 1: .*, trained without it, has no mean training image"):
+    with pytest.raises(InputError, match="--guidance 1: .* has no mean training image: trained without"):
         run(monkeypatch, predict, "--load", trained / "model_best.pth", "--guidance", "1", demo / "images")
     monkeypatch.setitem(MODELS, "bag", BagOfPatches)
-    with pytest.raises(InputError, match=r"--guidance 1: --model_name bag has no session\(\) to guide"):
+    with pytest.raises(InputError, match=r"--guidance 1: --model_name bag writes reports by a generate\(\) of its own"):
         build(demo, demo_index, "--model_name", "bag", "--guidance", "1")
     with pytest.raises(InputError, match="--guidance -1"):
         build(demo, demo_index, "--guidance", "-1")
+
+
+@pytest.mark.parametrize("damage", [
+    "words", torch.zeros(3), torch.full((2, 512), math.nan), torch.zeros(2, 512, dtype=torch.int64),
+    torch.zeros(2, 512).to_sparse(), torch.zeros(0, 512)])
+def test_a_damaged_mean_image_is_told(tmp_path, damage):
+    torch.save({"state_dict": {"weight": torch.zeros(1)}, "mean_patches": damage}, tmp_path / "damaged.pth")
+    with pytest.raises(InputError, match=r"damaged.pth: its mean_patches is not a table of finite numbers"):
+        load_checkpoint(tmp_path / "damaged.pth")
+
+
+def test_only_a_validated_epoch_keeps_its_mean_image(train, tmp_path):
+    """The checkpoints within the second epoch and before its validation have weights that no mean was made with."""
+    folder = train("--guidance", "1", "--epochs", "2", "--keep_epochs", "true", "--save_dir", tmp_path / "kept")
+    assert load_checkpoint(folder / "epoch_0002.pth")["mean_patches"] is None
+    assert load_checkpoint(folder / "current_checkpoint.pth")["mean_patches"] is not None
+
+
+def test_unreadable_images_of_the_mean_are_replaced_whatever_their_share(demo, demo_index, tmp_path):
+    """Two of fourteen studies are more than a split may have; of the sample for the mean they may be."""
+    shutil.copytree(demo / "images", tmp_path / "images")
+    config, data, objective, _ = build(demo, demo_index, "--ithn", "off", "--guidance", "1", "--on_bad_image", "skip",
+                                       "--image_dir", str(tmp_path / "images"))
+    for study in data.annotation.splits["train"][:2]:
+        (tmp_path / "images" / study.image_paths[0]).write_bytes(b"no image")
+    with compose.training_studies(config, data, objective.backbone.visual_extractor, torch.device("cpu")) as batches:
+        found = list(batches)
+    assert sum(batch.replaced for batch in found) == 2 and sum(len(batch.ids) for batch in found) == 14
+
+
+def test_of_shards_the_first_studies_make_the_mean(demo, demo_index, tmp_path, monkeypatch):
+    from scripts import make_shards
+
+    run(monkeypatch, make_shards, "--ann_path", demo / "annotation.json", "--image_dir", demo / "images", "--out",
+        tmp_path / "shards")
+    config, data, objective, _ = build(demo, demo_index, "--ithn", "off", "--guidance", "1", "--batch_size", "4")
+    config = dataclasses.replace(config, shards=str(tmp_path / "shards"), negative_index="")
+    monkeypatch.setattr("scripts.compose_data.MEAN_STUDIES", 7)
+    with compose.training_studies(config, data, objective.backbone.visual_extractor, torch.device("cpu")) as batches:
+        assert len(batches) == 2
+        assert [len(batch.ids) for batch in batches] == [len(batch.ids) for batch in batches] == [4, 4]
