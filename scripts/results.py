@@ -177,12 +177,14 @@ def _validation_scores(history: Sequence[Mapping], best_epoch: int) -> dict[str,
 
 
 def _method(config: Config, data: compose.Data) -> str:
+    guided = f", decoded with guidance {config.guidance:g}" if config.guidance else ""
     if data.trained_with == "unknown":
-        return "a checkpoint of another program"
+        return f"a checkpoint of another program{guided}"
     stage = f"self-critical with reward {config.scst_reward}, " if config.self_critical else ""
     if data.trained_with == "off":
-        return f"{stage}plain backbone, no ITHN"
-    return f"{stage}ITHN with strategy {data.trained_with} ({config.ithn_variant} variant), alpha {config.alpha:g}"
+        return f"{stage}plain backbone, no ITHN{guided}"
+    method = f"ITHN with strategy {data.trained_with} ({config.ithn_variant} variant), alpha {config.alpha:g}"
+    return f"{stage}{method}{guided}"
 
 
 def _record(config: Config, data: compose.Data) -> dict[str, Any]:

@@ -202,6 +202,7 @@ def test_from_training_to_a_report_for_a_loose_image(demo, train, tmp_path, monk
     content = load_checkpoint(folder / "model_best.pth")
     assert content["mean_patches"].shape == (2, 512) and content["config"]["guidance"] == 1.5
     written = (folder / "res.csv").read_text()
+    assert "decoded with guidance 1.5" in (folder / "report.html").read_text()
 
     from modules.flags import parse_flags
     from scripts.testing import run_testing
