@@ -88,6 +88,21 @@ def own_tokenizer(content: Mapping[str, Any], path: str) -> compose.AnyTokenizer
         raise InputError(f"checkpoint {path}: {error}") from error
 
 
+def restore_extractor(objective: Objective, source: Source) -> None:
+    """Put the visual extractor's weights back: features are cached with them before all else is restored."""
+    prefix = "backbone.visual_extractor."
+    weights = {name.removeprefix(prefix): value for name, value in source.content["objective"].items()
+               if name.startswith(prefix)}
+    try:
+        objective.backbone.visual_extractor.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise _misfit(source.path, error) from error
+
+
+def _misfit(path: Path, error: Exception) -> InputError:
+    return InputError(f"--resume {path}: it does not fit the flags: {' '.join(str(error).split())[:300]}")
+
+
 def restore(trainer: Trainer, objective: Objective, source: Source, config: Config, data: compose.Data) -> None:
     """Put everything back as the checkpoint has it; InputError where it does not fit the flags or the data."""
     path, content = source.path, source.content
@@ -110,8 +125,7 @@ def restore(trainer: Trainer, objective: Objective, source: Source, config: Conf
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise InputError(f"--resume {path}: it does not fit the flags: {' '.join(str(error).split())[:300]}"
-                         ) from error
+        raise _misfit(path, error) from error
 
 
 def _require_unchanged(config: Config, began: Config, names: tuple[str, ...], path: Path) -> None:

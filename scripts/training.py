@@ -89,6 +89,8 @@ def _train_and_test(config: Config, source: resuming.Source | None, start: start
                                         kind=starting.objective_kind(config))
     if start is not None:
         compose.load_weights(objective, start.content["state_dict"], start.path)
+    if source is not None:
+        resuming.restore_extractor(objective, source)
     compose.cache_features(config, data, objective.backbone.visual_extractor, device)
     datasets = _datasets(config, data, objective)
     with distributed.first_goes_ahead():

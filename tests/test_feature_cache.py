@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from gloo_support import run_together
+from torchvision.models import resnet18
 
 from modules.errors import InputError
 from modules.feature_cache import build_feature_cache
@@ -91,3 +92,19 @@ def test_training_on_stored_features(train, demo_index, tmp_path):
 def test_only_a_frozen_extractor_is_stored(train, tmp_path):
     with pytest.raises(InputError, match="--freeze_visual_extractor true"):
         train("--feature_cache", tmp_path)
+
+
+def test_a_resumed_run_goes_on_with_the_features_that_it_began_with(train, demo_index, tmp_path):
+    """The extractor's weights come from a file that a resume does not read again: they are the checkpoint's."""
+    torch.manual_seed(5)
+    torch.save(resnet18().state_dict(), tmp_path / "weights.pth")
+    cut = tmp_path / "cut"
+    flags = ["--freeze_visual_extractor", "true", "--feature_cache", tmp_path / "cache", "--ithn", "off",
+             "--lr_scheduler", "constant", "--visual_extractor_weights", tmp_path / "weights.pth"]
+    whole = train(*flags, "--epochs", 2, "--save_dir", tmp_path / "whole")
+    train(*flags, "--epochs", 1, "--save_dir", cut)
+    again = train("--resume", cut / "current_checkpoint.pth", "--epochs", 2, "--save_dir", cut)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    first, second = (json.loads((folder / "history.json").read_text()) for folder in (whole, again))
+    assert [row["train_loss"] for row in first] == [row["train_loss"] for row in second]
+    assert (whole / "res.csv").read_text() == (again / "res.csv").read_text()
