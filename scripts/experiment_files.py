@@ -14,7 +14,7 @@ from modules.errors import InputError
 DEFAULT_COLUMNS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr")
 DEFAULT_SEEDS = (7580, 9233, 1234)
 TABLE_KEYS = ("title", "note", "dataset", "text_encoder", "seeds", "columns", "baseline", "flags", "rows")
-ROW_KEYS = ("name", "label", "flags", "dataset", "seeds", "baseline", "published")
+ROW_KEYS = ("name", "label", "flags", "dataset", "seeds", "baseline", "trained_as", "published")
 DATASET_KEYS = ("title", "flags", "model_flags", "text_encoder", "prepare")
 
 
@@ -28,7 +28,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A flag set that is trained once per seed."""
+    """A flag set that is trained once per seed, or with ``trained_as`` tested on what another row has trained."""
 
     name: str  # names the row's folder too
     label: str
@@ -38,6 +38,7 @@ class Row:
     baseline: str  # name of the row that it is compared with, or ""
     published: Mapping[str, float]  # the paper's own figures by key
     published_on: str  # data set that those figures belong to
+    trained_as: str = ""  # name of the row whose best models it is tested on; ``flags`` begin with that row's
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def read_table(path: str | Path) -> Table:
     columns = tuple(_column(where, item) for item in content.get("columns", DEFAULT_COLUMNS))
     rows = tuple(_row(f"{where}, row {number}", item, content) for number, item in enumerate(rows, 1))
     _check_rows(where, rows)
+    rows = tuple(_with_flags_of_its_training(where, row, rows) for row in rows)
     return Table(name=path.stem, title=_string(where, content, "title", path.stem), columns=columns, rows=rows,
                  note=_string(where, content, "note", ""), text_encoder=_string(where, content, "text_encoder", ""))
 
@@ -223,7 +225,19 @@ def _row(where: str, item: Any, table: Mapping[str, Any]) -> Row:
                flags=_flags(where, table.get("flags", "")) + _flags(where, item.get("flags", "")),
                dataset=own_dataset, published_on=own_dataset, published=published,
                seeds=_seeds(where, item.get("seeds", table.get("seeds", DEFAULT_SEEDS))),
-               baseline=_string(where, item, "baseline", _string(where, table, "baseline", "")))
+               baseline=_string(where, item, "baseline", _string(where, table, "baseline", "")),
+               trained_as=_string(where, item, "trained_as", ""))
+
+
+def _with_flags_of_its_training(where: str, row: Row, rows: tuple[Row, ...]) -> Row:
+    if not row.trained_as:
+        return row
+    trained = [other for other in rows if other.name == row.trained_as and not other.trained_as]
+    if not trained:
+        names = ", ".join(other.name for other in rows if not other.trained_as)
+        raise InputError(f"{where}, row {row.name}: trained_as {row.trained_as!r} is none of the rows that are "
+                         f"trained, {names}")
+    return replace(row, flags=trained[0].flags + row.flags, dataset=trained[0].dataset)
 
 
 def _check_rows(where: str, rows: tuple[Row, ...]) -> None:

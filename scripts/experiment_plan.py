@@ -56,6 +56,7 @@ class Run:
     index: Index | None  # to be mined first, where it is not there
     state: str
     reason: str = ""
+    weights: Path | None = None  # best model of another row's run, which this one is tested on
 
     @property
     def model(self) -> str:
@@ -165,10 +166,11 @@ def _run(row: Row, seed: int, out: Path, flags: tuple[str, ...], config: Config,
     folder = _folder(out, row, seed)
     settings = _settings(dataclasses.asdict(config) | {"seed": seed, "negative_index": index}, sha256)
     settings[FILES] = {name: digest for name in INPUT_FILES if (digest := file_sha256(getattr(config, name)))}
-    state, reason = _state(folder, settings)
+    weights = out / row.trained_as / f"seed{seed}" / BEST if row.trained_as else None
+    state, reason = _state(folder, settings, weights)
     flags = (*flags, "--seed", str(seed), "--save_dir", str(folder), "--record_dir", str(out / "records"),
              "--exp_name", f"{row.label}, seed {seed}")
-    return Run(row, seed, folder, flags, settings, config.epochs, None, state, reason)
+    return Run(row, seed, folder, flags, settings, 0 if weights else config.epochs, None, state, reason, weights)
 
 
 def _with_index(run: Run, index: Index) -> Run:
@@ -187,14 +189,16 @@ def _settings(config: Mapping[str, Any], annotation_sha256: str) -> dict[str, An
     return json.loads(json.dumps(known)) | {"annotation_sha256": annotation_sha256}
 
 
-def _state(folder: Path, wanted: Mapping[str, Any]) -> tuple[str, str]:
-    """State of a run's folder, and for CHANGED what differs."""
+def _state(folder: Path, wanted: Mapping[str, Any], weights: Path | None) -> tuple[str, str]:
+    """State of a run's folder, and for CHANGED what differs; ``weights`` are tested there, None: are trained there."""
     if (folder / RESULTS).is_file():
         content = read_json(folder / RESULTS)
         made_from = content.get("provenance", {})
         found = _settings(content.get("config", {}), made_from.get("annotation_sha256", ""))
         found[FILES] = made_from.get(FILES, {})
         state = DONE
+        if weights and weights.is_file() and made_from.get("checkpoint_sha256") != file_sha256(weights):
+            state = UNTESTED  # they were trained anew since
     elif not (folder / CHECKPOINT).is_file():
         return MISSING, ""
     elif not (folder / RECORD).is_file():
@@ -207,7 +211,7 @@ def _state(folder: Path, wanted: Mapping[str, Any]) -> tuple[str, str]:
     if fingerprint(found) == fingerprint(wanted):
         return state, ""
     names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-    if SCORING.issuperset(names) and (state == CUT or (folder / BEST).is_file()):
+    if SCORING.issuperset(names) and (state == CUT or (weights or folder / BEST).is_file()):
         return (CUT if state == CUT else UNTESTED), ""
     return CHANGED, _difference(names, found, wanted)
 

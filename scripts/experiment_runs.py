@@ -105,8 +105,9 @@ def execute(runs: Sequence[Run], *, jobs: int, lock: int) -> dict[str, str]:
 
 def command(run: Run) -> list[str]:
     """The command line of a run."""
-    if run.state == UNTESTED:
-        return [sys.executable, str(ROOT / "main_test.py"), "--load", str(run.folder / BEST), *run.flags]
+    if run.weights or run.state == UNTESTED:
+        weights = run.weights or run.folder / BEST
+        return [sys.executable, str(ROOT / "main_test.py"), "--load", str(weights), *run.flags]
     resume = ["--resume", "auto"] if run.state == CUT else []
     return [sys.executable, str(ROOT / "main_train.py"), *run.flags, *resume]
 

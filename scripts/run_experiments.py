@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.environment import ROOT
 from modules.errors import InputError, run_entry_point
 from scripts.experiment_files import DataSet, Table, choose, read_datasets, read_table
-from scripts.experiment_plan import CHANGED, CUT, MISSING, UNAVAILABLE, UNTESTED, Run, changed_line, plan
+from scripts.experiment_plan import CHANGED, CUT, MISSING, RESULTS, UNAVAILABLE, UNTESTED, Run, changed_line, plan
 from scripts.experiment_runs import execute, locked, mine, prepare, put_aside, states
 
 
@@ -99,7 +99,12 @@ def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, Da
             raise InputError(f"{run.name}: the annotation of data set {run.row.dataset!r} is not there (data/README.md "
                              "says how to get it); --dataset demo needs none")
     mine(runs)
-    return execute(runs, jobs=arguments.jobs, lock=lock) if runs else {}
+    failed = execute([run for run in runs if not run.weights], jobs=arguments.jobs, lock=lock) if runs else {}
+    tests = [run for run in runs if run.weights]
+    failed |= {run.name: f"it is tested on the models of row {run.row.trained_as}, whose seed {run.seed} is not trained"
+               for run in tests if not run.weights.with_name(RESULTS).is_file()}
+    tests = [run for run in tests if run.name not in failed]
+    return failed | (execute(tests, jobs=arguments.jobs, lock=lock) if tests else {})
 
 
 def chosen_runs(runs: Sequence[Run], rows: Sequence[str]) -> list[Run]:

@@ -37,7 +37,7 @@ def by_name(runs):
     return {run.name: run for run in runs}
 
 
-def finish(run, score=0.1, folder=None, **config):
+def finish(run, score=0.1, folder=None, checkpoint_sha256="", **config):
     """Leave in the run's folder what main_train.py would."""
     folder = folder or run.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,5 +47,6 @@ def finish(run, score=0.1, folder=None, **config):
     floor = {"BLEU_4": 0.02}
     (folder / "results.json").write_text(json.dumps({
         "test": {"model": {"BLEU_4": score, "METEOR": None}, "nearest training image": floor}, "config": resolved,
-        "variety": {"model": {"diversity": 0.5}}, "provenance": {"annotation_sha256": sha256}, "synthetic": True}))
+        "variety": {"model": {"diversity": 0.5}}, "provenance": {
+            "annotation_sha256": sha256, "checkpoint_sha256": checkpoint_sha256}, "synthetic": True}))
     (folder / "model_best.pth").touch()

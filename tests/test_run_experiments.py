@@ -1,5 +1,6 @@
 """run_experiments.py: tables read or refused, runs told apart by their settings, run, resumed, skipped."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -13,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from modules.config import Config
+from modules.environment import file_sha256
 from modules.errors import InputError
 from modules.flags import parse_flags, resolve_config
 from modules.presets import preset
-from scripts import experiment_runs
+from scripts import experiment_runs, run_experiments
 from scripts.experiment_files import choose, read_datasets, read_table
 from scripts.experiment_plan import (
     CHANGED,
@@ -132,6 +134,7 @@ def _flags_of_script(script, folder):
     ("t.json", '{"rows": [{"name": "a", "published": {"BLEU_4": "high"}}]}', "published figures must be numbers"),
     ("t.json", '{"rows": [{"name": "a"}, {"name": "a"}]}', "two rows are named 'a'"),
     ("t.json", '{"rows": [{"name": "a", "baseline": "b"}]}', "baseline 'b' is none of"),
+    ("t.json", '{"rows": [{"name": "a"}, {"name": "b", "trained_as": "b"}]}', "is none of .* trained, a"),
     ("t.csv", "row,flags\n", "has the columns name and flags"), ("t.csv", "name,flags\na\n", "line 2: has not the 2"),
     ("t.json", None, "No such file")])
 def test_wrong_tables_get_one_line(tmp_path, name, content, part):
@@ -295,6 +298,31 @@ def test_untested_runs_are_tested_again(files, stand_in):
     [run] = [run for run in planned(files) if run.state == UNTESTED]
     command = experiment_runs.command(run)
     assert command[1].endswith("main_test.py") and command[2:4] == ["--load", str(run.folder / "model_best.pth")]
+
+
+def test_a_row_is_tested_on_the_models_of_another(files, stand_in, monkeypatch):
+    (files / "rows.csv").write_text("name,flags,seeds,trained_as\nbase,--ithn off,1 2,\n"
+                                    "guided,--guidance 1.5,1 2,base\n")
+    runs = by_name(planned(files))
+    guided = runs["guided seed 2"]
+    assert guided.state == MISSING and guided.epochs == 0 and guided.settings["ithn"] == "off"
+    command = experiment_runs.command(guided)
+    assert command[1].endswith("main_test.py")
+    assert command[2:4] == ["--load", str(files / "out/base/seed2/model_best.pth")]
+    assert command[command.index("--guidance") + 1] == "1.5" and "--ithn" in command
+
+    finish(runs["base seed 2"])
+    finish(guided, checkpoint_sha256=file_sha256(runs["base seed 2"].folder / "model_best.pth"))
+    assert by_name(planned(files))["guided seed 2"].state == DONE
+    (runs["base seed 2"].folder / "model_best.pth").write_bytes(b"trained anew")
+    assert by_name(planned(files))["guided seed 2"].state == UNTESTED
+
+    arguments = argparse.Namespace(rows=["guided"], redo_changed=False, jobs=1)
+    with open(files / "out/.lock") as lock:
+        failed = run_experiments.run_missing(arguments, lambda: planned(files), read_datasets(files / "datasets.json"),
+                                             lock.fileno())
+    assert failed == {"guided seed 1": "it is tested on the models of row base, whose seed 1 is not trained"}
+    assert "--load" in (files / "out/guided/seed2/calls").read_text()
 
 
 def test_two_runners_do_not_share_a_folder(files, stand_in):
