@@ -1,6 +1,7 @@
 """Which runs of a table are done, cut short, missing or made with other settings, and how main_train.py is called."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -197,7 +198,7 @@ def _state(folder: Path, wanted: Mapping[str, Any], weights: Path | None) -> tup
         found = _settings(content.get("config", {}), made_from.get("annotation_sha256", ""))
         found[FILES] = made_from.get(FILES, {})
         state = DONE
-        if weights and weights.is_file() and made_from.get("checkpoint_sha256") != file_sha256(weights):
+        if weights and weights.is_file() and made_from.get("checkpoint_sha256") != _sha256(weights):
             state = UNTESTED  # they were trained anew since
     elif not (folder / CHECKPOINT).is_file():
         return MISSING, ""
@@ -214,6 +215,17 @@ def _state(folder: Path, wanted: Mapping[str, Any], weights: Path | None) -> tup
     if SCORING.issuperset(names) and (state == CUT or (weights or folder / BEST).is_file()):
         return (CUT if state == CUT else UNTESTED), ""
     return CHANGED, _difference(names, found, wanted)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file that several rows are tested on, and that every plan looks at: read once."""
+    known = path.stat()
+    return _read_sha256(path, known.st_mtime_ns, known.st_size)
+
+
+@functools.cache
+def _read_sha256(path: Path, *_as_it_is: int) -> str:
+    return file_sha256(path)
 
 
 def _by_content(*both: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -91,9 +91,9 @@ def own_tokenizer(content: Mapping[str, Any], path: str) -> compose.AnyTokenizer
 def restore_extractor(objective: Objective, source: Source) -> None:
     """Put the visual extractor's weights back: features are cached with them before all else is restored."""
     prefix = "backbone.visual_extractor."
-    weights = {name.removeprefix(prefix): value for name, value in source.content["objective"].items()
-               if name.startswith(prefix)}
     try:
+        weights = {name.removeprefix(prefix): value for name, value in source.content["objective"].items()
+                   if name.startswith(prefix)}
         objective.backbone.visual_extractor.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise _misfit(source.path, error) from error

@@ -99,8 +99,8 @@ def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, Da
             raise InputError(f"{run.name}: the annotation of data set {run.row.dataset!r} is not there (data/README.md "
                              "says how to get it); --dataset demo needs none")
     mine(runs)
-    failed = execute([run for run in runs if not run.weights], jobs=arguments.jobs, lock=lock) if runs else {}
-    tests = [run for run in runs if run.weights]
+    trainings, tests = ([run for run in runs if bool(run.weights) == tested] for tested in (False, True))
+    failed = execute(trainings, jobs=arguments.jobs, lock=lock) if trainings else {}
     failed |= {run.name: f"it is tested on the models of row {run.row.trained_as}, whose seed {run.seed} is not trained"
                for run in tests if not run.weights.with_name(RESULTS).is_file()}
     tests = [run for run in tests if run.name not in failed]
