@@ -1,11 +1,13 @@
 """Batches read by other processes, which may be killed or hang without taking the run with them."""
 
 import logging
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from modules.sample_order import EpochBatchSampler
 
 REPLACED_LIMIT = 0.01
 SECONDS_BETWEEN_LOOKS = 1.0  # at how long none of the processes that read has answered
+SECONDS_UNTIL_REAPED = 0.1
 
 
 class EpochLoader(DataLoader):
@@ -129,7 +132,11 @@ class EpochLoader(DataLoader):
             self._waiting_since = None
             signal.signal(signal.SIGCHLD, before)
 
-    def _look_for_dead(self, *_) -> None:
+    def _look_for_dead(self, _signal: int | None = None, interrupted: FrameType | None = None) -> None:
+        if _reaps(interrupted):
+            # Raised here, the exit code that the system has just given away, once, would be lost.
+            threading.Timer(SECONDS_UNTIL_REAPED, os.kill, (os.getpid(), signal.SIGCHLD)).start()
+            return
         if any(process.exitcode for process in self._processes):
             raise ChildProcessError("a data-loading process has died")
 
@@ -157,6 +164,15 @@ class EpochLoader(DataLoader):
         if dead is not None:
             return InputError(f"data-loading process {dead.pid} {_end(dead.exitcode)} (now {self.num_workers})")
         return error
+
+
+def _reaps(frame: FrameType | None) -> bool:
+    """Whether ``frame`` lies in multiprocessing's ``poll``, between asking for an exit code and keeping it."""
+    while frame is not None:
+        if frame.f_code.co_name == "poll" and frame.f_globals.get("__name__", "").startswith("multiprocessing.popen"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _end(code: int) -> str:

@@ -85,6 +85,28 @@ def test_a_worker_that_stalls_is_waited_for_no_longer_than_asked(monkeypatch, ac
     assert_ends(made(act, monkeypatch, patience=2.0), "no data-loading process has answered for 2 s.*--worker_timeout")
 
 
+def test_two_deaths_at_once_lose_no_exit_code(monkeypatch):
+    """The second one is told while the first one's exit code, given once, is on its way."""
+    loader = made(lambda: None, monkeypatch, patience=2.0)
+    batches, ask = iter(loader), os.waitpid
+    next(batches)
+
+    def told_of_another(pid, flags):
+        answer = ask(pid, flags)
+        if answer[0]:
+            signal.raise_signal(signal.SIGCHLD)
+        return answer
+
+    monkeypatch.setattr(os, "waitpid", told_of_another)
+    for process in loader._processes:
+        os.kill(process.pid, signal.SIGKILL)
+    for process in loader._processes:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(InputError, match="was killed"):
+        list(batches)
+    assert not new_children()
+
+
 def test_a_worker_that_stalls_while_a_batch_is_fetched_from_it_is_not_waited_for(monkeypatch):
     """What it has read is announced already, and the tensors are still to be asked for."""
     loader = made(lambda: None, monkeypatch, patience=1.0)
