@@ -77,6 +77,19 @@ def scores_of_sums(sums: Mapping[str, np.ndarray], count: int) -> dict[str, np.n
     return scores
 
 
+def join(parts: Sequence[ReportStatistics]) -> ReportStatistics:
+    """The reports of several test sets as one, as of the folds of a cross-validation; tables that all parts have.
+
+    CIDEr's document frequencies stay those of each part. InputError where the names of scores differ.
+    """
+    if len(tags := sorted({part.tag for part in parts})) > 1:
+        raise InputError(f"runs whose scores have {' or '.join(map(repr, tags))} in their names cannot be joined")
+    tables = {name: np.concatenate([part.tables[name] for part in parts]) for name in parts[0].tables
+              if all(name in part.tables for part in parts)}
+    return ReportStatistics(tables, digest([], [part.references for part in parts]),
+                            digest([], [part.full_references for part in parts]), parts[0].tag)
+
+
 def digest(ids: Sequence[str], references: Sequence[str]) -> str:
     """SHA-256 of the references with their ids, in order."""
     return hashlib.sha256(json.dumps([list(ids), list(references)]).encode()).hexdigest()

@@ -13,7 +13,7 @@ from modules.errors import InputError
 
 DEFAULT_COLUMNS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr")
 DEFAULT_SEEDS = (7580, 9233, 1234)
-TABLE_KEYS = ("title", "note", "dataset", "text_encoder", "seeds", "columns", "baseline", "flags", "rows")
+TABLE_KEYS = ("title", "note", "dataset", "folds", "text_encoder", "seeds", "columns", "baseline", "flags", "rows")
 ROW_KEYS = ("name", "label", "flags", "dataset", "seeds", "baseline", "trained_as", "published")
 DATASET_KEYS = ("title", "flags", "model_flags", "text_encoder", "prepare")
 
@@ -28,9 +28,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A flag set that is trained once per seed, or with ``trained_as`` tested on what another row has trained."""
+    """A flag set that is trained once per seed, or with ``trained_as`` tested on what another row has trained.
 
-    name: str  # names the row's folder too
+    In a table with folds there is one Row per fold.
+    """
+
+    name: str  # names the row's folder too; of a fold it is row/fold
     label: str
     flags: tuple[str, ...]  # of the table, then of the row
     dataset: str
@@ -39,6 +42,11 @@ class Row:
     published: Mapping[str, float]  # the paper's own figures by key
     published_on: str  # data set that those figures belong to
     trained_as: str = ""  # name of the row whose best models it is tested on; ``flags`` begin with that row's
+
+    @property
+    def whole(self) -> str:
+        """The name that the table gives, of all folds together."""
+        return whole(self.name)
 
 
 @dataclass(frozen=True)
@@ -95,12 +103,16 @@ def read_table(path: str | Path) -> Table:
     rows = tuple(_row(f"{where}, row {number}", item, content) for number, item in enumerate(rows, 1))
     _check_rows(where, rows)
     rows = tuple(_with_flags_of_its_training(where, row, rows) for row in rows)
+    if folds := _folds(where, content):
+        rows = tuple(_fold(row, fold) for row in rows for fold in folds)
     return Table(name=path.stem, title=_string(where, content, "title", path.stem), columns=columns, rows=rows,
                  note=_string(where, content, "note", ""), text_encoder=_string(where, content, "text_encoder", ""))
 
 
 def choose(table: Table, *, dataset: str, seeds: Iterable[int]) -> Table:
     """The table with every row on ``dataset`` and ``seeds``, where these are given."""
+    if dataset and any(row.name != row.whole for row in table.rows):
+        raise InputError(f"--dataset {dataset}: the table {table.name} names its data sets itself, under \"folds\"")
     seeds = _seeds("--seeds", list(seeds)) if seeds else ()
     rows = [replace(row, dataset=dataset or row.dataset, seeds=seeds or row.seeds) for row in table.rows]
     # The encoder that a table names is meant for its own data set.
@@ -227,6 +239,27 @@ def _row(where: str, item: Any, table: Mapping[str, Any]) -> Row:
                seeds=_seeds(where, item.get("seeds", table.get("seeds", DEFAULT_SEEDS))),
                baseline=_string(where, item, "baseline", _string(where, table, "baseline", "")),
                trained_as=_string(where, item, "trained_as", ""))
+
+
+def whole(name: str) -> str:
+    """The row that ``name``, of a row or of one fold of it, belongs to."""
+    return name.partition("/")[0]
+
+
+def _folds(where: str, table: Mapping[str, Any]) -> list[str]:
+    folds = table.get("folds", [])
+    if (not isinstance(folds, list) or not all(isinstance(fold, str) for fold in folds)
+            or len(folds) == 1 or len(set(folds)) < len(folds)):
+        raise InputError(f"{where}: folds must be a list of two or more different data sets, found {folds!r}")
+    if folds and "dataset" in table or folds and any("dataset" in row for row in table["rows"]):
+        raise InputError(f"{where}: folds and dataset exclude each other: every row is run on every fold")
+    return folds
+
+
+def _fold(row: Row, fold: str) -> Row:
+    names = {key: value and f"{value}/{fold}" for key, value in
+             (("name", row.name), ("baseline", row.baseline), ("trained_as", row.trained_as))}
+    return replace(row, **names, dataset=fold, published_on=row.published_on if row.published else fold)
 
 
 def _with_flags_of_its_training(where: str, row: Row, rows: tuple[Row, ...]) -> Row:

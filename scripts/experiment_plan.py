@@ -170,7 +170,7 @@ def _run(row: Row, seed: int, out: Path, flags: tuple[str, ...], config: Config,
     weights = out / row.trained_as / f"seed{seed}" / BEST if row.trained_as else None
     state, reason = _state(folder, settings, weights)
     flags = (*flags, "--seed", str(seed), "--save_dir", str(folder), "--record_dir", str(out / "records"),
-             "--exp_name", f"{row.label}, seed {seed}")
+             "--exp_name", f"{row.label}, {row.dataset + ', ' if row.name != row.whole else ''}seed {seed}")
     return Run(row, seed, folder, flags, settings, 0 if weights else config.epochs, None, state, reason, weights)
 
 

@@ -1,13 +1,14 @@
 """Gathers the results of a table's runs: mean and spread over seeds, intervals, significance, floors, paper's own."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import InputError
 from modules.records import write_private
 from modules.tables import Cell, ScoreTable, TableRow, to_csv, to_latex, to_markdown
-from scripts.experiment_files import DataSet, Row, Table
+from scripts.experiment_files import DataSet, Row, Table, whole
 from scripts.experiment_plan import DONE, RESULTS, UNAVAILABLE, Run, read_json
 
 if TYPE_CHECKING:
@@ -18,14 +19,28 @@ STATISTICS = "statistics.npz"
 
 
 class Results:
-    """Scores and per-report statistics of a row's finished runs, by seed, for the model and the floors."""
+    """Scores and per-report statistics of a row's finished runs, by seed, for the model and the floors.
 
-    def __init__(self, runs: Sequence[Run]):
-        contents = {run.seed: read_json(run.folder / RESULTS) for run in runs}
-        self.scores = {seed: _scores(content, runs[0].folder) for seed, content in contents.items()}
+    ``folds`` runs of one seed, on a test set each, count as one on all of these; one that lacks a fold does not count.
+    """
+
+    def __init__(self, runs: Sequence[Run], folds: int = 1):
+        by_seed: dict[int, list[Run]] = {}
+        for run in runs:
+            by_seed.setdefault(run.seed, []).append(run)
+        self._folders = {seed: [run.folder for run in own] for seed, own in by_seed.items() if len(own) == folds}
+        contents = {seed: [read_json(folder / RESULTS) for folder in own] for seed, own in self._folders.items()}
+        self.scores = {seed: _scores(own[0], self._folders[seed][0]) if folds == 1 else self._joined_scores(seed)
+                       for seed, own in contents.items()}
         self.systems = list(next(iter(self.scores.values()), {}))
-        self.synthetic = any(content.get("synthetic") for content in contents.values())
-        self._folders = {run.seed: run.folder for run in runs}
+        self.synthetic = any(content.get("synthetic") for own in contents.values() for content in own)
+
+    def _joined_scores(self, seed: int) -> dict[str, dict[str, float]]:
+        from modules.report_statistics import join, load_statistics
+
+        folds = [load_statistics(folder / STATISTICS) for folder in self._folders[seed]]
+        return {system: join([fold[system] for fold in folds]).scores() for system in folds[0]
+                if all(system in fold for fold in folds)}
 
     def cells(self, system: str) -> dict[str, Cell]:
         """Mean, standard deviation and interval of each score of a system; no p values."""
@@ -38,37 +53,51 @@ class Results:
 
     def statistics(self, system: str, seeds: Sequence[int] | Mapping[int, Any]) -> "list[ReportStatistics]":
         """Statistics of the runs with ``seeds``; none where a run has not kept them."""
-        from modules.report_statistics import load_statistics
+        from modules.report_statistics import join, load_statistics
 
-        paths = [self._folders[seed] / STATISTICS for seed in seeds]
-        if not all(path.is_file() for path in paths):
+        paths = [[folder / STATISTICS for folder in self._folders[seed]] for seed in seeds]
+        if not all(path.is_file() for own in paths for path in own):
             return []
-        found = [load_statistics(path).get(system) for path in paths]
-        return [] if None in found else found
+        found = [[load_statistics(path).get(system) for path in own] for own in paths]
+        return [] if any(None in own for own in found) else [join(own) if len(own) > 1 else own[0] for own in found]
 
 
 def gather(table: Table, datasets: Mapping[str, DataSet], runs: Sequence[Run], failed: Mapping[str, str]) -> ScoreTable:
     """The score table of what is done so far; rows that are not say so."""
-    results = {row.name: Results([run for run in runs if run.row.name == row.name and run.state == DONE])
-               for row in table.rows}
+    heads = _heads(table)
+    folds = len(table.rows) // len(heads)
+    results = {row.name: Results([run for run in runs if run.row.whole == row.name and run.state == DONE], folds)
+               for row in heads}
     notes, rows = _notes(table, datasets, results), []
-    for dataset in dict.fromkeys(row.dataset for row in table.rows):
-        group = datasets[dataset].title
-        own_rows = [row for row in table.rows if row.dataset == dataset]
+    for dataset in dict.fromkeys(row.dataset for row in heads):
+        own_rows = [row for row in heads if row.dataset == dataset]
+        group = _title(dataset, datasets) if folds == 1 else "test reports of all together: " + ", ".join(
+            _title(name, datasets) for name in dict.fromkeys(row.dataset for row in table.rows))
         for row in own_rows:
             found = results[row.name]
             cells = found.cells(MODEL) if found.scores else {}
             if cells and row.baseline not in ("", row.name):
                 cells = _with_significance(row, cells, found, results[row.baseline], notes)
-            source = _source(row, [run for run in runs if run.row.name == row.name], failed)
+            source = _source(row, [run for run in runs if run.row.whole == row.name], len(found.scores), failed)
             rows.append(TableRow(row.label, group, source, cells, row.published, _title(row.published_on, datasets)))
         rows += _floors(own_rows, results, group)
-    notes += _explanations(table, rows)
+    if folds > 1:
+        notes.append("The test sets of all folds are taken as one; CIDEr's document frequencies are those of each "
+                     "fold. Seeds are those of the training.")
+    notes += _explanations(heads, rows)
     notes += [f"{run.name}: {failed.get(run.name) or run.reason}" for run in runs
               if run.name in failed or (run.reason and run.state != UNAVAILABLE)]
     elsewhere = [datasets[row.dataset].title for row in table.rows if row.dataset != row.published_on]
     title = f"{table.title}; here on {', '.join(dict.fromkeys(elsewhere))}" if elsewhere else table.title
     return ScoreTable(title, [(column.key, column.label) for column in table.columns], rows, notes)
+
+
+def _heads(table: Table) -> list[Row]:
+    """One row for all folds, under the names that the table gives."""
+    heads: dict[str, Row] = {}
+    for row in table.rows:
+        heads.setdefault(row.whole, replace(row, name=row.whole, baseline=whole(row.baseline)))
+    return list(heads.values())
 
 
 def write(table: ScoreTable, out: Path) -> list[Path]:
@@ -118,14 +147,13 @@ def _floors(rows: Sequence[Row], results: Mapping[str, Results], group: str) -> 
     return []
 
 
-def _source(row: Row, runs: Sequence[Run], failed: Mapping[str, str]) -> str:
-    done = sum(run.state == DONE for run in runs)
+def _source(row: Row, runs: Sequence[Run], done: int, failed: Mapping[str, str]) -> str:
     if runs[0].state == UNAVAILABLE:
         return "not available: " + runs[0].reason.partition(":")[0]
-    if done == len(runs):
+    if done == len(row.seeds):
         return f"{done} seed" + ("s" if done > 1 else "")
     bad = sum(run.name in failed for run in runs)
-    return f"{done} of {len(runs)} seeds" + (f", {bad} failed" if bad else "")
+    return f"{done} of {len(row.seeds)} seeds" + (f", {bad} failed" if bad else "")
 
 
 def _title(dataset: str, datasets: Mapping[str, DataSet]) -> str:
@@ -144,7 +172,7 @@ def _notes(table: Table, datasets: Mapping[str, DataSet], results: Mapping[str, 
     return notes
 
 
-def _explanations(table: Table, rows: Sequence[TableRow]) -> list[str]:
+def _explanations(heads: Sequence[Row], rows: Sequence[TableRow]) -> list[str]:
     """What the marks mean that the table has."""
     cells = [cell for row in rows for cell in row.cells.values()]
     notes = []
@@ -153,10 +181,10 @@ def _explanations(table: Table, rows: Sequence[TableRow]) -> list[str]:
     if any(cell.low is not None for cell in cells):
         notes.append("The interval covers the choice of the test reports: percentile bootstrap, 2,000 resamples, the "
                      "seeds' scores averaged within each.")
-    labels = {row.name: row.label for row in table.rows}
-    pairs = [f"{row.label} with {labels[row.baseline]}" for row in table.rows if row.baseline not in ("", row.name)]
+    labels = {row.name: row.label for row in heads}
+    pairs = [f"{row.label} with {labels[row.baseline]}" for row in heads if row.baseline not in ("", row.name)]
     if any(cell.p is not None for cell in cells):
         notes.append("* p < 0.05, ** p < 0.01: better or worse by approximate randomisation over the test reports, two-"
                      f"sided, not corrected for the number of comparisons: {'; '.join(pairs)}.")
-    seeds = sorted({row.seeds for row in table.rows})
+    seeds = sorted({row.seeds for row in heads})
     return [*notes, "Seeds: " + "; ".join(" ".join(map(str, each)) for each in seeds) + "."]

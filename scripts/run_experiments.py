@@ -109,7 +109,7 @@ def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, Da
 
 def chosen_runs(runs: Sequence[Run], rows: Sequence[str]) -> list[Run]:
     """The runs of the named rows, all where none is named."""
-    return [run for run in runs if not rows or run.row.name in rows]
+    return [run for run in runs if not rows or run.row.whole in rows]
 
 
 def stop(*_) -> None:
@@ -124,7 +124,7 @@ def main() -> int:
     if arguments.jobs < 1:
         raise InputError(f"--jobs {arguments.jobs}: must be 1 or more")
     table = choose(read_table(arguments.table), dataset=arguments.dataset, seeds=arguments.seeds)
-    known = [row.name for row in table.rows]
+    known = list(dict.fromkeys(row.whole for row in table.rows))
     for name in arguments.rows:
         if name not in known:
             raise InputError(f"--rows {name}: the table has {', '.join(known)}")

@@ -11,9 +11,9 @@ import pytest
 from modules.report_statistics import ReportStatistics, save_statistics
 from modules.tables import Cell, ScoreTable, TableRow
 from scripts.experiment_files import choose, read_datasets, read_table
-from scripts.experiment_plan import UNAVAILABLE
+from scripts.experiment_plan import UNAVAILABLE, plan
 from scripts.experiment_tables import gather, write
-from tests.experiment_support import by_name, finish, planned, write_files
+from tests.experiment_support import MODELS, by_name, finish, planned, write_files
 
 
 @pytest.fixture
@@ -74,6 +74,57 @@ def test_rows_on_other_reports_are_not_compared(finished):
     table = gathered(finished)
     assert table.rows[1].cells["BLEU_4"].p is None
     assert any("+ ITHN: not compared with base" in note for note in table.notes)
+
+
+@pytest.fixture
+def folded(tmp_path):
+    """Two rows on two folds of 30 and 10 reports, with two seeds; ITHN is better in every report."""
+    (tmp_path / "rows.json").write_text(json.dumps({
+        "folds": ["one", "two"], "seeds": [1, 2], "columns": ["BLEU_4"],
+        "rows": [{"name": "base", "label": "Base", "flags": "--ithn off"},
+                 {"name": "ithn", "flags": "--ithn on", "baseline": "base"}]}))
+    (tmp_path / "datasets.json").write_text(json.dumps({
+        name: {"title": f"fold {name}", "flags": f"--ann_path {tmp_path / name}.json"} for name in ("one", "two")}))
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").write_text(name)
+    rng = np.random.default_rng(0)
+    base = {"one": rng.uniform(0, 0.2, 30), "two": rng.uniform(0.4, 0.6, 10)}
+    for run in of_folds(tmp_path):
+        values = base[run.row.dataset] + (0.2 if run.row.whole == "ithn" else 0.0) + 0.001 * run.seed
+        finish(run, score=9.9)
+        system = ReportStatistics({"BLEU_4": values[:, None]}, f"cut {run.row.dataset}", f"whole {run.row.dataset}")
+        save_statistics(run.folder / "statistics.npz", {"model": system, "nearest training image": system})
+    return tmp_path, np.concatenate(list(base.values())).mean()
+
+
+def of_folds(files):
+    return plan(read_table(files / "rows.json"), read_datasets(files / "datasets.json"), files / "out", overrides=(),
+                text_encoder="", models=MODELS)
+
+
+def gathered_folds(files):
+    return gather(read_table(files / "rows.json"), read_datasets(files / "datasets.json"), of_folds(files), {})
+
+
+def test_folds_are_one_test_set(folded):
+    files, mean = folded
+    assert (files / "out/ithn/two/seed1/results.json").is_file()
+    base, ithn, floor = gathered_folds(files).rows
+    # A mean of the folds' means would weigh 10 reports as much as 30.
+    assert base.cells["BLEU_4"].mean == pytest.approx(mean + 0.0015) and base.source == "2 seeds"
+    assert base.cells["BLEU_4"].sd == pytest.approx(0.001 / 2 ** 0.5)
+    assert ithn.cells["BLEU_4"].mean - base.cells["BLEU_4"].mean == pytest.approx(0.2) and ithn.cells["BLEU_4"].p < 0.01
+    assert floor.is_floor and {row.group for row in (base, ithn, floor)} == {
+        "test reports of all together: fold one, fold two"}
+    assert (base.label, ithn.label) == ("Base", "ithn")
+
+
+def test_a_seed_counts_when_all_its_folds_are_done(folded):
+    files, mean = folded
+    (files / "out/base/two/seed2/results.json").unlink()
+    base, ithn, _ = gathered_folds(files).rows
+    assert base.source == "1 of 2 seeds" and base.cells["BLEU_4"].mean == pytest.approx(mean + 0.001)
+    assert ithn.source == "2 seeds" and ithn.cells["BLEU_4"].p < 0.01  # compared on seed 1
 
 
 def test_rows_without_statistics_still_have_means(finished):

@@ -16,6 +16,7 @@ from modules.report_statistics import (
     ReportStatistics,
     clinical_tables,
     digest,
+    join,
     load_statistics,
     meteor_table,
     save_statistics,
@@ -57,6 +58,28 @@ def test_sums_give_every_score_exactly(metrics):
     scores, statistics = statistics_of(metrics, REFERENCES, HYPOTHESES)
     assert statistics.scores() == pytest.approx(scores, abs=1e-15)
     assert len(scores) == 2 * 7 + 36 + 1 and len(statistics) == 5
+
+
+def test_joined_parts_are_scored_as_one_test_set(metrics):
+    """CIDEr apart, whose document frequencies are those of each part."""
+    whole, _ = statistics_of(metrics, REFERENCES, HYPOTHESES)
+    parts = [statistics_of(metrics, REFERENCES[part], HYPOTHESES[part])[1] for part in (slice(0, 2), slice(2, 5))]
+    joined = join(parts)
+    found = joined.scores()
+    for name in ("CIDEr", "CIDEr_full"):
+        whole[name] = np.average([part.scores()[name] for part in parts], weights=[2, 3])
+    assert len(joined) == 5 and found == pytest.approx(whole, abs=1e-15)
+    # Only the same parts, in the same order, can be compared.
+    named = [dataclasses.replace(part, full_references=name) for name, part in zip("ab", parts, strict=True)]
+    assert join(named).full_references != join(named[::-1]).full_references
+
+
+def test_joining_keeps_what_all_parts_have_and_refuses_other_names(metrics):
+    _, one = statistics_of(metrics, REFERENCES, HYPOTHESES)
+    other = dataclasses.replace(one, tables={"BLEU": one.tables["BLEU"]})
+    assert list(join([one, other]).tables) == list(join([other, one]).tables) == ["BLEU"]
+    with pytest.raises(InputError, match="cannot be joined"):
+        join([one, dataclasses.replace(one, tag="truncated_60")])
 
 
 @pytest.mark.parametrize("rows", [[0, 0, 3, 1], [2], [4], [4, 4], [2, 4]])

@@ -135,6 +135,8 @@ def _flags_of_script(script, folder):
     ("t.json", '{"rows": [{"name": "a"}, {"name": "a"}]}', "two rows are named 'a'"),
     ("t.json", '{"rows": [{"name": "a", "baseline": "b"}]}', "baseline 'b' is none of"),
     ("t.json", '{"rows": [{"name": "a"}, {"name": "b", "trained_as": "b"}]}', "is none of .* trained, a"),
+    ("t.json", '{"folds": ["a"], "rows": [{"name": "a"}]}', "folds must be a list of two or more different"),
+    ("t.json", '{"folds": ["a", "b"], "dataset": "a", "rows": [{"name": "a"}]}', "folds and dataset exclude each"),
     ("t.csv", "row,flags\n", "has the columns name and flags"), ("t.csv", "name,flags\na\n", "line 2: has not the 2"),
     ("t.json", None, "No such file")])
 def test_wrong_tables_get_one_line(tmp_path, name, content, part):
@@ -323,6 +325,21 @@ def test_a_row_is_tested_on_the_models_of_another(files, stand_in, monkeypatch):
                                              lock.fileno())
     assert failed == {"guided seed 1": "it is tested on the models of row base, whose seed 1 is not trained"}
     assert "--load" in (files / "out/guided/seed2/calls").read_text()
+
+
+def test_a_row_of_a_table_with_folds_is_all_its_folds(files):
+    (files / "folds.json").write_text(json.dumps({"folds": ["tiny", "iu_xray"], "seeds": [1], "rows": [
+        {"name": "a", "flags": "--ithn off"}, {"name": "b", "baseline": "a", "trained_as": "a"}]}))
+    table = read_table(files / "folds.json")
+    assert [(row.name, row.dataset, row.baseline, row.trained_as) for row in table.rows] == [
+        ("a/tiny", "tiny", "", ""), ("a/iu_xray", "iu_xray", "", ""),
+        ("b/tiny", "tiny", "a/tiny", "a/tiny"), ("b/iu_xray", "iu_xray", "a/iu_xray", "a/iu_xray")]
+    runs = plan(table, read_datasets(files / "datasets.json"), files / "out", overrides=(), text_encoder="",
+                models=MODELS)
+    assert [run.name for run in run_experiments.chosen_runs(runs, ["b"])] == ["b/tiny seed 1", "b/iu_xray seed 1"]
+    assert runs[2].weights == files / "out/a/tiny/seed1/model_best.pth" == runs[0].folder / "model_best.pth"
+    with pytest.raises(InputError, match='names its data sets itself, under "folds"'):
+        choose(table, dataset="tiny", seeds=())
 
 
 def test_two_runners_do_not_share_a_folder(files, stand_in):
