@@ -124,7 +124,7 @@ def _require_masked_lm(folder: Path) -> None:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
     except Exception as error:  # damaged files surface as whatever their readers raise
         raise InputError(f"text encoder {folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
-    if config.is_encoder_decoder or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or config.is_encoder_decoder:  # BART is in it
         raise InputError(f"text encoder {folder}: a {config.model_type} model does not predict masked words; give an "
                          "encoder such as BERT, RoBERTa or MiniLM")
 
@@ -132,7 +132,7 @@ def _require_masked_lm(folder: Path) -> None:
 def hold_out(texts: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """The texts to train on, and the 5 % (one at least) that the seed draws to be looked at only."""
     if len(texts) < 2:
-        raise InputError(f"{len(texts)} training reports with different known words: two or more are needed")
+        raise InputError(f"{len(texts)} different training reports with known words: two or more are needed")
     order = torch.randperm(len(texts), generator=keyed_generator(seed, 0, HELD_OUT)).tolist()
     count = max(1, round(HELD_OUT_SHARE * len(texts)))
     return [texts[row] for row in sorted(order[count:])], [texts[row] for row in sorted(order[:count])]
