@@ -1,7 +1,6 @@
 """Batches read by other processes, which may be killed or hang without taking the run with them."""
 
 import logging
-import os
 import signal
 import threading
 import time
@@ -135,7 +134,9 @@ class EpochLoader(DataLoader):
     def _look_for_dead(self, _signal: int | None = None, interrupted: FrameType | None = None) -> None:
         if _reaps(interrupted):
             # Raised here, the exit code that the system has just given away, once, would be lost.
-            threading.Timer(SECONDS_UNTIL_REAPED, os.kill, (os.getpid(), signal.SIGCHLD)).start()
+            again = threading.Timer(SECONDS_UNTIL_REAPED, signal.pthread_kill, (threading.get_ident(), signal.SIGCHLD))
+            again.daemon = True
+            again.start()
             return
         if any(process.exitcode for process in self._processes):
             raise ChildProcessError("a data-loading process has died")

@@ -108,9 +108,13 @@ class MaskedLanguageModel:
 
     def save(self, folder: Path) -> None:
         """Write the encoder without its head (safetensors) and the tokeniser, unchanged."""
+        from safetensors import SafetensorError
         from transformers import AutoTokenizer
 
-        self.encoder.save_pretrained(folder)
+        try:
+            self.encoder.save_pretrained(folder)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(str(error)) from error
         # One that has read texts would keep how they were cut.
         AutoTokenizer.from_pretrained(self.folder, **LOCAL).save_pretrained(folder)
 

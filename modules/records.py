@@ -11,9 +11,10 @@ import io
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,38 @@ def private_folder(path: str | Path) -> Path:
         except OSError as error:
             raise InputError(f"folder {str(path)!r} cannot be made: {error.strerror}") from error
     return path
+
+
+@contextlib.contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A private folder beside ``out`` that becomes ``out``, mode 0700 and 0600, when the block ends, or is removed.
+
+    InputError where ``out`` is there and not an empty folder, or cannot be made.
+    """
+    out = Path(out).resolve()
+    require_empty(out)
+    private_folder(out.parent)
+    temporary = None
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))  # mode 0700
+        yield temporary
+        for path in temporary.rglob("*"):
+            path.chmod(0o700 if path.is_dir() else 0o600)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_empty(out: str | Path) -> None:
+    """InputError where ``out`` is there and no empty folder."""
+    out = Path(out)
+    if (out.exists() or out.is_symlink()) and not out.is_dir():
+        raise InputError(f"--out {out}: is no folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"--out {out}: is not empty; give a new folder, or remove what is in it")
 
 
 def write_private(path: str | Path, content: bytes | str) -> None:

@@ -13,14 +13,11 @@ is readable by you alone; keep it where the reports may be, and do not share it.
 """
 
 import argparse
-import contextlib
 import math
 import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +27,7 @@ from modules.annotations import Annotation, read_annotation
 from modules.captions import split_captions
 from modules.config import DATASETS
 from modules.errors import InputError, run_entry_point
-from modules.records import private_folder, write_results
+from modules.records import new_folder, require_empty, write_results
 from modules.tokenizers import clean_report
 
 if TYPE_CHECKING:
@@ -77,17 +74,9 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.text_encoder in WITHOUT_WEIGHTS:
         raise InputError(f"--text_encoder {arguments.text_encoder}: has no weights that could be adapted")
     require_empty(arguments.out)
-    parent = private_folder(arguments.out.resolve().parent)
+    parent = next(folder for folder in arguments.out.resolve().parents if folder.is_dir())
     if not os.access(parent, os.W_OK):
         raise InputError(f"--out {arguments.out}: no permission to write in {parent}")
-
-
-def require_empty(out: Path) -> None:
-    """InputError where ``out`` is there and no empty folder."""
-    if (out.exists() or out.is_symlink()) and not out.is_dir():
-        raise InputError(f"--out {out}: is no folder")
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"--out {out}: is not empty; give a new folder")
 
 
 def distinct_reports(annotation: Annotation, dataset_name: str) -> list[str]:
@@ -113,25 +102,6 @@ def print_score(score: "Score") -> None:
     """One line; epoch 0 is the encoder as it came."""
     print(f"epoch {score.epoch}: of {score.words:,} masked words held out: loss {score.loss:.3f}, accuracy "
           f"{score.accuracy:.3f}", flush=True)
-
-
-@contextlib.contextmanager
-def made_whole(out: Path) -> Iterator[Path]:
-    """A private folder beside ``out`` that becomes ``out`` at the end of the block, and is removed if it fails."""
-    from safetensors import SafetensorError
-
-    out = out.resolve()
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))  # mode 0700
-    try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            path.chmod(0o700 if path.is_dir() else 0o600)
-        os.replace(temporary, out)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"--out {out}: cannot be written: {reason}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def record_of(arguments: argparse.Namespace, annotation: Annotation, model: "MaskedLanguageModel") -> dict:
@@ -161,8 +131,8 @@ def adapt(arguments: argparse.Namespace, annotation: Annotation) -> None:
     model = MaskedLanguageModel(encoder_folder(arguments.text_encoder), max_length=arguments.max_length,
                                 mask_share=arguments.mask_share, device=device, seed=arguments.seed)
     texts, held_out = hold_out(model.read(distinct_reports(annotation, arguments.dataset_name)), arguments.seed)
-    print(f"{len(annotation.splits['train']):,} training reports, {len(texts) + len(held_out):,} of them different: "
-          f"{len(texts):,} to train on, {len(held_out):,} held out")
+    print(f"{len(annotation.splits['train']):,} training reports, {len(texts) + len(held_out):,} different ones with "
+          f"words it knows: {len(texts):,} to train on, {len(held_out):,} held out")
     if model.new_head:
         print(f"{arguments.text_encoder} comes without a whole masked-LM head: what it lacks starts from scratch")
     record = record_of(arguments, annotation, model)
@@ -171,7 +141,7 @@ def adapt(arguments: argparse.Namespace, annotation: Annotation) -> None:
                           lr=arguments.lr, seed=arguments.seed, bar=show_progress):
         print_score(score)
         scores.append(vars(score))
-    with made_whole(arguments.out) as folder:
+    with new_folder(arguments.out) as folder:
         model.save(folder)
         write_results(folder / RECORD, record | {
             "weights_sha256": model.sha256(), "texts": {"trained": len(texts), "held_out": len(held_out)},

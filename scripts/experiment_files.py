@@ -15,6 +15,7 @@ DEFAULT_COLUMNS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", 
 DEFAULT_SEEDS = (7580, 9233, 1234)
 TABLE_KEYS = ("title", "note", "dataset", "folds", "text_encoder", "seeds", "columns", "baseline", "flags", "rows")
 ROW_KEYS = ("name", "label", "flags", "dataset", "seeds", "baseline", "trained_as", "published")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of a row or fold: it names a folder
 DATASET_KEYS = ("title", "flags", "model_flags", "text_encoder", "prepare")
 
 
@@ -225,7 +226,7 @@ def _column(where: str, item: Any) -> Column:
 def _row(where: str, item: Any, table: Mapping[str, Any]) -> Row:
     item = _mapping(item, where, ROW_KEYS)
     name = _string(where, item, "name", "")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+    if not NAME.fullmatch(name):
         raise InputError(f"{where}: name {name!r} must be of letters, digits and . _ + - (it names a folder)")
     where = f"{where} ({name})"
     try:
@@ -247,19 +248,23 @@ def whole(name: str) -> str:
 
 
 def _folds(where: str, table: Mapping[str, Any]) -> list[str]:
-    folds = table.get("folds", [])
-    if (not isinstance(folds, list) or not all(isinstance(fold, str) for fold in folds)
-            or len(folds) == 1 or len(set(folds)) < len(folds)):
-        raise InputError(f"{where}: folds must be a list of two or more different data sets, found {folds!r}")
-    if folds and "dataset" in table or folds and any("dataset" in row for row in table["rows"]):
-        raise InputError(f"{where}: folds and dataset exclude each other: every row is run on every fold")
+    if "folds" not in table:
+        return []
+    folds = table["folds"]
+    if (not isinstance(folds, list) or not all(isinstance(fold, str) and NAME.fullmatch(fold) for fold in folds)
+            or len(folds) < 2 or len(set(folds)) < len(folds)):
+        raise InputError(f"{where}: folds must be a list of the names of two or more different data sets, of letters, "
+                         f"digits and . _ + -; found {folds!r}")
+    for key in ("dataset", "published"):
+        if key in table or any(key in row for row in table["rows"]):
+            raise InputError(f"{where}: folds and {key} exclude each other: every row is run on every fold")
     return folds
 
 
 def _fold(row: Row, fold: str) -> Row:
     names = {key: value and f"{value}/{fold}" for key, value in
              (("name", row.name), ("baseline", row.baseline), ("trained_as", row.trained_as))}
-    return replace(row, **names, dataset=fold, published_on=row.published_on if row.published else fold)
+    return replace(row, **names, dataset=fold, published_on=fold)
 
 
 def _with_flags_of_its_training(where: str, row: Row, rows: tuple[Row, ...]) -> Row:

@@ -77,7 +77,8 @@ def plan(table: Table, datasets: Mapping[str, DataSet], out: Path, *, overrides:
     runs = []
     for row in table.rows:
         if row.dataset not in datasets:
-            raise InputError(f"row {row.name}: data set {row.dataset!r} is none of {', '.join(datasets)}")
+            raise InputError(f"row {row.name}: data set {row.dataset!r} is none of {', '.join(datasets)}; "
+                             "--datasets FILE names a file with others")
         dataset = datasets[row.dataset]
         model = _model_of((*dataset.flags, *row.flags, *overrides))
         if model not in models:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules.errors import InputError
 from modules.records import write_private
+from modules.score_names import with_aliases
 from modules.tables import Cell, ScoreTable, TableRow, to_csv, to_latex, to_markdown
 from scripts.experiment_files import DataSet, Row, Table, whole
 from scripts.experiment_plan import DONE, RESULTS, UNAVAILABLE, Run, read_json
@@ -30,17 +31,23 @@ class Results:
             by_seed.setdefault(run.seed, []).append(run)
         self._folders = {seed: [run.folder for run in own] for seed, own in by_seed.items() if len(own) == folds}
         contents = {seed: [read_json(folder / RESULTS) for folder in own] for seed, own in self._folders.items()}
-        self.scores = {seed: _scores(own[0], self._folders[seed][0]) if folds == 1 else self._joined_scores(seed)
-                       for seed, own in contents.items()}
+        self.problems: list[str] = []
+        self.scores = {seed: scores for seed, own in contents.items() if (
+            scores := _scores(own[0], self._folders[seed][0]) if folds == 1 else self._joined_scores(seed))}
         self.systems = list(next(iter(self.scores.values()), {}))
         self.synthetic = any(content.get("synthetic") for own in contents.values() for content in own)
 
     def _joined_scores(self, seed: int) -> dict[str, dict[str, float]]:
+        """Nothing, and a line in ``problems``, where the folds cannot be taken together."""
         from modules.report_statistics import join, load_statistics
 
-        folds = [load_statistics(folder / STATISTICS) for folder in self._folders[seed]]
-        return {system: join([fold[system] for fold in folds]).scores() for system in folds[0]
-                if all(system in fold for fold in folds)}
+        try:
+            folds = [load_statistics(folder / STATISTICS) for folder in self._folders[seed]]
+            return {system: with_aliases(join([fold[system] for fold in folds]).scores()) for system in folds[0]
+                    if all(system in fold for fold in folds)}
+        except InputError as error:
+            self.problems.append(f"seed {seed} is left out: {error}")
+            return {}
 
     def cells(self, system: str) -> dict[str, Cell]:
         """Mean, standard deviation and interval of each score of a system; no p values."""
@@ -84,6 +91,10 @@ def gather(table: Table, datasets: Mapping[str, DataSet], runs: Sequence[Run], f
     if folds > 1:
         notes.append("The test sets of all folds are taken as one; CIDEr's document frequencies are those of each "
                      "fold. Seeds are those of the training.")
+        notes += [f"{row.label}: {problem}" for row in heads for problem in results[row.name].problems]
+        empty = [column.label for column in table.columns
+                 if any(row.cells for row in rows) and not any(column.key in row.cells for row in rows)]
+        notes += [f"Not known for the folds together: {', '.join(empty)}."] if empty else []
     notes += _explanations(heads, rows)
     notes += [f"{run.name}: {failed.get(run.name) or run.reason}" for run in runs
               if run.name in failed or (run.reason and run.state != UNAVAILABLE)]
@@ -148,12 +159,14 @@ def _floors(rows: Sequence[Row], results: Mapping[str, Results], group: str) -> 
 
 
 def _source(row: Row, runs: Sequence[Run], done: int, failed: Mapping[str, str]) -> str:
+    """How many seeds the cells are of."""
     if runs[0].state == UNAVAILABLE:
         return "not available: " + runs[0].reason.partition(":")[0]
     if done == len(row.seeds):
         return f"{done} seed" + ("s" if done > 1 else "")
     bad = sum(run.name in failed for run in runs)
-    return f"{done} of {len(row.seeds)} seeds" + (f", {bad} failed" if bad else "")
+    of_runs = "" if len(runs) == len(row.seeds) else f" ({sum(run.state == DONE for run in runs)} of {len(runs)} runs)"
+    return f"{done} of {len(row.seeds)} seeds{of_runs}" + (f", {bad} failed" if bad else "")
 
 
 def _title(dataset: str, datasets: Mapping[str, DataSet]) -> str:

@@ -4,30 +4,33 @@
 
 writes fold1/annotation.json to fold5/annotation.json into that folder, for the same --image_dir. A small test split,
 such as the 590 studies of IU X-Ray, tells only large differences from chance; the folds together test on every study.
-Records of one patient (subject_id) or one study (study_id) stay together. A table of experiments with "folds" runs its
-rows on all of them: docs/EXPERIMENT_TABLES.md.
+Records of one patient (subject_id, where the annotation has it) or of one study (study_id) stay together. A table of
+experiments with "folds" runs its rows on all of them: docs/EXPERIMENT_TABLES.md.
 """
 
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.annotations import SPLITS, Study, read_annotation
+from modules.annotations import SPLITS, Annotation, Study, read_annotation
 from modules.environment import check_python
 from modules.errors import InputError, run_entry_point
-from modules.records import write_private
+from modules.records import new_folder, require_empty, write_private, write_results
+
+RECORD = "folds.json"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ann_path", required=True, metavar="JSON", help="the annotation; how it is split now does not matter")
+    add("--ann_path", required=True, metavar="JSON",
+        help="the annotation; its present splits are taken together, in the file's order")
     add("--out", required=True, type=Path, metavar="FOLDER", help="new or empty folder for the folds")
     add("--folds", type=int, default=5, metavar="K", help="default %(default)s")
     add("--val_share", type=float, default=0.1, metavar="SHARE",
@@ -36,23 +39,35 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def deal(studies: Sequence[Study], folds: int, seed: int) -> list[list[list[str]]]:
-    """The ids, by patient and fold: shuffled patients, dealt so that the folds have about as many records each."""
+def patients_of(studies: Sequence[Study]) -> dict[str, list[str]]:
+    """The ids of each patient's records; a study of which no record names the patient is a patient of its own."""
+    subjects: dict[str, str] = {}
+    for study in studies:
+        if study.subject_id and subjects.setdefault(study.study_id, study.subject_id) != study.subject_id:
+            raise InputError(f"id {study.id!r}: its study_id {study.study_id!r} stands with two subject_ids; a study "
+                             "is of one patient")
+    found: dict[str, list[str]] = {}
+    for study in studies:
+        subject = subjects.get(study.study_id)
+        found.setdefault(f"study {study.study_id}" if subject is None else f"subject {subject}", []).append(study.id)
+    return found
+
+
+def deal(patients: Sequence[Sequence[str]], folds: int, seed: int) -> list[list[Sequence[str]]]:
+    """The patients of each fold: shuffled, then cut into runs of as many records each, to within one patient's."""
     import numpy as np
 
-    patients: dict[str, list[str]] = {}
-    for study in studies:
-        patients.setdefault(study.subject_id or study.study_id, []).append(study.id)
-    names = list(patients)
-    dealt: list[list[list[str]]] = [[] for _ in range(folds)]
-    done = 0
-    for number in np.random.default_rng(seed).permutation(len(names)):
-        dealt[done * folds // len(studies)].append(patients[names[number]])
-        done += len(patients[names[number]])
+    total, done = sum(map(len, patients)), 0
+    dealt: list[list[Sequence[str]]] = [[] for _ in range(folds)]
+    for number in np.random.default_rng(seed).permutation(len(patients)):
+        own = patients[number]
+        # Where the middle of the patient's records falls.
+        dealt[(2 * done + len(own)) * folds // (2 * total)].append(own)
+        done += len(own)
     return dealt
 
 
-def split_of(dealt: Sequence[Sequence[Sequence[str]]], fold: int, val_count: int) -> dict[str, str]:
+def splits_of(dealt: Sequence[Sequence[Sequence[str]]], fold: int, val_count: int) -> dict[str, str]:
     """The split of each id where ``fold`` is tested; the patients dealt next are the validation split."""
     splits = {name: "test" for patient in dealt[fold] for name in patient}
     others = [patient for step in range(1, len(dealt)) for patient in dealt[(fold + step) % len(dealt)]]
@@ -63,11 +78,9 @@ def split_of(dealt: Sequence[Sequence[Sequence[str]]], fold: int, val_count: int
     return splits
 
 
-def main() -> None:
-    """Check the annotation and write the folds."""
-    check_python()
-    arguments = build_parser().parse_args()
-    folds, share, out = arguments.folds, arguments.val_share, arguments.out
+def check(arguments: argparse.Namespace) -> None:
+    """InputError for values out of range."""
+    folds, share = arguments.folds, arguments.val_share
     if folds < 2:
         raise InputError(f"--folds {folds}: must be at least 2")
     if not 0 < share < 1 - 1 / folds:
@@ -75,29 +88,55 @@ def main() -> None:
                          f"{1 - 1 / folds:g} with --folds {folds}")
     if arguments.seed < 0:
         raise InputError(f"--seed {arguments.seed}: must be 0 or more")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out}: is not empty; give a new folder")
-    annotation = read_annotation(arguments.ann_path, required_splits=())
+    require_empty(arguments.out)
+
+
+def make(annotation: Annotation, folds: int, val_share: float, seed: int) -> list[dict[str, str]]:
+    """The split of each id, for each fold; InputError where a split would be empty."""
     studies = [study for split in annotation.splits.values() for study in split]
     if any(study.negative_report for study in studies):
-        raise InputError(f"{arguments.ann_path}: its records carry negatives (neg_report), which were chosen for this "
+        raise InputError(f"{annotation.path}: its records carry negatives (neg_report), which were chosen for this "
                          "split; take the annotation without them, and mine for each fold")
-    dealt = deal(studies, folds, arguments.seed)
-    if len({study.subject_id or study.study_id for study in studies}) < 3 * folds or not all(dealt):
-        raise InputError(f"--folds {folds}: too many for {len(studies)} records; each needs a patient for every split")
+    patients = list(patients_of(studies).values())
+    if folds > len(patients):
+        raise InputError(f"--folds {folds}: there are {len(patients)} patients")
+    dealt = deal(patients, folds, seed)
+    found = [splits_of(dealt, fold, round(val_share * len(studies))) for fold in range(folds)]
+    for number, splits in enumerate(found, start=1):
+        empty = [split for split in SPLITS if split not in splits.values()]
+        if empty:
+            raise InputError(
+                f"--folds {folds} --val_share {val_share:g}: fold {number} would have no {empty[0]} records; there are "
+                f"{len(studies)}, of {len(patients)} patients, and up to {max(map(len, patients))} of one patient")
+    return found
+
+
+def main() -> None:
+    """Check the annotation and write the folds."""
+    check_python()
+    arguments = build_parser().parse_args()
+    check(arguments)
+    annotation = read_annotation(arguments.ann_path, required_splits=())
+    found = make(annotation, arguments.folds, arguments.val_share, arguments.seed)
     content = json.loads(Path(arguments.ann_path).read_text(encoding="utf-8-sig"))
-    records = {record["id"]: record for split in SPLITS for record in content.get(split, ())}
-    for fold in range(folds):
-        _write(out / f"fold{fold + 1}" / "annotation.json", records, split_of(dealt, fold, round(share * len(studies))))
+    records = [record for split in SPLITS for record in content.get(split, ())]
+    with new_folder(arguments.out) as out:
+        for number, splits in enumerate(found, start=1):
+            _write(out / f"fold{number}" / "annotation.json", records, splits)
+        write_results(out / RECORD, {"annotation_sha256": annotation.sha256, "folds": arguments.folds,
+                                     "val_share": arguments.val_share, "seed": arguments.seed})
+    for number, splits in enumerate(found, start=1):
+        counts = Counter(splits.values())
+        print(f"{arguments.out / f'fold{number}' / 'annotation.json'}: "
+              + ", ".join(f"{split} {counts[split]}" for split in SPLITS))
 
 
-def _write(path: Path, records: dict[Any, dict], splits: dict[str, str]) -> None:
+def _write(path: Path, records: Sequence[dict], splits: dict[str, str]) -> None:
     found: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    for name, record in records.items():
-        split = splits[str(name)]
+    for record in records:
+        split = splits[str(record["id"])]
         found[split].append(record | ({"split": split} if "split" in record else {}))
     write_private(path, json.dumps(found, ensure_ascii=False))
-    print(f"{path}: " + ", ".join(f"{split} {len(own)}" for split, own in found.items()))
 
 
 if __name__ == "__main__":

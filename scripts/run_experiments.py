@@ -96,8 +96,9 @@ def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, Da
     runs = [run for run in runs if run.state in (MISSING, CUT, UNTESTED)]
     for run in runs:
         if not run.settings["annotation_sha256"]:
+            hint = "--dataset demo needs none" if run.row.name == run.row.whole else "make_folds.py makes folds of it"
             raise InputError(f"{run.name}: the annotation of data set {run.row.dataset!r} is not there (data/README.md "
-                             "says how to get it); --dataset demo needs none")
+                             f"says how to get it); {hint}")
     mine(runs)
     trainings, tests = ([run for run in runs if bool(run.weights) == tested] for tested in (False, True))
     failed = execute(trainings, jobs=arguments.jobs, lock=lock) if trainings else {}
@@ -108,8 +109,8 @@ def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, Da
 
 
 def chosen_runs(runs: Sequence[Run], rows: Sequence[str]) -> list[Run]:
-    """The runs of the named rows, all where none is named."""
-    return [run for run in runs if not rows or run.row.whole in rows]
+    """The runs of the named rows or folds of rows, all where none is named."""
+    return [run for run in runs if not rows or run.row.whole in rows or run.row.name in rows]
 
 
 def stop(*_) -> None:
@@ -126,7 +127,7 @@ def main() -> int:
     table = choose(read_table(arguments.table), dataset=arguments.dataset, seeds=arguments.seeds)
     known = list(dict.fromkeys(row.whole for row in table.rows))
     for name in arguments.rows:
-        if name not in known:
+        if name not in known and name not in [row.name for row in table.rows]:
             raise InputError(f"--rows {name}: the table has {', '.join(known)}")
     default = Path("results") / "_".join(filter(None, (table.name, arguments.dataset)))
     return run_table(arguments, table, read_datasets(arguments.datasets), arguments.out or default)

@@ -123,8 +123,32 @@ def test_a_seed_counts_when_all_its_folds_are_done(folded):
     files, mean = folded
     (files / "out/base/two/seed2/results.json").unlink()
     base, ithn, _ = gathered_folds(files).rows
-    assert base.source == "1 of 2 seeds" and base.cells["BLEU_4"].mean == pytest.approx(mean + 0.001)
+    assert base.source == "1 of 2 seeds (3 of 4 runs)" and base.cells["BLEU_4"].mean == pytest.approx(mean + 0.001)
     assert ithn.source == "2 seeds" and ithn.cells["BLEU_4"].p < 0.01  # compared on seed 1
+
+
+@pytest.mark.parametrize(("changed", "part"), [
+    (None, "statistics.npz: no such file"), ("truncated_60", "cannot be joined")])
+def test_a_fold_that_cannot_be_joined_leaves_its_seed_out(folded, changed, part):
+    files, mean = folded
+    path = files / "out/ithn/one/seed1/statistics.npz"
+    if changed:
+        system = ReportStatistics({"BLEU_4": np.ones((30, 1))}, "cut one", "whole one", changed)
+        save_statistics(path, {"model": system})
+    else:
+        path.unlink()
+    table = gathered_folds(files)
+    base, ithn, _ = table.rows
+    assert base.source == "2 seeds" and ithn.source == "1 of 2 seeds (4 of 4 runs)"
+    assert ithn.cells["BLEU_4"].mean == pytest.approx(mean + 0.202) and ithn.cells["BLEU_4"].p < 0.01
+    assert any(note.startswith("ithn: seed 1 is left out: ") and part in note for note in table.notes)
+
+
+def test_columns_that_folds_cannot_have_together_are_named(folded):
+    files, _ = folded
+    rows = json.loads((files / "rows.json").read_text())
+    (files / "rows.json").write_text(json.dumps(rows | {"columns": ["BLEU_4", {"key": "diversity", "label": "Div"}]}))
+    assert "Not known for the folds together: Div." in gathered_folds(files).notes
 
 
 def test_rows_without_statistics_still_have_means(finished):

@@ -135,7 +135,10 @@ def _flags_of_script(script, folder):
     ("t.json", '{"rows": [{"name": "a"}, {"name": "a"}]}', "two rows are named 'a'"),
     ("t.json", '{"rows": [{"name": "a", "baseline": "b"}]}', "baseline 'b' is none of"),
     ("t.json", '{"rows": [{"name": "a"}, {"name": "b", "trained_as": "b"}]}', "is none of .* trained, a"),
-    ("t.json", '{"folds": ["a"], "rows": [{"name": "a"}]}', "folds must be a list of two or more different"),
+    ("t.json", '{"folds": ["a"], "rows": [{"name": "a"}]}', "folds must be a list of the names of two or more"),
+    ("t.json", '{"folds": [], "rows": [{"name": "a"}]}', "folds must be a list of the names of two or more"),
+    ("t.json", '{"folds": ["a", "../b"], "rows": [{"name": "a"}]}', "folds must be a list of the names of two or more"),
+    ("t.json", '{"folds": ["a", "b"], "rows": [{"name": "a", "published": {}}]}', "folds and published exclude each"),
     ("t.json", '{"folds": ["a", "b"], "dataset": "a", "rows": [{"name": "a"}]}', "folds and dataset exclude each"),
     ("t.csv", "row,flags\n", "has the columns name and flags"), ("t.csv", "name,flags\na\n", "line 2: has not the 2"),
     ("t.json", None, "No such file")])
@@ -337,6 +340,7 @@ def test_a_row_of_a_table_with_folds_is_all_its_folds(files):
     runs = plan(table, read_datasets(files / "datasets.json"), files / "out", overrides=(), text_encoder="",
                 models=MODELS)
     assert [run.name for run in run_experiments.chosen_runs(runs, ["b"])] == ["b/tiny seed 1", "b/iu_xray seed 1"]
+    assert [run.name for run in run_experiments.chosen_runs(runs, ["b/tiny"])] == ["b/tiny seed 1"]
     assert runs[2].weights == files / "out/a/tiny/seed1/model_best.pth" == runs[0].folder / "model_best.pth"
     with pytest.raises(InputError, match='names its data sets itself, under "folds"'):
         choose(table, dataset="tiny", seeds=())

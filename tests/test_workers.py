@@ -107,6 +107,31 @@ def test_two_deaths_at_once_lose_no_exit_code(monkeypatch):
     assert not new_children()
 
 
+def test_a_death_that_is_told_while_another_exit_code_is_asked_for_is_seen_soon(monkeypatch):
+    """Nothing else would end a wait for the rest of the dead one's message."""
+    loader = made(lambda: None, monkeypatch, patience=0.0)
+    batches, ask, killed = iter(loader), os.waitpid, []
+    next(batches)
+    first, second = loader._processes
+
+    def told_of_the_other(pid, flags):
+        if not killed:
+            killed.append(second)
+            os.kill(second.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, second.pid, os.WEXITED | os.WNOWAIT)
+        return ask(pid, flags)
+
+    def wait_on():
+        monkeypatch.setattr(os, "waitpid", told_of_the_other)
+        assert first.exitcode is None and killed
+        time.sleep(20)
+
+    with pytest.raises(ChildProcessError):
+        loader._answer(wait_on)
+    loader.close()
+    assert not new_children()
+
+
 def test_a_worker_that_stalls_while_a_batch_is_fetched_from_it_is_not_waited_for(monkeypatch):
     """What it has read is announced already, and the tensors are still to be asked for."""
     loader = made(lambda: None, monkeypatch, patience=1.0)
