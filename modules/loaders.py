@@ -36,6 +36,7 @@ class EpochLoader(DataLoader):
     _processes: Sequence[BaseProcess] = ()
     _waiting_since: float | None = None
     _hung = False
+    _listening = False
 
     def set_epoch(self, epoch: int, seen: int = 0) -> None:
         """See EpochBatchSampler.set_epoch."""
@@ -123,15 +124,20 @@ class EpochLoader(DataLoader):
         if not self._processes or threading.current_thread() is not threading.main_thread():
             return ask()
         before = signal.signal(signal.SIGCHLD, self._look_for_dead)
-        self._waiting_since = time.monotonic()
         try:
+            self._listening = True
+            self._waiting_since = time.monotonic()
             self._look_for_dead()
             return ask()
         finally:
+            # First of all: a handler that raised here, told of a second death, would never be taken away.
+            self._listening = False
             self._waiting_since = None
             signal.signal(signal.SIGCHLD, before)
 
     def _look_for_dead(self, _signal: int | None = None, interrupted: FrameType | None = None) -> None:
+        if not self._listening:
+            return
         if _reaps(interrupted):
             # Raised here, the exit code that the system has just given away, once, would be lost.
             again = threading.Timer(SECONDS_UNTIL_REAPED, signal.pthread_kill, (threading.get_ident(), signal.SIGCHLD))

@@ -132,6 +132,27 @@ def test_a_death_that_is_told_while_another_exit_code_is_asked_for_is_seen_soon(
     assert not new_children()
 
 
+def test_a_death_that_is_told_while_the_handler_is_taken_away_is_no_second_error(monkeypatch):
+    """Left in its place, it would raise in the middle of whatever the process does when its next child ends."""
+    loader = made(lambda: None, monkeypatch)
+    batches, set_handler, told = iter(loader), signal.signal, []
+    next(batches)
+
+    def told_before(number, handler):
+        if handler == signal.SIG_DFL:
+            told.append(number)
+            signal.raise_signal(signal.SIGCHLD)
+        return set_handler(number, handler)
+
+    for process in loader._processes:
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    monkeypatch.setattr(signal, "signal", told_before)
+    with pytest.raises(InputError, match="was killed"):
+        list(batches)
+    assert told and signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+
+
 def test_a_worker_that_stalls_while_a_batch_is_fetched_from_it_is_not_waited_for(monkeypatch):
     """What it has read is announced already, and the tensors are still to be asked for."""
     loader = made(lambda: None, monkeypatch, patience=1.0)
