@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -108,12 +107,11 @@ def test_spread_over_seeds():
     assert over_seeds(runs[:1]) == {"BLEU_4": Spread(0.1, None, 1), "CIDEr": Spread(0.5, None, 1)}
 
 
-def test_two_thousand_resamples_of_mimics_test_split_take_seconds():
+def test_two_thousand_resamples_of_a_split_of_mimics_size_give_every_interval():
     rng = np.random.default_rng(0)
     clinical = rng.integers(0, 2, (3858, 42)).astype(bool)
     tables = {"BLEU": rng.integers(1, 60, (3858, 10)), "CIDEr": rng.uniform(0, 1, (3858, 1)),
               **{f"ce_rule_uncertain_{policy}{suffix}": clinical
                  for policy in ("negative", "positive") for suffix in ("", "_full")}}
-    started = time.monotonic()
     found = intervals(ReportStatistics(tables, "", ""))
-    assert len(found) == 5 + 72 and time.monotonic() - started < 15
+    assert len(found) == 5 + 72

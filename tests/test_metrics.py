@@ -151,23 +151,23 @@ def test_an_empty_split_is_the_users_mistake():
         metrics.compute([], [])
 
 
-@pytest.mark.parametrize(("body", "reason"), [
-    ("sys.exit(3)", r"exit code 3\) after 0 of 4"),
-    ("sys.stdin.readline(); print('0.1', flush=True); os.kill(os.getpid(), signal.SIGKILL)", "exit code -9.* after 1"),
-    ("time.sleep(60)", "no answer for 0.5 s"),
-    ("os.close(1); time.sleep(60)", "closed its output and does not end after 0 of 4"),
-    ("print('0.1', flush=True); time.sleep(60)", r"no answer for 0.5 s \(after 1 of 4"),
-    ("for line in sys.stdin: print('Error: unknown', flush=True)", "refused"),
-    (ANSWER_ALL.replace("0.5", "0,5"), "'0,5' where a score"),
-    (ANSWER_ALL.replace("22", "21"), "23 numbers a report"),
+@pytest.mark.parametrize(("body", "reason", "timeout"), [
+    ("sys.exit(3)", r"exit code 3\) after 0 of 4", 60),
+    ("sys.stdin.readline(); print('0.1', flush=True); os.kill(os.getpid(), signal.SIGKILL)", "exit code -9.* after 1",
+     60),
+    ("time.sleep(60)", "no answer for 0.5 s", 0.5),
+    ("os.close(1); time.sleep(60)", "closed its output and does not end after 0 of 4", 3),
+    ("print('0.1', flush=True); time.sleep(60)", r"no answer for 3 s \(after 1 of 4", 3),
+    ("for line in sys.stdin: print('Error: unknown', flush=True)", "refused", 60),
+    (ANSWER_ALL.replace("0.5", "0,5"), "'0,5' where a score", 60),
+    (ANSWER_ALL.replace("22", "21"), "23 numbers a report", 60),
 ], ids=["exits", "killed", "hangs", "closes", "stalls", "refuses", "comma", "short"])
-def test_a_java_that_fails_gives_none_and_a_reason_and_the_other_scores(tmp_path, body, reason):
-    started = time.monotonic()
-    with Metrics(java=fake_java(tmp_path, body), timeout=0.5) as metrics:
+def test_a_java_that_fails_gives_none_and_a_reason_and_the_other_scores(tmp_path, body, reason, timeout):
+    """Where the process has something to say, the timeout leaves it the time to start on a busy machine."""
+    with Metrics(java=fake_java(tmp_path, body), timeout=timeout) as metrics:
         scores = metrics.compute(REFERENCES, HYPOTHESES)
         assert re.search(reason, metrics.meteor_error)
         assert metrics.meteor._process is None
-    assert time.monotonic() - started < 10
     assert scores == pytest.approx(EXPECTED | {"METEOR": None}, abs=1e-9)
 
 
@@ -186,7 +186,7 @@ def test_a_java_that_reads_nothing_cannot_block_the_writer(tmp_path):
 
 
 def test_a_killed_java_is_replaced_at_the_next_evaluation(tmp_path):
-    with Metrics(java=fake_java(tmp_path, ANSWER_ALL), timeout=5) as metrics:
+    with Metrics(java=fake_java(tmp_path, ANSWER_ALL), timeout=60) as metrics:
         assert metrics.compute(REFERENCES, HYPOTHESES)["METEOR"] == 0.5
         os.kill(metrics.meteor._process.pid, signal.SIGKILL)
         assert metrics.compute(REFERENCES, HYPOTHESES)["METEOR"] is None
@@ -198,7 +198,7 @@ def test_a_killed_java_is_replaced_at_the_next_evaluation(tmp_path):
 def test_an_interrupt_in_the_middle_leaves_no_stale_answers(tmp_path):
     """The answers still under way must not be read as those of the next call."""
     slow = ANSWER_ALL.replace("for line in sys.stdin:", "for line in sys.stdin:\n    time.sleep(0.05)")
-    with Meteor(java=fake_java(tmp_path, slow), timeout=5) as meteor:
+    with Meteor(java=fake_java(tmp_path, slow), timeout=60) as meteor:
         previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, 0.5)
         with pytest.raises(KeyboardInterrupt):
@@ -228,7 +228,7 @@ def test_the_packaged_java_is_used_where_the_path_has_none(tmp_path, monkeypatch
 
 def test_the_process_ends_with_the_context_and_with_a_killed_parent(tmp_path):
     java = fake_java(tmp_path, ANSWER_ALL)
-    with Meteor(java=java, timeout=5) as meteor:
+    with Meteor(java=java, timeout=60) as meteor:
         meteor.score(REFERENCES, HYPOTHESES)
         child = meteor._process
     assert child.returncode == -signal.SIGKILL
