@@ -14,7 +14,6 @@ from models import MODELS
 from modules import distributed
 from modules.bootstrap import LEVEL, RESAMPLES
 from modules.captions import first_of_each_image
-from modules.checkpoint_folder import BEST
 from modules.config import Config
 from modules.datasets import ReportDataset
 from modules.diversity import collapse_statistics, collapse_warning
@@ -40,9 +39,11 @@ MODEL, COMMONEST, NEAREST = "model", "commonest training report", "nearest train
 
 
 def test_and_write(config: Config, data: compose.Data, objective: Objective, device: torch.device, *, tester: Tester,
-                   loader: Any, scoring: Scoring | None, folder: Path, history: Sequence[Mapping],
-                   best_epoch: int) -> None:
+                   loader: Any, scoring: Scoring | None, folder: Path, weights: Path,
+                   history: Sequence[Mapping], best_epoch: int) -> None:
     """Generate and score the test split, score the floors beside it, and write the results into ``folder``.
+
+    ``weights`` is the checkpoint that ``objective`` was read from.
 
     All processes generate and look at images; the first one, which has the ``scoring``, does the rest.
     """
@@ -59,7 +60,9 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
     run = provenance(str(device)) | {
         "annotation_sha256": data.annotation.sha256, "vocabulary_sha256": data.tokenizer.sha256,
         "files_sha256": input_files(config), "negative_index_sha256": file_sha256(config.negative_index),
-        "checkpoint_sha256": file_sha256(config.load or folder / BEST), "seed": config.seed}
+        "checkpoint_sha256": file_sha256(weights),
+        # Of a training that started from another checkpoint; a test loads the one above.
+        "started_from_sha256": file_sha256(config.load) if Path(config.load) != weights else "", "seed": config.seed}
     scores = scored.scores | {MODEL: {tagged(name, tag): value for name, value in scored.scores[MODEL].items()}}
     classes = class_tables(scored, MODEL)
     _log(scores, tag, variety[MODEL], scoring.meteor_error)

@@ -46,9 +46,9 @@ class Start:
 
 
 def find_start(given: Mapping[str, Any], folder: CheckpointFolder) -> Start | None:
-    """What --load names, unless a run is resumed; InputError where the new run would be written over it."""
+    """What --load names; InputError where the new run would be written over it."""
     path = given.get("load")
-    if not path or given.get("resume"):
+    if not path:
         return None
     if "save_dir" not in given or Path(path).resolve().parent == folder.path.resolve():
         raise InputError(f"--load {path}: the run that starts from it needs a folder of its own; give another "

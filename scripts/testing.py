@@ -54,7 +54,7 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
             Scoring(config, device, (dataset,)) if is_first() else contextlib.nullcontext() as scoring:
         tester = build_tester(config, data.tokenizer, objective, device, scoring, guide)
         test_and_write(config, data, objective, device, tester=tester, loader=loader, scoring=scoring, folder=folder,
-                       history=history, best_epoch=int(content.get("epoch") or 0))
+                       weights=Path(path), history=history, best_epoch=int(content.get("epoch") or 0))
 
 
 def _history(content: Mapping[str, Any], folder: Path) -> list[dict]:

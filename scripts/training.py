@@ -45,7 +45,8 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], stop: Stop | 
     stop = stop or Stop()
     folder = CheckpointFolder(private_folder(resuming.save_dir(given)))
     with folder.locked() if is_first() else contextlib.nullcontext():
-        source, start = resuming.find_source(given, folder), starting.find_start(given, folder)
+        source = resuming.find_source(given, folder)
+        start = None if source else starting.find_start(given, folder)
         config = resolve_config(given, source.settings if source else starting.stage_settings(
             given, start.settings if start else {}))
         starting.require_weights(config, source is not None or start is not None)
@@ -76,7 +77,8 @@ def _begin(given: Mapping[str, Any], ignored: Sequence[str], folder: CheckpointF
     if source is not None:
         logger.info("going on from %s", source.path)
     elif given.get("resume"):
-        logger.info("--resume auto: no checkpoint in %s, training starts from the beginning", folder.path)
+        logger.info("--resume auto: no checkpoint in %s, training starts from %s", folder.path,
+                    given.get("load") or "the beginning")
 
 
 def _train_and_test(config: Config, source: resuming.Source | None, start: starting.Start | None,
@@ -125,7 +127,7 @@ def _train_and_test(config: Config, source: resuming.Source | None, start: start
             compose.load_weights(objective, load_checkpoint(best)["state_dict"], str(best))
         distributed.weights_from_first(objective)
         test_and_write(config, data, objective, device, tester=tester, loader=loaders["test"], scoring=scoring,
-                       folder=folder.path, history=trainer.history, best_epoch=trainer.best.epoch)
+                       folder=folder.path, weights=best, history=trainer.history, best_epoch=trainer.best.epoch)
 
 
 def _log_batches(config: Config) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from models import MODELS, Backbone, Output, VisualFeatures
 from modules.batches import Batch, Pair
 from modules.checkpoint import load_checkpoint
+from modules.environment import file_sha256
 from modules.errors import InputError
 from modules.flags import parse_flags, resolve_config
 from modules.rewards import Reward, training_frequencies
@@ -241,7 +242,7 @@ def test_a_stage_of_its_own(train, tmp_path):
     first = train("--seed", 5)
     weights = load_checkpoint(first / "model_best.pth")["state_dict"]
     second = train("--load", first / "model_best.pth", "--save_dir", tmp_path / "stage", "--self_critical", "true",
-                   "--scst_samples", 2, "--lr_ed", 0)
+                   "--scst_samples", 2, "--lr_ed", 0, "--resume", "auto")  # nothing is there yet: --load counts
     content = load_checkpoint(second / "model_best.pth")
     assert (content["config"]["lr_ve"], content["config"]["monitor_metric"]) == (1e-5, "CIDEr")
     assert content["config"]["seed"] == 5  # the first stage's settings lie beneath
@@ -249,6 +250,10 @@ def test_a_stage_of_its_own(train, tmp_path):
     assert row["train_reward"] >= 0 and "train_baseline" in row and "train_nll" not in row
     name = "encoder_decoder.logit.weight"  # learning rate 0: the weights that it started from
     assert torch.equal(content["state_dict"][name], weights[name])
+    made_from = json.loads((second / "results.json").read_text())["provenance"]
+    assert made_from["checkpoint_sha256"] == file_sha256(second / "model_best.pth")
+    assert made_from["started_from_sha256"] == file_sha256(first / "model_best.pth")
+    assert f"starts from {first / 'model_best.pth'}" in (second / "train.log").read_text()
 
 
 @pytest.mark.slow
