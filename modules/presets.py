@@ -1,5 +1,6 @@
 """Each backbone's published training settings: what ``--backbone`` sets beneath the flags that the user gives."""
 
+from collections.abc import Mapping
 from typing import Any
 
 # The papers' run scripts; everything else keeps its default.
@@ -47,3 +48,8 @@ def preset(backbone: str, dataset_name: str) -> dict[str, Any]:
     if dataset_name == "coco":
         return values | _COCO | ({"collapse_repeats": True} if backbone == "visualgpt" else {})
     return values | (_MIMIC_CXR[backbone] if dataset_name == "mimic_cxr" else {})
+
+
+def stage_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags beneath those given: ``settings`` of the weights, and above them those of the self-critical stage."""
+    return {**settings, **(SELF_CRITICAL if given.get("self_critical") else {})}

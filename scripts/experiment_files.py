@@ -14,7 +14,7 @@ from modules.errors import InputError
 DEFAULT_COLUMNS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr")
 DEFAULT_SEEDS = (7580, 9233, 1234)
 TABLE_KEYS = ("title", "note", "dataset", "folds", "text_encoder", "seeds", "columns", "baseline", "flags", "rows")
-ROW_KEYS = ("name", "label", "flags", "dataset", "seeds", "baseline", "trained_as", "published")
+ROW_KEYS = ("name", "label", "flags", "dataset", "seeds", "baseline", "trained_as", "starts_from", "published")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of a row or fold: it names a folder
 DATASET_KEYS = ("title", "flags", "model_flags", "text_encoder", "prepare")
 
@@ -29,7 +29,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A flag set that is trained once per seed, or with ``trained_as`` tested on what another row has trained.
+    """A flag set that is trained once per seed, with ``starts_from`` onwards from another row's best models; or with
+    ``trained_as`` tested on what another row has trained.
 
     In a table with folds there is one Row per fold.
     """
@@ -43,6 +44,7 @@ class Row:
     published: Mapping[str, float]  # the paper's own figures by key
     published_on: str  # data set that those figures belong to
     trained_as: str = ""  # name of the row whose best models it is tested on; ``flags`` begin with that row's
+    starts_from: str = ""  # name of the row whose best models training starts from; ``flags`` begin with that row's
 
     @property
     def whole(self) -> str:
@@ -103,7 +105,8 @@ def read_table(path: str | Path) -> Table:
     columns = tuple(_column(where, item) for item in content.get("columns", DEFAULT_COLUMNS))
     rows = tuple(_row(f"{where}, row {number}", item, content) for number, item in enumerate(rows, 1))
     _check_rows(where, rows)
-    rows = tuple(_with_flags_of_its_training(where, row, rows) for row in rows)
+    for key in ("starts_from", "trained_as"):  # what is tested may have been trained onwards
+        rows = tuple(_with_flags_of_its_model(where, row, rows, key) for row in rows)
     if folds := _folds(where, content):
         rows = tuple(_fold(row, fold) for row in rows for fold in folds)
     return Table(name=path.stem, title=_string(where, content, "title", path.stem), columns=columns, rows=rows,
@@ -239,7 +242,7 @@ def _row(where: str, item: Any, table: Mapping[str, Any]) -> Row:
                dataset=own_dataset, published_on=own_dataset, published=published,
                seeds=_seeds(where, item.get("seeds", table.get("seeds", DEFAULT_SEEDS))),
                baseline=_string(where, item, "baseline", _string(where, table, "baseline", "")),
-               trained_as=_string(where, item, "trained_as", ""))
+               trained_as=_string(where, item, "trained_as", ""), starts_from=_string(where, item, "starts_from", ""))
 
 
 def whole(name: str) -> str:
@@ -262,20 +265,22 @@ def _folds(where: str, table: Mapping[str, Any]) -> list[str]:
 
 
 def _fold(row: Row, fold: str) -> Row:
-    names = {key: value and f"{value}/{fold}" for key, value in
-             (("name", row.name), ("baseline", row.baseline), ("trained_as", row.trained_as))}
-    return replace(row, **names, dataset=fold, published_on=fold)
+    names = {key: getattr(row, key) for key in ("name", "baseline", "trained_as", "starts_from")}
+    return replace(row, **{key: name and f"{name}/{fold}" for key, name in names.items()}, dataset=fold,
+                   published_on=fold)
 
 
-def _with_flags_of_its_training(where: str, row: Row, rows: tuple[Row, ...]) -> Row:
-    if not row.trained_as:
+def _with_flags_of_its_model(where: str, row: Row, rows: tuple[Row, ...], key: str) -> Row:
+    """``row`` with the flags of the row that ``key`` names before its own."""
+    if not (name := getattr(row, key)):
         return row
-    trained = [other for other in rows if other.name == row.trained_as and not other.trained_as]
-    if not trained:
-        names = ", ".join(other.name for other in rows if not other.trained_as)
-        raise InputError(f"{where}, row {row.name}: trained_as {row.trained_as!r} is none of the rows that are "
-                         f"trained, {names}")
-    return replace(row, flags=trained[0].flags + row.flags, dataset=trained[0].dataset)
+    fit = {other.name: other for other in rows
+           if not other.trained_as and not (key == "starts_from" and other.starts_from)}
+    if name not in fit or (row.trained_as and row.starts_from):
+        kind = "trained" if key == "trained_as" else "trained from the beginning"
+        raise InputError(f"{where}, row {row.name}: {key} must name one of the rows that are {kind}, {', '.join(fit)}, "
+                         f"and excludes {'starts_from' if key == 'trained_as' else 'trained_as'}; found {name!r}")
+    return replace(row, flags=fit[name].flags + row.flags, dataset=fit[name].dataset)
 
 
 def _check_rows(where: str, rows: tuple[Row, ...]) -> None:

@@ -14,9 +14,11 @@ from modules.config import Config
 from modules.environment import file_sha256
 from modules.errors import InputError
 from modules.flags import parse_flags, resolve_config
+from modules.presets import stage_settings
 from scripts.experiment_files import DataSet, Row, Table
 
 RESULTS, RECORD, CHECKPOINT, BEST = "results.json", "experiment.json", "current_checkpoint.pth", "model_best.pth"
+START = "start_sha256"  # in RECORD: of the model that training started from
 DONE, CUT, MISSING, CHANGED, UNAVAILABLE = "done", "cut", "missing", "changed", "not available"
 UNTESTED = "to be tested again"  # trained as wanted, scored by other flags
 # Flags that move files about or say where to compute: another value gives the same results.
@@ -58,6 +60,7 @@ class Run:
     state: str
     reason: str = ""
     weights: Path | None = None  # best model of another row's run, which this one is tested on
+    start: Path | None = None  # best model of another row's run, which this one's training starts from
 
     @property
     def model(self) -> str:
@@ -74,8 +77,10 @@ def plan(table: Table, datasets: Mapping[str, DataSet], out: Path, *, overrides:
          models: Collection[str]) -> list[Run]:
     """Every run of the table in its order, each with its state; InputError for flags that main_train.py refuses."""
     indices: dict[str, Index] = {}
+    resolved: dict[str, Config] = {}
     runs = []
-    for row in table.rows:
+    # Settings go on from those of the model that a row starts from or is tested on.
+    for row in sorted(table.rows, key=lambda row: (bool(row.trained_as), bool(row.starts_from))):
         if row.dataset not in datasets:
             raise InputError(f"row {row.name}: data set {row.dataset!r} is none of {', '.join(datasets)}; "
                              "--datasets FILE names a file with others")
@@ -87,7 +92,8 @@ def plan(table: Table, datasets: Mapping[str, DataSet], out: Path, *, overrides:
                      for seed in row.seeds]
             continue
         flags = (*dataset.flags, *dataset.model_flags.get(model, ()), *row.flags, *overrides)
-        given, config = _resolve(row, flags)
+        given, config = _resolve(row, flags, saved=resolved.get(row.starts_from or row.trained_as))
+        resolved[row.name] = config
         sha256 = file_sha256(config.ann_path)
         if _needs_index(config, given):
             encoder = text_encoder or table.text_encoder or dataset.text_encoder
@@ -96,6 +102,8 @@ def plan(table: Table, datasets: Mapping[str, DataSet], out: Path, *, overrides:
         else:
             wanted = config.negative_index
         runs += [_run(row, seed, out, flags, config, sha256, wanted) for seed in row.seeds]
+    order = [row.name for row in table.rows]
+    runs.sort(key=lambda run: order.index(run.row.name))
     # A row that draws from more neighbours than the rows before it makes the shared index deeper.
     return [_with_index(run, indices[run.row.dataset]) if run.row.dataset in indices else run for run in runs]
 
@@ -137,13 +145,14 @@ def _model_of(flags: tuple[str, ...]) -> str:
     return model.lower()
 
 
-def _resolve(row: Row, flags: tuple[str, ...]) -> tuple[Mapping[str, Any], Config]:
-    for own in ("seed", "save_dir", "resume", "record_dir"):
+def _resolve(row: Row, flags: tuple[str, ...], saved: Config | None) -> tuple[Mapping[str, Any], Config]:
+    """The flags given, and the settings; ``saved`` are those of the other row's model that is loaded."""
+    for own in ("seed", "save_dir", "resume", "record_dir", *(["load"] if saved else [])):
         if any(word.split("=")[0] == f"--{own}" for word in flags):
             raise InputError(f"row {row.name}: --{own} is set for each run by this script; take it out of the flags")
     try:
         given, _ = parse_flags(flags, "main_train.py", "")
-        return given, resolve_config(given)
+        return given, resolve_config(given, stage_settings(given, dataclasses.asdict(saved)) if saved else None)
     except InputError as error:
         raise InputError(f"row {row.name}: {error}") from error
 
@@ -168,11 +177,22 @@ def _run(row: Row, seed: int, out: Path, flags: tuple[str, ...], config: Config,
     folder = _folder(out, row, seed)
     settings = _settings(dataclasses.asdict(config) | {"seed": seed, "negative_index": index}, sha256)
     settings[FILES] = {name: digest for name in INPUT_FILES if (digest := file_sha256(getattr(config, name)))}
-    weights = out / row.trained_as / f"seed{seed}" / BEST if row.trained_as else None
+    weights, start = (out / name / f"seed{seed}" / BEST if name else None
+                      for name in (row.trained_as, row.starts_from))
     state, reason = _state(folder, settings, weights)
+    if start and state in (DONE, CUT, UNTESTED) and _started_elsewhere(folder, start):
+        state, reason = CHANGED, f"row {row.starts_from}, which it started from, was trained anew since"
     flags = (*flags, "--seed", str(seed), "--save_dir", str(folder), "--record_dir", str(out / "records"),
              "--exp_name", f"{row.label}, {row.dataset + ', ' if row.name != row.whole else ''}seed {seed}")
-    return Run(row, seed, folder, flags, settings, 0 if weights else config.epochs, None, state, reason, weights)
+    return Run(row, seed, folder, flags, settings, 0 if weights else config.epochs, None, state, reason, weights, start)
+
+
+def _started_elsewhere(folder: Path, start: Path) -> bool:
+    """Whether the run in ``folder`` is known to have started from another model than ``start`` is now."""
+    if not start.is_file() or not (folder / RECORD).is_file():
+        return False
+    now = _sha256(start)
+    return read_json(folder / RECORD).get(START, now) != now
 
 
 def _with_index(run: Run, index: Index) -> Run:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from modules.environment import ROOT
+from modules.environment import ROOT, file_sha256
 from modules.errors import InputError
 from modules.records import private_folder, write_results
 from scripts.experiment_files import DataSet
-from scripts.experiment_plan import BEST, CUT, RECORD, RESULTS, UNTESTED, Index, Run, fingerprint
+from scripts.experiment_plan import BEST, CUT, RECORD, RESULTS, START, UNTESTED, Index, Run, fingerprint
 
 CONSOLE = "console.log"
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -108,15 +108,16 @@ def command(run: Run) -> list[str]:
     if run.weights or run.state == UNTESTED:
         weights = run.weights or run.folder / BEST
         return [sys.executable, str(ROOT / "main_test.py"), "--load", str(weights), *run.flags]
+    start = ["--load", str(run.start)] if run.start else []
     resume = ["--resume", "auto"] if run.state == CUT else []
-    return [sys.executable, str(ROOT / "main_train.py"), *run.flags, *resume]
+    return [sys.executable, str(ROOT / "main_train.py"), *run.flags, *start, *resume]
 
 
 def _start(run: Run, lock: int) -> _Active:
     private_folder(run.folder)
     write_results(run.folder / RECORD, {
         "row": run.row.name, "seed": run.seed, "hash": fingerprint(run.settings), "flags": list(run.flags),
-        "settings": run.settings})
+        "settings": run.settings} | ({START: file_sha256(run.start)} if run.start else {}))
     with open(os.open(run.folder / CONSOLE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as console:
         before = console.seek(0, os.SEEK_END)
         process = subprocess.Popen(command(run), stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,

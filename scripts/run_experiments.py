@@ -100,12 +100,27 @@ def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, Da
             raise InputError(f"{run.name}: the annotation of data set {run.row.dataset!r} is not there (data/README.md "
                              f"says how to get it); {hint}")
     mine(runs)
-    trainings, tests = ([run for run in runs if bool(run.weights) == tested] for tested in (False, True))
-    failed = execute(trainings, jobs=arguments.jobs, lock=lock) if trainings else {}
-    failed |= {run.name: f"it is tested on the models of row {run.row.trained_as}, whose seed {run.seed} is not trained"
-               for run in tests if not run.weights.with_name(RESULTS).is_file()}
-    tests = [run for run in tests if run.name not in failed]
-    return failed | (execute(tests, jobs=arguments.jobs, lock=lock) if tests else {})
+    failed: dict[str, str] = {}
+    for stage in (0, 1, 2):
+        failed |= run_stage([run for run in runs if stage_of(run) == stage], arguments.jobs, lock)
+    return failed
+
+
+def stage_of(run: Run) -> int:
+    """0 for what is trained from the beginning, 1 for what starts from a model of these, 2 for what is only tested."""
+    return 2 if run.weights else 1 if run.start else 0
+
+
+def run_stage(runs: Sequence[Run], jobs: int, lock: int) -> dict[str, str]:
+    """Run those of ``runs`` whose models of other rows are there; returns the failures by run."""
+    failed = {}
+    for run in runs:
+        model, does = (run.weights, "is tested on the models of") if run.weights else (run.start, "starts from")
+        if model and not model.with_name(RESULTS).is_file():
+            name = run.row.trained_as or run.row.starts_from
+            failed[run.name] = f"it {does} row {name}, whose seed {run.seed} is not trained"
+    able = [run for run in runs if run.name not in failed]
+    return failed | (execute(able, jobs=jobs, lock=lock) if able else {})
 
 
 def chosen_runs(runs: Sequence[Run], rows: Sequence[str]) -> list[Run]:

@@ -13,7 +13,6 @@ from modules.config import Config
 from modules.datasets import ReportDataset
 from modules.errors import InputError
 from modules.objective import Objective
-from modules.presets import SELF_CRITICAL
 from modules.rewards import Reward, training_frequencies
 from modules.self_critical import SelfCritical
 from modules.tokenizers import clean_report
@@ -54,11 +53,6 @@ def find_start(given: Mapping[str, Any], folder: CheckpointFolder) -> Start | No
         raise InputError(f"--load {path}: the run that starts from it needs a folder of its own; give another "
                          "--save_dir")
     return Start(path, load_checkpoint(path))
-
-
-def stage_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags beneath those given: ``settings`` of the weights, and above them those of the self-critical stage."""
-    return settings | (SELF_CRITICAL if given.get("self_critical") else {})
 
 
 def require_weights(config: Config, starts_somewhere: bool) -> None:

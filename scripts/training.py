@@ -17,6 +17,7 @@ from modules.environment import provenance
 from modules.flags import resolve_config
 from modules.objective import Objective
 from modules.optimizers import build_optimizer, build_scheduler, learning_rate_factor
+from modules.presets import stage_settings
 from modules.progress import Bar
 from modules.records import private_folder
 from modules.run_log import start_log
@@ -47,7 +48,7 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], stop: Stop | 
     with folder.locked() if is_first() else contextlib.nullcontext():
         source = resuming.find_source(given, folder)
         start = None if source else starting.find_start(given, folder)
-        config = resolve_config(given, source.settings if source else starting.stage_settings(
+        config = resolve_config(given, source.settings if source else stage_settings(
             given, start.settings if start else {}))
         starting.require_weights(config, source is not None or start is not None)
         private_folder(config.record_dir)  # rather now than after hours of work

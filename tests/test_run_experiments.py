@@ -1,4 +1,4 @@
-"""run_experiments.py: tables read or refused, runs told apart by their settings, run, resumed, skipped."""
+"""run_experiments.py: runs told apart by their settings, run, resumed, skipped."""
 
 import argparse
 import dataclasses
@@ -16,8 +16,6 @@ import pytest
 from modules.config import Config
 from modules.environment import file_sha256
 from modules.errors import InputError
-from modules.flags import parse_flags, resolve_config
-from modules.presets import preset
 from scripts import experiment_runs, run_experiments
 from scripts.experiment_files import choose, read_datasets, read_table
 from scripts.experiment_plan import (
@@ -35,7 +33,6 @@ from scripts.experiment_plan import (
 from tests.experiment_support import MODELS, by_name, finish, planned, write_files
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = sorted(path for path in (ROOT / "experiments").glob("*.json") if path.name != "datasets.json")
 
 
 @pytest.fixture
@@ -43,119 +40,6 @@ def files(tmp_path, monkeypatch):
     """The support's files; the runner looks at its runs often."""
     monkeypatch.setattr(experiment_runs, "SECONDS_BETWEEN_LOOKS", 0.02)
     return write_files(tmp_path)
-
-
-# ---- the files
-
-
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_shipped_tables_run_on_the_demo_data_and_on_their_own(path, tmp_path):
-    table, datasets = read_table(path), read_datasets(ROOT / "experiments" / "datasets.json")
-    assert all(len(row.seeds) == 3 and row.published for row in table.rows)
-    keys = {column.key for column in table.columns}
-    assert all(set(row.published) <= keys for row in table.rows)
-    for chosen in (table, choose(table, dataset="demo", seeds=())):
-        runs = plan(chosen, datasets, tmp_path, overrides=(), text_encoder="", models=MODELS)
-        assert len(runs) == 3 * len(table.rows)
-        for run in runs:
-            assert (run.state == UNAVAILABLE) is ("visualgpt" in run.row.flags), run.reason
-    assert all("tfidf" in str(run.index.path) for run in runs if run.index)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "evidence").glob("*.json")), ids=lambda path: path.stem)
-def test_tables_of_the_evidence_can_be_planned(path, tmp_path):
-    if path.stem == "datasets":
-        assert {"demo_30", "cxr_notes", "coco_mini", "phantom_trained"} <= set(read_datasets(path))
-        return
-    table = read_table(path)
-    datasets = read_datasets(ROOT / "experiments" / "datasets.json") | read_datasets(path.with_name("datasets.json"))
-    assert all(len(row.seeds) == 3 for row in table.rows)
-    runs = plan(table, datasets, tmp_path, overrides=(), text_encoder="", models=MODELS)
-    assert len(runs) == 3 * len(table.rows) and {run.state for run in runs} == {MISSING}
-
-
-def test_figures_of_the_paper():
-    components = {row.name: row.published for row in read_table(ROOT / "experiments/table3_components.json").rows}
-    assert components["ithn"] == {"BLEU_4": 0.183, "ROUGE_L": 0.387, "CIDEr": 0.495}
-    table1 = {row.name: row.published for row in read_table(ROOT / "experiments/table1_iu_xray.json").rows}
-    assert list(table1["r2gencmn_ithn"].values()) == [0.496, 0.319, 0.220, 0.160, 0.378, 0.194, 0.461]
-
-
-@pytest.mark.parametrize(("name", "model"), [("iu_xray", ""), ("mimic_cxr", ""), ("coco", "visualgpt")])
-def test_data_sets_have_the_settings_of_the_run_scripts(name, model, tmp_path):
-    scripted = _flags_of_script(f"run_{name}.sh", tmp_path)
-    dataset = read_datasets(ROOT / "experiments" / "datasets.json")[name]
-    assert _config((*dataset.flags, *dataset.model_flags.get(model, ()))) == _config(scripted)
-
-
-@pytest.mark.parametrize("name", ["iu_xray", "mimic_cxr"])
-def test_xpronet_is_the_published_model(name):
-    flags = read_datasets(ROOT / "experiments" / "datasets.json")[name].model_flags["xpronet"]
-    config, published = dataclasses.asdict(_config(flags)), preset("xpronet", name)
-    own = ("topk", "num_cluster", "num_protype", "d_img_ebd", "d_txt_ebd", "weight_img_con_loss", "weight_txt_con_loss")
-    assert {key: config[key] for key in own} == {key: published[key] for key in own}
-
-
-def test_demo_has_the_settings_of_the_demo_script():
-    script = (ROOT / "run_demo.sh").read_text()
-    command = script[script.index("main_train.py --ann_path"):].partition('"$@"')[0].replace("\\\n", " ")
-    words = [word for word in command.split()[1:]]
-    assert _config(read_datasets(ROOT / "experiments" / "datasets.json")["demo"].flags) == _config(words)
-
-
-def _config(flags):
-    given, _ = parse_flags(flags, "", "")
-    for name in ("seed", "save_dir", "negative_index"):
-        given.pop(name, None)
-    return resolve_config(given)
-
-
-def _flags_of_script(script, folder):
-    """What a run script calls main_train.py with: a stand-in for Python writes it down."""
-    (folder / "scripts").mkdir()
-    for name in (script, "scripts/mine_train_test.sh"):
-        (folder / name).write_bytes((ROOT / name).read_bytes())
-    stand_in = folder / ".venv/bin/python"
-    stand_in.parent.mkdir(parents=True)
-    stand_in.write_text(f'#!/bin/sh\n[ "$1" = main_train.py ] && printf "%s\\n" "$@" >{folder}/calls\nexit 0\n')
-    stand_in.chmod(0o755)
-    subprocess.run(["bash", folder / script], check=True, stdout=subprocess.DEVNULL)
-    return (folder / "calls").read_text().splitlines()[1:]
-
-
-@pytest.mark.parametrize(("name", "content", "part"), [
-    ("t.json", "[1]", "must be an object in braces, found list"), ("t.json", "{", "line 1: not JSON"),
-    ("t.json", '{"rows": []}', "must be a list of one row or more"), ("t.json", '{"row": []}', "'row' is none of"),
-    ("t.json", '{"rows": [{"name": "a/b"}]}', "name 'a/b'"), ("t.json", '{"rows": [{"name": "a", "x": 1}]}', "'x'"),
-    ("t.json", '{"rows": [{"name": "a", "flags": "alpha"}]}', "flags start with --"),
-    ("t.json", '{"rows": [{"name": "a", "flags": "--x \'"}]}', "flags must be text"),
-    ("t.json", '{"rows": [{"name": "a", "seeds": [1, 1]}]}', "different numbers"),
-    ("t.json", '{"rows": [{"name": "a", "seeds": ["x"]}]}', "seeds must be whole numbers"),
-    ("t.json", '{"rows": [{"name": "a", "published": {"BLEU_4": "high"}}]}', "published figures must be numbers"),
-    ("t.json", '{"rows": [{"name": "a"}, {"name": "a"}]}', "two rows are named 'a'"),
-    ("t.json", '{"rows": [{"name": "a", "baseline": "b"}]}', "baseline 'b' is none of"),
-    ("t.json", '{"rows": [{"name": "a"}, {"name": "b", "trained_as": "b"}]}', "is none of .* trained, a"),
-    ("t.json", '{"folds": ["a"], "rows": [{"name": "a"}]}', "folds must be a list of the names of two or more"),
-    ("t.json", '{"folds": [], "rows": [{"name": "a"}]}', "folds must be a list of the names of two or more"),
-    ("t.json", '{"folds": ["a", "../b"], "rows": [{"name": "a"}]}', "folds must be a list of the names of two or more"),
-    ("t.json", '{"folds": ["a", "b"], "rows": [{"name": "a", "published": {}}]}', "folds and published exclude each"),
-    ("t.json", '{"folds": ["a", "b"], "dataset": "a", "rows": [{"name": "a"}]}', "folds and dataset exclude each"),
-    ("t.csv", "row,flags\n", "has the columns name and flags"), ("t.csv", "name,flags\na\n", "line 2: has not the 2"),
-    ("t.json", None, "No such file")])
-def test_wrong_tables_get_one_line(tmp_path, name, content, part):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=part) as error:
-        read_table(tmp_path / name)
-    assert name in str(error.value) and "\n" not in str(error.value)
-
-
-def test_data_sets_run_nothing_but_scripts_of_the_project(tmp_path):
-    path = tmp_path / "datasets.json"
-    for command in ("/bin/sh -c x", "scripts/../../x.py", ""):
-        path.write_text(json.dumps({"d": {"prepare": [{"makes": "x", "run": command}]}}))
-        with pytest.raises(InputError, match="must be a script of this project"):
-            read_datasets(path)
 
 
 # ---- what is to be done
@@ -328,6 +212,38 @@ def test_a_row_is_tested_on_the_models_of_another(files, stand_in, monkeypatch):
                                              lock.fileno())
     assert failed == {"guided seed 1": "it is tested on the models of row base, whose seed 1 is not trained"}
     assert "--load" in (files / "out/guided/seed2/calls").read_text()
+
+
+def test_a_row_starts_from_the_models_of_another(files, stand_in):
+    (files / "rows.csv").write_text(
+        "name,flags,seeds,trained_as,starts_from\nguided,--guidance 1.5,1,stage,\n"
+        "stage,--self_critical true --scst_samples 2,1 2,,base\nbase,--ithn off --lr_ed 0.5,1 2,,\n")
+    runs = by_name(planned(files))
+    assert list(runs) == ["guided seed 1", "stage seed 1", "stage seed 2", "base seed 1", "base seed 2"]
+    stage, guided = runs["stage seed 1"], runs["guided seed 1"]
+    command = experiment_runs.command(stage)
+    assert command[1].endswith("main_train.py")
+    assert command[-2:] == ["--load", str(files / "out/base/seed1/model_best.pth")]
+    # Of the row that it starts from, of the stage's own preset, and of the row itself.
+    assert [stage.settings[name] for name in ("ithn", "lr_ed", "lr_ve", "scst_samples")] == ["off", 0.5, 1e-5, 2]
+    assert guided.settings["lr_ve"] == 1e-5 and guided.settings["guidance"] == 1.5
+
+    record = (files / "main_train.py").read_text().replace(
+        "folder = ", f"open({str(files / 'order')!r}, 'a').write(value('--save_dir') + chr(10)); folder = ", 1)
+    (files / "main_train.py").write_text(record + "(folder / 'model_best.pth').touch()\n")
+    arguments = argparse.Namespace(rows=[], redo_changed=False, jobs=1)
+    failed = run_experiments.run_missing(arguments, lambda: planned(files)[:4], read_datasets(files / "datasets.json"),
+                                         os.open(files / "out/.lock", os.O_RDONLY))
+    assert failed == {"stage seed 2": "it starts from row base, whose seed 2 is not trained"}
+    order = [Path(line).relative_to(files / "out").as_posix() for line in (files / "order").read_text().split()]
+    assert order == ["base/seed1", "stage/seed1"]
+    assert (files / "out/guided/seed1/calls").read_text().count("--load") == 1
+
+    finish(stage, self_critical=True, lr_ve=1e-5, lr_scheduler="constant", monitor_metric="CIDEr")
+    assert by_name(planned(files))["stage seed 1"].state == DONE
+    (runs["base seed 1"].folder / "model_best.pth").write_bytes(b"trained anew")
+    run = by_name(planned(files))["stage seed 1"]
+    assert run.state == CHANGED and run.reason == "row base, which it started from, was trained anew since"
 
 
 def test_a_row_of_a_table_with_folds_is_all_its_folds(files):
