@@ -161,13 +161,25 @@ def _bring_up_to_date(file: Path, images: ImageFolder, paths: Sequence[str], tra
         with open(handle, "wb") as opened:
             decoded = DataLoader(_Decoded(new, images, transform), batch_size=None, num_workers=workers,
                                  worker_init_fn=ignore_interrupt, generator=torch.Generator())
-            _write(opened, index, same, old_index, old_pixels, iter(decoded), progress)
+            with _death_in_one_line(workers):
+                _write(opened, index, same, old_index, old_pixels, iter(decoded), progress)
         os.replace(temporary, file)
     finally:
         Path(temporary).unlink(missing_ok=True)
     unreadable = int((index["planes"] == 0).sum())
     if unreadable:
         logger.warning("image cache: %d of %d images could not be read", unreadable, len(paths))
+
+
+@contextlib.contextmanager
+def _death_in_one_line(workers: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):  # torch's words for it; all else is an error of the code
+            raise
+        raise InputError("--image_cache: a process that decodes images was killed, as the system does when memory runs "
+                         f"out: lower --num_workers (now {workers})") from None
 
 
 def _most_bytes(images: ImageFolder, path: str, transform: Transform) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from modules import distributed
 from modules.batches import collate
@@ -20,6 +21,9 @@ from modules.sample_order import EpochBatchSampler
 REPLACED_LIMIT = 0.01
 SECONDS_BETWEEN_LOOKS = 1.0  # at how long none of the processes that read has answered
 SECONDS_UNTIL_REAPED = 0.1
+# torch's first loader would set a handler for good that raises wherever the main process is when a worker dies, be it
+# in the middle of a step. torch has no switch for it; without the handler it looks every five seconds while it waits.
+signal_handling._SIGCHLD_handler_set = True
 
 
 class EpochLoader(DataLoader):
@@ -36,7 +40,6 @@ class EpochLoader(DataLoader):
     _processes: Sequence[BaseProcess] = ()
     _waiting_since: float | None = None
     _hung = False
-    _listening = False
 
     def set_epoch(self, epoch: int, seen: int = 0) -> None:
         """See EpochBatchSampler.set_epoch."""
@@ -123,37 +126,22 @@ class EpochLoader(DataLoader):
         """``ask()``, broken off where a worker dies: half a message of it would be waited for without end."""
         if not self._processes or threading.current_thread() is not threading.main_thread():
             return ask()
-        before = signal.signal(signal.SIGCHLD, self._look_for_dead)
+        deaths = _Deaths(self._processes)
+        before = signal.signal(signal.SIGCHLD, deaths.told)
         try:
-            self._listening = True
+            deaths.heard = True
             self._waiting_since = time.monotonic()
-            self._look_for_dead()
+            deaths.told()
             return ask()
         finally:
-            # First of all: a handler that raised here, told of a second death, would never be taken away.
-            self._listening = False
+            # First of all, and no call that a signal could break into: told of a second death, the handler would raise
+            # here, and never be taken away.
+            deaths.heard = False
             self._waiting_since = None
             signal.signal(signal.SIGCHLD, before)
 
-    def _look_for_dead(self, _signal: int | None = None, interrupted: FrameType | None = None) -> None:
-        if not self._listening:
-            return
-        if _reaps(interrupted):
-            # Raised here, the exit code that the system has just given away, once, would be lost.
-            again = threading.Timer(SECONDS_UNTIL_REAPED, signal.pthread_kill, (threading.get_ident(), signal.SIGCHLD))
-            again.daemon = True
-            again.start()
-            return
-        if any(process.exitcode for process in self._processes):
-            raise ChildProcessError("a data-loading process has died")
-
     def _started(self) -> Iterator[Any]:
-        """The iterator of torch, without the handler by which it would raise in the middle of a step."""
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.getsignal(signal.SIGCHLD)
         iterator = super().__iter__()
-        if main and self.num_workers:
-            signal.signal(signal.SIGCHLD, before)
         self._processes = getattr(iterator, "_workers", ())
         return iterator
 
@@ -171,6 +159,26 @@ class EpochLoader(DataLoader):
         if dead is not None:
             return InputError(f"data-loading process {dead.pid} {_end(dead.exitcode)} (now {self.num_workers})")
         return error
+
+
+class _Deaths:
+    """A handler of SIGCHLD that raises ChildProcessError, while it is ``heard``, where one of ``processes`` failed."""
+
+    __slots__ = ("heard", "_processes")  # a plain store, where DataLoader's own attributes go through a method
+
+    def __init__(self, processes: Sequence[BaseProcess]) -> None:
+        self.heard, self._processes = False, processes
+
+    def told(self, _signal: int | None = None, interrupted: FrameType | None = None) -> None:
+        if not self.heard:
+            return
+        if _reaps(interrupted):
+            # Raised here, the exit code that the system has just given away, once, would be lost.
+            again = threading.Timer(SECONDS_UNTIL_REAPED, signal.pthread_kill, (threading.get_ident(), signal.SIGCHLD))
+            again.daemon = True
+            again.start()
+        elif any(process.exitcode for process in self._processes):
+            raise ChildProcessError("a data-loading process has died")
 
 
 def _reaps(frame: FrameType | None) -> bool:

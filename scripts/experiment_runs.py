@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -147,6 +148,8 @@ def _last_words(item: _Active) -> str:
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    # A second Ctrl-C would leave the trainings behind.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + SECONDS_TO_SAVE
@@ -156,6 +159,8 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def put_aside(runs: Sequence[Run]) -> None:

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+# No time limit on a busy machine, and the same examples in every run.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 TINY = ("--visual_extractor resnet18 --visual_extractor_pretrained false --image_size 32 --d_model 16 --d_ff 16 "
         "--num_heads 2 --num_layers 1 --cmm_size 16 --cmm_dim 16 --topk 4 --embedding_dim 8 --batch_size 8 "

@@ -6,7 +6,7 @@ import json
 import os
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from modules.annotations import read_annotation
@@ -186,7 +186,6 @@ JSON = st.recursive(
 FIELDS = ("id", "report", "image_path", "split", "study_id", "view", "neg_report", "neg_image_path")
 
 
-@settings(deadline=None)
 @given(record=st.dictionaries(st.sampled_from(FIELDS), JSON))
 def test_any_record_is_read_or_refused_in_one_line(tmp_path_factory, record):
     path = write(tmp_path_factory.getbasetemp(), {"train": [GOOD["train"][0] | record]})

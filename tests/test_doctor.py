@@ -115,7 +115,8 @@ def test_disk(monkeypatch, free, state):
 def test_permissions(tmp_path, monkeypatch):
     # pytest's folders are closed further up, which would hide everything below.
     monkeypatch.setattr(health, "_readable_by_others", lambda folder: bool(folder.stat().st_mode & 0o005))
-    (tmp_path / "data").mkdir(mode=0o755)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data").chmod(0o755)
     (tmp_path / "data" / "README.md").touch()
     assert health.permissions(tmp_path)[0] == OK
     (tmp_path / "data" / "annotation.json").touch()

@@ -131,7 +131,6 @@ def test_devices_pipes_and_files_of_the_kernel(tmp_path):
                 folder(name)
 
 
-@pytest.mark.timeout(60)
 def test_any_bytes_are_an_image_or_one_line(tmp_path):
     """Two hundred mutations of each of seven formats, in a process whose decoders' own chatter is not ours."""
     program = """

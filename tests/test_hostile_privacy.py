@@ -72,7 +72,8 @@ def job(tmp_path_factory):
              1, "--tensorboard", "true", "--num_workers", 1, "--epochs", 1, "--log_period", 1]
     index = folder / "mined" / "deep" / "index.safetensors"
     results = folder / "results" / "deep"
-    (folder / "old").mkdir(mode=0o755)
+    (folder / "old").mkdir()
+    (folder / "old").chmod(0o755)
     jobs = [["scripts/mine_hard_negatives.py", *data, "--out", index, "--text_encoder", "tfidf", "--examples", 0],
             ["main_train.py", *flags, "--negative_index", index, "--save_dir", results],
             ["main_test.py", "--load", results / "model_best.pth", "--save_dir", folder / "old"]]

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -185,6 +186,13 @@ def _build_and_count(pictures, folder, counts):
     image_cache._Decoded.__getitem__ = lambda *arguments: (found.append(1), original(*arguments))[1]
     build(pictures, folder)
     counts.put(len(found))
+
+
+def test_a_process_that_decodes_and_is_killed_is_one_line(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_cache._Decoded, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match=r"--image_cache: a process .* was killed, .* lower --num_workers \(now 2\)"):
+        build(pictures, tmp_path / "cache", workers=2)
+    assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
 def test_of_several_processes_one_decodes(pictures, tmp_path):

@@ -13,8 +13,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PER_SAMPLE = ["ithn", "unconstrained", "mochi", "prior"]  # `released` mixes the batch, as the code it copies does
 hardness = st.floats(0, 1, width=32)
 
-settings.register_profile("busy machine", deadline=None)
-settings.load_profile("busy machine")
 
 
 @st.composite

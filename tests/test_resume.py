@@ -228,8 +228,10 @@ def test_the_files_of_another_run_are_moved_aside(run):
 
 
 def test_two_runs_with_deterministic_kernels_are_equal(run):
-    one, other = (run(name, "--deterministic", "true", "--num_workers", workers)
-                  for name, workers in (("one", 0), ("other", 2)))
-    torch.use_deterministic_algorithms(False)
+    try:
+        one, other = (run(name, "--deterministic", "true", "--num_workers", workers)
+                      for name, workers in (("one", 0), ("other", 2)))
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert_same(load_checkpoint(one / CURRENT), load_checkpoint(other / CURRENT))
     assert logged(one) == logged(other)

@@ -5,17 +5,16 @@ import runpy
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from modules import tester
 from modules.checkpoint import load_checkpoint
 from modules.checkpoint_folder import CURRENT, CheckpointFolder
 from modules.errors import run_entry_point
-from modules.meteor import Meteor
 from modules.stopping import Stop, Stopped
 from modules.trainer import Trainer
 from tests.conftest import TINY
@@ -46,12 +45,9 @@ def assert_nothing_left(group: int) -> None:
         os.killpg(group, 0)
 
 
-def send(number: int, after: float = 0.0) -> None:
-    """Have this process get a signal, at once or from another thread."""
-    if after:
-        threading.Timer(after, os.kill, (os.getpid(), number)).start()
-    else:
-        os.kill(os.getpid(), number)
+def send(number: int) -> None:
+    """Have this process get a signal."""
+    os.kill(os.getpid(), number)
 
 
 # ---- the requests themselves
@@ -93,7 +89,7 @@ def test_an_exception_that_a_destructor_swallowed_is_raised_again(monkeypatch):
         def __del__(self):
             send(signal.SIGTERM)
 
-    monkeypatch.setattr("modules.stopping.SECONDS_TO_TRY_AGAIN", 0.1)
+    monkeypatch.setattr("modules.stopping.SECONDS_TO_TRY_AGAIN", 0.5)
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     with pytest.raises(Stopped), Stop():
         Swallows()
@@ -159,10 +155,12 @@ def test_in_a_step_the_step_is_finished_and_saved(training, monkeypatch, number,
 
 def test_while_waiting_for_data_the_processes_that_read_end_too(training, monkeypatch):
     def hang(self, key):
+        if torch.utils.data.get_worker_info().id == 1:  # the last one to be started
+            time.sleep(0.5)
+            os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(60)
 
     monkeypatch.setattr("modules.datasets.ReportDataset.__getitem__", hang)
-    monkeypatch.setattr(Trainer, "_epoch", after_calls(1, Trainer._epoch, lambda: send(signal.SIGTERM, after=1.0)))
     assert training("--num_workers", 2) == 143
     assert position(training.folder)["total_steps"] == 0
 
@@ -181,10 +179,9 @@ def test_in_the_middle_of_a_beam_nothing_waits_for_its_end(training, monkeypatch
 def test_java_does_not_outlive_a_signal(training, monkeypatch, tmp_path):
     java = tmp_path / "bin" / "java"
     java.parent.mkdir()
-    java.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 60\n")
+    java.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nread line\nkill -INT $PPID\nexec sleep 60\n")
     java.chmod(0o755)
     monkeypatch.setenv("PATH", f"{java.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(Meteor, "_exchange", after_calls(1, Meteor._exchange, lambda: send(signal.SIGINT, after=1.0)))
     assert training("--meteor", "true") == 130
     assert position(training.folder)["trained"]
     with pytest.raises(ProcessLookupError):

@@ -27,16 +27,16 @@ def new_children():
 
 
 class Numbers(Dataset):
-    """``act`` is what happens where sample ``at`` is read."""
+    """``act`` is what happens where sample ``at``, or one of a range, is read."""
 
     def __init__(self, at, act):
-        self.at, self.act = at, act
+        self.at, self.act = range(12)[at] if isinstance(at, slice) else [at], act
 
     def __len__(self):
         return 12
 
     def __getitem__(self, key):
-        if key[1] == self.at:
+        if key[1] in self.at:
             self.act()
         return torch.tensor(key[1])
 
@@ -87,7 +87,7 @@ def test_a_worker_that_stalls_is_waited_for_no_longer_than_asked(monkeypatch, ac
 
 def test_two_deaths_at_once_lose_no_exit_code(monkeypatch):
     """The second one is told while the first one's exit code, given once, is on its way."""
-    loader = made(lambda: None, monkeypatch, patience=2.0)
+    loader = made(lambda: None, monkeypatch)
     batches, ask = iter(loader), os.waitpid
     next(batches)
 
@@ -138,26 +138,57 @@ def test_a_death_that_is_told_while_the_handler_is_taken_away_is_no_second_error
     batches, set_handler, told = iter(loader), signal.signal, []
     next(batches)
 
+    def tell(name):
+        told.append(name)
+        signal.raise_signal(signal.SIGCHLD)
+
+    class Told(type(loader)):
+        """Told wherever an attribute is stored, which torch's loaders do in a method."""
+
+        def __setattr__(self, name, value):
+            if name == "_waiting_since" and value is None:
+                tell(name)
+            super().__setattr__(name, value)
+
     def told_before(number, handler):
         if handler == signal.SIG_DFL:
-            told.append(number)
-            signal.raise_signal(signal.SIGCHLD)
+            tell("signal")
         return set_handler(number, handler)
 
     for process in loader._processes:
         os.kill(process.pid, signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    loader.__class__ = Told
     monkeypatch.setattr(signal, "signal", told_before)
     with pytest.raises(InputError, match="was killed"):
         list(batches)
-    assert told and signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    assert told == ["_waiting_since", "signal"] and signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+
+
+def test_a_death_before_the_first_batch_is_asked_for_is_named(monkeypatch):
+    """torch hands the first batches out before it says which processes it has started."""
+    start = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._reset
+
+    def slowly(iterator, *arguments, **keywords):
+        start(iterator, *arguments, **keywords)
+        for process in iterator._workers:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_reset", slowly)
+    assert_ends(made(lambda: kill_self(signal.SIGKILL), monkeypatch, at=slice(0, 12)), "was killed")
+
+
+def test_another_loader_of_the_process_leaves_no_handler(monkeypatch):
+    assert len(list(torch.utils.data.DataLoader(range(4), num_workers=1))) == 4
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
 
 
 def test_a_worker_that_stalls_while_a_batch_is_fetched_from_it_is_not_waited_for(monkeypatch):
     """What it has read is announced already, and the tensors are still to be asked for."""
-    loader = made(lambda: None, monkeypatch, patience=1.0)
+    loader = made(lambda: None, monkeypatch)
     batches = iter(loader)
     next(batches)
+    loader.patience = 1.0
     time.sleep(0.5)
     for process in loader._processes:
         os.kill(process.pid, signal.SIGSTOP)
@@ -170,13 +201,15 @@ def test_a_worker_that_stalls_while_a_batch_is_fetched_from_it_is_not_waited_for
     (signal.SIGKILL, "was killed"), (signal.SIGSTOP, "no data-loading process has answered for 2 s")])
 def test_a_worker_that_fails_between_two_epochs_is_named_and_replaced(monkeypatch, number, reason):
     """They are kept from one epoch to the next, and asked anew before the first batch."""
-    loader = made(lambda: None, monkeypatch, patience=2.0)
+    loader = made(lambda: None, monkeypatch)
     assert len(list(loader)) == 6
+    loader.patience = 2.0
     for process in loader._processes:
         os.kill(process.pid, number)
     with pytest.raises(InputError, match=reason):
         list(loader)
     assert not new_children()
+    loader.patience = 30.0
     assert len(list(loader)) == 6
     loader.close()
 
