@@ -8,7 +8,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ CURRENT, PREVIOUS, BEST = "current_checkpoint.pth", "previous_checkpoint.pth", "
 NAMES = (CURRENT, PREVIOUS, BEST)
 EPOCH = "epoch_{:04d}.pth"
 LOCK = ".training.lock"
+OF_A_TEST = ("results.json", "res.csv", "gts.csv", "statistics.npz", "report.html", "exports")
 # What else a training leaves in its folder, and the next one would write over.
-OF_A_RUN = ("history.json", "curves.png", "results.json", "res.csv", "gts.csv", "statistics.npz", "report.html",
-            "exports", "tensorboard", "train.log", "test.log")
+OF_A_RUN = (*OF_A_TEST, "history.json", "curves.png", "tensorboard", "train.log", "test.log")
 
 
 class CheckpointFolder:
@@ -167,15 +167,21 @@ class CheckpointFolder:
         """Move what an earlier run left into a folder of its own and return it, None where nothing would be lost."""
         if not self.present() and not (self.path / "results.json").exists():
             return None
-        number = 1
-        while (aside := self.path / f"earlier_{number}").exists():
-            number += 1
-        aside.mkdir(mode=0o700)
         of_epochs = [path.name for path in self.path.glob("epoch_*.pth*")]
-        for name in (*NAMES, *(checksum_file(Path(name)).name for name in NAMES), *of_epochs, *OF_A_RUN):
-            if (self.path / name).exists():
-                (self.path / name).rename(aside / name)
-        return aside
+        checksums = [checksum_file(Path(name)).name for name in NAMES]
+        return set_aside(self.path, (*NAMES, *checksums, *of_epochs, *OF_A_RUN))
+
+
+def set_aside(folder: Path, names: Iterable[str]) -> Path:
+    """Move those of ``names`` that are in ``folder`` into a new folder in it, earlier_1 or the next, and return it."""
+    number = 1
+    while (aside := folder / f"earlier_{number}").exists():
+        number += 1
+    aside.mkdir(mode=0o700)
+    for name in names:
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+    return aside
 
 
 def _reached(content: Mapping[str, Any]) -> tuple[int, bool, int]:

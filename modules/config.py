@@ -13,6 +13,11 @@ XPRONET_SELECTION = {"BLEU_4": 1.0, "BLEU_1": 0.33, "METEOR": 0.67}
 MONITORED = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr", "nll", "xpronet_selection",
              *CLINICAL_MONITORED)
 REWARDS = ("CIDEr", "BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "clinical_f1")
+# Flags that move files about or say where to compute: another value gives the same results.
+NOT_DECIDING = frozenset((
+    "ann_path", "image_dir", "follow_links", "num_workers", "device", "resume", "load", "save_dir",
+    "record_dir", "exp_name", "save_period", "keep_epochs", "checkpoint_steps", "log_period", "tensorboard",
+    "report_samples", "worker_timeout", "image_cache", "max_restarts"))
 
 
 def flag(default: Any, group: str, help: str, *, choices: tuple | None = None, low: float | None = None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.config import Config
+from modules.config import NOT_DECIDING, Config
 from modules.environment import file_sha256
 from modules.errors import InputError
 from modules.flags import parse_flags, resolve_config
@@ -21,11 +21,6 @@ RESULTS, RECORD, CHECKPOINT, BEST = "results.json", "experiment.json", "current_
 START = "start_sha256"  # in RECORD: of the model that training started from
 DONE, CUT, MISSING, CHANGED, UNAVAILABLE = "done", "cut", "missing", "changed", "not available"
 UNTESTED = "to be tested again"  # trained as wanted, scored by other flags
-# Flags that move files about or say where to compute: another value gives the same results.
-NOT_DECIDING = frozenset((
-    "ann_path", "image_dir", "follow_links", "num_workers", "device", "resume", "load", "save_dir",
-    "record_dir", "exp_name", "save_period", "keep_epochs", "checkpoint_steps", "log_period", "tensorboard",
-    "report_samples", "worker_timeout", "image_cache", "max_restarts"))
 # Flags that act after training: the best model is tested again, not trained again.
 SCORING = frozenset(("meteor", "clinical", "chexbert_path", "chexbert_encoder", "bertscore_path", "bertscore_layer",
                      "radgraph_path", "radgraph_python", "floors"))

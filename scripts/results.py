@@ -1,6 +1,7 @@
 """Tests a model against the floors and writes everything that a run leaves for reading."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from models import MODELS
 from modules import distributed
 from modules.bootstrap import LEVEL, RESAMPLES
 from modules.captions import first_of_each_image
-from modules.config import Config
+from modules.checkpoint_folder import OF_A_TEST, set_aside
+from modules.config import NOT_DECIDING, Config
 from modules.datasets import ReportDataset
 from modules.diversity import collapse_statistics, collapse_warning
 from modules.environment import file_sha256, provenance
@@ -66,6 +68,7 @@ def test_and_write(config: Config, data: compose.Data, objective: Objective, dev
     scores = scored.scores | {MODEL: {tagged(name, tag): value for name, value in scored.scores[MODEL].items()}}
     classes = class_tables(scored, MODEL)
     _log(scores, tag, variety[MODEL], scoring.meteor_error)
+    _keep_others(folder, config, run["checkpoint_sha256"])
     write_results(folder / "results.json", {
         "split": "test", "best_epoch": best_epoch, "val": validation,
         "test": {name: with_aliases(values) for name, values in scores.items()}, "intervals": scored.intervals,
@@ -99,6 +102,25 @@ def input_files(config: Config) -> dict[str, str]:
              "init_protypes_path": config.init_protypes_path if "num_protype" in backbone.flags else "",
              "visual_extractor_weights": config.visual_extractor_weights}
     return {name: digest for name, path in paths.items() if (digest := file_sha256(path))}
+
+
+def _keep_others(folder: Path, config: Config, checkpoint_sha256: str) -> None:
+    """Results in ``folder`` that other settings or another checkpoint gave are moved, not written over."""
+    if not (folder / "results.json").is_file():
+        return
+    # As JSON gives it back: tuples become lists. What an older file lacks had its default.
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    try:
+        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        theirs = defaults | content["config"]
+        same = (content["provenance"]["checkpoint_sha256"] == checkpoint_sha256
+                and all(theirs[name] == ours[name] for name in ours.keys() - NOT_DECIDING))
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        logger.info("%s held the results of other settings or another checkpoint: they are now in %s", folder,
+                    set_aside(folder, OF_A_TEST))
 
 
 def _write_files(folder: Path, found: Predictions, scored: Scored, captions: Sequence[Sequence[str]] | None) -> None:

@@ -82,9 +82,19 @@ def _check_test_repeats(folder, results, tmp_path):
     main_test("--load", moved / "model_best.pth")
     again = json.loads((moved / "results.json").read_text())
     assert again["test"] == results["test"] and again["best_epoch"] == results["best_epoch"]
+    main_test("--load", moved / "model_best.pth")
+    assert not list(moved.glob("earlier_*"))
     with open(tmp_path / "records" / "iu_xray.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 and rows[0]["test_BLEU_4"] == rows[1]["test_BLEU_4"]
+    assert len(rows) == 3 and rows[0]["test_BLEU_4"] == rows[1]["test_BLEU_4"] == rows[2]["test_BLEU_4"]
+    page = (moved / "report.html").read_bytes()
+    main_test("--load", moved / "model_best.pth", "--beam_size", 1)
+    assert json.loads((moved / "results.json").read_text())["config"]["beam_size"] == 1
+    kept = moved / "earlier_1"
+    assert json.loads((kept / "results.json").read_text()) == json.loads(json.dumps(again | {
+        "provenance": json.loads((kept / "results.json").read_text())["provenance"]}))
+    assert (kept / "report.html").read_bytes() == page and (kept / "exports").is_dir()
+    assert (moved / "model_best.pth").is_file() and (moved / "exports").is_dir()
 
 
 @pytest.mark.parametrize("extra", [
