@@ -79,7 +79,7 @@ def _check_ithn(config: Any) -> None:
             raise InputError(f"--{name} {getattr(config, name)} has no effect with --ithn off; leave one of them out")
     if config.on_encoder and (config.strategy != "contrastive" or config.released):
         raise InputError("--contrastive_features encoder: needs --strategy contrastive and the paper's variant; with "
-                         "harder negatives Eq. 11 does not leave its second minimum there (docs/EXPERIMENTS.md)")
+                         "harder negatives Eq. 11 did not leave its second minimum in a trial (docs/EXPERIMENTS.md)")
 
 
 def _check_stage(config: Any) -> None:

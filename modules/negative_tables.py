@@ -35,7 +35,7 @@ def _share(*names: str) -> Callable[[Entry], str]:
 
 _POSITIONS = (
     _Quantity("Distance from ũ to the nearest real report, median (quartiles)", lambda e: _spread(e["distance"]),
-              "between real reports of different text", lambda e: _spread(e["distance_between_real"])),
+              "from a real report to the nearest of different text", lambda e: _spread(e["distance_between_real"])),
     _Quantity("Share of ũ whose nearest real report is u / u⁻ / another", _share("u", "negative", "other"),
               "distance from u to u⁻", lambda e: _spread(e["distance_to_negative"])),
     _Quantity("cos(z, ũ), mean", lambda e: f"{e['cos_harder']['mean']:.3f}", "cos(z, u) / cos(z, u⁻) / retrieval",

@@ -76,7 +76,7 @@ class Objective(TaughtPasses, PublishedNames):
         self.on_encoder = contrastive_features == "encoder" and strategy != "off"
         if self.on_encoder and strategy != "contrastive":
             raise InputError(f"contrastive_features 'encoder' with strategy {strategy!r}: it needs 'contrastive', as "
-                             "Eq. 11 does not leave its second minimum there")
+                             "Eq. 11 did not leave its second minimum in a trial")
         self.synthesise = synthesis(strategy, variant, clamp_segment)
         self.backbone = backbone
         if strategy != "off":
