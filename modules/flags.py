@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from modules.config import Config
@@ -150,6 +150,13 @@ def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         raise InputError(f"--backbone {given['backbone']} and --model_name {given['model_name']} disagree: give one of "
                          "them")
     return given, ignored + _preset_notes(given)
+
+
+def idle_in_tests(given: Container[str]) -> str | None:
+    """A line for main_test.py's log that names the flags ``given`` that do nothing there; None where all do."""
+    idle = [f"--{item.name}" for item in dataclasses.fields(Config)
+            if item.name in IDLE_IN_TESTS and item.name in given]
+    return f"ignored by main_test.py: {', '.join(idle)}" if idle else None
 
 
 def flags_of_training(words: Sequence[str]) -> list[str]:

@@ -75,11 +75,12 @@ def _check_nothing_private(folder, demo):
 
 
 def _check_test_repeats(folder, results, tmp_path):
-    """--load alone repeats the scores, also from a folder that was moved."""
+    """--load repeats the scores, also from a folder that was moved and with flags of training, which are named."""
     moved = tmp_path / "moved"
     folder.rename(moved)
     (moved / "results.json").unlink()
-    main_test("--load", moved / "model_best.pth")
+    main_test("--load", moved / "model_best.pth", "--lr_ve", 1e-4, "--num_train_epochs", 9, "--bos_idx", 0)
+    assert "ignored by main_test.py: --epochs, --lr_ve\n" in (moved / "test.log").read_text()
     again = json.loads((moved / "results.json").read_text())
     assert again["test"] == results["test"] and again["best_epoch"] == results["best_epoch"]
     with open(tmp_path / "records" / "iu_xray.csv", newline="") as file:
