@@ -19,8 +19,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
-
 from modules import clinical_rules
 from modules.clinical import CLASSES, RuleLabeler, split_sentences
 from modules.clinical_files import parse_labels, read_table, report_column
@@ -131,6 +129,8 @@ def supports(reports: list[str], truth: list[Labels]) -> dict[Place, set[int]]:
     sentences = [split_sentences(report) for report in reports]
     known = {sentence: base.label_sentence(sentence) for parts in sentences for sentence in parts}
     support = {}
+    from tqdm import tqdm
+
     for place in tqdm(places(), desc="alternatives", unit="alternative"):
         labeler = without([place])
         changed = {sentence for sentence, labels in known.items() if labeler.label_sentence(sentence) != labels}

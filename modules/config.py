@@ -128,8 +128,8 @@ class Config:
 
     # ---- ITHN
     ithn: str = flag("auto", "ITHN", "auto: on where hard negatives are given (--negative_index, or neg_report in the "
-                     "annotation) or another --strategy or --ithn_variant is asked for, else the plain "
-                     "backbone", choices=("auto", "on", "off"))
+                     "annotation) or --strategy or --ithn_variant is given, else the plain backbone",
+                     choices=("auto", "on", "off"))
     negative_index: str = flag("", "ITHN", "index written by scripts/mine_hard_negatives.py")
     strategy: str = flag("ithn", "ITHN", "how the harder negative is made; contrastive: none, S is S1 alone",
                          choices=("ithn", "mochi", "prior", "unconstrained", "contrastive"))

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from modules.packages import missing_package, remedy
+
 
 class InputError(ValueError):
     """A mistake in the user's input: one line that says what, where, and what would be right."""
@@ -45,14 +47,27 @@ def error_line(error: InputError) -> str:
     return f"error: {one_line(str(error))}"
 
 
+def _say(error: InputError) -> None:
+    # Processes that torchrun started together read the same flags: one of them says what is wrong.
+    if os.environ.get("RANK", "0") == "0":
+        print(error_line(error), file=sys.stderr)
+
+
 def run_entry_point(main: Callable[[], int | None]) -> None:
-    """Run ``main`` and exit the process with its code; an InputError prints one line on stderr and exits with 2."""
+    """Run ``main`` and exit the process with its code; an InputError prints one line on stderr and exits with 2.
+
+    So does a Python without the packages, which is most often one whose environment was not activated.
+    """
     try:
         code = main()
     except InputError as error:
-        # Processes that torchrun started together read the same flags: one of them says what is wrong.
-        if os.environ.get("RANK", "0") == "0":
-            print(error_line(error), file=sys.stderr)
+        _say(error)
+        code = 2
+    except ModuleNotFoundError as error:
+        package = missing_package(error)
+        if package is None:
+            raise
+        _say(InputError(f"{sys.executable} has no package {package}; {remedy()}"))
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

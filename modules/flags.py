@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from modules.config import Config
@@ -26,6 +26,19 @@ WHY_IGNORED = {"d_vf": "inferred from the visual extractor"}
 ALIASES = {"workers": "num_workers", "random_seed": "seed", "gradient_accumulation_steps": "grad_accumulation",
            "num_train_epochs": "epochs", "max_grad_norm": "clip_norm", "optimizer_type": "optim",
            "head": "num_heads", "lr": "lr_ed"}
+
+# Flags that act while a model is trained and leave a test of it alone.
+IDLE_IN_TESTS = frozenset(item.name for item in dataclasses.fields(Config)
+                          if item.metadata["group"] == "optimisation") | {
+    "compile", "drop_last", "early_stop", "flip", "keep_epochs", "checkpoint_steps", "length_bucketing", "log_period",
+    "max_restarts", "monitor_mode", "resume", "save_period", "start_eval_epoch", "sync_bn", "tensorboard",
+    "visual_extractor_pretrained"}
+# With those that decide what is trained, and that a test writes into its results.
+OF_TRAINING = IDLE_IN_TESTS | {
+    "dropout", "drop_prob_lm", "img_con_margin", "init_protypes_path", "label_loss_weight", "txt_con_margin",
+    "visual_extractor_weights", "weight_img_con_loss", "weight_txt_con_loss"} | {
+    item.name for item in dataclasses.fields(Config)
+    if item.metadata["group"] in ("ITHN", "beyond ITHN", "self-critical")}
 
 
 def boolean(text: str) -> bool:
@@ -137,6 +150,19 @@ def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         raise InputError(f"--backbone {given['backbone']} and --model_name {given['model_name']} disagree: give one of "
                          "them")
     return given, ignored + _preset_notes(given)
+
+
+def idle_in_tests(given: Container[str]) -> str | None:
+    """A line for main_test.py's log that names the flags ``given`` that do nothing there; None where all do."""
+    idle = [f"--{item.name}" for item in dataclasses.fields(Config)
+            if item.name in IDLE_IN_TESTS and item.name in given]
+    return f"ignored by main_test.py: {', '.join(idle)}" if idle else None
+
+
+def flags_of_training(words: Sequence[str]) -> list[str]:
+    """The flags among the ``words`` of a command line that have nothing to act on where a model is only tested."""
+    names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+    return [f"--{name}" for name in names if ALIASES.get(name, name.replace("-", "_")) in OF_TRAINING]
 
 
 def _preset_notes(given: Mapping[str, Any]) -> list[str]:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from modules.environment import ROOT, check_python, choose_device, why_no_cuda
 from modules.errors import InputError
+from modules.packages import REQUIREMENTS, remedy
+from modules.packages import requirements as read_requirements
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 _GIB = 2**30
-_SETUP = "bash setup.sh"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def _outcome(check: Callable[[], tuple[str, str]]) -> tuple[str, str]:
     except InputError as error:
         return PROBLEM, str(error)
     except ModuleNotFoundError as error:
-        return PROBLEM, f"needs the package {error.name}: {_SETUP}"
+        return PROBLEM, f"needs the package {error.name}: {remedy()}"
     except Exception as error:  # whatever is broken here is what the doctor is asked about
         return PROBLEM, " ".join(f"the check failed: {type(error).__name__}: {error}".split())
 
@@ -51,10 +52,9 @@ def python() -> tuple[str, str]:
     return OK, f"{'.'.join(map(str, sys.version_info[:3]))} ({sys.executable})"
 
 
-def packages(requirements: Path = ROOT / "requirements.txt") -> tuple[str, str]:
+def packages(requirements: Path = REQUIREMENTS) -> tuple[str, str]:
     """Whether every package of requirements.txt is there in a version that it allows."""
-    lines = [line.split("#")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
-    wanted = {re.match(r"[\w.-]+", line)[0]: line for line in lines if line and not line.startswith("-")}
+    wanted = read_requirements(requirements)
     wrong = []
     for name, line in wanted.items():
         try:
@@ -65,7 +65,7 @@ def packages(requirements: Path = ROOT / "requirements.txt") -> tuple[str, str]:
         if not _allows(line[len(name):], version):
             wrong.append(f"{name} {version} is installed, {line} is needed")
     if wrong:
-        return PROBLEM, f"{'; '.join(wrong)}: {_SETUP}"
+        return PROBLEM, f"{'; '.join(wrong)}: {remedy()}"
     return OK, f"all {len(wanted)} of {requirements.name}"
 
 
@@ -116,8 +116,8 @@ def meteor() -> tuple[str, str]:
             scorer.score(["the heart is normal"], ["the heart is large"])
         return OK, f"scores a pair ({find_java()})"
     except MeteorError as error:
-        return NOTE, (f"{error}: METEOR will be empty in the results, the other scores stay. {_SETUP} installs a Java; "
-                      "or put one on the PATH")
+        return NOTE, (f"{error}: METEOR will be empty in the results, the other scores stay. bash setup.sh "
+                      "installs a Java; or put one on the PATH")
 
 
 def text_encoder(name: str) -> tuple[str, str]:

@@ -4,8 +4,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
-from tqdm import tqdm
-
 from modules.launch import process_number
 
 
@@ -16,6 +14,8 @@ class Bar:
     """
 
     def __init__(self, items: Iterable, description: str, start: int = 0, total: int | None = None):
+        from tqdm import tqdm
+
         # A log file gets a line every half minute instead of ten a second.
         interval = 0.1 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(items, desc=description, initial=start, total=total, mininterval=interval,

@@ -76,6 +76,8 @@ def text_features(arguments: argparse.Namespace, reports: list[str], device: str
 
     from modules.text_encoders import build_text_encoder
 
+    if arguments.text_encoder == "tfidf" and arguments.pooling != "mean":
+        print(f"note: --pooling {arguments.pooling} does nothing with --text_encoder tfidf, which has no tokens")
     encoder = build_text_encoder(arguments.text_encoder, pooling=arguments.pooling, max_length=arguments.max_length,
                                  device=device, batch_size=arguments.batch_size)
     rows = {text: row for row, text in enumerate(dict.fromkeys(reports))}

@@ -65,10 +65,12 @@ def with_precision(config: Config, device: torch.device) -> Config:
     return dataclasses.replace(config, precision=choose_precision(config.precision, device))
 
 
-def read_data(config: Config, *, tokenizer: AnyTokenizer | None = None, trained_with: str | None = None) -> Data:
+def read_data(config: Config, *, tokenizer: AnyTokenizer | None = None, trained_with: str | None = None,
+              asked_for_ithn: bool = False) -> Data:
     """Read the annotation, the vocabulary (unless a checkpoint brought it) and the hard negatives.
 
     ``trained_with`` names the strategy of a checkpoint that is only tested: no hard negatives are needed then.
+    ``asked_for_ithn``: flags that were given ask for it, so without hard negatives this is an InputError.
     """
     annotation = read_annotation(config.ann_path)
     detections = None
@@ -81,7 +83,9 @@ def read_data(config: Config, *, tokenizer: AnyTokenizer | None = None, trained_
         tokenizer = build_tokenizer(config, reports, on_gpt2="gpt2_layers" in _backbone_class(config).flags)
     if config.beam_size > tokenizer.num_ids:
         raise InputError(f"--beam_size {config.beam_size}: at most the {tokenizer.num_ids} token ids of the vocabulary")
-    strategy, index = hard_negatives(config, annotation) if trained_with is None else ("off", None)
+    strategy, index = "off", None
+    if trained_with is None:
+        strategy, index = hard_negatives(config, annotation, asked=asked_for_ithn)
     labels = None
     if _backbone_class(config).needs_labels and (trained_with is None or score_tag(config)):
         labels = read_labels(config.label_path, _clusters(config), config.label_columns)

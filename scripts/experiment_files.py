@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import InputError
+from modules.flags import flags_of_training
 
 DEFAULT_COLUMNS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr")
 DEFAULT_SEEDS = (7580, 9233, 1234)
@@ -236,13 +237,18 @@ def _row(where: str, item: Any, table: Mapping[str, Any]) -> Row:
         published = {key: float(value) for key, value in _mapping(item.get("published", {}), where).items()}
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: published figures must be numbers ({error})") from error
+    trained_as = _string(where, item, "trained_as", "")
+    own_flags = _flags(where, item.get("flags", ""))
+    if trained_as and (idle := flags_of_training(own_flags)):
+        raise InputError(f"{where}: {idle[0]} acts in training, and this row tests what row {trained_as} has trained; "
+                         "take it out, or let the row start from that one (starts_from)")
     own_dataset = _string(where, item, "dataset", _string(where, table, "dataset", "iu_xray"))
     return Row(name=name, label=_string(where, item, "label", name),
-               flags=_flags(where, table.get("flags", "")) + _flags(where, item.get("flags", "")),
+               flags=_flags(where, table.get("flags", "")) + own_flags,
                dataset=own_dataset, published_on=own_dataset, published=published,
                seeds=_seeds(where, item.get("seeds", table.get("seeds", DEFAULT_SEEDS))),
                baseline=_string(where, item, "baseline", _string(where, table, "baseline", "")),
-               trained_as=_string(where, item, "trained_as", ""), starts_from=_string(where, item, "starts_from", ""))
+               trained_as=trained_as, starts_from=_string(where, item, "starts_from", ""))
 
 
 def whole(name: str) -> str:

@@ -11,14 +11,16 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from modules.environment import ROOT, file_sha256
 from modules.errors import InputError
 from modules.records import private_folder, write_results
 from scripts.experiment_files import DataSet
 from scripts.experiment_plan import BEST, CUT, RECORD, RESULTS, START, UNTESTED, Index, Run, fingerprint
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CONSOLE = "console.log"
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -78,6 +80,8 @@ def execute(runs: Sequence[Run], *, jobs: int, lock: int) -> dict[str, str]:
 
     A failure ends its run only. However this function is left, no training stays behind.
     """
+    from tqdm import tqdm
+
     waiting, active, failed = list(runs), [], {}
     # A log file gets a line every half minute instead of two a second.
     bar = tqdm(total=sum(run.epochs for run in runs), desc="experiments", unit="epoch", dynamic_ncols=True,
@@ -126,7 +130,7 @@ def _start(run: Run, lock: int) -> _Active:
     return _Active(run, process, before)
 
 
-def _count(bar: tqdm, item: _Active, epochs: int) -> None:
+def _count(bar: "tqdm", item: _Active, epochs: int) -> None:
     bar.update(max(epochs - item.epochs, 0))
     item.epochs = max(epochs, item.epochs)
 

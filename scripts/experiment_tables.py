@@ -1,5 +1,7 @@
 """Gathers the results of a table's runs: mean and spread over seeds, intervals, significance, floors, paper's own."""
 
+import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +69,25 @@ class Results:
             return []
         found = [[load_statistics(path).get(system) for path in own] for own in paths]
         return [] if any(None in own for own in found) else [join(own) if len(own) > 1 else own[0] for own in found]
+
+
+def check_columns(table: Table, runs: Sequence[Run]) -> None:
+    """InputError for a column that no run could fill: no score is called so, nor has a finished run one."""
+    from modules.diversity import collapse_statistics
+    from modules.metrics import METRIC_NAMES
+
+    known = (*METRIC_NAMES, "nll", *collapse_statistics(["a report"]))
+    pattern = re.compile(f"({'|'.join(known)}|(ce|BERTScore|RadGraph_F1)_.+)(_reference_labels)?(_full|_truncated)?")
+    unknown = [column.key for column in table.columns if not pattern.fullmatch(column.key)]
+    if not unknown:
+        return
+    done = [run.folder for run in runs if run.state == DONE]
+    found = {key for folder in done for key in _scores(read_json(folder / RESULTS), folder).get(MODEL, ())}
+    for key in unknown:
+        if key not in found:
+            near = difflib.get_close_matches(key, [*known, *found], n=1)
+            raise InputError(f"{table.name}: no score is called {key!r}, the name of a column; "
+                             + (f"did you mean {near[0]}?" if near else "use a name of results.json, such as BLEU_4"))
 
 
 def gather(table: Table, datasets: Mapping[str, DataSet], runs: Sequence[Run], failed: Mapping[str, str]) -> ScoreTable:

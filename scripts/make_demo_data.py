@@ -53,7 +53,7 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from modules.synthetic.dataset import draw_images, plan_studies, prepare_folder, write_tables
+    from modules.synthetic.dataset import draw_images, plan_studies, prepare_folder, require_splits, write_tables
     from modules.synthetic.findings_csv import describe_format, read_findings
     from modules.synthetic.given_reports import read_reports
 
@@ -61,6 +61,8 @@ def main() -> None:
     reports = None if arguments.reports is None else read_reports(arguments.reports, findings)
     studies = plan_studies(seed=arguments.seed, number=arguments.studies, normal_fraction=arguments.normal_fraction,
                            findings=findings, reports=reports)
+    if findings is not None:
+        require_splits(studies, f"--reports {arguments.reports}" if reports else f"--findings {arguments.findings}")
     prepare_folder(arguments.out)
     drawn = draw_images(arguments.out, studies, seed=arguments.seed, size=arguments.size, workers=arguments.workers)
     for _ in tqdm(drawn, desc="synthetic studies", total=len(studies), unit="study"):

@@ -97,6 +97,8 @@ def make(annotation: Annotation, folds: int, val_share: float, seed: int) -> lis
     if any(study.negative_report for study in studies):
         raise InputError(f"{annotation.path}: its records carry negatives (neg_report), which were chosen for this "
                          "split; take the annotation without them, and mine for each fold")
+    if not studies:
+        raise InputError(f"--ann_path {annotation.path}: holds no records")
     patients = list(patients_of(studies).values())
     if folds > len(patients):
         raise InputError(f"--folds {folds}: there are {len(patients)} patients")
@@ -109,6 +111,17 @@ def make(annotation: Annotation, folds: int, val_share: float, seed: int) -> lis
                 f"--folds {folds} --val_share {val_share:g}: fold {number} would have no {empty[0]} records; there are "
                 f"{len(studies)}, of {len(patients)} patients, and up to {max(map(len, patients))} of one patient")
     return found
+
+
+def unequal_line(found: Sequence[dict[str, str]]) -> str | None:
+    """A line of warning where folds differ so much in a split that their scores tell of its size."""
+    share = len(found[0]) / len(found)
+    for split in SPLITS:
+        counts = [list(splits.values()).count(split) for splits in found]
+        if max(counts) > 2 * min(counts) and max(counts) - min(counts) > share / 2:
+            return (f"warning: the folds are very unequal, with {min(counts)} to {max(counts)} {split} records: a "
+                    "patient with many records stays in one split; fewer --folds even it out, or fewer of its records")
+    return None
 
 
 def main() -> None:
@@ -129,6 +142,8 @@ def main() -> None:
         counts = Counter(splits.values())
         print(f"{arguments.out / f'fold{number}' / 'annotation.json'}: "
               + ", ".join(f"{split} {counts[split]}" for split in SPLITS))
+    if line := unequal_line(found):
+        print(line, file=sys.stderr)
 
 
 def _write(path: Path, records: Sequence[dict], splits: dict[str, str]) -> None:

@@ -41,7 +41,14 @@ def main() -> None:
 
     from modules.annotations import read_annotation
     from modules.synthetic.anatomy import PHANTOM
-    from modules.synthetic.dataset import SIGNATURE, draw_images, plan_studies, prepare_folder, write_tables
+    from modules.synthetic.dataset import (
+        SIGNATURE,
+        draw_images,
+        plan_studies,
+        prepare_folder,
+        require_splits,
+        write_tables,
+    )
     from modules.synthetic.findings_csv import check_id, describe_format
     from modules.synthetic.phantom import phantom_findings, read_coding
 
@@ -53,6 +60,7 @@ def main() -> None:
     findings = {study.id: phantom_findings(coding.get(study.id, ()), study.report) for study in given}
     reports = {study.id: (study.report, study.split) for study in given}
     studies = plan_studies(seed=arguments.seed, findings=findings, reports=reports)
+    require_splits(studies, f"--annotation {arguments.annotation}")
     prepare_folder(arguments.out)
     drawn = draw_images(arguments.out, studies, seed=arguments.seed, size=arguments.size, workers=arguments.workers,
                         variation=PHANTOM)

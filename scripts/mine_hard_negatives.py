@@ -95,6 +95,8 @@ def embed(arguments: argparse.Namespace, texts: list[str], device: str) -> tuple
     if arguments.text_encoder in ENCODERS:
         encoder = ENCODERS[arguments.text_encoder](arguments.seed)
         return encoder.encode(texts, progress=distributed.is_first()), encoder.describe()
+    if arguments.text_encoder == "tfidf" and arguments.pooling != "mean" and distributed.is_first():
+        print(f"note: --pooling {arguments.pooling} does nothing with --text_encoder tfidf, which has no tokens")
     with distributed.first_goes_ahead():
         encoder = build_text_encoder(arguments.text_encoder, pooling=arguments.pooling,
                                      max_length=arguments.max_length, device=device, batch_size=arguments.batch_size)

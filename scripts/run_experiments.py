@@ -65,16 +65,17 @@ def run_table(arguments: argparse.Namespace, table: Table, datasets: dict[str, D
         return plan(table, datasets, out, overrides=shlex.split(arguments.overrides),
                     text_encoder=arguments.text_encoder, models=models)
 
+    from scripts.experiment_tables import check_columns, gather, write
+
+    check_columns(table, runs := make_plan())
     if arguments.dry_run:
-        print(states(make_plan(), {}))
+        print(states(runs, {}))
         return 0
     with locked(out) as lock:
         failed: dict[str, str] = {}
         if not arguments.table_only:
             failed = run_missing(arguments, make_plan, datasets, lock)
         runs = make_plan()
-        from scripts.experiment_tables import gather, write
-
         print(states(runs, dict.fromkeys(failed, "failed")))
         paths = write(gather(table, datasets, runs, failed), out)
     print(paths[0].read_text(encoding="utf-8"))
@@ -145,7 +146,10 @@ def main() -> int:
         if name not in known and name not in [row.name for row in table.rows]:
             raise InputError(f"--rows {name}: the table has {', '.join(known)}")
     default = Path("results") / "_".join(filter(None, (table.name, arguments.dataset)))
-    return run_table(arguments, table, read_datasets(arguments.datasets), arguments.out or default)
+    out = arguments.out or default
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; name a folder")
+    return run_table(arguments, table, read_datasets(arguments.datasets), out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 from modules.bpe_tokenizer import tokenizer_from_state
 from modules.checkpoint import FORMAT, load_checkpoint
 from modules.distributed import is_first
-from modules.flags import resolve_config
+from modules.flags import idle_in_tests, resolve_config
 from modules.records import private_folder
 from modules.run_log import start_log
 from modules.shortages import explained
@@ -34,7 +34,7 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     folder = private_folder(config.save_dir)
     private_folder(config.record_dir)  # rather now than after hours of work
     log = start_log(folder / "test.log")
-    for line in ignored:
+    for line in filter(None, (*ignored, idle_in_tests(given))):
         log.info("%s", line)
     device = compose.prepare_device(config)
     config = compose.with_precision(config, device)

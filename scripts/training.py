@@ -29,6 +29,7 @@ from modules.tokenizers import Tokenizer, clean_report
 from modules.trainer import Trainer
 from scripts import compose, resuming, starting
 from scripts.epoch_files import epoch_writer
+from scripts.hard_negatives import asks_for_ithn, idle_line
 from scripts.results import test_and_write
 from scripts.scoring import Scoring
 
@@ -55,7 +56,7 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], stop: Stop | 
         _begin(given, ignored, folder, source)
         try:
             with explained(NEED_LESS_MEMORY):
-                _train_and_test(config, source, start, folder, stop)
+                _train_and_test(config, source, start, folder, stop, frozenset(given))
         except Stopped as stopped:
             logger.info("ended by %s; go on with --resume auto --save_dir %s", stopped.name, folder.path)
             raise
@@ -83,11 +84,16 @@ def _begin(given: Mapping[str, Any], ignored: Sequence[str], folder: CheckpointF
 
 
 def _train_and_test(config: Config, source: resuming.Source | None, start: starting.Start | None,
-                    folder: CheckpointFolder, stop: Stop) -> None:
+                    folder: CheckpointFolder, stop: Stop, given: frozenset[str]) -> None:
+    """``given`` are the names of the flags that were given."""
     device = compose.prepare_device(config)
     config = compose.with_precision(config, device)
     brought = source or start
-    data = compose.read_data(config, tokenizer=brought and brought.tokenizer)
+    # A run that goes on keeps what it began as, whatever its command line repeats.
+    data = compose.read_data(config, tokenizer=brought and brought.tokenizer,
+                             asked_for_ithn=source is None and asks_for_ithn(given))
+    if data.strategy == "off" and (line := idle_line(given)):
+        logger.warning("%s", line)
     objective = compose.build_objective(config, data, device, pretrained=brought is None,
                                         kind=starting.objective_kind(config))
     if start is not None:

@@ -24,6 +24,7 @@ HANDED_IN = {"modules.objective", "modules.datasets", "modules.metrics", "module
 LIGHT = ("modules.errors", "modules.config", "modules.flags", "modules.annotations", "modules.tokenizers",
          "modules.environment")
 HEAVY_PACKAGES = {"torch", "torchvision", "timm", "transformers", "sklearn", "scipy", "pandas", "matplotlib"}
+OURS = {"modules", "models", "scripts", "benchmarks", "tests"}
 BAGS = {"args", "opt", "opts", "cfg", "namespace"}
 MAX_FILE, MAX_TEST_FILE, MAX_FUNCTION = 300, 400, 60
 
@@ -134,16 +135,17 @@ def test_no_import_cycles():
         pytest.fail("cycle: " + " <- ".join(error.args[1]))
 
 
-def heavy_at_import(name: str, seen: set[str] | None = None) -> set[str]:
-    """Heavy packages that importing our module ``name`` brings in, directly or through others of ours."""
+def packages_at_import(name: str, seen: set[str] | None = None) -> dict[str, str]:
+    """Packages that importing our module ``name`` brings in, directly or through others of ours, and by which."""
     seen = set() if seen is None else seen
     seen.add(name)
-    found = set()
+    found = {}
     for imported in imports_of(SOURCES[name], inside_functions=False):
-        if imported.split(".")[0] in HEAVY_PACKAGES:
-            found.add(f"{imported} (in {name})")
-        elif imported in SOURCES and imported not in seen:
-            found |= heavy_at_import(imported, seen)
+        package = imported.split(".")[0]
+        if imported in SOURCES:
+            found |= packages_at_import(imported, seen) if imported not in seen else {}
+        elif package not in sys.stdlib_module_names and package not in OURS:
+            found[package] = name
     return found
 
 
@@ -151,8 +153,16 @@ def test_light_modules_and_help_need_no_torch():
     starting = [name for name, source in PRODUCT.items() if source.is_entry_point and source.room != "benchmarks"]
     missing = [name for name in LIGHT if name not in SOURCES]
     assert not missing
-    slow = {name: heavy for name in (*LIGHT, *starting) if (heavy := heavy_at_import(name))}
+    slow = {name: heavy for name in (*LIGHT, *starting)
+            if (heavy := HEAVY_PACKAGES & packages_at_import(name).keys())}
     assert not slow, "import these inside the functions that need them: " + repr(slow)
+
+
+def test_entry_points_start_without_any_package():
+    """Where the environment was not activated, run_entry_point says so: it has to be reached."""
+    needing = {name: found for name, source in PRODUCT.items() if source.is_entry_point
+               and (found := packages_at_import(name))}
+    assert not needing, "import these inside the functions that need them: " + repr(needing)
 
 
 def size_offences(source: Source) -> list[str]:

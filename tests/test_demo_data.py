@@ -196,6 +196,20 @@ def test_given_reports_replace_the_grammars(demo, tmp_path):
     assert refused.returncode == 2 and "'stranger' is not in --findings" in refused.stderr
 
 
+@pytest.mark.parametrize(("ids", "reports", "problem"), [
+    ((), "", "its columns are none; expected id and finding"),
+    (("id,finding", "a,No Finding", "b,No Finding"), "", "findings.csv: split val would be empty, of 2 studies"),
+    (("id,finding", "a,Edema", "b,Edema", "c,Edema"), "id,report,split\na,x,train\nb,x,train\nc,x,train\n",
+     "reports.csv: split val would be empty, of 3 studies")])
+def test_what_could_not_be_trained_on_is_not_drawn(tmp_path, ids, reports, problem):
+    (tmp_path / "findings.csv").write_text("".join(f"{line}\n" for line in ids))
+    (tmp_path / "reports.csv").write_text(reports)
+    refused = run("--findings", tmp_path / "findings.csv", "--out", tmp_path / "out",
+                  *(["--reports", tmp_path / "reports.csv"] if reports else []))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and problem in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
 # ---- drawings
 
 @cache

@@ -75,11 +75,12 @@ def _check_nothing_private(folder, demo):
 
 
 def _check_test_repeats(folder, results, tmp_path):
-    """--load alone repeats the scores, also from a folder that was moved."""
+    """--load repeats the scores, also from a folder that was moved and with flags of training, which are named."""
     moved = tmp_path / "moved"
     folder.rename(moved)
     (moved / "results.json").unlink()
-    main_test("--load", moved / "model_best.pth")
+    main_test("--load", moved / "model_best.pth", "--lr_ve", 1e-4, "--num_train_epochs", 9, "--bos_idx", 0)
+    assert "ignored by main_test.py: --epochs, --lr_ve\n" in (moved / "test.log").read_text()
     again = json.loads((moved / "results.json").read_text())
     assert again["test"] == results["test"] and again["best_epoch"] == results["best_epoch"]
     main_test("--load", moved / "model_best.pth")
@@ -148,9 +149,15 @@ def test_one_of_several_answers_is_kept(train, flags):
 
 
 def test_plain_backbone_needs_no_negatives(train):
-    folder = train()
+    folder = train("--alpha", 0.5, "--ce_weight", 1)
     assert load_checkpoint(folder / "model_best.pth")["strategy"] == "off"
     assert "train_contrastive" not in json.loads((folder / "history.json").read_text())[0]
+    log = (folder / "train.log").read_text()
+    assert "ignored, because ITHN is off: --alpha, --embedding_dim\n" in log
+    # What a run began as is not asked again where it goes on.
+    train("--resume", "auto", "--strategy", "ithn", "--epochs", 2)
+    assert load_checkpoint(folder / "current_checkpoint.pth")["strategy"] == "off"
+    assert (folder / "train.log").read_text().count("ITHN is off") == 2
 
 
 def test_the_contrastive_strategy_needs_no_negatives(train):
@@ -225,6 +232,8 @@ def test_a_replaced_test_image_is_counted_and_not_shown(train, demo, tmp_path):
 @pytest.mark.parametrize(("flags", "part"), [
     (["--ithn", "on"], "needs hard negatives"),
     (["--strategy", "prior"], "--strategy prior needs hard negatives"),
+    (["--strategy", "ithn"], "--strategy ithn needs hard negatives"),  # the default, typed out
+    (["--ithn_variant", "paper"], "--strategy ithn needs hard negatives"),
     (["--ithn_variant", "released"], "needs hard negatives"),
     (["--negative_index", "nowhere.safetensors"], "nowhere.safetensors"),
     (["--cmm_dim", "32"], "--cmm_dim 32: must equal d_model 16"),

@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 
+from modules.errors import InputError
 from modules.report_statistics import ReportStatistics, save_statistics
 from modules.tables import Cell, ScoreTable, TableRow
 from scripts.experiment_files import choose, read_datasets, read_table
 from scripts.experiment_plan import UNAVAILABLE, plan
-from scripts.experiment_tables import gather, write
+from scripts.experiment_tables import check_columns, gather, write
 from tests.experiment_support import MODELS, by_name, finish, planned, write_files
 
 
@@ -142,6 +143,25 @@ def test_a_fold_that_cannot_be_joined_leaves_its_seed_out(folded, changed, part)
     assert base.source == "2 seeds" and ithn.source == "1 of 2 seeds (4 of 4 runs)"
     assert ithn.cells["BLEU_4"].mean == pytest.approx(mean + 0.202) and ithn.cells["BLEU_4"].p < 0.01
     assert any(note.startswith("ithn: seed 1 is left out: ") and part in note for note in table.notes)
+
+
+def test_a_column_that_no_score_has_is_refused(tmp_path):
+    files = write_files(tmp_path)
+    content = "name,flags,{}\nbase,--ithn off,\n"
+    for key in ("BLEU_4_full", "CIDEr_truncated", "METEOR_reference_labels_full", "nll", "diversity", "repetition_4",
+                "ce_chexbert_f1_micro_14_uncertain_negative_full", "BERTScore_f1", "RadGraph_F1_partial", "ours"):
+        (files / "rows.csv").write_text(content.format(key))
+        runs = planned(files)
+        for run in runs if key == "ours" else ():  # of a score that somebody has added
+            finish(run)
+            results = json.loads((run.folder / "results.json").read_text())
+            results["test"]["model"]["ours"] = 1.0
+            (run.folder / "results.json").write_text(json.dumps(results))
+        check_columns(read_table(files / "rows.csv"), planned(files))
+    for key, part in (("CIDErr", "did you mean CIDEr"), ("F", "a name of results.json")):
+        (files / "rows.csv").write_text(content.format(key))
+        with pytest.raises(InputError, match=f"no score is called '{key}'.*{part}"):
+            check_columns(read_table(files / "rows.csv"), planned(files))
 
 
 def test_columns_that_folds_cannot_have_together_are_named(folded):

@@ -1,5 +1,6 @@
 """The command line: people's scripts go on working, types are honest, mistakes get one line."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 
 from modules.config import Config
 from modules.errors import InputError
-from modules.flags import parse_flags, resolve_config
+from modules.flags import OF_TRAINING, idle_in_tests, parse_flags, resolve_config
 from modules.presets import BACKBONES, preset
 
 # The flags of R2GenCMN's published IU X-Ray command line.
@@ -48,6 +49,13 @@ def test_flags_without_effect_are_accepted_and_named():
     given, ignored = parse_flags(["--bos_idx", "0", "--d_vf", "2048", "--lr_ve", "1e-3"], "main_train.py", "")
     assert given == {"lr_ve": 1e-3}
     assert len(ignored) == 2 and "--d_vf" in ignored[1] and "inferred" in ignored[1]
+
+
+def test_flags_that_a_test_leaves_alone_are_named_together():
+    given, _ = parse_flags(["--load", "m.pth", "--lr", "1e-3", "--resume", "auto", "--beam_size", "5"], "x", "")
+    assert idle_in_tests(given) == "ignored by main_test.py: --lr_ed, --resume"
+    assert idle_in_tests({"load": "m.pth", "guidance": 0.5, "device": "cpu"}) is None
+    assert {item.name for item in dataclasses.fields(Config)} >= OF_TRAINING
 
 
 def test_names_of_visualgpt_are_translated():

@@ -127,6 +127,25 @@ def test_an_interrupted_one_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_very_unequal_folds_are_told(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "a.json", 10)
+    content = json.loads(path.read_text())
+    folded(monkeypatch, path, tmp_path / "even", "--folds", "3")
+    assert not capsys.readouterr().err
+    for own in content.values():
+        for record in own:
+            record["subject_id"] = f"p{max(record['kept'] - 7, 0)}"  # p0 has eight of the ten records
+    path.write_text(json.dumps(content))
+    folded(monkeypatch, path, tmp_path / "out", "--folds", "3")
+    line = capsys.readouterr().err
+    assert line.startswith("warning: the folds are very unequal, with 1 to 8 train records") and line.count("\n") == 1
+
+
+def test_an_annotation_without_records_is_named(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="a.json: holds no records"):
+        folded(monkeypatch, write(tmp_path / "a.json", 0), tmp_path / "out")
+
+
 @pytest.mark.parametrize(("flags", "fields", "part"), [
     (["--folds", "1"], {}, "--folds 1: must be at least 2"),
     (["--folds", "2", "--val_share", "0.5"], {}, "--val_share 0.5: .* below 0.5 with --folds 2"),

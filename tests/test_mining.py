@@ -165,6 +165,13 @@ def test_script_excludes_identical_cleaned_text(mine, capsys):
     assert "Small left effusion." in printed
 
 
+def test_script_says_that_nothing_is_pooled(mine, capsys):
+    mine(REPORTS, "--top_k", 1)
+    assert "--pooling" not in capsys.readouterr().out
+    mine(REPORTS, "--top_k", 1, "--pooling", "first")
+    assert "--pooling first does nothing with --text_encoder tfidf" in capsys.readouterr().out
+
+
 def test_script_restores_the_literal_rule(mine):
     index, _ = mine(REPORTS, "--top_k", 1, "--include_identical_text", "--include_same_study", "true")
     assert index.neighbours[:2, 0].tolist() == [1, 0]

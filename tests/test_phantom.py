@@ -141,6 +141,11 @@ def test_the_benchmark_keeps_reports_and_splits_and_repeats_itself(tmp_path):
 
     coding = ("--coding", str(tmp_path / "coding.csv"))
     first = make("a", *coding, "--workers", "1")
+    (tmp_path / "empty.json").write_text('{"train": [], "val": [], "test": []}')
+    refused = subprocess.run([sys.executable, "scripts/make_phantom.py", "--annotation", tmp_path / "empty.json",
+                              "--out", tmp_path / "none"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "empty.json: split train would be empty" in refused.stderr
+    assert not (tmp_path / "none").exists()
     assert make("b", *coding, "--workers", "2") == first and len(first) == 4 + 6
     assert make("c", *coding, "--seed", "1") != first
     drawn = read_annotation(tmp_path / "a" / "annotation.json")

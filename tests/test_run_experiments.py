@@ -30,7 +30,7 @@ from scripts.experiment_plan import (
     changed_line,
     plan,
 )
-from tests.experiment_support import MODELS, by_name, finish, planned, write_files
+from tests.experiment_support import CSV, MODELS, by_name, finish, planned, write_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -288,6 +288,20 @@ run_experiments.run_entry_point(run_experiments.main)
     assert process.communicate(timeout=60)[0] == b"" and process.returncode == 130
     with experiment_runs.locked(files / "other"):  # nobody holds it any more
         assert not list((files / "other").glob("*/*/results.json"))
+
+
+@pytest.mark.parametrize(("more", "part"), [(["--out", "rows.csv"], "--out rows.csv: is a file; name a folder"),
+                                            ([], "no score is called 'BLEU4'")])
+def test_a_dry_run_finds_what_a_run_would_end_at(files, monkeypatch, more, part):
+    if not more:
+        (files / "rows.csv").write_text(CSV.replace("BLEU_4", "BLEU4"))
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(run_experiments.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(run_experiments, "available_models", lambda: MODELS)
+    monkeypatch.setattr(sys, "argv", ["run_experiments.py", "rows.csv", "--datasets", "datasets.json", "--dataset",
+                                      "tiny", "--dry_run", *more])
+    with pytest.raises(InputError, match=part):
+        run_experiments.main()
 
 
 def test_every_flag_that_is_not_compared_exists():

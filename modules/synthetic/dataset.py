@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -64,6 +65,15 @@ def plan_studies(
         report = report or write_report(completed, _generator(seed, index, _REPORT))
         studies.append(SyntheticStudy(index, study_id, completed, report, split or splits[index]))
     return studies
+
+
+def require_splits(studies: Iterable[SyntheticStudy], where: str) -> None:
+    """InputError where a split would be empty: no training could read the data set. ``where``: what it comes from."""
+    counts = Counter(study.split for study in studies)
+    for split in SPLITS:
+        if not counts[split]:
+            raise InputError(f"{where}: split {split} would be empty, of {counts.total()} studies; give at least one "
+                             f"for each of {', '.join(SPLITS)}")
 
 
 def _generator(*key: int) -> np.random.Generator:

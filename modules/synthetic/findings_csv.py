@@ -41,11 +41,11 @@ def read_findings(path: str | Path) -> dict[str, tuple[Finding, ...]]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             rows = [(reader.line_num, row) for row in reader]
+            columns = reader.fieldnames or []  # of a file without a line it is read here, not before
     except OSError as error:
         raise InputError(f"--findings {path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--findings {path}: not a UTF-8 CSV file ({error})") from None
-    columns = reader.fieldnames or []
     unknown = [name for name in columns if name not in COLUMNS]
     if unknown or "id" not in columns or "finding" not in columns:
         raise InputError(
