@@ -69,6 +69,8 @@ def main() -> None:
         rows.append([row[index] for index in kept] + cells)
     write_table(arguments.out, [table.columns[index] for index in kept] + list(CLASSES), rows)
     write_origin(arguments)
+    by = "CheXbert" if arguments.chexbert_path else "rules"
+    print(f"wrote {arguments.out}: {len(rows):,} reports, labelled by {by}")
 
 
 def write_origin(arguments: argparse.Namespace) -> None:
