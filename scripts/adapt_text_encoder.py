@@ -27,6 +27,7 @@ from modules.annotations import Annotation, read_annotation
 from modules.captions import split_captions
 from modules.config import DATASETS
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 from modules.hub import respelled
 from modules.records import new_folder, require_empty, write_results
 from modules.tokenizers import clean_report
@@ -41,7 +42,7 @@ WITHOUT_WEIGHTS = ("tfidf", "labels", "random")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--ann_path", default="data/iu_xray/annotation.json", metavar="FILE", help="default %(default)s")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to make, readable by you alone")
