@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 
 if TYPE_CHECKING:
     from benchmarks.fault_trials import Trial
@@ -40,7 +41,7 @@ TITLES = {"kills": "kill -9 at a random instant", "kills_in_writes": "kill -9 in
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, metavar="X",
                         help="part of the whole campaign's trials, at least one of each (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=NUMBERS, metavar="FAULT",

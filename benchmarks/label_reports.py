@@ -9,7 +9,6 @@ taken out before the fold is labelled. What remains optimistic: the wording of t
 text needs.
 """
 
-import argparse
 import random
 import re
 import sys
@@ -23,6 +22,7 @@ from modules import clinical_rules
 from modules.clinical import CLASSES, RuleLabeler, split_sentences
 from modules.clinical_files import parse_labels, read_table, report_column
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 
 Labels = list[int | None]  # 14, in the order of CLASSES
 Place = tuple[str, str | int | None, int, int]  # table, entry of it, start and end of an alternative in its pattern
@@ -159,7 +159,7 @@ def cross_validate(reports: list[str], truth: list[Labels], folds: int, seed: in
 
 def main() -> None:
     """Compare, time, and cross-validate if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("labelled", metavar="LABELLED.csv", help="reports and their labels")
     parser.add_argument("--column", help="the column with the reports (default: report, reports or findings)")
     parser.add_argument("--folds", type=int, default=0, help="cross-validate with so many folds (default: not at all)")

@@ -12,13 +12,14 @@ from typing import Any
 
 from modules.environment import choose_device, provenance
 from modules.errors import InputError
+from modules.flags import Parser
 
 PRODUCT_SIDE = 2048
 
 
 def parser_of(description: str, *, rounds: int) -> argparse.ArgumentParser:
     """A parser with the flags that every benchmark has; ``description`` is its page of help."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     add = parser.add_argument
     add("--rounds", type=int, default=rounds, help="counted runs, after one that is not; default %(default)s")
     add("--threads", type=int, help="of torch; default: all")

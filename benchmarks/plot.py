@@ -13,6 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 
 # File, size on the x axis, title, x label; the y axis is in seconds.
 PANELS = (
@@ -28,7 +29,7 @@ PANELS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="with the JSON files; growth.png is written into it")
     return parser
 

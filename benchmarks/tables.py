@@ -15,13 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.reference_figures import PRODUCT_FLOPS, SECONDS, TRAINING_PEAK_MIB
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 
 MIMIC_IMAGES = 270_790  # of R2Gen's training split, one image a sample
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="with the JSON files; tables.md is written into it")
     return parser
 

@@ -135,7 +135,8 @@ class Config:
                          choices=("ithn", "mochi", "prior", "unconstrained", "contrastive"))
     ithn_variant: str = flag("paper", "ITHN", "the paper's equations, or the released code's departures from them",
                              choices=("paper", "released"))
-    alpha: float = flag(0.01, "ITHN", "hardness is 1 - exp(-alpha * epoch)", low=0.0)
+    alpha: float = flag(0.01, "ITHN", "hardness is 1 - exp(-alpha * (epoch - 1)), epochs counted from "
+                        "1; released: 1 - exp(-alpha * epoch)", low=0.0)
     num_neighbours: int = flag(5, "ITHN", "neighbours that --strategy mochi draws from", low=1)
     embedding_dim: int = flag(512, "ITHN", "width of the joint embedding", low=1)
     ce_weight: float | None = flag(None, "ITHN", "weight of the cross entropy; default 1 (released: 0.7)", low=0.0)

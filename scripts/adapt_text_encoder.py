@@ -27,6 +27,8 @@ from modules.annotations import Annotation, read_annotation
 from modules.captions import split_captions
 from modules.config import DATASETS
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
+from modules.hub import respelled
 from modules.records import new_folder, require_empty, write_results
 from modules.tokenizers import clean_report
 
@@ -40,7 +42,7 @@ WITHOUT_WEIGHTS = ("tfidf", "labels", "random")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--ann_path", default="data/iu_xray/annotation.json", metavar="FILE", help="default %(default)s")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to make, readable by you alone")
@@ -71,7 +73,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--lr {arguments.lr}: must be a finite number above 0")
     if not 0 < arguments.mask_share < 1:
         raise InputError(f"--mask_share {arguments.mask_share}: must lie between 0 and 1")
-    if arguments.text_encoder in WITHOUT_WEIGHTS:
+    if respelled(arguments.text_encoder) in WITHOUT_WEIGHTS and not Path(arguments.text_encoder).is_dir():
         raise InputError(f"--text_encoder {arguments.text_encoder}: has no weights that could be adapted")
     require_empty(arguments.out)
     parent = next(folder for folder in arguments.out.resolve().parents if folder.is_dir())

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.clinical_rules import CLASSES
 from modules.config import Config
 from modules.errors import InputError, run_entry_point
-from modules.flags import add_flags, boolean
+from modules.flags import Parser, add_flags, boolean
 
 # Flags that mean what they mean in main_train.py.
 SHARED = ("ann_path", "image_dir", "dataset_name", "visual_extractor", "visual_extractor_pretrained",
@@ -28,7 +28,7 @@ SHARED = ("ann_path", "image_dir", "dataset_name", "visual_extractor", "visual_e
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_flags(parser, SHARED, defaults=True)
     add("--label_path", required=True, metavar="FILE", help=Config.__dataclass_fields__["label_path"].metadata["help"])

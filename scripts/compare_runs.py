@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 from modules.score_names import FULL
 from scripts.experiment_plan import NOT_DECIDING, read_json
 
@@ -42,7 +43,7 @@ class Folder:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("first", type=Path, metavar="A", help="results folder, the baseline")
     add("second", type=Path, metavar="B", help="results folder of the other run on the same test reports")

@@ -5,7 +5,6 @@ CheXbert's, R2Gen's res_labeled.csv and gts_labeled.csv, scripts/label_reports.p
 of reports are labelled with our rules first, and the scores are then called ce_rule_*.
 """
 
-import argparse
 import re
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.clinical_files import Table, class_columns, parse_labels, read_table, report_column
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 from modules.records import write_results
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Read both files, score them, print the tables and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--gts", required=True, metavar="CSV", help="the references: reports or labels")
     parser.add_argument("--res", required=True, metavar="CSV", help="the generated reports or their labels")
     parser.add_argument("--labeler", metavar="NAME", help="who made the labels of labelled files, e.g. chexbert")

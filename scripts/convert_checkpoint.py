@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.config import Config
 from modules.environment import check_python, provenance
 from modules.errors import InputError, run_entry_point
-from modules.flags import add_flags, resolve_config
+from modules.flags import Parser, add_flags, resolve_config
 from modules.presets import BACKBONES
 from scripts.study_arguments import given_flags
 
@@ -30,7 +30,7 @@ FLAGS = tuple(item.name for item in dataclasses.fields(Config) if item.metadata[
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("source", metavar="IN.pth", help="the checkpoint to read")
     parser.add_argument("--to", required=True, choices=("ours", "published", "released_ithn"), help="what to write")
     parser.add_argument("--out", required=True, type=Path, metavar="OUT.pth", help="a new file")

@@ -15,11 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules import health
 from modules.errors import run_entry_point
+from modules.flags import Parser
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--text_encoder", default="zzxslp/RadBERT-RoBERTa-4m", metavar="NAME",
                         help="the encoder that mining will use: hub id, folder or tfidf (default %(default)s)")
     parser.add_argument("--visual_extractor", default="resnet101", metavar="NAME",

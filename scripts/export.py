@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.environment import check_python
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 
 MODEL = "model"  # its scores' name in results.json
 SCORES = ("BLEU_1", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
@@ -29,7 +30,7 @@ SCORES = ("BLEU_1", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("source", type=Path, metavar="PATH", help="a checkpoint of main_train.py, or such a folder")
     written = parser.add_mutually_exclusive_group(required=True)
     written.add_argument("--out", type=Path, metavar="PATH", help="the new folder, or the new .pth file")

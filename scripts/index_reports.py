@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.annotations import read_annotation
 from modules.environment import check_python
 from modules.errors import run_entry_point
-from modules.flags import add_flags
+from modules.flags import Parser, add_flags
 from scripts.study_arguments import add_batch_size, given_flags
 
 RUNNING = ("device", "n_gpu", "precision")
@@ -23,7 +23,7 @@ RUNNING = ("device", "n_gpu", "precision")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--load", required=True, metavar="PTH", help="the checkpoint that will write the reports")
     parser.add_argument("--ann_path", required=True, metavar="JSON", help="the annotation with the training split")
     parser.add_argument("--image_dir", required=True, metavar="FOLDER", help="where its image paths start")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.environment import check_python
 from modules.errors import run_entry_point
-from modules.flags import add_flags
+from modules.flags import Parser, add_flags
 from scripts.study_arguments import checkpoint_name, given_flags, require_checkpoint
 
 OVERRIDES = ("ann_path", "image_dir", "negative_index", "label_path", "label_columns", "feature_cache", "shards",
@@ -26,7 +26,7 @@ GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--load", required=True, nargs="+", metavar="PTH", help="checkpoints of one run at several epochs")
     add("--out", required=True, metavar="FOLDER", help="for negatives.json, negatives.md and negatives.png")

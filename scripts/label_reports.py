@@ -15,6 +15,7 @@ from modules.annotations import read_annotation
 from modules.clinical import CLASSES, label_report, with_parents
 from modules.clinical_files import Table, class_columns, read_table, report_column, write_table
 from modules.errors import run_entry_point
+from modules.flags import Parser
 
 
 def read_reports(path: str) -> Table:
@@ -42,7 +43,7 @@ def label_all(reports: list[str], chexbert_path: str | None, encoder: str) -> li
 
 def main() -> None:
     """Read the reports, label them, write the labelled table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("input", metavar="IN.csv",
                         help="a CSV file with a column report or findings, or an annotation.json")
     parser.add_argument("--out", required=True, metavar="OUT.csv", help="the labelled CSV file to write")
@@ -69,6 +70,8 @@ def main() -> None:
         rows.append([row[index] for index in kept] + cells)
     write_table(arguments.out, [table.columns[index] for index in kept] + list(CLASSES), rows)
     write_origin(arguments)
+    by = "CheXbert" if arguments.chexbert_path else "rules"
+    print(f"wrote {arguments.out}: {len(rows):,} reports, labelled by {by}")
 
 
 def write_origin(arguments: argparse.Namespace) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 from scripts.drawing_arguments import add_drawing_arguments, check_drawing
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_drawing_arguments(parser)
     parser.add_argument("--studies", type=int, metavar="N", help="number of studies to sample (default 600)")
     parser.add_argument("--normal_fraction", type=float, metavar="P",

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.annotations import SPLITS, Annotation, Study, read_annotation
 from modules.environment import check_python
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 from modules.records import new_folder, require_empty, write_private, write_results
 
 RECORD = "folds.json"
@@ -27,7 +28,7 @@ RECORD = "folds.json"
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--ann_path", required=True, metavar="JSON",
         help="the annotation; its present splits are taken together, in the file's order")

@@ -18,12 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.errors import run_entry_point
+from modules.flags import Parser
 from scripts.drawing_arguments import add_drawing_arguments, check_drawing
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--annotation", type=Path, required=True, metavar="FILE",
                         help="annotation.json with the reports and their splits, such as R2Gen's of IU X-Ray")
     parser.add_argument("--coding", type=Path, metavar="PATH",

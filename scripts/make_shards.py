@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.annotations import Annotation, read_annotation
 from modules.environment import check_python
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--ann_path", required=True, metavar="JSON", help="the annotation")
     parser.add_argument("--image_dir", required=True, metavar="FOLDER", help="where its image paths start")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new or empty folder for the shards")

@@ -25,7 +25,7 @@ from modules.annotations import Annotation, read_annotation
 from modules.captions import split_captions
 from modules.config import DATASETS
 from modules.errors import InputError, one_line, run_entry_point
-from modules.flags import boolean
+from modules.flags import Parser, boolean
 from modules.launch import launched, process_device, start_processes
 from modules.records import private_folder
 from modules.tokenizers import clean_report
@@ -38,7 +38,7 @@ ALIKE = 0.999
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--ann_path", default="data/iu_xray/annotation.json", metavar="FILE", help="default %(default)s")
     add("--out", required=True, type=Path, metavar="FILE", help="index to write (.safetensors), readable by you alone")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.environment import check_python
 from modules.errors import InputError, run_entry_point
-from modules.flags import add_flags
+from modules.flags import Parser, add_flags
 from modules.study_files import find_studies
 from scripts.predict import DECODING
 from scripts.study_arguments import add_study_arguments, checkpoint_name, given_flags, require_checkpoint
@@ -24,7 +24,7 @@ from scripts.study_arguments import add_study_arguments, checkpoint_name, given_
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_study_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for the PNG files and attention.html")
     parser.add_argument("--by", choices=("sentence", "word"), default="sentence",

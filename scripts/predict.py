@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.environment import check_python, provenance
 from modules.errors import run_entry_point
-from modules.flags import add_flags
+from modules.flags import Parser, add_flags
 from modules.study_files import find_studies
 from scripts.study_arguments import (
     add_study_arguments,
@@ -39,7 +39,7 @@ DECODING = ("sample_method", "beam_size", "group_size", "diversity_lambda", "tem
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_study_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--csv", metavar="FILE", help="also write a table: id, report, log-probabilities")

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.coco import read_captions, read_karpathy
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 from modules.progress import Bar
 from modules.records import write_private
 
@@ -24,7 +25,7 @@ PUBLISHED = {"train": 113287, "val": 5000, "test": 5000}
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--captions", type=Path, nargs="+", required=True, metavar="JSON",
                         help="COCO's caption files, train and val")
     parser.add_argument("--karpathy", type=Path, required=True, metavar="JSON", help="dataset_coco.json")

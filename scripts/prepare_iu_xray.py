@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.annotations import SPLITS
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 from modules.image_placing import WAYS, Placing, keep_settings
 from modules.openi import OpeniStudy, read_openi
 from modules.records import write_private
@@ -28,7 +29,7 @@ R2GEN = {"train": 2069, "val": 296, "test": 590}
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--reports", type=Path, required=True, metavar="PATH",
                         help="NLMCXR_reports.tgz, a folder of its XML files, or Kaggle's indiana_reports.csv or folder")
     parser.add_argument("--images", type=Path, metavar="PATH",

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.annotations import SPLITS
 from modules.clinical_files import write_table
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 from modules.image_placing import MISSING, WAYS, Placing, keep_settings, place_all
 from modules.mimic_cxr import (
     MimicImage,
@@ -39,7 +40,7 @@ _FRONTAL, _LATERAL = ("PA", "AP"), ("LATERAL", "LL")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--reports", type=Path, required=True, metavar="PATH",
                         help="mimic-cxr-reports.zip, or a folder of reports (files/p10/p10000032/s50414267.txt)")
     parser.add_argument("--tables", type=Path, required=True, metavar="DIR", help="folder of the .csv.gz tables")

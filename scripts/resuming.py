@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from models import MODELS
 from modules import distributed
 from modules.bpe_tokenizer import BpeTokenizer, tokenizer_from_state
 from modules.checkpoint import TESTED, load_checkpoint, require_entries, require_resumable
@@ -29,6 +30,11 @@ KEPT = ("optim", "lr_ve", "lr_ed", "weight_decay", "adam_betas", "adam_eps", "am
         "gamma", "scale_lr", "monitor_metric", "monitor_mode", "contrastive_features")
 # Flags that decide which samples are still to come in an epoch that was begun.
 KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing")
+
+# Flags of backbones that their weights are made for.
+NETWORK = ("d_model", "d_ff", "num_heads", "num_layers", "use_bn", "cmm_size", "cmm_dim", "rm_num_slots",
+           "rm_num_heads", "rm_d_model", "gpt2_layers", "gpt2_positions", "num_cluster", "num_protype",
+           "d_img_ebd", "d_txt_ebd")
 
 
 @dataclass
@@ -78,6 +84,19 @@ def own_settings(content: Mapping[str, Any], path: str) -> dict[str, Any]:
         raise InputError(f"checkpoint {path}: its vocabulary was changed since it was written, so its words would be "
                          "wrong; take another copy")
     return content["config"] | {"save_dir": str(Path(path).parent), "resume": ""}
+
+
+def require_same_network(given: Mapping[str, Any], saved: Mapping[str, Any], path: str) -> None:
+    """InputError for a flag ``given`` that asks for another network than that of a checkpoint's ``saved`` settings."""
+    used = getattr(MODELS.get(saved.get("model_name")), "flags", ())
+    named = ["model_name", *([] if saved.get("detection_features") else ["visual_extractor"]),
+             *(name for name in NETWORK if name in used)]
+    for name in named:
+        if name in given and given[name] != saved.get(name, given[name]):
+            held = {key: saved.get(key) for key in ("model_name", "d_model", name)}
+            raise InputError(f"--{name} {given[name]}: contradicts checkpoint {path}, which holds "
+                             + ", ".join(f"{key} {value}" for key, value in held.items())
+                             + "; leave the flag out, the checkpoint brings its own settings")
 
 
 def own_tokenizer(content: Mapping[str, Any], path: str) -> compose.AnyTokenizer:

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.environment import ROOT
 from modules.errors import InputError, run_entry_point
+from modules.flags import Parser
 from scripts.experiment_files import DataSet, Table, choose, read_datasets, read_table
 from scripts.experiment_plan import CHANGED, CUT, MISSING, RESULTS, UNAVAILABLE, UNTESTED, Run, changed_line, plan
 from scripts.experiment_runs import execute, locked, mine, prepare, put_aside, states
@@ -30,7 +31,7 @@ from scripts.experiment_runs import execute, locked, mine, prepare, put_aside, s
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("table", type=Path, metavar="TABLE", help="table of rows, .json or .csv, such as those in experiments/")
     add("--dataset", default="", metavar="NAME", help="data set for every row, such as demo; default: each row's own")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.environment import check_python
 from modules.errors import InputError, run_entry_point
-from modules.flags import add_flags
+from modules.flags import Parser, add_flags
 from scripts.study_arguments import checkpoint_name, given_flags, require_checkpoint
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ SIMILAR = 3  # training reports shown below
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--load", required=True, metavar="PTH", help="a checkpoint of main_train.py: model_best.pth")
     parser.add_argument("--index", metavar="FILE", help="training reports to show beside, by scripts/index_reports.py")
     parser.add_argument("--port", type=int, default=7860, metavar="INT",

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.environment import check_python
 from modules.errors import InputError, run_entry_point
-from modules.flags import add_flags
+from modules.flags import Parser, add_flags
 from scripts.study_arguments import given_flags, require_checkpoint
 
 OVERRIDES = ("ann_path", "image_dir", "label_path", "label_columns", "feature_cache", "shards", "detection_features",
@@ -28,7 +28,7 @@ HEAD = ("checkpoint", "split", "retrieval in batch", "nearer to the image it was
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--load", required=True, nargs="+", metavar="PTH", help="checkpoints trained with ITHN")
     add_flags(parser.add_argument_group("in place of what the checkpoints were trained with"), OVERRIDES)
     return parser

@@ -15,7 +15,7 @@ from modules.run_log import start_log
 from modules.shortages import explained
 from scripts import compose
 from scripts.results import test_and_write
-from scripts.resuming import own_settings
+from scripts.resuming import own_settings, require_same_network
 from scripts.scoring import Scoring
 from scripts.training import build_tester
 
@@ -31,6 +31,8 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     content = load_checkpoint(path)
     ours = content.get("format") == FORMAT
     config = resolve_config(given, own_settings(content, path) if ours else None)
+    if ours:
+        require_same_network(given, content["config"], path)
     folder = private_folder(config.save_dir)
     private_folder(config.record_dir)  # rather now than after hours of work
     log = start_log(folder / "test.log")

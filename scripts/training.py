@@ -51,6 +51,8 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], stop: Stop | 
         start = None if source else starting.find_start(given, folder)
         config = resolve_config(given, source.settings if source else stage_settings(
             given, start.settings if start else {}))
+        if start is not None:
+            resuming.require_same_network(given, start.settings, start.path)
         starting.require_weights(config, source is not None or start is not None)
         private_folder(config.record_dir)  # rather now than after hours of work
         _begin(given, ignored, folder, source)

@@ -295,7 +295,8 @@ def test_empty_folder_is_taken_and_becomes_private(bases, tmp_path, monkeypatch,
     (("--lr", 0), "--lr 0.0: must be"), (("--lr", "nan"), "--lr nan: must be"), (("--lr", "inf"), "--lr inf: must be"),
     (("--mask_share", 0), "--mask_share 0.0: must lie"), (("--mask_share", 1), "--mask_share 1.0: must lie"),
     (("--device", "tpu"), "--device tpu"), (("--text_encoder", "tfidf"), "tfidf: has no weights that could be adapted"),
-    (("--text_encoder", "./nowhere"), "--text_encoder ./nowhere: no such folder"),
+    (("--text_encoder", "TF-IDF"), "TF-IDF: has no weights that could be adapted"),
+    (("--text_encoder", "./nowhere"), "--text_encoder ./nowhere: no such folder (nor minilm or a hub id"),
     (("--lr", 1e30), "not a finite number; lower --lr"), (("--ann_path", "nowhere.json"), "nowhere.json"),
 ])
 def test_wrong_flags_are_one_line(bases, tmp_path, monkeypatch, capsys, flags, message):

@@ -176,6 +176,7 @@ def test_label_reports_script(tmp_path):
     source.write_text('\ufeffid,Findings,note\n7,"No effusion.\nPossible edema.",a\n8,,b\n', encoding="utf-8")
     done = run_script(source, "--out", target)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == f"wrote {target}: 2 reports, labelled by rules\n"
     with open(target, newline="") as file:
         header, first, second = csv.reader(file)
     assert header == ["id", "Findings", "note", *CLASSES]

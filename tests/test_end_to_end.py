@@ -14,6 +14,7 @@ from modules.checkpoint import load_checkpoint
 from modules.errors import InputError
 from modules.flags import parse_flags
 from modules.report_statistics import load_statistics
+from scripts.resuming import require_same_network
 
 
 def main_test(*argv):
@@ -197,6 +198,19 @@ def test_published_checkpoint_is_tested_with_its_flags(train, demo, tmp_path):
         torch.save({prefix + name: value for name, value in content["state_dict"].items()}, tmp_path / "published.pth")
         with pytest.raises(InputError, match=reason):
             main_test("--load", tmp_path / "published.pth", *flags, "--threshold", 1)
+
+
+@pytest.mark.parametrize(("flags", "part"), [
+    (["--model_name", "xpronet"], "--model_name xpronet: contradicts checkpoint"),
+    (["--d_model", 64, "--cmm_dim", 64], "--d_model 64: contradicts checkpoint"),
+    (["--cmm_size", 8], "--cmm_size 8: contradicts checkpoint")])
+def test_flags_of_another_network_than_the_checkpoints_are_named(train, trained, tmp_path, flags, part):
+    path = trained / "model_best.pth"
+    for start in (main_test, lambda *argv: train(*argv, "--save_dir", tmp_path / "other")):
+        with pytest.raises(InputError, match=f"{part} .*, which holds model_name r2gencmn, d_model 16.*leave the flag"):
+            start("--load", path, *flags)
+    # Flags of another backbone's network do no harm.
+    require_same_network({"rm_d_model": 8, "d_model": 16}, load_checkpoint(path)["config"], str(path))
 
 
 def _break_image(demo, tmp_path, content):

@@ -8,7 +8,7 @@ import pytest
 
 from modules.config import Config
 from modules.errors import InputError
-from modules.flags import OF_TRAINING, idle_in_tests, parse_flags, resolve_config
+from modules.flags import OF_TRAINING, Parser, idle_in_tests, parse_flags, resolve_config
 from modules.presets import BACKBONES, preset
 
 # The flags of R2GenCMN's published IU X-Ray command line.
@@ -110,6 +110,13 @@ def test_a_mistake_exits_with_2_and_one_line():
     done = subprocess.run([sys.executable, "main_train.py", "--lr_ve", "fast"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_flags_are_not_abbreviated():
+    parser = Parser(prog="x.py", description="")
+    parser.add_argument("--label_path")
+    with pytest.raises(InputError, match=r"unrecognized arguments: --label a.csv \(see x.py --help\)"):
+        parser.parse_args(["--label", "a.csv"])
 
 
 def test_a_backbone_brings_its_published_settings_beneath_the_flags_given():

@@ -107,7 +107,9 @@ def test_another_architecture_and_another_vocabulary(trained, used, tmp_path):
     path, content = trained
     for flags, reason in ((["--d_model", 32, "--cmm_dim", 32], "shape"), (["--visual_extractor", "resnet18"], ""),
                           (["--num_layers", 2], "")):
-        assert all(line and "current_checkpoint.pth" in line and reason in line for line in used(path, *flags))
+        resumed, loaded = used(path, *flags)
+        assert resumed and "current_checkpoint.pth" in resumed and reason in resumed
+        assert f"{flags[0]} {flags[1]}: contradicts checkpoint {path}" in loaded
     resumed, loaded = used(path, "--threshold", 1)
     assert "trained with another vocabulary" in resumed and loaded is None  # the checkpoint brings its own
     tokens = content["vocabulary"]["tokens"]

@@ -27,11 +27,17 @@ def test_a_python_without_packages_gets_one_line(command):
     assert done.stderr.startswith(f"error: {sys.executable} has no package ") and "bash setup.sh" in done.stderr
 
 
-def test_help_needs_no_package():
-    for script in sorted((ROOT / "scripts").glob("*.py")):
-        if "run_entry_point(main)" in script.read_text(encoding="utf-8"):
-            done = called_without_packages(script, "--help")
-            assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+SCRIPTS = [script for script in sorted((ROOT / "scripts").glob("*.py"))
+           if "run_entry_point(main)" in script.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_help_and_mistakes_of_the_command_line_need_no_package(script):
+    done = called_without_packages(script, "--help")
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+    done = called_without_packages(script, "--no_such_flag")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.endswith("--help)\n")
 
 
 @pytest.mark.parametrize(("name", "package"), [

@@ -70,7 +70,7 @@ def test_flags_exist(monkeypatch):
     files = [path for room in ("scripts", "benchmarks") for path in sorted((ROOT / room).glob("*.py"))]
     texts = {path: path.read_text(encoding="utf-8") for path in files}
     programs = [path for path, text in texts.items()
-                if re.search(r"ArgumentParser\(|build_parser\(", text) and "def main(" in text]
+                if re.search(r"\bParser\(|build_parser\(", text) and "def main(" in text]
     parsers = (script_parser(path.stem, monkeypatch, path.parent.name) for path in programs)
     for parser in (build_parser("", ""), *parsers):
         known |= {option for action in parser._actions for option in action.option_strings}

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaske
 
 from modules.errors import InputError
 from modules.mining import HardNegativeIndex
-from modules.text_encoders import TfidfEncoder, TransformerEncoder, build_text_encoder
+from modules.text_encoders import TfidfEncoder, TransformerEncoder, build_text_encoder, encoder_folder
 
 WORDS = ["the", "lungs", "are", "clear", "no", "effusion", "heart", "is", "large", "small", "left", "right"]
 TEXTS = ["lungs are clear", "no effusion", "the heart is large the heart is large", "small left effusion", "right",
@@ -260,6 +260,11 @@ def test_names_lead_to_encoders(folder, monkeypatch):
             build(name)
     with pytest.raises(InputError, match="neither a folder nor the id of a hub model"):
         build("not a name")
+    for name in ("tf-idf", "TFIDF", "Tf_Idf"):
+        with pytest.raises(InputError, match=f"--text_encoder {name}: did you mean tfidf"):
+            build(name)
+    with pytest.raises(InputError, match="did you mean minilm"):
+        build("MiniLM")
 
 
 def test_unreachable_hub_says_what_to_do(monkeypatch, tmp_path):
@@ -272,6 +277,9 @@ def test_unreachable_hub_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     with pytest.raises(InputError, match="hf download owner/unknown-model .*--text_encoder tfidf"):
         build("owner/unknown-model")
+    with pytest.raises(InputError, match="hf download owner/unknown-model .*--text_encoder minilm") as error:
+        encoder_folder("owner/unknown-model")  # of a caller that takes no tf-idf
+    assert "tfidf" not in str(error.value)
 
 
 @pytest.mark.parametrize("files, weights", [
