@@ -2,6 +2,10 @@
 # Sets the project up and runs the tests; arguments go to pytest: bash run_tests.sh -m slow, -k mining, -n 0, ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+case "${1:-}" in -h | --help)
+  echo "usage: bash run_tests.sh [arguments of pytest]    (all but the slow tests; -m slow: those; -k NAME: some)"
+  exit 0 ;;
+esac
 bash setup.sh --dev
 
 cores=$(nproc 2>/dev/null || echo 2)

@@ -14,7 +14,8 @@ usage() {
 Usage: bash setup.sh [--dev] [--v100 | --locked]
 
 Makes the virtual environment .venv beside this file and installs requirements.txt into it: about 6 GB on disk.
-A run that finds everything in place changes nothing and takes a second or two.
+A run that finds everything in place changes nothing and takes a second or two. A .venv that is a link is used where it
+works, and neither changed nor deleted.
 
   --dev    also install what the tests need (requirements-dev.txt)
   --v100   apply constraints-v100.txt (the last torch with kernels for compute capability 7.0). Without this flag
@@ -205,6 +206,20 @@ check_java() {
         "results, with this reason; everything else works. Mend it with a java on the PATH"
 }
 
+# A link leads to an environment that other folders may share: it is used as it is, and never changed or deleted.
+use_link() {
+    local missing target else="remove the link (rm .venv) and run this again, which then makes a folder .venv"
+    target=$(readlink "$venv")
+    if ! python_at_least_311 "$venv/bin/python"; then
+        fail ".venv is a link to $target, where no Python of 3.11 or newer works: $else"
+    fi
+    if ! missing=$(missing_packages) || [[ -n $missing ]]; then
+        fail ".venv is a link to $target, which lacks ${missing//$'\n'/ }: install that there, or $else"
+    fi
+    if [[ -n $constraints ]]; then note "the versions there were not held against $(basename "$constraints")"; fi
+    say "using the environment that the link .venv leads to, as it is"
+}
+
 set_up() {
     if [[ ! -w $root ]]; then fail "no permission to write in $root, where .venv is to be"; fi
     if [[ -e $unfinished ]]; then
@@ -266,6 +281,8 @@ if [[ -n $locked ]]; then
     fi
     constraints=$root/requirements-lock.txt
 fi
-if ! is_ready; then set_up; fi
+if ! is_ready; then
+    if [[ -L $venv ]]; then use_link; else set_up; fi
+fi
 check_java
 say "ready: $("$venv/bin/python" -V) in .venv"

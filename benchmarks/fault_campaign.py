@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
+from modules.output_files import Output, check_outputs, is_json
 
 if TYPE_CHECKING:
     from benchmarks.fault_trials import Trial
@@ -56,6 +57,7 @@ def main() -> int:
     arguments = build_parser().parse_args()
     if not 0 < arguments.share <= 1:
         raise InputError(f"--share {arguments.share}: must be above 0 and at most 1")
+    check_outputs([Output("--out", arguments.out, "result of a campaign", is_json("faults", "seed"))])
     import torch
 
     from benchmarks.fault_runs import Bench

@@ -13,6 +13,7 @@ from typing import Any
 from modules.environment import choose_device, provenance
 from modules.errors import InputError
 from modules.flags import Parser
+from modules.output_files import Output, check_outputs, is_json
 
 PRODUCT_SIDE = 2048
 
@@ -33,8 +34,9 @@ def parser_of(description: str, *, rounds: int) -> argparse.ArgumentParser:
 def prepare(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """The device, and what goes with every result: machine, versions, threads, clock, settings.
 
-    InputError for a flag of ``positive`` (or rounds, threads) that is less than 1.
+    InputError for a flag of ``positive`` (or rounds, threads) that is less than 1, and where --out is another file.
     """
+    check_outputs([Output("--out", arguments.out, "result of a benchmark", is_json("benchmark", "settings"))])
     for name in ("rounds", "threads", *positive):
         value = getattr(arguments, name)
         for number in value if isinstance(value, list) else [value]:

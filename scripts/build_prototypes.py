@@ -20,6 +20,7 @@ from modules.clinical_rules import CLASSES
 from modules.config import Config
 from modules.errors import InputError, run_entry_point
 from modules.flags import Parser, add_flags, boolean
+from modules.output_files import Output, check_outputs, is_safetensors
 
 # Flags that mean what they mean in main_train.py.
 SHARED = ("ann_path", "image_dir", "dataset_name", "visual_extractor", "visual_extractor_pretrained",
@@ -111,12 +112,15 @@ def cluster(arguments: argparse.Namespace, sides: list, texts, labels) -> tuple:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """InputError for values out of range."""
+    """InputError for values out of range, and where --out would replace another file than an earlier output."""
     for flag in ("num_protype", "tfidf_width", "max_length"):
         if getattr(arguments, flag) < 1:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
     if arguments.mirrored and arguments.num_protype < 2:
         raise InputError(f"--num_protype {arguments.num_protype}: one cannot be halved; add --mirrored false")
+    names = ("ann_path", "label_path", "visual_extractor_weights", "text_encoder")
+    check_outputs([Output("--out", arguments.out, "file of prototypes of ours", is_safetensors("ithn-prototypes"))],
+                  [(f"--{name}", getattr(arguments, name)) for name in names])
 
 
 def describe(arguments: argparse.Namespace, widths: dict[str, int], short: dict[str, dict]) -> None:

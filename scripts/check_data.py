@@ -22,6 +22,7 @@ from modules.captions import split_captions
 from modules.config import Config
 from modules.errors import InputError, Problem, run_entry_point
 from modules.flags import build_parser, resolve_config, settle_flags
+from modules.output_files import Output, check_outputs, is_json
 from modules.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -253,6 +254,10 @@ def main() -> int:
     given, notes = settle_flags(given)
     config = resolve_config(given)
     print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
+    check_outputs([Output("--json", own["json"], "JSON file of this program",
+                          is_json("problems", "kinds", "statistics"))],
+                  [(f"--{name}", getattr(config, name)) for name in ("ann_path", "negative_index", "label_path",
+                                                                     "init_protypes_path", "detection_features")])
     findings = check(config, own["hash_images"])
     kinds = Counter(problem.kind for problem in findings.problems)
     print(render_statistics(findings.statistics, config.max_seq_length, config.image_size))

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.clinical_files import Table, class_columns, parse_labels, read_table, report_column
 from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
+from modules.output_files import Output, check_outputs, is_json
 from modules.records import write_results
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def main() -> None:
                         help="what an uncertain label counts as in the table of classes (default: %(default)s)")
     parser.add_argument("--out", metavar="JSON", help="where to write all scores and the table of classes")
     arguments = parser.parse_args()
+    check_outputs([Output("--out", arguments.out, "JSON file of this program's scores",
+                          is_json("scores", "classes", "files_sha256"))],
+                  [("--gts", arguments.gts), ("--res", arguments.res)])
 
     from modules.bootstrap import intervals
     from modules.clinical_scores import class_table, clinical_scores

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 CONSOLE = "console.log"
+LOCK = ".lock"
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_SAVE = 30  # for a checkpoint, when this script is stopped
 
@@ -30,7 +31,7 @@ SECONDS_TO_SAVE = 30  # for a checkpoint, when this script is stopped
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[int]:
     """Keep a second runner out of ``out``; the trainings inherit the lock and hold it where this process is killed."""
-    with open(private_folder(out) / ".lock", "w") as file:
+    with open(private_folder(out) / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

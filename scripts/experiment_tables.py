@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 STATISTICS = "statistics.npz"
+FORMS = {"table.md": to_markdown, "table.csv": to_csv, "table.tex": to_latex}
 
 
 class Results:
@@ -135,9 +136,8 @@ def _heads(table: Table) -> list[Row]:
 def write(table: ScoreTable, out: Path) -> list[Path]:
     """Write table.md, table.csv and table.tex into ``out``."""
     paths = []
-    for name, content in (("table.md", to_markdown(table)), ("table.csv", to_csv(table)),
-                          ("table.tex", to_latex(table))):
-        write_private(out / name, content)
+    for name, form in FORMS.items():
+        write_private(out / name, form(table))
         paths.append(out / name)
     return paths
 

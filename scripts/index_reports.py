@@ -16,6 +16,7 @@ from modules.annotations import read_annotation
 from modules.environment import check_python
 from modules.errors import run_entry_point
 from modules.flags import Parser, add_flags
+from modules.output_files import Output, check_outputs, is_safetensors
 from scripts.study_arguments import add_batch_size, given_flags
 
 RUNNING = ("device", "n_gpu", "precision")
@@ -37,6 +38,8 @@ def main() -> None:
     """Pool the features of every training study's images; write them with the reports."""
     check_python()
     arguments = build_parser().parse_args()
+    check_outputs([Output("--out", arguments.out, "index of this program", is_safetensors("ithn-report-index"))],
+                  [("--load", arguments.load), ("--ann_path", arguments.ann_path)])
     studies = read_annotation(arguments.ann_path, required_splits=("train",)).splits["train"]
 
     import numpy as np

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.environment import check_python
 from modules.errors import run_entry_point
 from modules.flags import Parser, add_flags
+from modules.output_files import Output, check_outputs, is_json
 from scripts.study_arguments import checkpoint_name, given_flags, require_checkpoint
 
 OVERRIDES = ("ann_path", "image_dir", "negative_index", "label_path", "label_columns", "feature_cache", "shards",
@@ -54,12 +55,22 @@ def _hardness(text: str) -> float:
     return value
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """InputError where the folder has files of these names that this program did not write."""
+    table = Path(arguments.out) / "negatives.json"  # is written first: without it the others are somebody's own
+    own = {"negatives.json": is_json("epochs", "lambdas"), "negatives.md": lambda _: table.is_file(),
+           "negatives.png": lambda _: table.is_file()}
+    check_outputs(Output("--out", table.with_name(name), "output of this program", recognises)
+                  for name, recognises in own.items())
+
+
 def main() -> None:
     """Embed the training reports with each checkpoint, place the negatives among them, read the words, write."""
     check_python()
     arguments = build_parser().parse_args()
     for path in arguments.load:
         require_checkpoint(path)
+    check(arguments)
 
     from modules.environment import file_sha256, provenance
     from modules.negative_tables import figure, to_markdown

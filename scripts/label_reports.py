@@ -2,10 +2,12 @@
 
 The output has the input's columns, then the classes by name: 1 positive, 0 negative, -1 uncertain, empty unmentioned.
 From an annotation.json the columns are id, split and report: main_train.py --label_path takes the output.
-OUT.provenance.json, beside it, says what it was made from.
+OUT.provenance.json, beside it, says what it was made from. A file that is there is replaced only where this program
+wrote it and it was not changed since.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -14,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.annotations import read_annotation
 from modules.clinical import CLASSES, label_report, with_parents
 from modules.clinical_files import Table, class_columns, read_table, report_column, write_table
-from modules.errors import run_entry_point
+from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
+from modules.output_files import Output, check_outputs, is_json
 
 
 def read_reports(path: str) -> Table:
@@ -54,6 +57,7 @@ def main() -> None:
     parser.add_argument("--chexbert_encoder", default="bert-base-uncased", metavar="FOLDER",
                         help="folder with config.json and vocab.txt of its BERT, or a hub id (default: %(default)s)")
     arguments = parser.parse_args()
+    check(arguments)
 
     table = read_reports(arguments.input)
     column = report_column(table, arguments.column)
@@ -74,13 +78,36 @@ def main() -> None:
     print(f"wrote {arguments.out}: {len(rows):,} reports, labelled by {by}")
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """InputError where something would be lost: labels that a person has corrected, for one."""
+    origin = origin_of(arguments.out)
+    check_outputs([Output("--out", arguments.out, f"output of this program as it wrote it (by {origin.name})", is_own),
+                   Output("--out", origin, "record of where labels come from", is_json("labeler", "output_sha256"))],
+                  [("the input", arguments.input), ("--chexbert_path", arguments.chexbert_path)])
+
+
+def origin_of(out: str | Path) -> Path:
+    """The file beside ``out`` that says what it was made from."""
+    try:
+        return Path(out).with_suffix(".provenance.json")
+    except ValueError:
+        raise InputError(f"--out {out}: names no file") from None
+
+
+def is_own(out: Path) -> bool:
+    """Whether the file beside ``out`` says that this program wrote it, and it was left as it was."""
+    from modules.environment import file_sha256
+
+    return json.loads(origin_of(out).read_text(encoding="utf-8"))["output_sha256"] == file_sha256(out)
+
+
 def write_origin(arguments: argparse.Namespace) -> None:
     """Beside OUT.csv, in OUT.provenance.json: what it was made from, by what, with hashes of both."""
     from modules.environment import file_sha256, provenance
     from modules.records import write_results
 
     out = Path(arguments.out)
-    write_results(out.with_suffix(".provenance.json"), {
+    write_results(origin_of(out), {
         "labeler": "chexbert" if arguments.chexbert_path else "rule", "flags": vars(arguments),
         "input_sha256": file_sha256(arguments.input), "chexbert_sha256": file_sha256(arguments.chexbert_path or ""),
         "output_sha256": file_sha256(out), "provenance": provenance()})

@@ -4,6 +4,7 @@ The same seed gives the same files with any number of workers (and the same vers
 
 --findings takes a CSV with one row per finding: id,finding,kind,side,zone,size,severity (README.txt in the output
 folder lists the values). A study without findings has one row "No Finding"; what is left empty is drawn at random.
+The findings.csv of an earlier folder will do: edit a copy of it elsewhere, and name another --out.
 """
 
 import argparse
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
+from modules.output_files import check_outside
 from scripts.drawing_arguments import add_drawing_arguments, check_drawing
 
 
@@ -44,6 +46,7 @@ def check(arguments: argparse.Namespace) -> None:
     if not 0 <= normal_fraction <= 1:
         raise InputError(f"--normal_fraction {normal_fraction}: must lie between 0 and 1")
     check_drawing(arguments)
+    check_outside(arguments.out, [("--findings", arguments.findings), ("--reports", arguments.reports)])
     arguments.studies, arguments.normal_fraction = studies, normal_fraction
 
 

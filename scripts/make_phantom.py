@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.errors import run_entry_point
 from modules.flags import Parser
+from modules.output_files import check_outside
 from scripts.drawing_arguments import add_drawing_arguments, check_drawing
 
 
@@ -37,6 +38,7 @@ def main() -> None:
     """Read reports and coding, draw behind a progress bar, write the tables."""
     arguments = build_parser().parse_args()
     check_drawing(arguments)
+    check_outside(arguments.out, [("--annotation", arguments.annotation), ("--coding", arguments.coding)])
 
     from tqdm import tqdm
 

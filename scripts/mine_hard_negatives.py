@@ -27,6 +27,7 @@ from modules.config import DATASETS
 from modules.errors import InputError, one_line, run_entry_point
 from modules.flags import Parser, boolean
 from modules.launch import launched, process_device, start_processes
+from modules.output_files import Output, check_outputs, is_safetensors
 from modules.records import private_folder
 from modules.tokenizers import clean_report
 
@@ -41,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--ann_path", default="data/iu_xray/annotation.json", metavar="FILE", help="default %(default)s")
-    add("--out", required=True, type=Path, metavar="FILE", help="index to write (.safetensors), readable by you alone")
+    add("--out", required=True, type=Path, metavar="FILE",
+        help="index to write (.safetensors), readable by you alone; of what may be there it replaces an index only")
     add("--text_encoder", default="zzxslp/RadBERT-RoBERTa-4m", metavar="NAME",
         help="hub id of a transformers encoder (downloaded once), a local folder with one, minilm (a pip package), "
              "tfidf, labels (overlap of the 14 labels by rules) or random; default %(default)s")
@@ -81,6 +83,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"{wrong}: there are no clinical labels on coco")
     if arguments.out.is_dir():
         raise InputError(f"--out {arguments.out}: is a folder; give a file name, such as negatives.safetensors")
+    check_outputs([Output("--out", arguments.out, "hard-negative index", is_safetensors("ithn-hard-negatives"))],
+                  [("--ann_path", arguments.ann_path), ("--text_encoder", arguments.text_encoder)])
     folder = private_folder(arguments.out.parent)
     if not os.access(folder, os.W_OK):
         raise InputError(f"--out {arguments.out}: no permission to write in {folder}")

@@ -17,9 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.environment import check_python
 from modules.errors import InputError, run_entry_point
 from modules.flags import Parser, add_flags
-from modules.study_files import find_studies
+from modules.output_files import Output, check_outputs, has_near_its_start
+from modules.study_files import StudyFiles, find_studies
 from scripts.predict import DECODING
 from scripts.study_arguments import add_study_arguments, checkpoint_name, given_flags, require_checkpoint
+
+TITLE = "Where the model looked"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,12 +45,24 @@ def _layer(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, or mean") from None
 
 
+def check(folder: Path, studies: list[StudyFiles]) -> None:
+    """InputError where a picture would replace an image that is read, or one that is no picture of this program."""
+    taken: set[str] = set()
+    drawn = has_near_its_start(b"Software\0Matplotlib")
+    outputs = [Output("--out", folder / "attention.html", "page of this program",
+                      has_near_its_start(f"<title>{TITLE}</title>".encode()))]
+    outputs += [Output("--out", folder / file_name(study.name, taken), "picture of this program", drawn)
+                for study in studies]
+    check_outputs(outputs, [("an image", path) for study in studies for path in study.paths])
+
+
 def main() -> int:
     """Write the reports again, record the attention, draw it; 2 where an image could not be read."""
     check_python()
     arguments = build_parser().parse_args()
     studies = find_studies(arguments.paths, arguments.group)
     require_checkpoint(arguments.load)
+    check(Path(arguments.out), studies)
 
     from modules.attention_figures import attention_figure
     from modules.prediction import WARNING
@@ -76,7 +91,7 @@ def main() -> int:
                 write_private(folder / name, figure)
             else:
                 print(f"{study.name}: the report is empty, so there is no {name}", file=sys.stderr)
-    write_page(folder / "attention.html", page, title="Where the model looked",
+    write_page(folder / "attention.html", page, title=TITLE,
                checkpoint=checkpoint_name(arguments.load))
     print(f"{folder}: attention.html, and a PNG for each of {len(page)} studies")
     return 2 if reader.unreadable else 0

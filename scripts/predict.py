@@ -20,14 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.environment import check_python, provenance
 from modules.errors import run_entry_point
 from modules.flags import Parser, add_flags
+from modules.output_files import Output, begins_with, check_outputs, has_near_its_start, is_json
 from modules.study_files import find_studies
-from scripts.study_arguments import (
-    add_study_arguments,
-    checkpoint_name,
-    given_flags,
-    require_checkpoint,
-    require_new_or_file,
-)
+from scripts.study_arguments import add_study_arguments, checkpoint_name, given_flags, require_checkpoint
 
 if TYPE_CHECKING:
     from modules.prediction import WrittenReport
@@ -35,6 +30,9 @@ if TYPE_CHECKING:
 # Flags of main_test.py that change how reports are written; the checkpoint has its own values.
 DECODING = ("sample_method", "beam_size", "group_size", "diversity_lambda", "temperature", "sample_n", "block_trigrams",
             "guidance", "max_seq_length", "device", "n_gpu", "precision", "seed")
+
+TITLE = "Generated reports"
+COLUMNS = ("id", "report", "log_prob", "sentence_mean_log_probs")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,9 +51,13 @@ def main() -> int:
     """Read the images, write their reports; 2 where an image could not be read."""
     check_python()
     arguments = build_parser().parse_args()
-    for name in ("json", "csv", "html"):
-        require_new_or_file(vars(arguments)[name], f"--{name}")
     studies = find_studies(arguments.paths, arguments.group)
+    check_outputs([
+        Output("--json", arguments.json, "JSON file of this program", is_json("checkpoint", "warning", "reports")),
+        Output("--csv", arguments.csv, "table of this program", begins_with(",".join(COLUMNS))),
+        Output("--html", arguments.html, "page of this program",
+               has_near_its_start(f"<title>{TITLE}</title>".encode())),
+    ], [("--load", arguments.load), *(("an image", path) for study in studies for path in study.paths)])
     require_checkpoint(arguments.load)
     from tqdm import tqdm
 
@@ -83,7 +85,7 @@ def main() -> int:
     if arguments.csv:
         write_csv(arguments.csv, rows)
     if arguments.html:
-        write_page(arguments.html, page, title="Generated reports", checkpoint=checkpoint_name(arguments.load))
+        write_page(arguments.html, page, title=TITLE, checkpoint=checkpoint_name(arguments.load))
     if reader.unreadable:
         print(f"{reader.unreadable} of {len(studies)} studies could not be read", file=sys.stderr)
     return 2 if reader.unreadable else 0
@@ -116,7 +118,7 @@ def write_csv(path: str, rows: list[dict[str, Any]]) -> None:
 
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "report", "log_prob", "sentence_mean_log_probs"])
+    writer.writerow(COLUMNS)
     for row in rows:
         means = " ".join(f"{sentence['mean_log_prob']:.4f}" for sentence in row["sentences"])
         writer.writerow([row["id"], row["report"], f"{row['log_prob']:.4f}", means])

@@ -8,7 +8,6 @@ COCO's own archives, below main_train.py's --image_dir. All captions of an image
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.coco import read_captions, read_karpathy
 from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
+from modules.output_files import write_annotation
 from modules.progress import Bar
-from modules.records import write_private
 
 PUBLISHED = {"train": 113287, "val": 5000, "test": 5000}
 
@@ -68,14 +67,14 @@ def main() -> None:
     splits = read_karpathy(arguments.karpathy)
     annotation = build_annotation(splits, gather(arguments.captions))
     out = arguments.out / "annotation.json"
-    write_private(out, json.dumps(annotation, ensure_ascii=False))
+    done = write_annotation(out, annotation)
     print(f"{'':<8}{'images':>9}{'published':>11}{'captions':>10}")
     for split, records in annotation.items():
         captions = sum(len(record["captions"]) for record in records)
         print(f"{split:<8}{len(records):>9,}{PUBLISHED[split]:>11,}{captions:>10,}")
     if {split: len(records) for split, records in annotation.items()} != PUBLISHED:
         print("note: these are not the published numbers: scores cannot be compared with the literature's")
-    print(f"wrote {out}")
+    print(f"{done}: {out}")
 
 
 if __name__ == "__main__":

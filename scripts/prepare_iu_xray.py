@@ -9,7 +9,6 @@ annotation.json (only its ids are read); without it 7:1:2 are drawn with --seed.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -21,10 +20,11 @@ from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
 from modules.image_placing import WAYS, Placing, keep_settings
 from modules.openi import OpeniStudy, read_openi
-from modules.records import write_private
+from modules.output_files import check_annotation, write_annotation
 from modules.splits import read_split, seeded_split
 
 R2GEN = {"train": 2069, "val": 296, "test": 590}
+HINT = "; --split FILE, with the file that you moved, keeps its split: R2Gen's, where it is R2Gen's annotation.json"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,6 +91,12 @@ def record(identity: str, study: OpeniStudy, split: str, order: list[int]) -> di
             "split": split} | ({"view": views} if any(views) else {})
 
 
+def records(chosen: dict[str, list[tuple[str, OpeniStudy]]], orders: dict[str, list[int]]) -> dict[str, list[dict]]:
+    """The annotation."""
+    return {split: [record(identity, study, split, orders[identity]) for identity, study in own]
+            for split, own in chosen.items()}
+
+
 def check(arguments: argparse.Namespace) -> None:
     """InputError for values that cannot work."""
     if arguments.resize and not 32 <= arguments.resize <= 4096:
@@ -111,8 +117,10 @@ def main() -> None:
         raise InputError("--frontal_first: Open-i's reports do not say which view is which; give --projections "
                          "indiana_projections.csv (from Kaggle)")
     chosen = choose_studies(studies, arguments.split, arguments.seed)
+    path = arguments.out / "annotation.json"
     orders = {identity: order_of_views(study, arguments.frontal_first)
               for studies in chosen.values() for identity, study in studies}
+    check_annotation(path, records(chosen, orders), HINT)
     if arguments.images:
         from modules.openi_images import place_openi_images
 
@@ -125,14 +133,13 @@ def main() -> None:
         chosen = {split: [(identity, study) for identity, study in own
                           if not {study.images[index] for index in orders[identity][:2]} & missing]
                   for split, own in chosen.items()}
-    annotation = {split: [record(identity, study, split, orders[identity]) for identity, study in own]
-                  for split, own in chosen.items()}
-    write_private(arguments.out / "annotation.json", json.dumps(annotation, ensure_ascii=False))
+    annotation = records(chosen, orders)
+    done = write_annotation(path, annotation, may_grow=bool(arguments.images), hint=HINT)
     print(f"{len(studies)} reports read from {arguments.reports}")
     for split in SPLITS:
         print(f"  {split:<6}{len(annotation[split]):>6} studies    (R2Gen: {R2GEN[split]})")
-    print(f"written: {arguments.out / 'annotation.json'}" + (f" and {arguments.out / 'images'}" if arguments.images else
-                                                             "; no images (--images)"))
+    print(f"{done}: {path}" + (f"; images: {arguments.out / 'images'}" if arguments.images else
+                               "; no images (--images)"))
 
 
 if __name__ == "__main__":

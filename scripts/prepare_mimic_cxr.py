@@ -9,7 +9,6 @@ is the official one, which keeps patients whole. Nothing is written outside --ou
 """
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter, defaultdict
@@ -32,7 +31,7 @@ from modules.mimic_cxr import (
     read_reports,
 )
 from modules.mimic_sections import SECTIONS, extract_section
-from modules.records import write_private
+from modules.output_files import Output, begins_with, check_annotation, check_outputs, write_annotation
 
 R2GEN = {"train": 270790, "val": 2130, "test": 3858}
 _FRONTAL, _LATERAL = ("PA", "AP"), ("LATERAL", "LL")
@@ -73,6 +72,9 @@ def check(arguments: argparse.Namespace) -> None:
         folder = getattr(arguments, flag)
         if folder and not folder.is_dir():
             raise InputError(f"--{flag} {folder}: no such folder")
+    check_outputs([Output("--labels_out", arguments.labels_out, "table of labels of this program",
+                          begins_with(",".join(label_columns())))],
+                  [("--reports", arguments.reports), ("annotation.json", arguments.out / "annotation.json")])
 
 
 def extract_reports(source: Path, images: list[MimicImage], section: str) -> dict[str, str]:
@@ -166,14 +168,15 @@ def main() -> None:
     stages[f"with {'findings or impression' if arguments.section == 'both' else arguments.section}"] = images
     if not images:
         raise InputError(f"--reports {arguments.reports}: no report has the section, --section {arguments.section}")
-    ending = ".jpg"
+    path, ending = arguments.out / "annotation.json", ".jpg"
+    check_annotation(path, build_records(images, reports, arguments.records, ending))
     if arguments.images:
         images, ending = place_images(arguments, images)
         stages["whose file is there"] = images
         if not images:
             raise InputError(f"--images {arguments.images}: no image of them could be had")
     annotation = build_records(images, reports, arguments.records, ending)
-    write_private(arguments.out / "annotation.json", json.dumps(annotation, ensure_ascii=False))
+    done = write_annotation(path, annotation, may_grow=bool(arguments.images))
     if arguments.labels_out:
         write_table(arguments.labels_out, label_columns(), labels)
 
@@ -183,7 +186,7 @@ def main() -> None:
     place = arguments.out / "images"
     if arguments.place == "none" and not arguments.resize and arguments.images:
         place = find_tree(arguments.images)
-    print(f"written: {arguments.out / 'annotation.json'}"
+    print(f"{done}: {path}"
           + (f"; --image_dir {place}" if arguments.images else "; no images (--images)"))
 
 

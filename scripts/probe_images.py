@@ -9,7 +9,6 @@ needs 10 positives in training and 5 in validation and in test.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from modules.clinical_rules import CLASSES
 from modules.config import Config
 from modules.errors import InputError, run_entry_point
 from modules.flags import Parser, add_flags
+from modules.output_files import Output, check_outputs, is_json
 
 # Flags that mean what they mean in main_train.py.
 SHARED = ("ann_path", "image_dir", "dataset_name", "visual_extractor", "visual_extractor_pretrained",
@@ -100,11 +100,16 @@ def table(found: dict[str, dict]) -> str:
 def main() -> None:
     """Look at every image once, fit, write."""
     arguments = build_parser().parse_args()
+    own = is_json("classes", "annotation_sha256", "labels_sha256")
+    check_outputs([Output("--out", arguments.out, "table of this program", own)],
+                  [(f"--{name}", getattr(arguments, name)) for name in ("ann_path", "label_path",
+                                                                        "visual_extractor_weights")])
     config = Config(**{name: getattr(arguments, name) for name in SHARED}, ithn="off", freeze_visual_extractor=True)
 
     from modules.environment import provenance
     from modules.label_files import read_labels
     from modules.progress import Bar
+    from modules.records import write_results
     from scripts import compose
 
     device = compose.prepare_device(config)
@@ -125,7 +130,7 @@ def main() -> None:
     if arguments.out:
         content = {"classes": found, "annotation_sha256": data.annotation.sha256, "labels_sha256": given.sha256,
                    "synthetic": data.annotation.synthetic, **provenance(str(device))}
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_results(arguments.out, content)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
 from scripts.experiment_files import DataSet, Table, choose, read_datasets, read_table
 from scripts.experiment_plan import CHANGED, CUT, MISSING, RESULTS, UNAVAILABLE, UNTESTED, Run, changed_line, plan
-from scripts.experiment_runs import execute, locked, mine, prepare, put_aside, states
+from scripts.experiment_runs import LOCK, execute, locked, mine, prepare, put_aside, states
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,6 +72,7 @@ def run_table(arguments: argparse.Namespace, table: Table, datasets: dict[str, D
     if arguments.dry_run:
         print(states(runs, {}))
         return 0
+    require_own_tables(out)
     with locked(out) as lock:
         failed: dict[str, str] = {}
         if not arguments.table_only:
@@ -82,6 +83,17 @@ def run_table(arguments: argparse.Namespace, table: Table, datasets: dict[str, D
     print(paths[0].read_text(encoding="utf-8"))
     print("table:", ", ".join(map(str, paths)))
     return 1 if failed else 0
+
+
+def require_own_tables(out: Path) -> None:
+    """InputError where ``out`` has tables but neither this script's lock nor the folder of a run: somebody's own."""
+    from scripts.experiment_tables import FORMS
+
+    found = [name for name in FORMS if (out / name).exists()]
+    ours = (out / LOCK).exists() or any(True for runs in ("*/seed*/", "*/*/seed*/") for _ in out.glob(runs))
+    if found and not ours:
+        raise InputError(f"--out {out}: its {found[0]} would be replaced, and nothing there says that "
+                         "run_experiments.py wrote it; name another folder, or move that file away")
 
 
 def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, DataSet], lock: int) -> dict[str, str]:

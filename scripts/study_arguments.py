@@ -43,9 +43,3 @@ def require_checkpoint(path: str) -> None:
     """InputError where ``--load`` names no file: before torch is imported, which takes seconds."""
     if not Path(path).is_file():
         raise InputError(f"--load {path}: no such file; it takes a checkpoint of main_train.py, such as model_best.pth")
-
-
-def require_new_or_file(path: str | None, flag: str) -> None:
-    """InputError where an output cannot be a file: rather now than after the work."""
-    if path and Path(path).is_dir():
-        raise InputError(f"{flag} {path}: is a folder; name a file")

@@ -49,7 +49,7 @@ def demo_index(demo):
 @pytest.fixture(scope="session")
 def demo_labels(demo):
     """CSV file with the 14 labels of every study of the tiny data set, by scripts/label_reports.py."""
-    path = demo / "labels.csv"
+    path = demo / "report_labels.csv"  # labels.csv has what was drawn
     script = Path(__file__).parent.parent / "scripts" / "label_reports.py"
     subprocess.run([sys.executable, script, demo / "annotation.json", "--out", path], check=True, capture_output=True)
     return path

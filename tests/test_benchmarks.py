@@ -51,6 +51,16 @@ def test_training_step(run, capsys):
     assert "loss module's share of the step" in shown and "ANOTHER machine" in shown and "images/s" in shown
 
 
+@pytest.mark.parametrize("name", ["train_step", "fault_campaign"])
+def test_a_file_of_another_kind_stays(tmp_path, monkeypatch, name):
+    out = tmp_path / "annotation.json"
+    out.write_text('{"train": []}')
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--out", str(out)])
+    with pytest.raises(InputError, match=r"annotation\.json: is there and is no result of a"):
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert out.read_text() == '{"train": []}'
+
+
 def test_memory_and_scaling(run, capsys):
     found = run("cluster", STEP.replace("--batch_size 2", "--batch_size 6") + " --gpus 1 8 64 --views 1")
     one, eight, many = found["scaling"]

@@ -33,7 +33,7 @@ def data(demo, demo_index, demo_labels, tmp_path):
 def found(data, *flags, hashed=False, negatives=True):
     """What check_data finds in ``data``, and the kinds of it."""
     argv = ["--ann_path", data / "annotation.json", "--image_dir", data / "images", "--num_workers", "0",
-            "--model_name", "xpronet", "--label_path", data / "labels.csv", "--init_protypes_path",
+            "--model_name", "xpronet", "--label_path", data / "report_labels.csv", "--init_protypes_path",
             data / "prototypes.pt", "--num_cluster", "14", "--num_protype", "2", "--d_img_ebd", "8", "--d_txt_ebd", "8",
             "--max_seq_length", "24", "--image_size", "32"]
     argv += ["--negative_index", data / "negatives.safetensors"] if negatives else []
@@ -81,8 +81,8 @@ def replaced(make):
 
 def labels(change):
     def damage(data):
-        lines = (data / "labels.csv").read_text().splitlines()
-        (data / "labels.csv").write_text("\n".join(change(lines)) + "\n")
+        lines = (data / "report_labels.csv").read_text().splitlines()
+        (data / "report_labels.csv").write_text("\n".join(change(lines)) + "\n")
     return damage
 
 
@@ -140,7 +140,7 @@ DAMAGE = {
     "no index": (lambda data: (data / "negatives.safetensors").unlink(), "index cannot be used"),
     "cut index": (truncate("negatives.safetensors", 500), "index cannot be used"),
     "index of other reports": (record(report="Another text."), "index is of other reports"),
-    "no labels": (lambda data: (data / "labels.csv").unlink(), "labels cannot be read"),
+    "no labels": (lambda data: (data / "report_labels.csv").unlink(), "labels cannot be read"),
     "label 2": (labels(lambda lines: [lines[0], lines[1].rsplit(",", 1)[0] + ",2", *lines[2:]]), "cell is no label"),
     "row too short": (labels(lambda lines: [*lines[:-1], lines[-1] + ",1"]), "row of another length"),
     "label row twice": (labels(lambda lines: [*lines, lines[1]]), "id appears twice"),

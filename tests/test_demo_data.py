@@ -88,6 +88,8 @@ def test_same_seed_same_bytes_with_more_workers_and_from_its_own_findings(demo, 
                   "--workers", 1)
     assert redrawn.returncode == 0, redrawn.stderr
     assert {**content(tmp_path / "b"), "README.txt": b""} == {**first, "README.txt": b""}
+    readme = " ".join((demo / "README.txt").read_text().split())
+    assert "copy findings.csv to another place, edit the copy, and give it by --findings with another --out" in readme
 
 
 def test_other_seed_other_patients():

@@ -1,5 +1,6 @@
 """Where synthesised negatives lie: hand-made banks, moved hidden states, and the script on a trained model."""
 
+import argparse
 import json
 import math
 import subprocess
@@ -12,10 +13,12 @@ import pytest
 import torch
 from tiny_backbone import make_objective, tiny_batch
 
+from modules.errors import InputError
 from modules.losses import normalise
 from modules.negative_positions import SYNTHESISED, Bank, harder_negatives, moves, nearest, positions, similarities
 from modules.negative_readings import agreement, changed, read
 from modules.negative_tables import to_markdown
+from scripts import inspect_negatives
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "inspect_negatives.py"
 
@@ -195,6 +198,10 @@ def test_script_writes_numbers_for_every_epoch_and_hardness(run, demo, tmp_path)
         path = tmp_path / "out" / name
         assert path.stat().st_mode & 0o777 == 0o600
         assert not any(report[:30].encode() in path.read_bytes() for report in reports)
+    inspect_negatives.check(argparse.Namespace(out=str(tmp_path / "out")))  # they may be replaced by a second run
+    (tmp_path / "out" / "negatives.json").write_text("{}")
+    with pytest.raises(InputError, match=r"negatives\.json: is there and is no output of this program"):
+        inspect_negatives.check(argparse.Namespace(out=str(tmp_path / "out")))
 
 
 def test_chosen_records_bring_their_negatives():

@@ -67,6 +67,16 @@ def test_karpathys_split_with_all_captions(prepare, tmp_path, capsys):
     assert study.captions == ("Shoes", "a dog with shoes")
 
 
+def test_an_annotation_of_another_split_stays(prepare, tmp_path, capsys):
+    path = tmp_path / "coco" / "annotation.json"
+    first = prepare()
+    assert prepare() == first and f"unchanged: {path}" in capsys.readouterr().out
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"annotation\.json: is there with other content .*name another --out"):
+        prepare(split=karpathy(test=[73], train=[25, 9], val=[74]))
+    assert path.read_bytes() == before
+
+
 def test_files_of_2017_share_out_the_same_images_otherwise(prepare):
     train = {image: texts for image, texts in (TRAIN | VAL).items() if image != 9}
     annotation = prepare({"captions_train2017.json": caption_file(2017, "train", train),

@@ -181,6 +181,33 @@ def test_a_published_split_is_kept_with_its_order(openi, tmp_path, monkeypatch, 
     assert read_split(tmp_path / "ids.csv") == {"CXR3": "val", "CXR2_IM-0502": "train"}
 
 
+def test_r2gens_annotation_is_not_replaced(openi, tmp_path, monkeypatch, capsys):
+    prepare(monkeypatch, "--reports", openi / REPORTS, "--seed", 7, "--out", tmp_path / "r2gen")
+    path = tmp_path / "out" / "annotation.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(written(tmp_path / "r2gen"), indent=3))  # as others write it
+    before = path.read_bytes()
+    command = ("--reports", openi / REPORTS, "--images", openi / IMAGES, "--workers", 1, "--out", path.parent)
+    for given in (command, command[:2] + command[4:]):  # with images and without
+        with pytest.raises(InputError, match=r"annotation\.json: is there with other content .*another --out, or move "
+                           r".*; --split FILE, .* keeps its split: R2Gen's"):
+            prepare(monkeypatch, *given)
+        assert os.listdir(path.parent) == ["annotation.json"] and path.read_bytes() == before
+    capsys.readouterr()
+    prepare(monkeypatch, *command, "--split", path)  # with its own split it says the same
+    assert path.read_bytes() == before and f"unchanged: {path}" in capsys.readouterr().out
+    assert (path.parent / "images" / "CXR2_IM-0502" / "0.png").is_file()
+
+
+def test_missing_images_take_no_record_away(openi, tmp_path, monkeypatch):
+    prepare(monkeypatch, "--reports", openi / REPORTS, "--out", tmp_path)
+    before = (tmp_path / "annotation.json").read_bytes()
+    few = tgz(tmp_path / "few.tgz", [(f"{image}.png", png(9)) for image in images_of(2)])
+    with pytest.raises(InputError, match="is there with other content"):
+        prepare(monkeypatch, "--reports", openi / REPORTS, "--images", few, "--out", tmp_path)
+    assert (tmp_path / "annotation.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(("content", "error"), [
     ('{"train": [], "val": []}', "lists under train, val, test"), ("{", "not valid JSON"),
     ('{"train": ["a", "a"], "val": [], "test": []}', "'a' is there twice"),

@@ -118,11 +118,26 @@ def test_one_record_a_study_sections_and_views(physionet, tmp_path, monkeypatch)
     assert found["test"][1]["report"] == "Normal." and found["train"][0]["id"] == "s50000001"
     assert found["train"][0]["view"] == ["PA", "LATERAL", "PA"]  # what a two-view network reads comes first
     assert not (tmp_path / "images").exists()
-    found = prepare(monkeypatch, physionet, tmp_path, "--section", "both", "--views", "PA", images=False)
+    found = prepare(monkeypatch, physionet, tmp_path / "pa", "--section", "both", "--views", "PA", images=False)
     assert found["val"] == [] and {record["view"][0] for record in found["train"] + found["test"]} == {"PA"}
     assert found["train"][0]["report"].endswith("There is no effusion. No acute process.")
     with pytest.raises(InputError, match="--views SIDE: no image has it; the metadata have AP, LATERAL, LL, PA"):
         prepare(monkeypatch, physionet, tmp_path, "--views", "SIDE")
+
+
+def test_an_annotation_of_other_settings_stays(physionet, tmp_path, monkeypatch, capsys):
+    command = (monkeypatch, physionet, tmp_path, "--labels_out", tmp_path / "labels.csv")
+    for said in ("written: ", "unchanged: "):
+        first = prepare(*command, "--records", "study", images=False)
+        assert f"{said}{tmp_path / 'annotation.json'}" in capsys.readouterr().out
+    monkeypatch.setattr(prepare_mimic_cxr, "place_images", lambda *_: pytest.fail("images are placed first"))
+    for other in (("--section", "impression"), ("--records", "image")):
+        with pytest.raises(InputError, match=r"annotation\.json: is there with other content .*name another --out"):
+            prepare(*command, *other)
+        assert json.loads((tmp_path / "annotation.json").read_text()) == first
+    (tmp_path / "labels.csv").write_text("study_id,edema\n1,1\n")
+    with pytest.raises(InputError, match=r"--labels_out .*labels\.csv: is there and is no table of labels"):
+        prepare(*command, "--records", "study", images=False)
 
 
 def test_reports_as_a_tree_and_images_in_place(physionet, tmp_path, monkeypatch, capsys):

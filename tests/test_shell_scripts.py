@@ -207,6 +207,38 @@ def test_setup_from_the_lock(project):
     assert "newer GPUs and drivers" in project("--locked", code=1)[0]
 
 
+def test_setup_uses_a_link_and_never_deletes_it(project, tmp_path_factory):
+    """An environment that folders share, such as those of git worktrees: another folder's stamp is in it."""
+    shared = tmp_path_factory.mktemp("shared") / "venv"
+    executable(shared / "bin/python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (shared / ".setup-stamp").write_text("/some/other/folder\n1 2\n")
+    (shared / ".setup-unfinished").touch()
+    link = project.folder / ".venv"
+    link.symlink_to(shared)
+    before = sorted(shared.rglob("*"))
+    said, installed = project()
+    assert "the link .venv leads to" in said and "ready" in said and not installed
+    (project.folder / "requirements-dev.txt").write_text("-r requirements.txt\nno-such-package-here\nnor-this\n")
+    said, installed = project("--dev", code=1)
+    assert "which lacks no-such-package-here nor-this: install that there" in said and said.count("\n") == 1
+    assert link.is_symlink() and sorted(shared.rglob("*")) == before and not installed
+    executable(shared / "bin/python", "#!/bin/sh\nexit 1\n")
+    said, _ = project(code=1)
+    assert f"link to {shared}, where no Python of 3.11" in said and said.count("\n") == 1
+    shutil.rmtree(shared)
+    assert "rm .venv" in project(code=1)[0] and link.is_symlink()
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("script", ["run_tests.sh", "run_demo.sh"])
+def test_help_sets_nothing_up(tmp_path, script, flag):
+    shutil.copy(ROOT / script, tmp_path)
+    executable(tmp_path / "setup.sh", f"touch {tmp_path}/was_set_up\nexit 1\n")
+    done = subprocess.run(["bash", tmp_path / script, flag], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: bash {script}")
+    assert not (tmp_path / "was_set_up").exists()
+
+
 def test_setup_without_python(project):
     tools = project.folder / "tools"
     tools.mkdir()

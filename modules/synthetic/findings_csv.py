@@ -81,8 +81,9 @@ def describe_format() -> str:
         for kind, (_, allowed) in kinds.items():
             values = "; ".join(f"{key} {'|'.join(choices)}" for key, choices in allowed.items())
             lines.append(f"  {name}{f', kind {kind}' if kind else ''}: {values or 'no attributes'}")
-    lines += ["", '"Other" are incidental findings outside the 14 classes. Such a CSV, edited, can be drawn with',
-              "--findings; attributes left empty are drawn at random."]
+    lines += ["", '"Other" are incidental findings outside the 14 classes. To change what is drawn, copy',
+              "findings.csv to another place, edit the copy, and give it by --findings with another --out: a run into",
+              "this folder replaces what is in it. Attributes left empty are drawn at random."]
     return "\n".join(lines) + "\n"
 
 
