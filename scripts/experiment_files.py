@@ -237,18 +237,18 @@ def _row(where: str, item: Any, table: Mapping[str, Any]) -> Row:
         published = {key: float(value) for key, value in _mapping(item.get("published", {}), where).items()}
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: published figures must be numbers ({error})") from error
-    trained_as = _string(where, item, "trained_as", "")
-    own_flags = _flags(where, item.get("flags", ""))
-    if trained_as and (idle := flags_of_training(own_flags)):
+    trained_as, starts_from = (_string(where, item, key, "") for key in ("trained_as", "starts_from"))
+    flags = _flags(where, item.get("flags", ""))
+    if trained_as and (idle := flags_of_training(flags)):
         raise InputError(f"{where}: {idle[0]} acts in training, and this row tests what row {trained_as} has trained; "
                          "take it out, or let the row start from that one (starts_from)")
+    if not (trained_as or starts_from):  # else they come with the other row's, which may override them
+        flags = _flags(where, table.get("flags", "")) + flags
     own_dataset = _string(where, item, "dataset", _string(where, table, "dataset", "iu_xray"))
-    return Row(name=name, label=_string(where, item, "label", name),
-               flags=_flags(where, table.get("flags", "")) + own_flags,
-               dataset=own_dataset, published_on=own_dataset, published=published,
-               seeds=_seeds(where, item.get("seeds", table.get("seeds", DEFAULT_SEEDS))),
-               baseline=_string(where, item, "baseline", _string(where, table, "baseline", "")),
-               trained_as=trained_as, starts_from=_string(where, item, "starts_from", ""))
+    return Row(name=name, label=_string(where, item, "label", name), flags=flags, dataset=own_dataset,
+               published_on=own_dataset, seeds=_seeds(where, item.get("seeds", table.get("seeds", DEFAULT_SEEDS))),
+               published=published, trained_as=trained_as, starts_from=starts_from,
+               baseline=_string(where, item, "baseline", _string(where, table, "baseline", "")))
 
 
 def whole(name: str) -> str:

@@ -126,6 +126,15 @@ def test_wrong_tables_get_one_line(tmp_path, name, content, part):
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_flags_of_the_table_come_before_those_of_the_row_that_another_goes_on_from(tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps({"flags": "--epochs 3", "rows": [
+        {"name": "a", "flags": "--epochs 9"}, {"name": "b", "starts_from": "a", "flags": "--lr_ed 0.5"},
+        {"name": "c", "trained_as": "b", "flags": "--guidance 1"}]}))
+    assert [" ".join(row.flags) for row in read_table(tmp_path / "t.json").rows] == [
+        "--epochs 3 --epochs 9", "--epochs 3 --epochs 9 --lr_ed 0.5",
+        "--epochs 3 --epochs 9 --lr_ed 0.5 --guidance 1"]
+
+
 def test_data_sets_run_nothing_but_scripts_of_the_project(tmp_path):
     path = tmp_path / "datasets.json"
     for command in ("/bin/sh -c x", "scripts/../../x.py", ""):
