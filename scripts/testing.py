@@ -9,7 +9,7 @@ from typing import Any
 from modules.bpe_tokenizer import tokenizer_from_state
 from modules.checkpoint import FORMAT, load_checkpoint
 from modules.distributed import is_first
-from modules.flags import idle_in_tests, resolve_config
+from modules.flags import IDLE_IN_TESTS, idle_in_tests, resolve_config
 from modules.records import private_folder
 from modules.run_log import start_log
 from modules.shortages import explained
@@ -30,13 +30,16 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     path = given["load"]
     content = load_checkpoint(path)
     ours = content.get("format") == FORMAT
-    config = resolve_config(given, own_settings(content, path) if ours else None)
+    notes = [*ignored, idle_in_tests(given)]
     if ours:
         require_same_network(given, content["config"], path)
+        # The results say how the model was trained, not what its test was told of training.
+        given = {name: value for name, value in given.items() if name not in IDLE_IN_TESTS}
+    config = resolve_config(given, own_settings(content, path) if ours else None)
     folder = private_folder(config.save_dir)
     private_folder(config.record_dir)  # rather now than after hours of work
     log = start_log(folder / "test.log")
-    for line in filter(None, (*ignored, idle_in_tests(given))):
+    for line in filter(None, notes):
         log.info("%s", line)
     device = compose.prepare_device(config)
     config = compose.with_precision(config, device)

@@ -84,6 +84,7 @@ def _check_test_repeats(folder, results, tmp_path):
     assert "ignored by main_test.py: --epochs, --lr_ve\n" in (moved / "test.log").read_text()
     again = json.loads((moved / "results.json").read_text())
     assert again["test"] == results["test"] and again["best_epoch"] == results["best_epoch"]
+    assert (again["config"]["epochs"], again["config"]["lr_ve"]) == (2, 5e-5)  # what the model was trained with
     main_test("--load", moved / "model_best.pth")
     assert not list(moved.glob("earlier_*"))
     with open(tmp_path / "records" / "iu_xray.csv", newline="") as file:
