@@ -30,12 +30,12 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     path = given["load"]
     content = load_checkpoint(path)
     ours = content.get("format") == FORMAT
-    notes = [*ignored, idle_in_tests(given)]
+    notes, settings = [*ignored, idle_in_tests(given)], own_settings(content, path) if ours else None
     if ours:
         require_same_network(given, content["config"], path)
         # The results say how the model was trained, not what its test was told of training.
         given = {name: value for name, value in given.items() if name not in IDLE_IN_TESTS}
-    config = resolve_config(given, own_settings(content, path) if ours else None)
+    config = resolve_config(given, settings)
     folder = private_folder(config.save_dir)
     private_folder(config.record_dir)  # rather now than after hours of work
     log = start_log(folder / "test.log")
