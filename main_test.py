@@ -8,11 +8,11 @@ A published checkpoint of R2Gen, R2GenCMN, XProNet or the released ITHN needs th
 
 import sys
 
-from modules.environment import check_python
-from modules.errors import InputError, run_entry_point
 from modules.flags import parse_flags
-from modules.launch import launched, process_number, start_processes
-from modules.stopping import Stop
+from modules.runtime.environment import check_python
+from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.launch import launched, process_number, start_processes
+from modules.runtime.stopping import Stop
 
 
 def main() -> int:
@@ -25,8 +25,8 @@ def main() -> int:
     if count > 1 and not launched():
         return start_processes(count, device=device)
     with Stop(leads=process_number() == 0) as stop:
-        from modules.distributed import processes
-        from scripts.testing import run_testing
+        from modules.run.testing import run_testing
+        from modules.runtime.distributed import processes
 
         with processes(device, stop):
             run_testing(given, ignored)

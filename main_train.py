@@ -6,11 +6,11 @@ spans machines (docs/CLUSTER.md).
 
 import sys
 
-from modules.environment import check_python
-from modules.errors import InputError, run_entry_point
 from modules.flags import parse_flags, resolve_config
-from modules.launch import launched, process_number, start_processes
-from modules.stopping import Stop
+from modules.runtime.environment import check_python
+from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.launch import launched, process_number, start_processes
+from modules.runtime.stopping import Stop
 
 
 def main() -> int:
@@ -26,8 +26,8 @@ def main() -> int:
     if (count > 1 or restarts) and not launched():
         return start_processes(max(1, count), device=device, max_restarts=restarts)
     with Stop(leads=process_number() == 0) as stop:
-        from modules.distributed import processes
-        from scripts.training import run_training
+        from modules.run.training import run_training
+        from modules.runtime.distributed import processes
 
         with processes(device, stop):
             run_training(given, ignored, stop)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measurement import parser_of, prepare, save
 from benchmarks.train_step import build_step
-from modules.errors import run_entry_point
+from modules.runtime.errors import run_entry_point
 
 GPUS_PER_MACHINE = 8
 COUNTED_AT = (2, 3)  # batch sizes
@@ -32,11 +32,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, rounds=1)
     add_sizes(parser, batch_size=64)
     add = parser.add_argument
-    add("--precision", default="float32", choices=("float32", "bfloat16", "float16"),
-        help="of products and what is kept of them; default %(default)s")
+    add(
+        "--precision",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of products and what is kept of them; default %(default)s",
+    )
     add("--tflops", type=float, default=15.7, help="of a GPU; default: a V100's float32 peak, %(default)s")
-    add("--nvlink", type=float, default=150.0,
-        help="GB/s in one direction between the GPUs of a machine; default: a V100's six links, %(default)s")
+    add(
+        "--nvlink",
+        type=float,
+        default=150.0,
+        help="GB/s in one direction between the GPUs of a machine; default: a V100's six links, %(default)s",
+    )
     add("--network", type=float, default=100.0, help="Gb/s between machines; default %(default)s")
     add("--gpus", type=int, nargs="+", default=[1, 8, 64], help="default 1 8 64")
     return parser
@@ -60,10 +68,16 @@ def count(arguments: argparse.Namespace, device: str, batch_size: int) -> dict[s
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from modules.tester import autocast
+    from modules.evaluation.tester import autocast
 
-    case = {"batch_size": batch_size, "views": arguments.views, "max_seq_length": arguments.max_seq_length,
-            "precision": arguments.precision, "compile": False, "strategy": arguments.strategy}
+    case = {
+        "batch_size": batch_size,
+        "views": arguments.views,
+        "max_seq_length": arguments.max_seq_length,
+        "precision": arguments.precision,
+        "compile": False,
+        "strategy": arguments.strategy,
+    }
     step = build_step(arguments, device, case)
     objective, kept = step.objective, {}
     own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
@@ -75,15 +89,21 @@ def count(arguments: argparse.Namespace, device: str, batch_size: int) -> dict[s
         return tensor
 
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
-                autocast(torch.device(device), arguments.precision):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            autocast(torch.device(device), arguments.precision),
+        ):
             loss = objective(step.batch, 1)["loss"]
         loss.backward()
     parts = {"visual extractor": objective.backbone.visual_extractor}
     sizes = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
     total = sum(parameter.numel() for parameter in objective.parameters())
-    return {**sizes, "everything else": total - sum(sizes.values()), "kept": sum(kept.values()),
-            "operations": counter.get_total_flops()}
+    return {
+        **sizes,
+        "everything else": total - sum(sizes.values()),
+        "kept": sum(kept.values()),
+        "operations": counter.get_total_flops(),
+    }
 
 
 def at_size(counted: Sequence[dict[str, int]], batch_size: int, name: str) -> float:
@@ -115,8 +135,16 @@ def scaling(parameters: int, operations: float, arguments: argparse.Namespace) -
         # All of a machine's GPUs share its network; a ring passes through it once.
         rate = arguments.nvlink * 1e9 if gpus <= GPUS_PER_MACHINE else arguments.network / 8 * 1e9
         without, overlap = efficiency(compute, sent / rate)
-        rows.append({"gpus": gpus, "sent": sent, "compute": compute, "all_reduce": sent / rate,
-                     "without overlap": without, "with overlap": overlap})
+        rows.append(
+            {
+                "gpus": gpus,
+                "sent": sent,
+                "compute": compute,
+                "all_reduce": sent / rate,
+                "without overlap": without,
+                "with overlap": overlap,
+            }
+        )
     return rows
 
 
@@ -124,10 +152,13 @@ def report(arguments: argparse.Namespace, counted: Sequence[dict[str, int]]) -> 
     """Print the tables; what they hold."""
     parameters = counted[0]["visual extractor"] + counted[0]["everything else"]
     kept, operations = (at_size(counted, arguments.batch_size, name) for name in ("kept", "operations"))
-    print(f"\nparameters: {counted[0]['visual extractor'] / 1e6:.1f} M visual extractor, "
-          f"{counted[0]['everything else'] / 1e6:.1f} M everything else")
-    print(f"operations of a step of {arguments.batch_size} samples: {operations / 1e12:.2f} TFLOP, "
-          f"forward and backward")
+    print(
+        f"\nparameters: {counted[0]['visual extractor'] / 1e6:.1f} M visual extractor, "
+        f"{counted[0]['everything else'] / 1e6:.1f} M everything else"
+    )
+    print(
+        f"operations of a step of {arguments.batch_size} samples: {operations / 1e12:.2f} TFLOP, forward and backward"
+    )
     by_kind = memory(parameters, kept)
     print(f"\nGiB of a process, {arguments.precision}, batch {arguments.batch_size}")
     for name, value in {**by_kind, "together": sum(by_kind.values())}.items():
@@ -135,14 +166,22 @@ def report(arguments: argparse.Namespace, counted: Sequence[dict[str, int]]) -> 
     shared = sum(by_kind[name] for name in ("parameters", "gradients", "Adam with AMSGrad"))
     print(f"  FSDP over 8 GPUs would save {shared * 7 / 8:.2f}")
     rows = scaling(parameters, operations, arguments)
-    print(f"\nexpected: {arguments.tflops:g} TFLOP/s, {arguments.nvlink:g} GB/s within a machine of "
-          f"{GPUS_PER_MACHINE}, {arguments.network:g} Gb/s between machines")
+    print(
+        f"\nexpected: {arguments.tflops:g} TFLOP/s, {arguments.nvlink:g} GB/s within a machine of "
+        f"{GPUS_PER_MACHINE}, {arguments.network:g} Gb/s between machines"
+    )
     print(f"{'GPUs':>6}{'sent by each':>16}{'computing':>12}{'all-reduce':>12}{'no overlap':>12}{'overlap':>10}")
     for row in rows:
-        print(f"{row['gpus']:>6}{row['sent'] / 1e6:>13.0f} MB{row['compute'] * 1e3:>9.0f} ms"
-              f"{row['all_reduce'] * 1e3:>9.1f} ms{row['without overlap']:>12.1%}{row['with overlap']:>10.1%}")
-    return {"counted": {size: entry for size, entry in zip(COUNTED_AT, counted, strict=True)}, "memory_gib": by_kind,
-            "operations": operations, "scaling": rows}
+        print(
+            f"{row['gpus']:>6}{row['sent'] / 1e6:>13.0f} MB{row['compute'] * 1e3:>9.0f} ms"
+            f"{row['all_reduce'] * 1e3:>9.1f} ms{row['without overlap']:>12.1%}{row['with overlap']:>10.1%}"
+        )
+    return {
+        "counted": {size: entry for size, entry in zip(COUNTED_AT, counted, strict=True)},
+        "memory_gib": by_kind,
+        "operations": operations,
+        "scaling": rows,
+    }
 
 
 def main() -> None:

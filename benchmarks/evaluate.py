@@ -1,6 +1,7 @@
 """Time of scoring a test split of synthetic reports, by part, and the number of Java processes that it takes.
 
-What scripts/testing.py does after generation: every score against references as published codes cut them and against
+What modules/run/testing.py does after generation: every score against references as published codes cut them and
+against
 whole ones, labels by rules, confidence intervals. METEOR works in a Java process, whose seconds are counted with it.
 
   python benchmarks/evaluate.py                            3,858 reports, as many as MIMIC-CXR's test split has
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measurement import now, parser_of, prepare, print_header, print_row, save
 from benchmarks.reference_figures import print_reference
-from modules.errors import run_entry_point
+from modules.runtime.errors import run_entry_point
 
 CUT = 60  # words of a reference that published codes keep, at most
 
@@ -32,8 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def synthetic_reports(count: int, seed: int) -> list[str]:
     """Cleaned reports of made-up studies."""
-    from modules.synthetic.dataset import plan_studies
-    from modules.tokenizers import clean_report
+    from modules.data.tokenizers import clean_report
+    from scripts.synthetic.dataset import plan_studies
 
     return [clean_report(study.report, "mimic_cxr") for study in plan_studies(seed, count)]
 
@@ -42,7 +43,7 @@ class Evaluation:
     """One evaluation of ``generated`` against ``references``, part by part."""
 
     def __init__(self, references: list[str], generated: list[str], clock: str):
-        from modules.metrics import Metrics
+        from modules.evaluation.metrics import Metrics
 
         self.metrics, self.clock = Metrics(), clock
         self.whole, self.generated = references, generated
@@ -51,7 +52,7 @@ class Evaluation:
 
     def words(self) -> None:
         """BLEU, ROUGE-L and CIDEr, twice; keeps what the intervals are computed from."""
-        from modules.metrics import measure
+        from modules.evaluation.metrics import measure
 
         _, self.tables = measure(self.metrics, self.cut, self.whole, self.generated, with_meteor=False)
 
@@ -63,9 +64,9 @@ class Evaluation:
 
     def labels(self) -> None:
         """The 14 classes of the references, in both forms, and of the generated reports."""
-        from modules.clinical import label_reports
-        from modules.clinical_scores import clinical_scores
-        from modules.report_statistics import clinical_tables
+        from modules.evaluation.clinical_scores import clinical_scores
+        from modules.evaluation.report_statistics import clinical_tables
+        from modules.labels.labeler import label_reports
 
         cut, whole, generated = (label_reports(texts) for texts in (self.cut, self.whole, self.generated))
         for references, suffix in ((cut, ""), (whole, "_full")):
@@ -75,16 +76,19 @@ class Evaluation:
 
     def intervals(self) -> None:
         """Bootstrap intervals of all scores."""
-        from modules.bootstrap import intervals
-        from modules.report_statistics import ReportStatistics
+        from modules.evaluation.bootstrap import intervals
+        from modules.evaluation.report_statistics import ReportStatistics
 
         intervals(ReportStatistics(self.tables, "", "", tag=""))
 
     def run(self) -> dict[str, float]:
         """Seconds of every part."""
         parts: dict[str, Callable[[], None]] = {
-            "BLEU, ROUGE-L, CIDEr": self.words, "METEOR": self.meteor, "labels by rules": self.labels,
-            "confidence intervals": self.intervals}
+            "BLEU, ROUGE-L, CIDEr": self.words,
+            "METEOR": self.meteor,
+            "labels by rules": self.labels,
+            "confidence intervals": self.intervals,
+        }
         seconds = {}
         for name, work in parts.items():
             began = self._now()
@@ -130,8 +134,12 @@ def main() -> None:
         results.append(measure_reports(count, arguments.rounds, arguments.clock))
         result = results[-1]
         whole = statistics.median(result["seconds"]["all"])
-        print_header(f"{count:,} synthetic reports of {result['words']:.0f} words, both forms of the references; "
-                     f"Java processes: {result['java_starts']}", "share", "reports/s")
+        print_header(
+            f"{count:,} synthetic reports of {result['words']:.0f} words, both forms of the references; "
+            f"Java processes: {result['java_starts']}",
+            "share",
+            "reports/s",
+        )
         for name, seconds in result["seconds"].items():
             median = statistics.median(seconds)
             print_row(name, seconds, f"{median / whole:.0%}", f"{count / median:,.0f}")

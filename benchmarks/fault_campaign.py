@@ -21,32 +21,55 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
-from modules.output_files import Output, check_outputs, is_json
+from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.output_files import Output, check_outputs, is_json
 
 if TYPE_CHECKING:
     from benchmarks.fault_trials import Trial
 
 # Trials of the whole campaign.
-NUMBERS = {"kills": 70, "kills_in_writes": 30, "signals": 50, "truncations": 200, "bit_flips": 200, "full_disks": 20,
-           "killed_workers": 20, "killed_ranks": 20, "random_batches": 10_000, "annotations": 2000,
-           "checkpoints": 1000}
-TITLES = {"kills": "kill -9 at a random instant", "kills_in_writes": "kill -9 inside a checkpoint's write",
-          "signals": "SIGTERM or SIGINT at a random instant", "truncations": "checkpoint cut short",
-          "bit_flips": "checkpoint with one bit changed", "full_disks": "disk full",
-          "killed_workers": "data-loading process killed", "killed_ranks": "one of two ranks killed",
-          "random_batches": "random batch through the objective, three precisions",
-          "annotations": "damaged annotation read", "checkpoints": "damaged checkpoint read, no checksum"}
+NUMBERS = {
+    "kills": 70,
+    "kills_in_writes": 30,
+    "signals": 50,
+    "truncations": 200,
+    "bit_flips": 200,
+    "full_disks": 20,
+    "killed_workers": 20,
+    "killed_ranks": 20,
+    "random_batches": 10_000,
+    "annotations": 2000,
+    "checkpoints": 1000,
+}
+TITLES = {
+    "kills": "kill -9 at a random instant",
+    "kills_in_writes": "kill -9 inside a checkpoint's write",
+    "signals": "SIGTERM or SIGINT at a random instant",
+    "truncations": "checkpoint cut short",
+    "bit_flips": "checkpoint with one bit changed",
+    "full_disks": "disk full",
+    "killed_workers": "data-loading process killed",
+    "killed_ranks": "one of two ranks killed",
+    "random_batches": "random batch through the objective, three precisions",
+    "annotations": "damaged annotation read",
+    "checkpoints": "damaged checkpoint read, no checksum",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--share", type=float, default=1.0, metavar="X",
-                        help="part of the whole campaign's trials, at least one of each (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=NUMBERS, metavar="FAULT",
-                        help="these faults only: " + ", ".join(NUMBERS))
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="part of the whole campaign's trials, at least one of each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=NUMBERS, metavar="FAULT", help="these faults only: " + ", ".join(NUMBERS)
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is random (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="JSON", help="where to write the table with machine and versions")
     return parser
@@ -61,8 +84,8 @@ def main() -> int:
     import torch
 
     from benchmarks.fault_runs import Bench
-    from modules.environment import provenance
-    from modules.records import write_results
+    from modules.runtime.environment import provenance
+    from modules.runtime.records import write_results
 
     torch.set_num_threads(1)  # the processes are forked: threads would not come along
     rows = []
@@ -97,16 +120,25 @@ def run(name: str, number: int, bench: Any, rng: random.Random) -> dict[str, Any
     lost = [trial.lost for trial in trials if trial.lost is not None]
     ends = [trial.identical for trial in trials if trial.identical is not None]
     seconds = [trial.seconds for trial in trials if trial.seconds is not None]
-    return {"fault": TITLES[name], "trials": len(trials), "survived": sum(trial.survived for trial in trials),
-            "lost_mean": statistics.mean(lost) if lost else None, "lost_most": max(lost, default=None),
-            "identical": sum(ends) if ends else None, "resumed": len(ends),
-            "longest_seconds": max(seconds, default=None), "minutes": (time.monotonic() - started) / 60}
+    return {
+        "fault": TITLES[name],
+        "trials": len(trials),
+        "survived": sum(trial.survived for trial in trials),
+        "lost_mean": statistics.mean(lost) if lost else None,
+        "lost_most": max(lost, default=None),
+        "identical": sum(ends) if ends else None,
+        "resumed": len(ends),
+        "longest_seconds": max(seconds, default=None),
+        "minutes": (time.monotonic() - started) / 60,
+    }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    lines = ["| fault | trials | survived | steps lost, mean (most) | bit-identical after resuming | longest end, s |",
-             "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| fault | trials | survived | steps lost, mean (most) | bit-identical after resuming | longest end, s |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
         lost = "–" if row["lost_most"] is None else f"{row['lost_mean']:.1f} ({row['lost_most']})"
         same = "–" if row["identical"] is None else f"{row['identical']} of {row['resumed']}"

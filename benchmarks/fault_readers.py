@@ -27,8 +27,10 @@ def random_batches(bench: Bench, rng: random.Random, number: int) -> Iterator[Tr
         batch, sound = _batch(rng), []
         for precision in PRECISIONS:
             loss = _step(objective, batch, rng.randrange(1, 200), precision)
-            sound.append((precision == "float16" or bool(loss.isfinite())) and all(
-                bool(value.isfinite().all()) for value in objective.state_dict().values()))
+            sound.append(
+                (precision == "float16" or bool(loss.isfinite()))
+                and all(bool(value.isfinite().all()) for value in objective.state_dict().values())
+            )
             objective.load_state_dict(kept)
         yield Trial(all(sound))
 
@@ -37,7 +39,7 @@ def _step(objective, batch, epoch: int, precision: str):
     """One optimiser step; returns the loss."""
     import torch
 
-    from modules.tester import autocast
+    from modules.evaluation.tester import autocast
 
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16 if precision == "float16" else 1.0)
@@ -55,18 +57,34 @@ def _objective(rng: random.Random):
     import torch
 
     from models import build_model
-    from modules.detection_features import DetectionExtractor
-    from modules.objective import Objective
+    from modules.data.detection_features import DetectionExtractor
+    from modules.ithn.objective import Objective
 
-    backbone = build_model("r2gencmn", visual_extractor=DetectionExtractor(4, WIDTH), num_ids=WORDS,
-                           d_model=16, d_ff=16, num_heads=2, num_layers=1, cmm_size=16, cmm_dim=16, topk=4)
+    backbone = build_model(
+        "r2gencmn",
+        visual_extractor=DetectionExtractor(4, WIDTH),
+        num_ids=WORDS,
+        d_model=16,
+        d_ff=16,
+        num_heads=2,
+        num_layers=1,
+        cmm_size=16,
+        cmm_dim=16,
+        topk=4,
+    )
     strategy = rng.choice(("ithn", "mochi", "prior", "unconstrained", "contrastive"))
     variant = rng.choice(("paper", "released"))
     clamped = (strategy, variant) == ("ithn", "paper") and rng.random() < 0.5
     objective = Objective(
-        backbone, strategy=strategy, variant=variant, alpha=rng.choice((0.001, 0.1, 1.0)),
-        embedding_dim=8, contrastive_form=rng.choice(("standard", "decoupled")), clamp_segment=clamped,
-        mask_identical=rng.random() < 0.5)
+        backbone,
+        strategy=strategy,
+        variant=variant,
+        alpha=rng.choice((0.001, 0.1, 1.0)),
+        embedding_dim=8,
+        contrastive_form=rng.choice(("standard", "decoupled")),
+        clamp_segment=clamped,
+        mask_identical=rng.random() < 0.5,
+    )
     # Weights as far from their start as a wild training leaves them.
     with torch.no_grad():
         for parameter in objective.backbone.parameters():
@@ -77,19 +95,25 @@ def _objective(rng: random.Random):
 def _batch(rng: random.Random):
     import torch
 
-    from modules.batches import Batch
+    from modules.data.batches import Batch
 
     rows = rng.randint(1, 8)
     positive, negative = _pair(rng, rows), _pair(rng, rows)
-    return Batch(positive=positive, negative=negative, has_negative=torch.rand(rows) < rng.random(),
-                 sample_index=torch.arange(rows), report_key=torch.randint(0, 3, (rows,)),
-                 ids=[str(row) for row in range(rows)], reports=[""] * rows)
+    return Batch(
+        positive=positive,
+        negative=negative,
+        has_negative=torch.rand(rows) < rng.random(),
+        sample_index=torch.arange(rows),
+        report_key=torch.randint(0, 3, (rows,)),
+        ids=[str(row) for row in range(rows)],
+        reports=[""] * rows,
+    )
 
 
 def _pair(rng: random.Random, rows: int):
     import torch
 
-    from modules.batches import Pair
+    from modules.data.batches import Pair
 
     lengths = torch.randint(2, LENGTH + 1, (rows,))
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -104,7 +128,7 @@ def _pair(rng: random.Random, rows: int):
 
 def annotations(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
     """Random damage to annotation.json, in its bytes or in its values: read, or refused with one line."""
-    from modules.annotations import read_annotation
+    from modules.data.annotations import read_annotation
 
     content = (bench.folder / "data" / "annotation.json").read_text()
     path = bench.folder / "fuzzed.json"
@@ -118,8 +142,8 @@ def annotations(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial
 
 def checkpoints(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
     """Random damage to a checkpoint that has no checksum beside it: read, or refused with one line."""
-    from modules.checkpoint import load_checkpoint
-    from modules.checkpoint_folder import CURRENT
+    from modules.training.checkpoint import load_checkpoint
+    from modules.training.checkpoint_folder import CURRENT
 
     content = (bench.folder / "reference" / CURRENT).read_bytes()
     path = bench.folder / "fuzzed.pth"
@@ -129,7 +153,7 @@ def checkpoints(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial
 
 
 def _refused_or_read(read, path: Path) -> bool:
-    from modules.errors import InputError
+    from modules.runtime.errors import InputError
 
     try:
         read(path)

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FLAGS = ("--visual_extractor test_efficientnet --visual_extractor_pretrained false --image_size 32 --d_model 16 "
-         "--d_ff 16 --num_heads 2 --num_layers 1 --cmm_size 16 --cmm_dim 16 --topk 4 --embedding_dim 8 "
-         "--max_seq_length 24 --beam_size 1 --num_workers 0 --tensorboard false --meteor false --lr_ed 1e-3 "
-         "--strategy ithn --alpha 0.5 --batch_size 2 --epochs 3 --checkpoint_steps 2 --monitor_metric nll "
-         "--use_bn 1 --device cpu --floors false --report_samples 0").split()
+FLAGS = (
+    "--visual_extractor test_efficientnet --visual_extractor_pretrained false --image_size 32 --d_model 16 "
+    "--d_ff 16 --num_heads 2 --num_layers 1 --cmm_size 16 --cmm_dim 16 --topk 4 --embedding_dim 8 "
+    "--max_seq_length 24 --beam_size 1 --num_workers 0 --tensorboard false --meteor false --lr_ed 1e-3 "
+    "--strategy ithn --alpha 0.5 --batch_size 2 --epochs 3 --checkpoint_steps 2 --monitor_metric nll "
+    "--use_bn 1 --device cpu --floors false --report_samples 0"
+).split()
 # What a run's last checkpoint may differ in from another's: when, where and with which flags it was made.
 FREE = ("seconds", "provenance", "config")
 
@@ -50,9 +52,17 @@ class Bench:
         self.folder = folder
         self.progress = Progress.shared()
         self._make_data()
-        self.argv = ["--ann_path", str(folder / "data" / "annotation.json"), "--image_dir",
-                     str(folder / "data" / "images"), "--negative_index", str(folder / "negatives.safetensors"),
-                     "--record_dir", str(folder / "records"), *FLAGS]
+        self.argv = [
+            "--ann_path",
+            str(folder / "data" / "annotation.json"),
+            "--image_dir",
+            str(folder / "data" / "images"),
+            "--negative_index",
+            str(folder / "negatives.safetensors"),
+            "--record_dir",
+            str(folder / "records"),
+            *FLAGS,
+        ]
         started = time.monotonic()
         code = self.wait(self.start(folder / "reference"))
         assert code == 0, f"the undisturbed run ended with {code}: see {folder}/reference.log"
@@ -61,7 +71,7 @@ class Bench:
         self.steps = self.reference["position"]["total_steps"]
 
     def _make_data(self) -> None:
-        from modules.synthetic.dataset import draw_images, plan_studies, prepare_folder, write_tables
+        from scripts.synthetic.dataset import draw_images, plan_studies, prepare_folder, write_tables
 
         data = self.folder / "data"
         data.mkdir()
@@ -70,12 +80,23 @@ class Bench:
         for _ in draw_images(data, studies, seed=3, size=64, workers=1):
             pass
         write_tables(data, studies, "drawn for a campaign of faults")
-        from modules.annotations import read_annotation
+        from modules.data.annotations import read_annotation
         from scripts.mine_hard_negatives import build_parser, mine
 
         arguments = build_parser().parse_args(
-            ["--ann_path", str(data / "annotation.json"), "--out", str(self.folder / "negatives.safetensors"),
-             "--text_encoder", "tfidf", "--top_k", "3", "--device", "cpu"])
+            [
+                "--ann_path",
+                str(data / "annotation.json"),
+                "--out",
+                str(self.folder / "negatives.safetensors"),
+                "--text_encoder",
+                "tfidf",
+                "--top_k",
+                "3",
+                "--device",
+                "cpu",
+            ]
+        )
         with quiet(self.folder / "mining.log"):
             mine(arguments, read_annotation(data / "annotation.json")).save(self.folder / "negatives.safetensors")
 
@@ -118,11 +139,11 @@ class Bench:
 
 
 def _work(argv: list[str], progress: Progress, before: Callable[[], None] | None) -> int:
-    from modules.errors import run_entry_point
     from modules.flags import parse_flags
-    from modules.stopping import Stop
-    from modules.trainer import Trainer
-    from scripts import training
+    from modules.run import training
+    from modules.runtime.errors import run_entry_point
+    from modules.runtime.stopping import Stop
+    from modules.training.trainer import Trainer
 
     step = Trainer._step
 
@@ -196,8 +217,8 @@ def quiet(log: Path) -> Iterator[None]:
 
 def load(folder: Path) -> dict[str, Any]:
     """The current checkpoint in ``folder``."""
-    from modules.checkpoint import load_checkpoint
-    from modules.checkpoint_folder import CURRENT
+    from modules.training.checkpoint import load_checkpoint
+    from modules.training.checkpoint_folder import CURRENT
 
     return load_checkpoint(folder / CURRENT)
 

@@ -60,8 +60,9 @@ def _killed(bench: Bench, rng: random.Random, number: int, inside_write: bool) -
                 shutil.rmtree(folder, ignore_errors=True)  # it ended before it was killed: a new run for the rest
         identical = bench.resume(folder)
         for made, kept in trials:
-            yield Trial(survived=kept is not None, identical=identical,
-                        lost=None if kept is None else max(0, made - kept))
+            yield Trial(
+                survived=kept is not None, identical=identical, lost=None if kept is None else max(0, made - kept)
+            )
         done += count
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -76,7 +77,7 @@ def _trap_in_write(rng: random.Random) -> Callable[[], None]:
     number = rng.randint(1, 60)
 
     def trap() -> None:
-        from modules import checkpoint, checkpoint_folder
+        from modules.training import checkpoint, checkpoint_folder
 
         calls = []
 
@@ -98,8 +99,8 @@ def _trap_in_write(rng: random.Random) -> Callable[[], None]:
 
 def _reached(folder: Path) -> int | None:
     """Optimiser steps in the newest valid checkpoint: 0 without any, None where there are some but none is valid."""
-    from modules.checkpoint_folder import CheckpointFolder
-    from modules.errors import InputError
+    from modules.runtime.errors import InputError
+    from modules.training.checkpoint_folder import CheckpointFolder
 
     if not folder.is_dir():
         return 0
@@ -130,16 +131,23 @@ def signals(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
         survived = ended in (code, -kind) and seconds < SIGNAL_SECONDS and gone and kept is not None
         log = (bench.folder / f"{folder.name}.log").read_text()
         why = "" if survived else f"{kind.name}: {_account(ended, seconds, made, kept, gone, log)}"
-        yield Trial(survived, lost=None if kept is None else max(0, made - kept), identical=bench.resume(folder),
-                    seconds=seconds, why=why)
+        yield Trial(
+            survived,
+            lost=None if kept is None else max(0, made - kept),
+            identical=bench.resume(folder),
+            seconds=seconds,
+            why=why,
+        )
         shutil.rmtree(folder, ignore_errors=True)
         done += 1
 
 
 def _account(code: int | None, seconds: float, made: int, kept: int | None, gone: bool, log: str) -> str:
     """What is needed to understand a trial that did not survive."""
-    return (f"ended with {code} in {seconds:.1f} s after {made} steps, checkpoint of {kept} steps, processes "
-            f"{'gone' if gone else 'left'}; the log ends with {log[-1500:]!r}")
+    return (
+        f"ended with {code} in {seconds:.1f} s after {made} steps, checkpoint of {kept} steps, processes "
+        f"{'gone' if gone else 'left'}; the log ends with {log[-1500:]!r}"
+    )
 
 
 def truncations(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
@@ -149,6 +157,7 @@ def truncations(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial
 
 def bit_flips(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
     """One bit of the current checkpoint changed, likewise."""
+
     def flip(content: bytes) -> bytes:
         place = rng.randrange(len(content))
         return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
@@ -157,7 +166,7 @@ def bit_flips(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
 
 
 def _damaged(bench: Bench, rng: random.Random, number: int, damage: Callable[[bytes], bytes]) -> Iterator[Trial]:
-    from modules.checkpoint_folder import CURRENT, CheckpointFolder
+    from modules.training.checkpoint_folder import CURRENT, CheckpointFolder
 
     folder = bench.folder / "damaged"
     shutil.copytree(bench.folder / "reference", folder)
@@ -168,14 +177,16 @@ def _damaged(bench: Bench, rng: random.Random, number: int, damage: Callable[[by
         checkpoints = CheckpointFolder(folder)
         found = checkpoints.newest_valid()
         taken = found is not None and found[0].name != CURRENT
-        yield Trial(taken and len(checkpoints.problems) == 1 and CURRENT in checkpoints.problems[0],
-                    lost=bench.steps - found[1]["position"]["total_steps"] if found else None)
+        yield Trial(
+            taken and len(checkpoints.problems) == 1 and CURRENT in checkpoints.problems[0],
+            lost=bench.steps - found[1]["position"]["total_steps"] if found else None,
+        )
     shutil.rmtree(folder)
 
 
 def full_disks(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
     """From some step on no file may grow beyond part of a checkpoint: one line, exit 2, the one before loads."""
-    from modules.checkpoint_folder import CURRENT
+    from modules.training.checkpoint_folder import CURRENT
 
     size = (bench.folder / "reference" / CURRENT).stat().st_size
     for trial in range(number):
@@ -183,7 +194,7 @@ def full_disks(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]
         last, part = rng.randrange(2, bench.steps), rng.uniform(0.05, 0.95)
 
         def limit(last: int = last, part: float = part) -> None:
-            from modules.trainer import Trainer
+            from modules.training.trainer import Trainer
 
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             step = Trainer._step
@@ -198,8 +209,13 @@ def full_disks(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]
         code = bench.wait(bench.start(folder, before=limit))
         log = (bench.folder / f"{folder.name}.log").read_text()
         kept, made = _reached(folder), bench.progress.steps
-        survived = (code == 2 and "cannot be written" in log and "Traceback" not in log and kept is not None
-                    and not list(folder.glob(".*.tmp")))
+        survived = (
+            code == 2
+            and "cannot be written" in log
+            and "Traceback" not in log
+            and kept is not None
+            and not list(folder.glob(".*.tmp"))
+        )
         yield Trial(survived, lost=None if kept is None else max(0, made - kept), identical=bench.resume(folder))
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -224,11 +240,22 @@ def killed_workers(bench: Bench, rng: random.Random, number: int) -> Iterator[Tr
         log = (bench.folder / f"{folder.name}.log").read_text()
         kept, made = _reached(folder), bench.progress.steps
         gone = group_is_gone(pid)
-        survived = (code == 2 and seconds < FAILURE_SECONDS and "was killed" in log and "Traceback" not in log
-                    and gone and kept is not None)
+        survived = (
+            code == 2
+            and seconds < FAILURE_SECONDS
+            and "was killed" in log
+            and "Traceback" not in log
+            and gone
+            and kept is not None
+        )
         why = "" if survived else _account(code, seconds, made, kept, gone, log)
-        yield Trial(survived, lost=None if kept is None else max(0, made - kept), identical=bench.resume(folder),
-                    seconds=seconds, why=why)
+        yield Trial(
+            survived,
+            lost=None if kept is None else max(0, made - kept),
+            identical=bench.resume(folder),
+            seconds=seconds,
+            why=why,
+        )
         shutil.rmtree(folder, ignore_errors=True)
         done += 1
 
@@ -257,8 +284,12 @@ def killed_ranks(bench: Bench, rng: random.Random, number: int) -> Iterator[Tria
         folder = bench.folder / f"rank-{trial}"
         log = bench.folder / f"{folder.name}.log"
         with open(log, "wb") as file:
-            job = subprocess.Popen([sys.executable, str(main), "--save_dir", str(folder), *flags], stdout=file,
-                                   stderr=file, start_new_session=True)
+            job = subprocess.Popen(
+                [sys.executable, str(main), "--save_dir", str(folder), *flags],
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
         ranks = _ranks_at_work(job, folder)
         time.sleep(rng.uniform(0.0, 1.0))
         started = time.monotonic()
@@ -270,14 +301,20 @@ def killed_ranks(bench: Bench, rng: random.Random, number: int) -> Iterator[Tria
             code = job.wait()
         seconds = time.monotonic() - started
         kept = _reached(folder)
-        yield Trial(code not in (0, None) and seconds < FAILURE_SECONDS and group_is_gone(job.pid)
-                    and kept is not None and kept > 0, seconds=seconds)
+        yield Trial(
+            code not in (0, None)
+            and seconds < FAILURE_SECONDS
+            and group_is_gone(job.pid)
+            and kept is not None
+            and kept > 0,
+            seconds=seconds,
+        )
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _ranks_at_work(job: subprocess.Popen, folder: Path, limit: float = 120.0) -> list[int]:
     """The job's two processes, once the first checkpoint is there."""
-    from modules.checkpoint_folder import CURRENT
+    from modules.training.checkpoint_folder import CURRENT
 
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:

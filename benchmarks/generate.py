@@ -29,7 +29,7 @@ from benchmarks.measurement import (
     save,
 )
 from benchmarks.reference_figures import print_reference
-from modules.errors import run_entry_point
+from modules.runtime.errors import run_entry_point
 
 VARIED = ("batch_size", "beam_size", "max_seq_length", "precision")
 
@@ -48,15 +48,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_search(arguments: argparse.Namespace, device: str, case: dict[str, Any],
-                 positions: list[float]) -> Callable[[], object]:
+def build_search(
+    arguments: argparse.Namespace, device: str, case: dict[str, Any], positions: list[float]
+) -> Callable[[], object]:
     """A whole search; the times at which its steps begin are added to ``positions``."""
     import torch
     from torch import nn
 
     from models import VisualFeatures, build_model
-    from modules.decoding import DecodingOptions
-    from modules.tester import autocast
+    from modules.decoding.search import DecodingOptions
+    from modules.evaluation.tester import autocast
 
     class NoExtractor(nn.Module):
         width = 2048
@@ -97,9 +98,14 @@ def measure(arguments: argparse.Namespace, device: str, case: dict[str, Any]) ->
     searches = [positions[start : start + length] for start in range(length, len(positions), length)]
     steps = [statistics.median(one[step + 1] - one[step] for one in searches) for step in range(length - 1)]
     beyond, in_all = peak_memory(search, device)
-    return case | {"seconds": seconds, "step_seconds": steps, "flops": counter.get_total_flops(),
-                   "product_flops": product_rate(device, arguments.clock, case["precision"]), "peak_mib": in_all,
-                   "peak_beyond_mib": beyond}
+    return case | {
+        "seconds": seconds,
+        "step_seconds": steps,
+        "flops": counter.get_total_flops(),
+        "product_flops": product_rate(device, arguments.clock, case["precision"]),
+        "peak_mib": in_all,
+        "peak_beyond_mib": beyond,
+    }
 
 
 def print_case(result: dict[str, Any], model_name: str) -> None:
@@ -112,8 +118,10 @@ def print_case(result: dict[str, Any], model_name: str) -> None:
     print_row("per study", [value / studies for value in result["seconds"]])
     for first in range(0, len(steps), 10):
         print_row(f"a step, positions {first} to {min(first + 10, len(steps)) - 1}", steps[first : first + 10])
-    print(f"operations {result['flops'] / 1e9:.1f} GFLOP, matrix product {result['product_flops'] / 1e9:.0f} GFLOP/s; "
-          f"peak memory {result['peak_mib']:,.0f} MiB, {result['peak_beyond_mib']:,.0f} of it by the search")
+    print(
+        f"operations {result['flops'] / 1e9:.1f} GFLOP, matrix product {result['product_flops'] / 1e9:.0f} GFLOP/s; "
+        f"peak memory {result['peak_mib']:,.0f} MiB, {result['peak_beyond_mib']:,.0f} of it by the search"
+    )
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measurement import in_rounds, parser_of, prepare, print_header, print_row, save
-from modules.errors import run_entry_point
+from modules.runtime.errors import run_entry_point
 
 VARIED = ("format", "channels", "size")
 CROP, RESIZE = 224, 256
@@ -43,8 +43,8 @@ def write_images(folder: Path, kind: dict[str, Any], count: int) -> list[str]:
     """Files of ``count`` synthetic radiographs; RGB ones hold three equal channels, as converted radiographs do."""
     from PIL import Image
 
-    from modules.synthetic.dataset import plan_studies
-    from modules.synthetic.render import render_study
+    from scripts.synthetic.dataset import plan_studies
+    from scripts.synthetic.render import render_study
 
     names = []
     for study in plan_studies(0, -(-count // 2)):
@@ -59,21 +59,28 @@ def pipelines(folder: Path, names: list[str]) -> dict[str, Callable[[], Iterable
     from PIL import Image
     from torchvision import transforms
 
-    from modules.image_cache import build_image_cache
-    from modules.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, train_transform
-    from modules.sample_order import keyed_generator
+    from modules.data.image_cache import build_image_cache
+    from modules.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, train_transform
+    from modules.data.sample_order import keyed_generator
 
-    usual = transforms.Compose([
-        transforms.Resize(RESIZE), transforms.RandomCrop(CROP), transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    usual = transforms.Compose(
+        [
+            transforms.Resize(RESIZE),
+            transforms.RandomCrop(CROP),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
     images, ours = ImageFolder(folder), train_transform(CROP, RESIZE)
     (folder / "cache").mkdir(mode=0o700)
 
     def build():
         for old in (folder / "cache").glob("*.bin"):
             old.unlink()
-        return build_image_cache(folder / "cache", images, names, transform=ours, workers=0,
-                                 progress=lambda items, _: items)
+        return build_image_cache(
+            folder / "cache", images, names, transform=ours, workers=0, progress=lambda items, _: items
+        )
 
     cache = build()
 
@@ -111,8 +118,13 @@ def main() -> None:
     for values in itertools.product(*(getattr(arguments, name) for name in VARIED)):
         result = measure(dict(zip(VARIED, values, strict=True)), arguments)
         results.append(result)
-        print_header(f"{values[0]}, {values[1]}, {values[2]} x {values[2]}; cache and decoding "
-                     + ("give the same bits" if result["bit_equal"] else "DIFFER"), "images/s", "x torchv.", "x ours")
+        print_header(
+            f"{values[0]}, {values[1]}, {values[2]} x {values[2]}; cache and decoding "
+            + ("give the same bits" if result["bit_equal"] else "DIFFER"),
+            "images/s",
+            "x torchv.",
+            "x ours",
+        )
         base, own = (statistics.median(result["seconds"][name]) for name in ("torchvision", "ours, decoding"))
         for name, seconds in result["seconds"].items():
             median = statistics.median(seconds)

@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules import clinical_rules
-from modules.clinical import CLASSES, RuleLabeler, split_sentences
-from modules.clinical_files import parse_labels, read_table, report_column
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
+from modules.labels import rules as clinical_rules
+from modules.labels.labeler import CLASSES, RuleLabeler, split_sentences
+from modules.labels.tables import parse_labels, read_table, report_column
+from modules.runtime.errors import InputError, run_entry_point
 
 Labels = list[int | None]  # 14, in the order of CLASSES
 Place = tuple[str, str | int | None, int, int]  # table, entry of it, start and end of an alternative in its pattern

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.environment import choose_device, provenance
-from modules.errors import InputError
 from modules.flags import Parser
-from modules.output_files import Output, check_outputs, is_json
+from modules.runtime.environment import choose_device, provenance
+from modules.runtime.errors import InputError
+from modules.runtime.output_files import Output, check_outputs, is_json
 
 PRODUCT_SIDE = 2048
 
@@ -25,8 +25,12 @@ def parser_of(description: str, *, rounds: int) -> argparse.ArgumentParser:
     add("--rounds", type=int, default=rounds, help="counted runs, after one that is not; default %(default)s")
     add("--threads", type=int, help="of torch; default: all")
     add("--device", default="cpu", help="cpu, cuda or cuda:N; default %(default)s")
-    add("--clock", choices=("wall", "cpu"), default="wall",
-        help="cpu: seconds of this process, for machines that other work shares; default %(default)s")
+    add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: seconds of this process, for machines that other work shares; default %(default)s",
+    )
     add("--out", type=Path, help="JSON file to write")
     return parser
 
@@ -50,8 +54,10 @@ def prepare(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> tupl
     device = str(choose_device(arguments.device))
     settings = {name: value for name, value in vars(arguments).items() if name != "out"}
     made_by = {**provenance(device), "threads": torch.get_num_threads(), "clock": arguments.clock, "settings": settings}
-    print(f"{made_by['device_name']}, {made_by['threads']} thread(s), torch {torch.__version__}, "
-          f"{arguments.clock} time, medians of {arguments.rounds}")
+    print(
+        f"{made_by['device_name']}, {made_by['threads']} thread(s), torch {torch.__version__}, "
+        f"{arguments.clock} time, medians of {arguments.rounds}"
+    )
     return device, made_by
 
 
@@ -71,8 +77,9 @@ def timed(work: Callable[[], object], clock: str, device: str) -> float:
     return now(clock, device) - start
 
 
-def in_rounds(works: Mapping[str, Callable[[], object]], rounds: int, clock: str,
-              device: str) -> dict[str, list[float]]:
+def in_rounds(
+    works: Mapping[str, Callable[[], object]], rounds: int, clock: str, device: str
+) -> dict[str, list[float]]:
     """Seconds of every work in every round, after one round that is not counted.
 
     Each round runs everything once, so that other work on the machine weighs on all alike.
@@ -86,8 +93,9 @@ def in_rounds(works: Mapping[str, Callable[[], object]], rounds: int, clock: str
     return seconds
 
 
-def product_rate(device: str, clock: str, precision: str = "float32",
-                 shapes: Sequence[tuple[int, int, int]] = ()) -> float:
+def product_rate(
+    device: str, clock: str, precision: str = "float32", shapes: Sequence[tuple[int, int, int]] = ()
+) -> float:
     """Best operations per second of a matrix product: of two squares, and of (n, k) @ (k, m) for ``shapes``."""
     import torch
 

@@ -26,9 +26,9 @@ from benchmarks.measurement import (
     product_rate,
     save,
 )
-from modules.annotations import read_annotation
-from modules.errors import InputError, run_entry_point
+from modules.data.annotations import read_annotation
 from modules.flags import boolean
+from modules.runtime.errors import InputError, run_entry_point
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,14 +61,20 @@ def measure_search(count: int, arguments: argparse.Namespace, device: str) -> di
     """Seconds, rates and memory at one number of rows; the product's rate is taken before and after."""
     import numpy as np
 
-    from modules.cosine_search import top_k_cosine
+    from modules.mining.cosine_search import top_k_cosine
 
     vectors = np.random.default_rng(0).standard_normal((count, arguments.width), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def search() -> None:
-        top_k_cosine(vectors, arguments.top_k, [np.arange(count)], device=device, memory_mb=arguments.memory_mb,
-                     progress=count > 50_000)
+        top_k_cosine(
+            vectors,
+            arguments.top_k,
+            [np.arange(count)],
+            device=device,
+            memory_mb=arguments.memory_mb,
+            progress=count > 50_000,
+        )
 
     clock, rounds = arguments.clock, arguments.rounds
     # The search's own tiles are among the products, which are timed before and after it.
@@ -80,14 +86,21 @@ def measure_search(count: int, arguments: argparse.Namespace, device: str) -> di
     memory, _ = peak_memory(search, device)
     seconds = in_rounds(works, rounds, clock, device)
     rate = max(before, product_rate(device, clock, shapes=tiles))
-    return {"rows": count, "width": arguments.width, "top_k": arguments.top_k, "product_flops": rate,
-            "search_seconds": seconds["search"], "plain_seconds": seconds.get("plain", []), "search_peak_mib": memory,
-            "embeddings_mib": vectors.nbytes / 2**20}
+    return {
+        "rows": count,
+        "width": arguments.width,
+        "top_k": arguments.top_k,
+        "product_flops": rate,
+        "search_seconds": seconds["search"],
+        "plain_seconds": seconds.get("plain", []),
+        "search_peak_mib": memory,
+        "embeddings_mib": vectors.nbytes / 2**20,
+    }
 
 
 def measure_embedding(arguments: argparse.Namespace, device: str) -> dict:
     """Texts per second of the text encoder on a random sample of distinct training reports."""
-    from modules.text_encoders import TransformerEncoder, build_text_encoder
+    from modules.mining.text_encoders import TransformerEncoder, build_text_encoder
 
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
     texts = sorted({study.report for study in annotation.splits["train"]})
@@ -96,29 +109,42 @@ def measure_embedding(arguments: argparse.Namespace, device: str) -> dict:
     if isinstance(encoder, TransformerEncoder):
         encoder.encode(sample[:32])
     seconds = in_rounds({"embed": lambda: encoder.encode(sample)}, arguments.rounds, arguments.clock, device)["embed"]
-    return {"text_encoder": arguments.text_encoder, "texts": len(sample), "embed_seconds": seconds,
-            "words_per_text": statistics.mean(len(text.split()) for text in sample), "distinct_texts": len(texts)}
+    return {
+        "text_encoder": arguments.text_encoder,
+        "texts": len(sample),
+        "embed_seconds": seconds,
+        "words_per_text": statistics.mean(len(text.split()) for text in sample),
+        "distinct_texts": len(texts),
+    }
 
 
 def print_search(result: dict) -> None:
     """One table per number of rows."""
     operations, peak = 2 * result["rows"] ** 2 * result["width"], result["product_flops"]
-    print_header(f"{result['rows']:,} x {result['width']}, the {result['top_k']} nearest of each row", "GFLOP/s",
-                 "of product")
-    for name, seconds in (("matrix product alone", [operations / peak]), ("tiled search", result["search_seconds"]),
-                          ("row blocks + topk", result["plain_seconds"])):
+    print_header(
+        f"{result['rows']:,} x {result['width']}, the {result['top_k']} nearest of each row", "GFLOP/s", "of product"
+    )
+    for name, seconds in (
+        ("matrix product alone", [operations / peak]),
+        ("tiled search", result["search_seconds"]),
+        ("row blocks + topk", result["plain_seconds"]),
+    ):
         if seconds:
             rate = operations / statistics.median(seconds)
             print_row(name, seconds, f"{rate / 1e9:.1f}", f"{rate / peak:.0%}")
-    print(f"peak memory of the search beyond the embeddings ({result['embeddings_mib']:,.0f} MiB): "
-          f"{result['search_peak_mib']:,.0f} MiB")
+    print(
+        f"peak memory of the search beyond the embeddings ({result['embeddings_mib']:,.0f} MiB): "
+        f"{result['search_peak_mib']:,.0f} MiB"
+    )
 
 
 def print_embedding(result: dict) -> None:
     """The rate, and what it means for the whole data set."""
     rate = result["texts"] / statistics.median(result["embed_seconds"])
-    print(f"\n{result['text_encoder']}: {rate:,.1f} texts per second, {result['words_per_text']:.0f} words each; "
-          f"the {result['distinct_texts']:,} distinct training reports take {result['distinct_texts'] / rate:,.0f} s")
+    print(
+        f"\n{result['text_encoder']}: {rate:,.1f} texts per second, {result['words_per_text']:.0f} words each; "
+        f"the {result['distinct_texts']:,} distinct training reports take {result['distinct_texts'] / rate:,.0f} s"
+    )
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Draws growth.png from the JSON files of benchmarks/run_all.sh: how cost grows with the sizes that a user chooses.
 
-  python benchmarks/plot.py benchmarks/results
+python benchmarks/plot.py benchmarks/results
 """
 
 import argparse
@@ -12,8 +12,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
+from modules.runtime.errors import InputError, run_entry_point
 
 # File, size on the x axis, title, x label; the y axis is in seconds.
 PANELS = (
@@ -68,8 +68,12 @@ def draw(folder: Path) -> Path:
         axes.set(title=title, xlabel=label, ylabel="seconds")
         if name == "mine":
             axes.set(xscale="log", yscale="log")
-            axes.set_xticks(axes.lines[0].get_xdata(), [f"{rows:,.0f}" for rows in axes.lines[0].get_xdata()],
-                            rotation=30, fontsize=8)
+            axes.set_xticks(
+                axes.lines[0].get_xdata(),
+                [f"{rows:,.0f}" for rows in axes.lines[0].get_xdata()],
+                rotation=30,
+                fontsize=8,
+            )
             axes.minorticks_off()
         else:
             axes.set_ylim(bottom=0)
@@ -79,8 +83,11 @@ def draw(folder: Path) -> Path:
         if len(axes.lines) > 1:
             axes.legend(fontsize=7)
     figure_of_steps(panels.flat[-1], read(folder, "generate"))
-    figure.suptitle(f"{result['device_name']}, {result['threads']} thread(s), torch {result['packages']['torch']}, "
-                    f"{result['clock']} time", fontsize=10)
+    figure.suptitle(
+        f"{result['device_name']}, {result['threads']} thread(s), torch {result['packages']['torch']}, "
+        f"{result['clock']} time",
+        fontsize=10,
+    )
     target = folder / "growth.png"
     figure.savefig(target, dpi=110)
     return target

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.cluster import add_sizes, efficiency
 from benchmarks.measurement import now, parser_of, prepare, print_header, print_row, save
 from benchmarks.train_step import build_step
-from modules.errors import InputError, run_entry_point
-from modules.launch import check_processes
+from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.launch import check_processes
 
 STEP, APART, ALONE = "step", "step without all-reduce", "all-reduce alone"
 
@@ -43,17 +43,24 @@ def one_process(number: int, count: int, arguments: argparse.Namespace, folder: 
     import torch
     from torch import distributed as dist
 
-    from modules import distributed
+    from modules.runtime import distributed
 
     gpu = arguments.device != "cpu"
     device = f"cuda:{number}" if gpu else "cpu"
     torch.set_num_threads(arguments.threads)
     if gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if gpu else "gloo", init_method=f"file://{folder}/meet{count}", rank=number,
-                            world_size=count)
-    case = {"batch_size": arguments.batch_size, "views": arguments.views, "max_seq_length": arguments.max_seq_length,
-            "precision": "float32", "compile": False, "strategy": arguments.strategy}
+    dist.init_process_group(
+        "nccl" if gpu else "gloo", init_method=f"file://{folder}/meet{count}", rank=number, world_size=count
+    )
+    case = {
+        "batch_size": arguments.batch_size,
+        "views": arguments.views,
+        "max_seq_length": arguments.max_seq_length,
+        "precision": "float32",
+        "compile": False,
+        "strategy": arguments.strategy,
+    }
     step = build_step(arguments, device, case)
     parallel = distributed.data_parallel(step.objective)
     gradients = torch.zeros(sum(parameter.numel() for parameter in step.objective.parameters()), device=device)
@@ -89,21 +96,29 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, arguments.processes):
             start_processes(one_process, (count, arguments, folder), count)
-        one, many = (json.loads(Path(folder, f"{count}.json").read_text(encoding="utf-8"))
-                     for count in (1, arguments.processes))
+        one, many = (
+            json.loads(Path(folder, f"{count}.json").read_text(encoding="utf-8")) for count in (1, arguments.processes)
+        )
     compute, wire = (statistics.median(many["seconds"][name]) for name in (APART, ALONE))
     without, overlap = efficiency(compute, wire)
     sent = many["gradients"] * 2 * (arguments.processes - 1) / arguments.processes
     measured = statistics.median(a / b for a, b in zip(many["seconds"][APART], many["seconds"][STEP], strict=True))
-    return {"one": one["seconds"][STEP], "several": many["seconds"], "sent": sent,
-            "calculated": {"no overlap": without, "overlap": overlap}, "measured": measured,
-            "of_one_process": statistics.median(one["seconds"][STEP]) / statistics.median(many["seconds"][STEP])}
+    return {
+        "one": one["seconds"][STEP],
+        "several": many["seconds"],
+        "sent": sent,
+        "calculated": {"no overlap": without, "overlap": overlap},
+        "measured": measured,
+        "of_one_process": statistics.median(one["seconds"][STEP]) / statistics.median(many["seconds"][STEP]),
+    }
 
 
 def report(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     """Print the table."""
-    print_header(f"{arguments.model_name}, {arguments.visual_extractor}, strategy {arguments.strategy}, "
-                 f"batch {arguments.batch_size} in each process")
+    print_header(
+        f"{arguments.model_name}, {arguments.visual_extractor}, strategy {arguments.strategy}, "
+        f"batch {arguments.batch_size} in each process"
+    )
     print_row("1 process: step", found["one"])
     for name, seconds in found["several"].items():
         print_row(f"{arguments.processes} processes: {name}", seconds)
@@ -111,8 +126,10 @@ def report(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     rate = f", {found['sent'] / statistics.median(found['several'][ALONE]) / 1e9:.2f} GB/s"
     print(f"sent by each: {found['sent'] / 1e6:.0f} MB{rate if arguments.clock == 'wall' else ''}")
     calculated = found["calculated"]
-    print(f"share of the time left for computing: calculated {calculated['no overlap']:.1%} (nothing overlapped) to "
-          f"{calculated['overlap']:.1%} (all that fits), measured {found['measured']:.1%}")
+    print(
+        f"share of the time left for computing: calculated {calculated['no overlap']:.1%} (nothing overlapped) to "
+        f"{calculated['overlap']:.1%} (all that fits), measured {found['measured']:.1%}"
+    )
     print(f"one process's step over theirs, which share the machine's memory and caches: {found['of_one_process']:.1%}")
 
 

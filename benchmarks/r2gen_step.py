@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measurement import in_rounds, parser_of, prepare, save
-from modules.errors import run_entry_point
+from modules.runtime.errors import run_entry_point
 
 NAMES = ("r2gen", "r2gencmn")
 SIZES = ("batch_size", "patches", "image_dim", "d_model", "num_layers", "vocab_size", "max_seq_length", "beam_size")
@@ -45,7 +45,7 @@ def build_works(arguments: argparse.Namespace, device: str) -> dict[str, Callabl
     from torch import nn
 
     from models import VisualFeatures, build_model
-    from modules.decoding import DecodingOptions
+    from modules.decoding.search import DecodingOptions
 
     class NoExtractor(nn.Module):
         width = arguments.image_dim
@@ -59,11 +59,28 @@ def build_works(arguments: argparse.Namespace, device: str) -> dict[str, Callabl
     works: dict[str, Callable[[], object]] = {}
     for name in NAMES:
         own = {"rm_d_model": arguments.d_model} if name == "r2gen" else {"cmm_dim": arguments.d_model}
-        model = build_model(name, visual_extractor=NoExtractor(), num_ids=arguments.vocab_size + 1,
-                            d_model=arguments.d_model, d_ff=arguments.d_model, num_layers=arguments.num_layers, **own)
+        model = build_model(
+            name,
+            visual_extractor=NoExtractor(),
+            num_ids=arguments.vocab_size + 1,
+            d_model=arguments.d_model,
+            d_ff=arguments.d_model,
+            num_layers=arguments.num_layers,
+            **own,
+        )
         add_model_works(works, name, model.to(device), features, tokens, decoding)
-    memory = build_model("r2gen", visual_extractor=NoExtractor(), num_ids=1, d_model=arguments.d_model,
-                         rm_d_model=arguments.d_model, num_layers=1).encoder_decoder.model.rm.to(device).eval()
+    memory = (
+        build_model(
+            "r2gen",
+            visual_extractor=NoExtractor(),
+            num_ids=1,
+            d_model=arguments.d_model,
+            rm_d_model=arguments.d_model,
+            num_layers=1,
+        )
+        .encoder_decoder.model.rm.to(device)
+        .eval()
+    )
     x = torch.randn(*shape, arguments.d_model, device=device, requires_grad=True)
     add_passes(works, "memory by hand", lambda: memory(x))
     add_passes(works, "memory by autograd", lambda: memory_by_autograd(memory, x))
@@ -72,6 +89,7 @@ def build_works(arguments: argparse.Namespace, device: str) -> dict[str, Callabl
 
 def add_model_works(works, name, model, features, tokens, decoding) -> None:
     """Forward, backward and generation of one backbone."""
+
     def forward():
         return model.train()(None, tokens, features=features).log_probs[:, :, 0]
 
@@ -134,8 +152,10 @@ def table(seconds: dict[str, list[float]], rows: tuple[str, str], batch_size: in
         first, second = (seconds[f"{row} {part}"] for row in rows)
         scale, unit = (batch_size, "s per study") if part == "generation" else (1, "s per batch")
         ratio = statistics.median(a / b for a, b in zip(first, second, strict=True))
-        print(f"{part + ', ' + unit:<26}{statistics.median(first) / scale:18.3f}"
-              f"{statistics.median(second) / scale:20.3f}{ratio:8.2f}")
+        print(
+            f"{part + ', ' + unit:<26}{statistics.median(first) / scale:18.3f}"
+            f"{statistics.median(second) / scale:20.3f}{ratio:8.2f}"
+        )
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Seconds from typing a command to its help, for every program, beside what Python and torch take to start.
 
-  python benchmarks/startup.py --out startup.json
+python benchmarks/startup.py --out startup.json
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measurement import parser_of, prepare, print_header, print_row, save
-from modules.errors import InputError, run_entry_point
+from modules.runtime.errors import InputError, run_entry_point
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,8 +28,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def programs() -> list[str]:
     """Entry points with a command line, main_train.py first."""
-    scripts = [f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("*.py"))
-               if "__main__" in path.read_text(encoding="utf-8")]
+    scripts = [
+        f"scripts/{path.name}"
+        for path in sorted((ROOT / "scripts").glob("*.py"))
+        if "__main__" in path.read_text(encoding="utf-8")
+    ]
     return ["main_train.py", "main_test.py", *scripts]
 
 

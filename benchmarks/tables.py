@@ -1,6 +1,6 @@
 """Writes tables.md from the JSON files of benchmarks/run_all.sh: what each stage costs, and what follows for an epoch.
 
-  python benchmarks/tables.py benchmarks/results
+python benchmarks/tables.py benchmarks/results
 """
 
 import argparse
@@ -14,8 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.reference_figures import PRODUCT_FLOPS, SECONDS, TRAINING_PEAK_MIB
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
+from modules.runtime.errors import InputError, run_entry_point
 
 MIMIC_IMAGES = 270_790  # of R2Gen's training split, one image a sample
 
@@ -44,17 +44,29 @@ def training(result: dict[str, Any]) -> list[str]:
     for case in result["results"]:
         step = statistics.median(case["seconds"]["step"])
         images = case["batch_size"] * case["views"] * (2 if case["strategy"] == "ithn" else 1)
-        setting = f"batch {case['batch_size']}, {case['views']} views, {case['max_seq_length']} tokens, " \
-                  f"{case['precision']}, strategy {case['strategy']}"
+        setting = (
+            f"batch {case['batch_size']}, {case['views']} views, {case['max_seq_length']} tokens, "
+            f"{case['precision']}, strategy {case['strategy']}"
+        )
         share = f"{case['flops'] / step / case['product_flops']:.0%}"
         ratios = "; ".join(f"{name} {value:.3f}" for name, value in case["ratios"].items())
-        rows.append((setting, spread(case["seconds"]["step"]), f"{images / step:.3g}", share,
-                     f"{case['peak_mib']:,.0f}", ratios))
-        rows += [(f"- {name}", spread(values), "", "", "", "") for name, values in case["seconds"].items()
-                 if name != "step"]
+        rows.append(
+            (
+                setting,
+                spread(case["seconds"]["step"]),
+                f"{images / step:.3g}",
+                share,
+                f"{case['peak_mib']:,.0f}",
+                ratios,
+            )
+        )
+        rows += [
+            (f"- {name}", spread(values), "", "", "", "") for name, values in case["seconds"].items() if name != "step"
+        ]
     extractor = result["settings"]["visual_extractor"]
     title = f"Training step, {result['settings']['model_name']}, " + (
-        "features given" if extractor == "none" else extractor)
+        "features given" if extractor == "none" else extractor
+    )
     return table(title, ("", "seconds: median (range)", "images/s", "of matrix product", "peak MiB", "ratios"), rows)
 
 
@@ -64,12 +76,19 @@ def generation(result: dict[str, Any]) -> list[str]:
     for case in result["results"]:
         steps, median = case["step_seconds"], statistics.median(case["seconds"])
         tenth = max(1, len(steps) // 10)
-        rows.append((f"{case['batch_size']} studies, beam {case['beam_size']}, {case['max_seq_length']} tokens",
-                     spread([seconds / case["batch_size"] for seconds in case["seconds"]]),
-                     f"{case['batch_size'] * case['max_seq_length'] / median:,.0f}",
-                     *(f"{1000 * statistics.median(part):.1f}" for part in (steps[1:tenth + 1], steps[-tenth:]))))
-    return table("Beam search, features given",
-                 ("", "seconds per study", "tokens/s", "ms per step, first tenth", "last tenth"), rows)
+        rows.append(
+            (
+                f"{case['batch_size']} studies, beam {case['beam_size']}, {case['max_seq_length']} tokens",
+                spread([seconds / case["batch_size"] for seconds in case["seconds"]]),
+                f"{case['batch_size'] * case['max_seq_length'] / median:,.0f}",
+                *(f"{1000 * statistics.median(part):.1f}" for part in (steps[1 : tenth + 1], steps[-tenth:])),
+            )
+        )
+    return table(
+        "Beam search, features given",
+        ("", "seconds per study", "tokens/s", "ms per step, first tenth", "last tenth"),
+        rows,
+    )
 
 
 def images(result: dict[str, Any]) -> list[str]:
@@ -79,9 +98,13 @@ def images(result: dict[str, Any]) -> list[str]:
         base = statistics.median(case["seconds"]["torchvision"])
         same = "same bits" if case["bit_equal"] else "DIFFERENT bits"
         for name, seconds in case["seconds"].items():
-            rows.append((f"{case['format']} {case['channels']} {case['size']} px ({same}): {name}",
-                         f"{case['images'] / statistics.median(seconds):,.0f}",
-                         f"{base / statistics.median(seconds):.1f}"))
+            rows.append(
+                (
+                    f"{case['format']} {case['channels']} {case['size']} px ({same}): {name}",
+                    f"{case['images'] / statistics.median(seconds):,.0f}",
+                    f"{base / statistics.median(seconds):.1f}",
+                )
+            )
     return table("Images from file to training tensor", ("", "images/s", "times torchvision's pipeline"), rows)
 
 
@@ -90,8 +113,15 @@ def mining(result: dict[str, Any]) -> list[str]:
     rows = []
     for case in result["search"]:
         rate = 2 * case["rows"] ** 2 * case["width"] / statistics.median(case["search_seconds"])
-        rows.append((f"{case['rows']:,} x {case['width']}", spread(case["search_seconds"]), f"{rate / 1e9:.0f}",
-                     f"{rate / case['product_flops']:.0%}", f"{case['search_peak_mib']:.0f}"))
+        rows.append(
+            (
+                f"{case['rows']:,} x {case['width']}",
+                spread(case["search_seconds"]),
+                f"{rate / 1e9:.0f}",
+                f"{rate / case['product_flops']:.0%}",
+                f"{case['search_peak_mib']:.0f}",
+            )
+        )
     return table("Mining", ("", "seconds", "GFLOP/s", "of matrix product", "MiB beside the embeddings"), rows)
 
 
@@ -100,8 +130,14 @@ def evaluation(result: dict[str, Any]) -> list[str]:
     rows = []
     for case in result["results"]:
         whole = statistics.median(case["seconds"]["all"])
-        rows += [(f"{case['reports']:,} reports, {case['java_starts']} Java process: {name}", spread(seconds),
-                  f"{statistics.median(seconds) / whole:.0%}") for name, seconds in case["seconds"].items()]
+        rows += [
+            (
+                f"{case['reports']:,} reports, {case['java_starts']} Java process: {name}",
+                spread(seconds),
+                f"{statistics.median(seconds) / whole:.0%}",
+            )
+            for name, seconds in case["seconds"].items()
+        ]
     return table("Evaluation", ("", "seconds", "share"), rows)
 
 
@@ -118,26 +154,61 @@ def beside_reference(result: dict[str, Any]) -> list[str]:
         return []
     step = statistics.median(case["seconds"]["step"])
     theirs = next(iter(SECONDS["train_step"].values()))
-    rows = [("public code, another machine", f"{theirs:.1f}", f"{PRODUCT_FLOPS / 1e9:.0f}",
-             f"{theirs * PRODUCT_FLOPS / 1e12:.2f}", f"{TRAINING_PEAK_MIB:,.0f}"),
-            ("this code, this machine", f"{step:.1f}", f"{case['product_flops'] / 1e9:.0f}",
-             f"{step * case['product_flops'] / 1e12:.2f}", f"{case['peak_mib']:,.0f}")]
+    rows = [
+        (
+            "public code, another machine",
+            f"{theirs:.1f}",
+            f"{PRODUCT_FLOPS / 1e9:.0f}",
+            f"{theirs * PRODUCT_FLOPS / 1e12:.2f}",
+            f"{TRAINING_PEAK_MIB:,.0f}",
+        ),
+        (
+            "this code, this machine",
+            f"{step:.1f}",
+            f"{case['product_flops'] / 1e9:.0f}",
+            f"{step * case['product_flops'] / 1e12:.2f}",
+            f"{case['peak_mib']:,.0f}",
+        ),
+    ]
     per_image = step / (case["batch_size"] * case["views"])
     flops = case["flops"] / (case["batch_size"] * case["views"])
-    lines = table("Beside the public R2GenCMN code", ("training step, batch 16", "seconds", "GFLOP/s of its machine",
-                                                      "TFLOP of matrix products in that time", "peak MiB"), rows)
-    return lines + ["", "## An epoch of MIMIC-CXR, extrapolated", "",
-                    f"On this machine: {MIMIC_IMAGES:,} images x {per_image:.3f} s = "
-                    f"{MIMIC_IMAGES * per_image / 3600:.1f} hours, reading not counted.",
-                    f"Elsewhere: {flops / 1e9:.1f} GFLOP per image x {MIMIC_IMAGES:,} = "
-                    f"{flops * MIMIC_IMAGES / 1e15:.2f} PFLOP; divided by what the device sustains (its matrix-product "
-                    "rate times the share that `--device cuda` measures there). ITHN: twice that, for the negatives.",
-                    "No GPU was measured."]
+    lines = table(
+        "Beside the public R2GenCMN code",
+        (
+            "training step, batch 16",
+            "seconds",
+            "GFLOP/s of its machine",
+            "TFLOP of matrix products in that time",
+            "peak MiB",
+        ),
+        rows,
+    )
+    return lines + [
+        "",
+        "## An epoch of MIMIC-CXR, extrapolated",
+        "",
+        f"On this machine: {MIMIC_IMAGES:,} images x {per_image:.3f} s = "
+        f"{MIMIC_IMAGES * per_image / 3600:.1f} hours, reading not counted.",
+        f"Elsewhere: {flops / 1e9:.1f} GFLOP per image x {MIMIC_IMAGES:,} = "
+        f"{flops * MIMIC_IMAGES / 1e15:.2f} PFLOP; divided by what the device sustains (its matrix-product "
+        "rate times the share that `--device cuda` measures there). ITHN: twice that, for the negatives.",
+        "No GPU was measured.",
+    ]
 
 
-WRITERS = {"startup": startup, "train_step": training, "train_step_bfloat16": training, "train_step_features": training,
-           "generate": generation, "generate_beams": generation, "generate_lengths": generation, "images_png": images,
-           "images_jpeg": images, "mine": mining, "evaluate": evaluation}
+WRITERS = {
+    "startup": startup,
+    "train_step": training,
+    "train_step_bfloat16": training,
+    "train_step_features": training,
+    "generate": generation,
+    "generate_beams": generation,
+    "generate_lengths": generation,
+    "images_png": images,
+    "images_jpeg": images,
+    "mine": mining,
+    "evaluate": evaluation,
+}
 
 
 def write(folder: Path) -> Path:
@@ -147,8 +218,12 @@ def write(folder: Path) -> Path:
         raise InputError(f"{folder} holds none of the JSON files that benchmarks/run_all.sh writes")
     results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items()}
     first = next(iter(results.values()))
-    lines = ["# Measured", "", f"{first['device_name']}, {first['threads']} thread(s), torch "
-             f"{first['packages']['torch']}, {first['clock']} time, {first['created'][:10]}."]
+    lines = [
+        "# Measured",
+        "",
+        f"{first['device_name']}, {first['threads']} thread(s), torch "
+        f"{first['packages']['torch']}, {first['clock']} time, {first['created'][:10]}.",
+    ]
     if "train_step" in results:
         lines += beside_reference(results["train_step"])
     for name, result in results.items():

@@ -33,8 +33,8 @@ from benchmarks.measurement import (
     save,
 )
 from benchmarks.reference_figures import print_reference
-from modules.errors import run_entry_point
 from modules.flags import boolean
+from modules.runtime.errors import run_entry_point
 
 SIZES = ("batch_size", "views", "max_seq_length", "image_size", "vocab_size", "patches")
 VARIED = ("batch_size", "views", "max_seq_length", "precision", "compile", "strategy")
@@ -47,8 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, nargs="+", default=[16], help="default 16")
     add("--views", type=int, nargs="+", default=[2], help="images of a study; default 2")
     add("--max_seq_length", type=int, nargs="+", default=[60], help="default 60")
-    add("--strategy", nargs="+", default=["off", "ithn"], choices=("off", "contrastive", "ithn"),
-        help="default off ithn")
+    add(
+        "--strategy",
+        nargs="+",
+        default=["off", "ithn"],
+        choices=("off", "contrastive", "ithn"),
+        help="default off ithn",
+    )
     add("--precision", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
     add("--compile", type=boolean, nargs="+", default=[False], help="default false")
     add("--model_name", default="r2gencmn", choices=("r2gen", "r2gencmn"), help="default %(default)s")
@@ -71,10 +76,10 @@ class Step:
     precision: str
 
     def passes(self) -> list[Callable[[], object]]:
-        """Forward, backward and optimiser, to be called in turn; what they do is what modules/trainer.py does."""
+        """Forward, backward and optimiser, to be called in turn, as modules/training/trainer.py does."""
         import torch
 
-        from modules.tester import autocast
+        from modules.evaluation.tester import autocast
 
         last = []
 
@@ -98,13 +103,13 @@ class Step:
 
 
 def build_step(arguments: argparse.Namespace, device: str, case: dict[str, Any]) -> Step:
-    """The objective as scripts/compose.py builds it, with published sizes and random weights and data."""
+    """The objective as modules/run/build.py builds it, with published sizes and random weights and data."""
     import torch
 
     from models import build_model
-    from modules.objective import Objective
-    from modules.optimizers import build_optimizer
-    from modules.visual_extractor import VisualExtractor
+    from modules.ithn.objective import Objective
+    from modules.layers.visual_extractor import VisualExtractor
+    from modules.training.optimizers import build_optimizer
 
     torch.backends.cudnn.benchmark = True
     if arguments.visual_extractor == "none":
@@ -115,8 +120,16 @@ def build_step(arguments: argparse.Namespace, device: str, case: dict[str, Any])
     objective = Objective(model, strategy=case["strategy"]).to(device).train()
     if case["compile"]:
         objective.compile()
-    optimizer = build_optimizer(objective, optim="Adam", lr_ve=5e-5, lr_ed=7e-4, weight_decay=5e-5,
-                                adam_betas=(0.9, 0.98), adam_eps=1e-9, amsgrad=True)
+    optimizer = build_optimizer(
+        objective,
+        optim="Adam",
+        lr_ve=5e-5,
+        lr_ed=7e-4,
+        weight_decay=5e-5,
+        adam_betas=(0.9, 0.98),
+        adam_eps=1e-9,
+        amsgrad=True,
+    )
     scaler = torch.amp.GradScaler(device.split(":")[0], init_scale=2.0**16 if case["precision"] == "float16" else 1.0)
     return Step(objective, optimizer, scaler, random_batch(arguments, device, case), device, case["precision"])
 
@@ -141,7 +154,7 @@ def random_batch(arguments: argparse.Namespace, device: str, case: dict[str, Any
     """Normalised images (or features) and reports of full length, with a hard negative for each where one is used."""
     import torch
 
-    from modules.batches import Batch, Pair
+    from modules.data.batches import Batch, Pair
 
     rows, views, length = case["batch_size"], case["views"], case["max_seq_length"]
     shape = (arguments.patches, 2048) if arguments.visual_extractor == "none" else (3,) + (arguments.image_size,) * 2
@@ -150,20 +163,31 @@ def random_batch(arguments: argparse.Namespace, device: str, case: dict[str, Any
         tokens = torch.randint(1, arguments.vocab_size + 1, (rows, length), device=device)
         tokens[:, 0] = tokens[:, -1] = 0
         # The mask of views stays on the CPU, as Batch.to leaves it.
-        return Pair(torch.randn(rows, views, *shape, device=device), torch.ones(rows, views, dtype=torch.bool), tokens,
-                    torch.ones(rows, length, dtype=torch.bool, device=device))
+        return Pair(
+            torch.randn(rows, views, *shape, device=device),
+            torch.ones(rows, views, dtype=torch.bool),
+            tokens,
+            torch.ones(rows, length, dtype=torch.bool, device=device),
+        )
 
     with_negatives = case["strategy"] == "ithn"
     numbers = torch.arange(rows, device=device)
-    return Batch(pair(), pair() if with_negatives else None, torch.ones_like(numbers, dtype=torch.bool), numbers,
-                 numbers, [""] * rows, [""] * rows)
+    return Batch(
+        pair(),
+        pair() if with_negatives else None,
+        torch.ones_like(numbers, dtype=torch.bool),
+        numbers,
+        numbers,
+        [""] * rows,
+        [""] * rows,
+    )
 
 
 def extractor_alone(step: Step) -> Callable[[], object]:
     """Forward and backward of the visual extractor on every image of the batch, from a given gradient."""
     import torch
 
-    from modules.tester import autocast
+    from modules.evaluation.tester import autocast
 
     extractor = step.objective.backbone.visual_extractor
     pairs = [pair for pair in (step.batch.positive, step.batch.negative) if pair is not None]
@@ -199,8 +223,11 @@ def loss_module_alone(step: Step, num_ids: int) -> Callable[[], object]:
             return Output(*given)
 
     alone = type(objective)(Given(), strategy=objective.strategy).to(step.device).train()
-    small = dataclasses.replace(batch, positive=dataclasses.replace(batch.positive, images=images),
-                                negative=batch.negative and dataclasses.replace(batch.negative, images=images))
+    small = dataclasses.replace(
+        batch,
+        positive=dataclasses.replace(batch.positive, images=images),
+        negative=batch.negative and dataclasses.replace(batch.negative, images=images),
+    )
     return lambda: alone(small, 1)["loss"].backward()
 
 
@@ -228,24 +255,43 @@ def measure(arguments: argparse.Namespace, device: str, case: dict[str, Any]) ->
     seconds |= {name: values[1:] for name, values in parts.items()}
     beyond, in_all = peak_memory(step.run, device)
     rate = product_rate(device, arguments.clock, case["precision"])
-    return case | {"seconds": seconds, "flops": counter.get_total_flops(), "product_flops": rate,
-                   "peak_mib": in_all, "peak_beyond_mib": beyond}
+    return case | {
+        "seconds": seconds,
+        "flops": counter.get_total_flops(),
+        "product_flops": rate,
+        "peak_mib": in_all,
+        "peak_beyond_mib": beyond,
+    }
 
 
 def print_case(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     """The table of one combination."""
     rows = result["batch_size"] * (2 if result["strategy"] == "ithn" else 1)
     images, tokens = rows * result["views"], rows * (result["max_seq_length"] - 1)
-    print_header(f"{arguments.model_name}, {arguments.visual_extractor}: "
-                 + ", ".join(f"{name} {result[name]}" for name in VARIED), "images/s", "tokens/s", "of product")
+    print_header(
+        f"{arguments.model_name}, {arguments.visual_extractor}: "
+        + ", ".join(f"{name} {result[name]}" for name in VARIED),
+        "images/s",
+        "tokens/s",
+        "of product",
+    )
     step = statistics.median(result["seconds"]["step"])
     for name in ("step", "forward", "backward", "optimiser", "visual extractor alone", "loss module alone"):
         if name in result["seconds"]:
-            whole = (f"{images / step:.4g}", f"{tokens / step:.4g}",
-                     f"{result['flops'] / step / result['product_flops']:.0%}") if name == "step" else ()
+            whole = (
+                (
+                    f"{images / step:.4g}",
+                    f"{tokens / step:.4g}",
+                    f"{result['flops'] / step / result['product_flops']:.0%}",
+                )
+                if name == "step"
+                else ()
+            )
             print_row(name, result["seconds"][name], *whole)
-    print(f"operations {result['flops'] / 1e12:.3f} TFLOP, matrix product {result['product_flops'] / 1e9:.0f} GFLOP/s; "
-          f"peak memory {result['peak_mib']:,.0f} MiB, {result['peak_beyond_mib']:,.0f} of it by the step")
+    print(
+        f"operations {result['flops'] / 1e12:.3f} TFLOP, matrix product {result['product_flops'] / 1e9:.0f} GFLOP/s; "
+        f"peak memory {result['peak_mib']:,.0f} MiB, {result['peak_beyond_mib']:,.0f} of it by the step"
+    )
     for name, ratio in ratios(result).items():
         print(f"{name}: {ratio:.3f}")
 
@@ -259,8 +305,10 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
         found["step over extractor alone + optimiser"] = least
     if "loss module alone" in seconds:
         found["step over loss module"] = seconds["loss module alone"]
-    medians = {name: statistics.median(a / b for a, b in zip(seconds["step"], values, strict=True))
-               for name, values in found.items()}
+    medians = {
+        name: statistics.median(a / b for a, b in zip(seconds["step"], values, strict=True))
+        for name, values in found.items()
+    }
     if "step over loss module" in medians:
         medians["loss module's share of the step"] = 1 / medians.pop("step over loss module")
     return medians

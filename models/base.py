@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from modules.decoding import Decoded, DecodingOptions, DecodingSession, Search, decode
-from modules.decoding_guidance import Guided
+from modules.decoding.guidance import Guided
+from modules.decoding.search import Decoded, DecodingOptions, DecodingSession, Search, decode
 
 
 @dataclass
@@ -85,12 +85,20 @@ class Backbone(nn.Module):
         decoding: DecodingOptions,
     ) -> Tensor:
         """Token ids (B, max_seq_length) of each study's likeliest report, 0 after the end."""
-        return self.search(images, view_mask=view_mask, labels=labels, features=features,
-                           decoding=decoding).tokens[:, 0]
+        return self.search(images, view_mask=view_mask, labels=labels, features=features, decoding=decoding).tokens[
+            :, 0
+        ]
 
     @torch.no_grad()
-    def search(self, images: Tensor | None, *, view_mask: Tensor | None = None, labels: Tensor | None = None,
-               features: VisualFeatures | None = None, decoding: DecodingOptions) -> Decoded:
+    def search(
+        self,
+        images: Tensor | None,
+        *,
+        view_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        features: VisualFeatures | None = None,
+        decoding: DecodingOptions,
+    ) -> Decoded:
         """All returned hypotheses with their scores; ``generate`` takes the best."""
         features = self.extract(images, view_mask, features)
         session = self.session(features, labels, decoding)
@@ -99,8 +107,7 @@ class Backbone(nn.Module):
         return decode(session, len(features.patches), features.patches.device, decoding, self.beam_search(decoding))
 
     def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> DecodingSession:
-        """The decoder at the first word of reports on studies with ``features`` and, where they are given, ``labels``.
-        """
+        """The decoder at the first word of reports on studies with ``features`` and, if given, ``labels``."""
         raise NotImplementedError
 
     def beam_search(self, decoding: DecodingOptions) -> type[Search] | None:

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Backbone, Output, VisualFeatures
-from modules.decoding import DecodingOptions
-from modules.decoding_cache import DecodingCache
-from modules.relational_memory import RelationalMemory
-from modules.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
-from modules.transformer_norms import normalise
-from modules.transformer_patches import PatchEmbedding
+from modules.decoding.cache import DecodingCache
+from modules.decoding.search import DecodingOptions
+from modules.layers.relational_memory import RelationalMemory
+from modules.layers.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
+from modules.layers.transformer_norms import normalise
+from modules.layers.transformer_patches import PatchEmbedding
 
 
 class LayerNorm(nn.Module):
@@ -76,8 +76,9 @@ class Transformer(nn.Module):
 class EncoderDecoder(nn.Module):
     """Patch features and tokens to hidden states."""
 
-    def __init__(self, image_dim: int, num_ids: int, *, d_model: int, drop_prob_lm: float, use_bn: int,
-                 **transformer: float):
+    def __init__(
+        self, image_dim: int, num_ids: int, *, d_model: int, drop_prob_lm: float, use_bn: int, **transformer: float
+    ):
         super().__init__()
         self.att_embed = PatchEmbedding(image_dim, d_model, drop_prob_lm, use_bn)
         self.model = Transformer(num_ids, d_model=d_model, **transformer)
@@ -98,8 +99,13 @@ class EncoderDecoder(nn.Module):
     def decode(self, tokens: Tensor, encoded: Tensor, mask: Tensor | None) -> Tensor:
         """Hidden states (B, T, d) under teacher forcing; ``mask`` (B, 1, 1, S) or None is that of the patches."""
         decoder = self.model.decoder
-        return decoder(self.embed(tokens), decoder.source_keys_values(encoded), decoder_mask(tokens), mask,
-                       condition=(self.memory(tokens),))
+        return decoder(
+            self.embed(tokens),
+            decoder.source_keys_values(encoded),
+            decoder_mask(tokens),
+            mask,
+            condition=(self.memory(tokens),),
+        )
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, V+1) in float32."""
@@ -148,9 +154,7 @@ class R2Gen(Backbone):
             rm_num_heads=rm_num_heads,
         )
 
-    def forward(
-        self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None
-    ) -> Output:
+    def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None) -> Output:
         features = self.extract(images, view_mask, features)
         network = self.encoder_decoder
         hidden = network.decode(tokens, network.encode(features), features.attention_mask)
@@ -192,13 +196,9 @@ class Session:
         past = self.memory
         if parents is not None:
             past = past.gather(1, parents.unsqueeze(-1).expand(-1, -1, past.size(-1)))
-        memory = self.network.model.rm.step(
-            x.flatten(0, 1), None if past is None else past.flatten(0, 1), self.weights
-        )
+        memory = self.network.model.rm.step(x.flatten(0, 1), None if past is None else past.flatten(0, 1), self.weights)
         self.memory = memory.unflatten(0, tokens.shape)
-        hidden = self.network.model.decoder(
-            x, self.sources, mask, self.source_mask, self.cache.layers, (self.memory,)
-        )
+        hidden = self.network.model.decoder(x, self.sources, mask, self.source_mask, self.cache.layers, (self.memory,))
         return self.network.log_probs(hidden)
 
     def keep(self, rows: Tensor) -> None:

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Backbone, Output, VisualFeatures
-from modules.decoding import DecodingOptions
-from modules.decoding_cache import DecodingCache
-from modules.memory import MemoryResponse
-from modules.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
-from modules.transformer_patches import PatchEmbedding
+from modules.decoding.cache import DecodingCache
+from modules.decoding.search import DecodingOptions
+from modules.layers.cross_modal_memory import MemoryResponse
+from modules.layers.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
+from modules.layers.transformer_patches import PatchEmbedding
 
 
 class Transformer(nn.Module):
@@ -157,9 +157,7 @@ class R2GenCMN(Backbone):
             cmm_dim=cmm_dim,
         )
 
-    def forward(
-        self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None
-    ) -> Output:
+    def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None) -> Output:
         features = self.extract(images, view_mask, features)
         network = self.encoder_decoder
         memory = network.memory()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from models.base import Backbone, Output, VisualFeatures
 from models.visualgpt_decoder import LanguageModel
 from models.visualgpt_encoder import LevelEncoder
-from modules.decoding import DecodingOptions
-from modules.decoding_cache import DecodingCache
-from modules.decoding_standard import StandardBeamSearch
+from modules.decoding.cache import DecodingCache
+from modules.decoding.search import DecodingOptions
+from modules.decoding.standard import StandardBeamSearch
 
 COMPATIBILITY = ("off", "published")
 
@@ -34,13 +34,38 @@ class VisualGPT(Backbone):
     """
 
     vocabulary_entry = "decoder.transformer.wte.weight"
-    flags = ("d_model", "d_ff", "num_heads", "num_layers", "dropout", "gpt2_layers", "gpt2_positions", "tau",
-             "visualgpt_compat")
+    flags = (
+        "d_model",
+        "d_ff",
+        "num_heads",
+        "num_layers",
+        "dropout",
+        "gpt2_layers",
+        "gpt2_positions",
+        "tau",
+        "visualgpt_compat",
+    )
 
-    def __init__(self, *, visual_extractor: nn.Module, num_ids: int, begin_id: int = 0, end_id: int = 0,
-                 pad_token: int = 0, gpt2: Mapping[str, Tensor] | None = None, d_model: int = 768, d_ff: int = 2048,
-                 num_heads: int = 12, num_layers: int = 3, dropout: float = 0.1, gpt2_layers: int = 12,
-                 gpt2_positions: int = 1024, context: int = 60, tau: float = 0.2, visualgpt_compat: str = "off"):
+    def __init__(
+        self,
+        *,
+        visual_extractor: nn.Module,
+        num_ids: int,
+        begin_id: int = 0,
+        end_id: int = 0,
+        pad_token: int = 0,
+        gpt2: Mapping[str, Tensor] | None = None,
+        d_model: int = 768,
+        d_ff: int = 2048,
+        num_heads: int = 12,
+        num_layers: int = 3,
+        dropout: float = 0.1,
+        gpt2_layers: int = 12,
+        gpt2_positions: int = 1024,
+        context: int = 60,
+        tau: float = 0.2,
+        visualgpt_compat: str = "off",
+    ):
         super().__init__()
         if d_model % num_heads:
             raise ValueError(f"d_model {d_model}: must be a multiple of num_heads {num_heads}")
@@ -55,9 +80,17 @@ class VisualGPT(Backbone):
         published = visualgpt_compat == "published"
         self.masks_pad_token = published and pad_token not in (begin_id, end_id)
         self.encoder = LevelEncoder(self.image_dim, d_model, num_heads, d_ff, num_layers, dropout, published)
-        self.decoder = LanguageModel(num_ids, num_positions=gpt2_positions, num_layers=gpt2_layers, d_model=d_model,
-                                     num_heads=num_heads, num_levels=num_layers, context=context, dropout=dropout,
-                                     tau=tau)
+        self.decoder = LanguageModel(
+            num_ids,
+            num_positions=gpt2_positions,
+            num_layers=gpt2_layers,
+            d_model=d_model,
+            num_heads=num_heads,
+            num_levels=num_layers,
+            context=context,
+            dropout=dropout,
+            tau=tau,
+        )
         self._initialise(gpt2)
 
     def _initialise(self, gpt2: Mapping[str, Tensor] | None) -> None:
@@ -84,8 +117,14 @@ class VisualGPT(Backbone):
         real = self.real(tokens, ids)
         causal = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool, device=ids.device).tril()
         network = self.decoder.transformer
-        return network(ids, None, network.sources(levels), real[:, None, None, :] & causal, keep,
-                       real.unsqueeze(-1).to(levels.dtype))
+        return network(
+            ids,
+            None,
+            network.sources(levels),
+            real[:, None, None, :] & causal,
+            keep,
+            real.unsqueeze(-1).to(levels.dtype),
+        )
 
     def encode(self, features: VisualFeatures) -> tuple[Tensor, ...]:
         """The levels (B, layers, N, D) and, in the published variant alone, their mask (B, 1, 1, N)."""
@@ -128,8 +167,11 @@ class VisualGPT(Backbone):
 
     def adopt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``state`` with this model's own buffers: published ones are constants, or what decoding left behind."""
-        constants = {name: value for name, value in self.state_dict().items()
-                     if name.startswith("decoder.") and name in dict(self.named_buffers())}
+        constants = {
+            name: value
+            for name, value in self.state_dict().items()
+            if name.startswith("decoder.") and name in dict(self.named_buffers())
+        }
         return dict(state) | constants
 
 
@@ -149,8 +191,9 @@ class Session:
         """
         mask = self.cache.advance(tokens, parents)
         ids = self.model.own_ids(tokens, first=self.cache.position == 0)
-        hidden = self.model.decoder.transformer(ids, self.cache.position, self.sources, mask, self.source_mask,
-                                                caches=self.cache.layers)
+        hidden = self.model.decoder.transformer(
+            ids, self.cache.position, self.sources, mask, self.source_mask, caches=self.cache.layers
+        )
         return self.model.log_probs(hidden)
 
     def keep(self, rows: Tensor) -> None:

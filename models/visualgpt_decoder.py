@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.transformer import attend, dropout, split_heads
-from modules.transformer_norms import TorchLayerNorm
+from modules.layers.transformer import attend, dropout, split_heads
+from modules.layers.transformer_norms import TorchLayerNorm
 
 CROSS_ATTENTION_DROPOUT = 0.2
 
@@ -130,8 +130,15 @@ class Block(nn.Module):
         """Of the encoder's ``levels`` (B, L, N, D), once per study."""
         return self.enc_dec_attn.keys_values(self.ln_1(levels))
 
-    def forward(self, x: Tensor, source: tuple[Tensor, Tensor], mask: Tensor | None, source_mask: Tensor | None,
-                real: Tensor | None, cache=None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        source: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        source_mask: Tensor | None,
+        real: Tensor | None,
+        cache=None,
+    ) -> Tensor:
         """``real`` (B, T, 1): 0 at padding, which then stays 0; None where there is none."""
         a = dropout(x + self.attn(self.ln_1(x), mask, cache), self.dropout, self.training)
         found = self.enc_dec_attn(self.ln_1(a), *source, source_mask)
@@ -161,8 +168,16 @@ class Transformer(nn.Module):
         """Every layer's keys and values of the encoder's levels (B, L, N, D)."""
         return [block.keys_values(levels) for block in self.h]
 
-    def forward(self, ids: Tensor, position: int | None, sources: list, mask: Tensor | None,
-                source_mask: Tensor | None, real: Tensor | None = None, caches: list | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        position: int | None,
+        sources: list,
+        mask: Tensor | None,
+        source_mask: Tensor | None,
+        real: Tensor | None = None,
+        caches: list | None = None,
+    ) -> Tensor:
         """Hidden states (B, T, D) of ``ids`` (B, T) at positions 0..T-1, or all at ``position``, as hypotheses are."""
         table = self.wpe.weight[: ids.size(1)] if position is None else self.wpe.weight[position]
         x = self.wte(ids) + table

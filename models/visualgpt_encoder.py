@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.transformer import dropout, split_heads
-from modules.transformer_norms import TorchLayerNorm
+from modules.layers.transformer import dropout, split_heads
+from modules.layers.transformer_norms import TorchLayerNorm
 
 
 class UnusedLinear(nn.Linear):
@@ -81,8 +81,9 @@ class LevelEncoder(nn.Module):
     exactly 0, whichever token it is, and the zero rows that fill up a study's detections are not.
     """
 
-    def __init__(self, image_dim: int, d_model: int, num_heads: int, d_ff: int, num_layers: int, dropout: float,
-                 published: bool):
+    def __init__(
+        self, image_dim: int, d_model: int, num_heads: int, d_ff: int, num_layers: int, dropout: float, published: bool
+    ):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
         self.fc = nn.Linear(image_dim, d_model)

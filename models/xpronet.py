@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Backbone, Output, VisualFeatures
-from modules.decoding import DecodingOptions
-from modules.decoding_cache import DecodingCache
-from modules.prototypes import PrototypeResponse, label_contrastive_loss, prototypes_of, with_no_finding
-from modules.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
-from modules.transformer_patches import PatchEmbedding
+from modules.decoding.cache import DecodingCache
+from modules.decoding.search import DecodingOptions
+from modules.layers.prototypes import PrototypeResponse, label_contrastive_loss, prototypes_of, with_no_finding
+from modules.layers.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
+from modules.layers.transformer_patches import PatchEmbedding
 
 LABEL_SOURCES = ("predicted", "reference")
 
@@ -32,8 +32,17 @@ class Prototypes:
 class Transformer(nn.Module):
     """Encoder, decoder, embeddings and the text's fusion; ``cmn`` is the caller's, registered again as published."""
 
-    def __init__(self, num_ids: int, *, d_model: int, d_ff: int, num_heads: int, num_layers: int, dropout: float,
-                 cmn: PrototypeResponse):
+    def __init__(
+        self,
+        num_ids: int,
+        *,
+        d_model: int,
+        d_ff: int,
+        num_heads: int,
+        num_layers: int,
+        dropout: float,
+        cmn: PrototypeResponse,
+    ):
         super().__init__()
         self.encoder = Encoder(d_model, num_heads, d_ff, num_layers, dropout)
         self.decoder = Decoder(d_model, num_heads, d_ff, num_layers, dropout)
@@ -49,17 +58,37 @@ class Transformer(nn.Module):
 class EncoderDecoder(nn.Module):
     """Patch features and tokens to hidden states; both read the prototypes, and a linear layer fuses the response."""
 
-    def __init__(self, image_dim: int, num_ids: int, *, num_prototypes: int, prototype_dim: int, d_model: int,
-                 d_ff: int, num_heads: int, num_layers: int, dropout: float, drop_prob_lm: float, use_bn: int,
-                 topk: int):
+    def __init__(
+        self,
+        image_dim: int,
+        num_ids: int,
+        *,
+        num_prototypes: int,
+        prototype_dim: int,
+        d_model: int,
+        d_ff: int,
+        num_heads: int,
+        num_layers: int,
+        dropout: float,
+        drop_prob_lm: float,
+        use_bn: int,
+        topk: int,
+    ):
         super().__init__()
         self.protypes = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_prototypes, prototype_dim)))
         self.att_embed = PatchEmbedding(image_dim, d_model, drop_prob_lm, use_bn)
         self.dim_reduction = nn.Linear(prototype_dim, d_model)
         self.fuse_feature = nn.Linear(2 * d_model, d_model)
         self.cmn = PrototypeResponse(d_model, num_heads, topk)
-        self.model = Transformer(num_ids, d_model=d_model, d_ff=d_ff, num_heads=num_heads, num_layers=num_layers,
-                                 dropout=dropout, cmn=self.cmn)
+        self.model = Transformer(
+            num_ids,
+            d_model=d_model,
+            d_ff=d_ff,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            dropout=dropout,
+            cmn=self.cmn,
+        )
         self.logit = nn.Linear(d_model, num_ids)
 
     def prototypes(self, labels: Tensor) -> Prototypes:
@@ -80,8 +109,9 @@ class EncoderDecoder(nn.Module):
         response = self.cmn(x, prototypes.keys, prototypes.values, prototypes.selected)
         return self.model.fuse_feature(torch.cat([x, response], dim=-1)), response
 
-    def decode(self, tokens: Tensor, encoded: Tensor, prototypes: Prototypes,
-               mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, tokens: Tensor, encoded: Tensor, prototypes: Prototypes, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states and response, (B, T, d) each, under teacher forcing; ``mask`` (B, 1, 1, S) or None."""
         x, response = self.embed(tokens, prototypes)
         decoder = self.model.decoder
@@ -115,24 +145,58 @@ class XProNet(Backbone):
 
     needs_labels = True
 
-    flags = (*Backbone.flags, "topk", "num_cluster", "num_protype", "d_img_ebd", "d_txt_ebd", "weight_img_con_loss",
-             "weight_txt_con_loss", "img_con_margin", "txt_con_margin", "xpronet_labels", "label_loss_weight")
+    flags = (
+        *Backbone.flags,
+        "topk",
+        "num_cluster",
+        "num_protype",
+        "d_img_ebd",
+        "d_txt_ebd",
+        "weight_img_con_loss",
+        "weight_txt_con_loss",
+        "img_con_margin",
+        "txt_con_margin",
+        "xpronet_labels",
+        "label_loss_weight",
+    )
 
-    def __init__(self, *, visual_extractor: nn.Module, num_ids: int, no_finding: int, num_cluster: int = 14,
-                 num_protype: int = 20, d_img_ebd: int = 2048, d_txt_ebd: int = 768, topk: int = 15,
-                 init_prototypes: Tensor | None = None, xpronet_labels: str = "predicted",
-                 weight_img_con_loss: float = 1.0, weight_txt_con_loss: float = 1.0, img_con_margin: float = 0.4,
-                 txt_con_margin: float = 0.4, label_loss_weight: float = 1.0, d_model: int = 512, d_ff: int = 512,
-                 num_heads: int = 8, num_layers: int = 3, dropout: float = 0.1, drop_prob_lm: float = 0.5,
-                 use_bn: int = 0):
+    def __init__(
+        self,
+        *,
+        visual_extractor: nn.Module,
+        num_ids: int,
+        no_finding: int,
+        num_cluster: int = 14,
+        num_protype: int = 20,
+        d_img_ebd: int = 2048,
+        d_txt_ebd: int = 768,
+        topk: int = 15,
+        init_prototypes: Tensor | None = None,
+        xpronet_labels: str = "predicted",
+        weight_img_con_loss: float = 1.0,
+        weight_txt_con_loss: float = 1.0,
+        img_con_margin: float = 0.4,
+        txt_con_margin: float = 0.4,
+        label_loss_weight: float = 1.0,
+        d_model: int = 512,
+        d_ff: int = 512,
+        num_heads: int = 8,
+        num_layers: int = 3,
+        dropout: float = 0.1,
+        drop_prob_lm: float = 0.5,
+        use_bn: int = 0,
+    ):
         super().__init__()
         num_prototypes, prototype_dim = num_cluster * num_protype, d_img_ebd + d_txt_ebd
         if topk > num_prototypes:
-            raise ValueError(f"topk {topk}: num_cluster {num_cluster} times num_protype {num_protype} are only "
-                             f"{num_prototypes} prototypes")
+            raise ValueError(
+                f"topk {topk}: num_cluster {num_cluster} times num_protype {num_protype} are only "
+                f"{num_prototypes} prototypes"
+            )
         if xpronet_labels == "predicted" and not label_loss_weight:
-            raise ValueError("label_loss_weight 0 trains no predicted labels: give it a weight, or --xpronet_labels "
-                             "reference")
+            raise ValueError(
+                "label_loss_weight 0 trains no predicted labels: give it a weight, or --xpronet_labels reference"
+            )
         if not 0 <= no_finding < num_cluster:
             raise ValueError(f"no_finding {no_finding}: must be one of the {num_cluster} clusters, from 0")
         if xpronet_labels not in LABEL_SOURCES:
@@ -145,9 +209,19 @@ class XProNet(Backbone):
         self.weight_txt_con_loss, self.txt_con_margin = weight_txt_con_loss, txt_con_margin
         self.label_loss_weight = label_loss_weight
         self.encoder_decoder = EncoderDecoder(
-            self.image_dim, num_ids, num_prototypes=num_prototypes, prototype_dim=prototype_dim, d_model=d_model,
-            d_ff=d_ff, num_heads=num_heads, num_layers=num_layers, dropout=dropout, drop_prob_lm=drop_prob_lm,
-            use_bn=use_bn, topk=topk)
+            self.image_dim,
+            num_ids,
+            num_prototypes=num_prototypes,
+            prototype_dim=prototype_dim,
+            d_model=d_model,
+            d_ff=d_ff,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            dropout=dropout,
+            drop_prob_lm=drop_prob_lm,
+            use_bn=use_bn,
+            topk=topk,
+        )
         self.label_head = nn.Linear(self.image_dim, num_cluster)
         if init_prototypes is not None:
             with torch.no_grad():
@@ -168,10 +242,13 @@ class XProNet(Backbone):
         rows = len(tokens) if supervised_rows is None else supervised_rows
         if labels is not None and rows:
             auxiliary = self._auxiliary(
-                used[:rows], logits[:rows],
-                mean_over_tokens(image_response[:rows], None if features.patch_mask is None
-                                 else features.patch_mask[:rows]),
-                mean_over_tokens(text_response[:rows], own_columns(tokens[:rows])))
+                used[:rows],
+                logits[:rows],
+                mean_over_tokens(
+                    image_response[:rows], None if features.patch_mask is None else features.patch_mask[:rows]
+                ),
+                mean_over_tokens(text_response[:rows], own_columns(tokens[:rows])),
+            )
         return Output(network.log_probs(hidden[:supervised_rows]), features.pooled, hidden, auxiliary)
 
     def encode(self, features: VisualFeatures) -> tuple[Tensor, ...]:
@@ -186,8 +263,9 @@ class XProNet(Backbone):
     def _complete(self, labels: Tensor) -> Tensor:
         return with_no_finding(labels.to(self.label_head.weight.dtype), self.no_finding)
 
-    def _auxiliary(self, labels: Tensor, logits: Tensor, image_response: Tensor,
-                   text_response: Tensor) -> dict[str, Tensor]:
+    def _auxiliary(
+        self, labels: Tensor, logits: Tensor, image_response: Tensor, text_response: Tensor
+    ) -> dict[str, Tensor]:
         """Weighted losses of the responses (B, d) and of the head's logits (B, C)."""
         losses = {}
         if self.weight_img_con_loss:
@@ -216,8 +294,10 @@ class XProNet(Backbone):
         without_head = [name for name in names if not name.startswith("label_head.")]
         super().check_missing(without_head)
         if len(names) > len(without_head) and self.xpronet_labels == "predicted":
-            raise ValueError("it has no label head, as the published ones, so labels cannot be predicted from images: "
-                             "give --xpronet_labels reference and --label_path")
+            raise ValueError(
+                "it has no label head, as the published ones, so labels cannot be predicted from images: "
+                "give --xpronet_labels reference and --label_path"
+            )
 
 
 def mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,29 +1,53 @@
 """Every setting of a run as one typed, validated object; the command line is derived from it (modules/flags.py)."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
-from modules.config_checks import check_field, check_together
+from modules.config_checks import check_together
+from modules.runtime.settings import check_value, setting
 
 DATASETS = ("iu_xray", "mimic_cxr", "coco")
 RADIOLOGY = ("iu_xray", "mimic_cxr")
 CLINICAL_MONITORED = tuple(f"ce_rule_f1_{average}_14_uncertain_negative" for average in ("micro", "macro", "example"))
 # What XProNet's released code chooses its best model by (Wang et al., 2022): this sum, under a name.
 XPRONET_SELECTION = {"BLEU_4": 1.0, "BLEU_1": 0.33, "METEOR": 0.67}
-MONITORED = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr", "nll", "xpronet_selection",
-             *CLINICAL_MONITORED)
+MONITORED = (
+    "BLEU_1",
+    "BLEU_2",
+    "BLEU_3",
+    "BLEU_4",
+    "METEOR",
+    "ROUGE_L",
+    "CIDEr",
+    "nll",
+    "xpronet_selection",
+    *CLINICAL_MONITORED,
+)
 REWARDS = ("CIDEr", "BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "clinical_f1")
 # Flags that move files about or say where to compute: another value gives the same results.
-NOT_DECIDING = frozenset((
-    "ann_path", "image_dir", "follow_links", "num_workers", "device", "resume", "load", "save_dir",
-    "record_dir", "exp_name", "save_period", "keep_epochs", "checkpoint_steps", "log_period", "tensorboard",
-    "report_samples", "worker_timeout", "image_cache", "max_restarts"))
-
-
-def flag(default: Any, group: str, help: str, *, choices: tuple | None = None, low: float | None = None,
-         high: float | None = None) -> Any:
-    """A Config field that becomes the flag of the same name; ``low`` and ``high`` are inclusive bounds."""
-    return field(default=default, metadata={"group": group, "help": help, "choices": choices, "low": low, "high": high})
+NOT_DECIDING = frozenset(
+    (
+        "ann_path",
+        "image_dir",
+        "follow_links",
+        "num_workers",
+        "device",
+        "resume",
+        "load",
+        "save_dir",
+        "record_dir",
+        "exp_name",
+        "save_period",
+        "keep_epochs",
+        "checkpoint_steps",
+        "log_period",
+        "tensorboard",
+        "report_samples",
+        "worker_timeout",
+        "image_cache",
+        "max_restarts",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -31,229 +55,399 @@ class Config:
     """The resolved settings of one run; construction validates them and raises InputError naming flag and value."""
 
     # ---- data
-    image_dir: str = flag("data/iu_xray/images/", "data", "folder that the image paths of the annotation start from")
-    detection_features: str = flag("", "data", "HDF5 file of region features, <image id>_features (n, width) each, "
-                                   "which the backbone is given instead of images")
-    max_detections: int = flag(50, "data", "regions of an image that are read from --detection_features", low=1)
-    shards: str = flag("", "data", "images in tar shards made by scripts/make_shards.py, instead of --image_dir: their "
-                       "folder, or an address that fsspec reads (https://, s3://)")
-    follow_links: bool = flag(False, "data", "follow links below --image_dir that lead out of it")
-    ann_path: str = flag("data/iu_xray/annotation.json", "data", "annotation.json in R2Gen's schema")
-    dataset_name: str = flag("iu_xray", "data", "decides report cleaning, images per study (2 or 1), record file; "
-                             "coco: every caption is a sample, all captions of an image are references",
-                             choices=DATASETS)
-    views: str = flag("paired", "data", "paired: a study's views together (R2GenCMN); separate: each image is a "
-                      "sample with the study's report (the ITHN paper)", choices=("paired", "separate"))
-    max_seq_length: int = flag(60, "data", "longest report in tokens, begin and end included", low=3)
-    threshold: int = flag(3, "data", "a token enters the vocabulary from this training count on", low=1)
-    num_workers: int = flag(2, "data", "processes that read images", low=0)
-    worker_timeout: float = flag(50.0, "data", "seconds without an answer after which the processes that read images "
-                                 "count as hung; 0: never", low=0.0)
-    batch_size: int = flag(16, "data", "samples per step, of each process", low=1)
-    drop_last: bool = flag(False, "data", "leave out the last, incomplete training batch of an epoch, as XProNet does")
-    image_size: int = flag(224, "data", "side of the network's input in pixels", low=32)
-    flip: bool = flag(True, "data", "random horizontal flip in training, as R2GenCMN does; it mirrors left and right")
-    image_cache: str = flag("", "data", "folder for the images as resized bytes, made once, in one file per split that "
-                            "only its owner can read; saves decoding them in every epoch")
-    length_bucketing: bool = flag(False, "data", "training batches of reports of like length: less padding, but the "
-                                  "contrastive loss then compares reports of like length")
-    on_bad_image: str = flag("stop", "data", "what an unreadable image does: stop the run, or be replaced by another "
-                             "sample (the run stops above 1 %%)", choices=("stop", "skip"))
+    image_dir: str = setting("data/iu_xray/images/", "data", "folder that the image paths of the annotation start from")
+    detection_features: str = setting(
+        "",
+        "data",
+        "HDF5 file of region features, <image id>_features (n, width) each, "
+        "which the backbone is given instead of images",
+    )
+    max_detections: int = setting(50, "data", "regions of an image that are read from --detection_features", low=1)
+    shards: str = setting(
+        "",
+        "data",
+        "images in tar shards made by scripts/make_shards.py, instead of --image_dir: their "
+        "folder, or an address that fsspec reads (https://, s3://)",
+    )
+    follow_links: bool = setting(False, "data", "follow links below --image_dir that lead out of it")
+    ann_path: str = setting("data/iu_xray/annotation.json", "data", "annotation.json in R2Gen's schema")
+    dataset_name: str = setting(
+        "iu_xray",
+        "data",
+        "decides report cleaning, images per study (2 or 1), record file; "
+        "coco: every caption is a sample, all captions of an image are references",
+        choices=DATASETS,
+    )
+    views: str = setting(
+        "paired",
+        "data",
+        "paired: a study's views together (R2GenCMN); separate: each image is a "
+        "sample with the study's report (the ITHN paper)",
+        choices=("paired", "separate"),
+    )
+    max_seq_length: int = setting(60, "data", "longest report in tokens, begin and end included", low=3)
+    threshold: int = setting(3, "data", "a token enters the vocabulary from this training count on", low=1)
+    num_workers: int = setting(2, "data", "processes that read images", low=0)
+    worker_timeout: float = setting(
+        50.0,
+        "data",
+        "seconds without an answer after which the processes that read images count as hung; 0: never",
+        low=0.0,
+    )
+    batch_size: int = setting(16, "data", "samples per step, of each process", low=1)
+    drop_last: bool = setting(False, "data", "leave out an epoch's last, incomplete training batch, as XProNet does")
+    image_size: int = setting(224, "data", "side of the network's input in pixels", low=32)
+    flip: bool = setting(True, "data", "random horizontal flip in training, as in R2GenCMN; mirrors left and right")
+    image_cache: str = setting(
+        "",
+        "data",
+        "folder for the images as resized bytes, made once, in one file per split that "
+        "only its owner can read; saves decoding them in every epoch",
+    )
+    length_bucketing: bool = setting(
+        False,
+        "data",
+        "training batches of reports of like length: less padding, but the "
+        "contrastive loss then compares reports of like length",
+    )
+    on_bad_image: str = setting(
+        "stop",
+        "data",
+        "what an unreadable image does: stop the run, or be replaced by another sample (the run stops above 1 %%)",
+        choices=("stop", "skip"),
+    )
 
     # ---- backbone
-    model_name: str = flag("r2gencmn", "backbone", "backbone that writes the reports")
-    visual_extractor: str = flag("resnet101", "backbone", "torchvision or timm model that gives patch features")
-    visual_extractor_pretrained: bool = flag(True, "backbone", "start from ImageNet weights")
-    visual_extractor_weights: str = flag("", "backbone", "start the visual extractor from this file instead")
-    freeze_visual_extractor: bool = flag(False, "backbone", "keep the visual extractor's weights as they are")
-    feature_cache: str = flag("", "backbone", "with a frozen visual extractor: folder for its features, computed once "
-                              "without augmentation; training then takes minutes on a CPU")
-    batch_norm: str = flag("joint", "backbone", "joint: one call for all views; per_view: each view normalised by its "
-                           "own statistics, as the published code does", choices=("joint", "per_view"))
-    d_model: int = flag(512, "backbone", "width of the transformer", low=1)
-    d_ff: int = flag(512, "backbone", "hidden width of the feed-forward layers", low=1)
-    num_heads: int = flag(8, "backbone", "attention heads", low=1)
-    num_layers: int = flag(3, "backbone", "layers of encoder and decoder, each", low=1)
-    dropout: float = flag(0.1, "backbone", "dropout of the transformer", low=0.0, high=0.999)
-    drop_prob_lm: float = flag(0.5, "backbone", "dropout after the patch embedding", low=0.0, high=0.999)
-    use_bn: int = flag(0, "backbone", "batch normalisation of the patch embedding: 0 none, 1 before, 2 around",
-                       choices=(0, 1, 2))
-    topk: int = flag(32, "backbone", "memory rows that a query reads", low=1)
-    cmm_size: int = flag(2048, "backbone", "rows of the cross-modal memory", low=1)
-    cmm_dim: int = flag(512, "backbone", "width of the cross-modal memory; must equal --d_model", low=1)
-    rm_num_slots: int = flag(3, "backbone", "R2Gen: slots of the relational memory", low=1)
-    rm_num_heads: int = flag(8, "backbone", "R2Gen: attention heads of the relational memory", low=1)
-    rm_d_model: int = flag(512, "backbone", "R2Gen: width of the relational memory; must equal --d_model", low=1)
+    model_name: str = setting("r2gencmn", "backbone", "backbone that writes the reports")
+    visual_extractor: str = setting("resnet101", "backbone", "torchvision or timm model that gives patch features")
+    visual_extractor_pretrained: bool = setting(True, "backbone", "start from ImageNet weights")
+    visual_extractor_weights: str = setting("", "backbone", "start the visual extractor from this file instead")
+    freeze_visual_extractor: bool = setting(False, "backbone", "keep the visual extractor's weights as they are")
+    feature_cache: str = setting(
+        "",
+        "backbone",
+        "with a frozen visual extractor: folder for its features, computed once "
+        "without augmentation; training then takes minutes on a CPU",
+    )
+    batch_norm: str = setting(
+        "joint",
+        "backbone",
+        "joint: one call for all views; per_view: each view normalised by its "
+        "own statistics, as the published code does",
+        choices=("joint", "per_view"),
+    )
+    d_model: int = setting(512, "backbone", "width of the transformer", low=1)
+    d_ff: int = setting(512, "backbone", "hidden width of the feed-forward layers", low=1)
+    num_heads: int = setting(8, "backbone", "attention heads", low=1)
+    num_layers: int = setting(3, "backbone", "layers of encoder and decoder, each", low=1)
+    dropout: float = setting(0.1, "backbone", "dropout of the transformer", low=0.0, high=0.999)
+    drop_prob_lm: float = setting(0.5, "backbone", "dropout after the patch embedding", low=0.0, high=0.999)
+    use_bn: int = setting(
+        0, "backbone", "batch normalisation of the patch embedding: 0 none, 1 before, 2 around", choices=(0, 1, 2)
+    )
+    topk: int = setting(32, "backbone", "memory rows that a query reads", low=1)
+    cmm_size: int = setting(2048, "backbone", "rows of the cross-modal memory", low=1)
+    cmm_dim: int = setting(512, "backbone", "width of the cross-modal memory; must equal --d_model", low=1)
+    rm_num_slots: int = setting(3, "backbone", "R2Gen: slots of the relational memory", low=1)
+    rm_num_heads: int = setting(8, "backbone", "R2Gen: attention heads of the relational memory", low=1)
+    rm_d_model: int = setting(512, "backbone", "R2Gen: width of the relational memory; must equal --d_model", low=1)
 
-    tokenizer: str = flag("auto", "backbone", "word: words of the training reports; bpe: GPT-2's byte pairs, from the "
-                          "files in --gpt2_path; auto: bpe for a backbone that starts from a GPT-2 that has them, "
-                          "else word", choices=("auto", "word", "bpe"))
+    tokenizer: str = setting(
+        "auto",
+        "backbone",
+        "word: words of the training reports; bpe: GPT-2's byte pairs, from the "
+        "files in --gpt2_path; auto: bpe for a backbone that starts from a GPT-2 that has them, "
+        "else word",
+        choices=("auto", "word", "bpe"),
+    )
 
     # ---- VisualGPT
-    gpt2_path: str = flag("", "VisualGPT", "pretrained GPT-2: a local folder, or a hub id such as gpt2, which is "
-                          "downloaded once; an empty name trains from random weights")
-    gpt2_layers: int = flag(12, "VisualGPT", "layers of the decoder; --num_layers are the encoder's, --d_model and "
-                            "--num_heads go for both, --d_ff for the encoder", low=1)
-    gpt2_positions: int = flag(1024, "VisualGPT", "longest text that the decoder has positions for", low=1)
-    tau: float = flag(0.2, "VisualGPT", "threshold of the self-resurrecting activation unit", low=0.0, high=1.0)
-    visualgpt_compat: str = flag("off", "VisualGPT", "published: bring back the published code's accidents "
-                                 "(docs/VISUALGPT.md)", choices=("off", "published"))
+    gpt2_path: str = setting(
+        "",
+        "VisualGPT",
+        "pretrained GPT-2: a local folder, or a hub id such as gpt2, which is "
+        "downloaded once; an empty name trains from random weights",
+    )
+    gpt2_layers: int = setting(
+        12,
+        "VisualGPT",
+        "layers of the decoder; --num_layers are the encoder's, --d_model and "
+        "--num_heads go for both, --d_ff for the encoder",
+        low=1,
+    )
+    gpt2_positions: int = setting(1024, "VisualGPT", "longest text that the decoder has positions for", low=1)
+    tau: float = setting(0.2, "VisualGPT", "threshold of the self-resurrecting activation unit", low=0.0, high=1.0)
+    visualgpt_compat: str = setting(
+        "off",
+        "VisualGPT",
+        "published: bring back the published code's accidents (docs/VISUALGPT.md)",
+        choices=("off", "published"),
+    )
 
     # ---- XProNet
-    label_path: str = flag("data/iu_xray/labels.pickle", "XProNet", "labels of every study: a CSV file with columns "
-                           "id and the 14 classes (scripts/label_reports.py), or a pickled dictionary of arrays")
-    label_columns: str = flag("", "XProNet", "order of a pickle's columns, which have no names: chexpert, chexbert "
-                              "(XProNet's IU X-Ray file), mimic_cxr (its MIMIC-CXR file) or 14 names separated by "
-                              "commas; a CSV file needs none")
-    cluster_order: str = flag("chexpert", "XProNet", "order of the classes in the prototype matrix, likewise: "
-                              "published prototypes and checkpoints follow the labels they were made with")
-    init_protypes_path: str = flag("data/iu_xray/init_protypes_512.pt", "XProNet", "initial prototypes, written by "
-                                   "scripts/build_prototypes.py or published; an empty name draws them at random")
-    num_cluster: int = flag(20, "XProNet", "classes that have prototypes; the labels have 14", low=1)
-    num_protype: int = flag(10, "XProNet", "prototypes of each class", low=1)
-    d_img_ebd: int = flag(512, "XProNet", "width of a prototype's image part", low=1)
-    d_txt_ebd: int = flag(768, "XProNet", "width of a prototype's text part", low=0)
-    weight_img_con_loss: float = flag(1.0, "XProNet", "weight of the images' contrastive loss", low=0.0)
-    weight_txt_con_loss: float = flag(1.0, "XProNet", "weight of the reports' contrastive loss", low=0.0)
-    img_con_margin: float = flag(0.4, "XProNet", "cosine above which unlike images are pushed apart", low=-1.0,
-                                 high=1.0)
-    txt_con_margin: float = flag(0.4, "XProNet", "cosine above which unlike reports are pushed apart", low=-1.0,
-                                 high=1.0)
-    xpronet_labels: str = flag("predicted", "XProNet", "labels that generation goes by: predicted from the image (each "
-                               "with a probability above 0.5, No Finding where there is none); or reference: those of "
-                               "--label_path, as published, which come from the reference report and leak it",
-                               choices=("predicted", "reference"))
-    label_loss_weight: float = flag(1.0, "XProNet", "weight of the binary cross entropy that trains the predicted "
-                                    "labels", low=0.0)
+    label_path: str = setting(
+        "data/iu_xray/labels.pickle",
+        "XProNet",
+        "labels of every study: a CSV file with columns "
+        "id and the 14 classes (scripts/label_reports.py), or a pickled dictionary of arrays",
+    )
+    label_columns: str = setting(
+        "",
+        "XProNet",
+        "order of a pickle's columns, which have no names: chexpert, chexbert "
+        "(XProNet's IU X-Ray file), mimic_cxr (its MIMIC-CXR file) or 14 names separated by "
+        "commas; a CSV file needs none",
+    )
+    cluster_order: str = setting(
+        "chexpert",
+        "XProNet",
+        "order of the classes in the prototype matrix, likewise: "
+        "published prototypes and checkpoints follow the labels they were made with",
+    )
+    init_protypes_path: str = setting(
+        "data/iu_xray/init_protypes_512.pt",
+        "XProNet",
+        "initial prototypes, written by scripts/build_prototypes.py or published; an empty name draws them at random",
+    )
+    num_cluster: int = setting(20, "XProNet", "classes that have prototypes; the labels have 14", low=1)
+    num_protype: int = setting(10, "XProNet", "prototypes of each class", low=1)
+    d_img_ebd: int = setting(512, "XProNet", "width of a prototype's image part", low=1)
+    d_txt_ebd: int = setting(768, "XProNet", "width of a prototype's text part", low=0)
+    weight_img_con_loss: float = setting(1.0, "XProNet", "weight of the images' contrastive loss", low=0.0)
+    weight_txt_con_loss: float = setting(1.0, "XProNet", "weight of the reports' contrastive loss", low=0.0)
+    img_con_margin: float = setting(
+        0.4, "XProNet", "cosine above which unlike images are pushed apart", low=-1.0, high=1.0
+    )
+    txt_con_margin: float = setting(
+        0.4, "XProNet", "cosine above which unlike reports are pushed apart", low=-1.0, high=1.0
+    )
+    xpronet_labels: str = setting(
+        "predicted",
+        "XProNet",
+        "labels that generation goes by: predicted from the image (each "
+        "with a probability above 0.5, No Finding where there is none); or reference: those of "
+        "--label_path, as published, which come from the reference report and leak it",
+        choices=("predicted", "reference"),
+    )
+    label_loss_weight: float = setting(
+        1.0, "XProNet", "weight of the binary cross entropy that trains the predicted labels", low=0.0
+    )
 
     # ---- ITHN
-    ithn: str = flag("auto", "ITHN", "auto: on where hard negatives are given (--negative_index, or neg_report in the "
-                     "annotation) or --strategy or --ithn_variant is given, else the plain backbone",
-                     choices=("auto", "on", "off"))
-    negative_index: str = flag("", "ITHN", "index written by scripts/mine_hard_negatives.py")
-    strategy: str = flag("ithn", "ITHN", "how the harder negative is made; contrastive: none, S is S1 alone",
-                         choices=("ithn", "mochi", "prior", "unconstrained", "contrastive"))
-    ithn_variant: str = flag("paper", "ITHN", "the paper's equations, or the released code's departures from them",
-                             choices=("paper", "released"))
-    alpha: float = flag(0.01, "ITHN", "hardness is 1 - exp(-alpha * (epoch - 1)), epochs counted from "
-                        "1; released: 1 - exp(-alpha * epoch)", low=0.0)
-    num_neighbours: int = flag(5, "ITHN", "neighbours that --strategy mochi draws from", low=1)
-    embedding_dim: int = flag(512, "ITHN", "width of the joint embedding", low=1)
-    ce_weight: float | None = flag(None, "ITHN", "weight of the cross entropy; default 1 (released: 0.7)", low=0.0)
-    contrastive_weight: float = flag(0.1, "ITHN", "beta, weight of the contrastive loss; 0 leaves it out", low=0.0)
-    cosine_weight: float = flag(0.2, "ITHN", "gamma of Eq. 13, weight of the cosine loss; 0 leaves it out", low=0.0)
-    contrastive_form: str = flag("standard", "ITHN", "decoupled: Eq. 8 as printed, positive not in the denominator",
-                                 choices=("standard", "decoupled"))
-    detach_negative: bool | None = flag(None, "ITHN", "hold the synthesised negative constant; default true "
-                                        "(released: false)")
-    renormalise_negative: bool | None = flag(None, "ITHN", "divide the synthesised negative by its norm; default true "
-                                             "(released: false)")
-    previous_epoch_start: bool = flag(False, "ITHN", "start the synthesis from the previous epoch's negative")
-    clamp_segment: bool = flag(False, "ITHN", "keep the projection between the negative and the positive")
-    mask_identical: bool = flag(False, "ITHN", "leave out off-diagonal pairs of the same study or the same text")
+    ithn: str = setting(
+        "auto",
+        "ITHN",
+        "auto: on where hard negatives are given (--negative_index, or neg_report in the "
+        "annotation) or --strategy or --ithn_variant is given, else the plain backbone",
+        choices=("auto", "on", "off"),
+    )
+    negative_index: str = setting("", "ITHN", "index written by scripts/mine_hard_negatives.py")
+    strategy: str = setting(
+        "ithn",
+        "ITHN",
+        "how the harder negative is made; contrastive: none, S is S1 alone",
+        choices=("ithn", "mochi", "prior", "unconstrained", "contrastive"),
+    )
+    ithn_variant: str = setting(
+        "paper",
+        "ITHN",
+        "the paper's equations, or the released code's departures from them",
+        choices=("paper", "released"),
+    )
+    alpha: float = setting(
+        0.01,
+        "ITHN",
+        "hardness is 1 - exp(-alpha * (epoch - 1)), epochs counted from 1; released: 1 - exp(-alpha * epoch)",
+        low=0.0,
+    )
+    num_neighbours: int = setting(5, "ITHN", "neighbours that --strategy mochi draws from", low=1)
+    embedding_dim: int = setting(512, "ITHN", "width of the joint embedding", low=1)
+    ce_weight: float | None = setting(None, "ITHN", "weight of the cross entropy; default 1 (released: 0.7)", low=0.0)
+    contrastive_weight: float = setting(0.1, "ITHN", "beta, weight of the contrastive loss; 0 leaves it out", low=0.0)
+    cosine_weight: float = setting(0.2, "ITHN", "gamma of Eq. 13, weight of the cosine loss; 0 leaves it out", low=0.0)
+    contrastive_form: str = setting(
+        "standard",
+        "ITHN",
+        "decoupled: Eq. 8 as printed, positive not in the denominator",
+        choices=("standard", "decoupled"),
+    )
+    detach_negative: bool | None = setting(
+        None, "ITHN", "hold the synthesised negative constant; default true (released: false)"
+    )
+    renormalise_negative: bool | None = setting(
+        None, "ITHN", "divide the synthesised negative by its norm; default true (released: false)"
+    )
+    previous_epoch_start: bool = setting(False, "ITHN", "start the synthesis from the previous epoch's negative")
+    clamp_segment: bool = setting(False, "ITHN", "keep the projection between the negative and the positive")
+    mask_identical: bool = setting(False, "ITHN", "leave out off-diagonal pairs of the same study or the same text")
 
     # ---- beyond ITHN
-    contrastive_features: str = flag("extractor", "beyond ITHN", "encoder: z is made of the transformer encoder's "
-                                     "output, reports are read under another study's image, and the contrastive terms "
-                                     "train no decoder; extractor: as published", choices=("extractor", "encoder"))
+    contrastive_features: str = setting(
+        "extractor",
+        "beyond ITHN",
+        "encoder: z is made of the transformer encoder's "
+        "output, reports are read under another study's image, and the contrastive terms "
+        "train no decoder; extractor: as published",
+        choices=("extractor", "encoder"),
+    )
 
     # ---- decoding
-    sample_method: str = flag("beam_search", "decoding", "how reports are decoded",
-                              choices=("beam_search", "greedy", "sample"))
-    beam_size: int = flag(3, "decoding", "beams", low=1)
-    group_size: int = flag(1, "decoding", "groups of diverse beam search", low=1)
-    diversity_lambda: float = flag(0.5, "decoding", "penalty of diverse beam search", low=0.0)
-    temperature: float = flag(1.0, "decoding", "divides the log-probabilities", low=1e-6)
-    sample_n: int = flag(1, "decoding", "reports drawn per study with --sample_method sample; the likeliest is kept",
-                         low=1)
-    collapse_repeats: bool = flag(False, "decoding", "write a word that immediately repeats itself once, as "
-                                  "VisualGPT's evaluation does before scoring")
-    block_trigrams: int = flag(1, "decoding", "penalise repeated trigrams in greedy decoding and sampling",
-                               choices=(0, 1))
-    guidance: float = flag(0.0, "decoding", "weight of what the image adds: words are ranked by log p(w | image) + "
-                           "guidance * (log p(w | image) - log p(w | mean training image)), of the words with a tenth "
-                           "of the likeliest one's p at least; 0: by log p(w | image), as published", low=0.0)
+    sample_method: str = setting(
+        "beam_search", "decoding", "how reports are decoded", choices=("beam_search", "greedy", "sample")
+    )
+    beam_size: int = setting(3, "decoding", "beams", low=1)
+    group_size: int = setting(1, "decoding", "groups of diverse beam search", low=1)
+    diversity_lambda: float = setting(0.5, "decoding", "penalty of diverse beam search", low=0.0)
+    temperature: float = setting(1.0, "decoding", "divides the log-probabilities", low=1e-6)
+    sample_n: int = setting(
+        1, "decoding", "reports drawn per study with --sample_method sample; the likeliest is kept", low=1
+    )
+    collapse_repeats: bool = setting(
+        False,
+        "decoding",
+        "write a word that immediately repeats itself once, as VisualGPT's evaluation does before scoring",
+    )
+    block_trigrams: int = setting(
+        1, "decoding", "penalise repeated trigrams in greedy decoding and sampling", choices=(0, 1)
+    )
+    guidance: float = setting(
+        0.0,
+        "decoding",
+        "weight of what the image adds: words are ranked by log p(w | image) + "
+        "guidance * (log p(w | image) - log p(w | mean training image)), of the words with a tenth "
+        "of the likeliest one's p at least; 0: by log p(w | image), as published",
+        low=0.0,
+    )
 
     # ---- optimisation
-    epochs: int = flag(100, "optimisation", "training epochs", low=1)
-    optim: str = flag("Adam", "optimisation", "optimiser", choices=("Adam", "AdamW", "RAdam", "SGD"))
-    lr_ve: float = flag(5e-5, "optimisation", "learning rate of the visual extractor", low=0.0)
-    lr_ed: float = flag(7e-4, "optimisation", "learning rate of everything else", low=0.0)
-    weight_decay: float = flag(5e-5, "optimisation", "weight decay", low=0.0)
-    adam_betas: tuple[float, float] = flag((0.9, 0.98), "optimisation", "betas of Adam: two values")
-    adam_eps: float = flag(1e-9, "optimisation", "epsilon of Adam", low=0.0)
-    amsgrad: bool = flag(True, "optimisation", "the AMSGrad variant of Adam")
-    lr_scheduler: str = flag("StepLR", "optimisation", "learning-rate schedule, stepped once per epoch; "
-                             "ReduceLROnPlateau waits for validation BLEU-3 and BLEU-4",
-                             choices=("StepLR", "ReduceLROnPlateau", "CosineAnnealingLR", "constant"))
-    step_size: int = flag(50, "optimisation", "epochs between the steps of StepLR", low=1)
-    gamma: float = flag(0.1, "optimisation", "factor of StepLR and ReduceLROnPlateau", low=0.0)
-    plateau_patience: int = flag(1, "optimisation", "epochs without a better BLEU-3 or BLEU-4 that are borne", low=0)
-    scale_lr: str = flag("none", "optimisation", "learning rates for several processes: as given (none), times their "
-                         "number (linear) or its square root (sqrt)", choices=("none", "linear", "sqrt"))
-    grad_accumulation: int = flag(1, "optimisation", "batches per optimiser step", low=1)
-    clip_norm: float = flag(0.0, "optimisation", "clip the gradient's norm; 0 is off", low=0.0)
-    clip_value: float = flag(0.0, "optimisation", "clip gradient values; 0 is off (R2Gen: 0.1)", low=0.0)
+    epochs: int = setting(100, "optimisation", "training epochs", low=1)
+    optim: str = setting("Adam", "optimisation", "optimiser", choices=("Adam", "AdamW", "RAdam", "SGD"))
+    lr_ve: float = setting(5e-5, "optimisation", "learning rate of the visual extractor", low=0.0)
+    lr_ed: float = setting(7e-4, "optimisation", "learning rate of everything else", low=0.0)
+    weight_decay: float = setting(5e-5, "optimisation", "weight decay", low=0.0)
+    adam_betas: tuple[float, float] = setting((0.9, 0.98), "optimisation", "betas of Adam: two values")
+    adam_eps: float = setting(1e-9, "optimisation", "epsilon of Adam", low=0.0)
+    amsgrad: bool = setting(True, "optimisation", "the AMSGrad variant of Adam")
+    lr_scheduler: str = setting(
+        "StepLR",
+        "optimisation",
+        "learning-rate schedule, stepped once per epoch; ReduceLROnPlateau waits for validation BLEU-3 and BLEU-4",
+        choices=("StepLR", "ReduceLROnPlateau", "CosineAnnealingLR", "constant"),
+    )
+    step_size: int = setting(50, "optimisation", "epochs between the steps of StepLR", low=1)
+    gamma: float = setting(0.1, "optimisation", "factor of StepLR and ReduceLROnPlateau", low=0.0)
+    plateau_patience: int = setting(1, "optimisation", "epochs without a better BLEU-3 or BLEU-4 that are borne", low=0)
+    scale_lr: str = setting(
+        "none",
+        "optimisation",
+        "learning rates for several processes: as given (none), times their number (linear) or its square root (sqrt)",
+        choices=("none", "linear", "sqrt"),
+    )
+    grad_accumulation: int = setting(1, "optimisation", "batches per optimiser step", low=1)
+    clip_norm: float = setting(0.0, "optimisation", "clip the gradient's norm; 0 is off", low=0.0)
+    clip_value: float = setting(0.0, "optimisation", "clip gradient values; 0 is off (R2Gen: 0.1)", low=0.0)
 
     # ---- self-critical
-    self_critical: bool = flag(False, "self-critical", "second stage, from the weights of --load: a metric of sampled "
-                               "reports is maximised in place of the cross entropy (docs/SELF_CRITICAL.md)")
-    scst_reward: str = flag("CIDEr", "self-critical", "metric of a sampled report; CIDEr is CIDEr-D with the training "
-                            "split's document frequencies", choices=REWARDS)
-    scst_baseline: str = flag("greedy", "self-critical", "what a sample must exceed: its study's greedy report, or the "
-                              "mean of its samples", choices=("greedy", "mean"))
-    scst_samples: int = flag(5, "self-critical", "reports sampled per study", low=1)
-    scst_ce_weight: float = flag(0.0, "self-critical", "weight of the cross entropy that goes on beside it", low=0.0)
+    self_critical: bool = setting(
+        False,
+        "self-critical",
+        "second stage, from the weights of --load: a metric of sampled "
+        "reports is maximised in place of the cross entropy (docs/SELF_CRITICAL.md)",
+    )
+    scst_reward: str = setting(
+        "CIDEr",
+        "self-critical",
+        "metric of a sampled report; CIDEr is CIDEr-D with the training split's document frequencies",
+        choices=REWARDS,
+    )
+    scst_baseline: str = setting(
+        "greedy",
+        "self-critical",
+        "what a sample must exceed: its study's greedy report, or the mean of its samples",
+        choices=("greedy", "mean"),
+    )
+    scst_samples: int = setting(5, "self-critical", "reports sampled per study", low=1)
+    scst_ce_weight: float = setting(0.0, "self-critical", "weight of the cross entropy that goes on beside it", low=0.0)
 
     # ---- run
-    n_gpu: int = flag(1, "run", "GPUs, each with a process of its own; with --device cpu that many processes; 0 trains "
-                      "on the CPU. Under torchrun its own number counts", low=0)
-    max_restarts: int = flag(0, "run", "with several processes: times that all are started again from the last "
-                             "checkpoint when one fails", low=0)
-    sync_bn: bool = flag(False, "run", "batch normalisation by the statistics of all processes' samples")
-    device: str = flag("auto", "run", "auto, cpu, cuda or cuda:N")
-    precision: str = flag("float32", "run", "autocast type; auto: bfloat16 on a GPU that has it, float16 on one that "
-                          "has not (Volta, Turing), float32 on the CPU",
-                          choices=("float32", "float16", "bfloat16", "auto"))
-    tf32: bool = flag(False, "run", "float32 products of Ampere and later GPUs with the mantissa of TF32 (10 bits)")
-    compile: bool = flag(False, "run", "compile the objective with torch.compile")
-    deterministic: bool = flag(False, "run", "deterministic kernels only: equal runs on one machine, slower")
-    seed: int = flag(9233, "run", "seed of weights, order and augmentation", low=0, high=2**63 - 1)
-    resume: str = flag("", "run", "go on from this checkpoint; auto: from the latest valid one in --save_dir, or from "
-                       "the start where there is none")
-    load: str = flag("", "run", "main_test.py: the checkpoint to test; main_train.py: the weights that a new run "
-                     "starts from; our own brings its settings along")
+    n_gpu: int = setting(
+        1,
+        "run",
+        "GPUs, each with a process of its own; with --device cpu that many processes; 0 trains "
+        "on the CPU. Under torchrun its own number counts",
+        low=0,
+    )
+    max_restarts: int = setting(
+        0,
+        "run",
+        "with several processes: times that all are started again from the last checkpoint when one fails",
+        low=0,
+    )
+    sync_bn: bool = setting(False, "run", "batch normalisation by the statistics of all processes' samples")
+    device: str = setting("auto", "run", "auto, cpu, cuda or cuda:N")
+    precision: str = setting(
+        "float32",
+        "run",
+        "autocast type; auto: bfloat16 on a GPU that has it, float16 on one that "
+        "has not (Volta, Turing), float32 on the CPU",
+        choices=("float32", "float16", "bfloat16", "auto"),
+    )
+    tf32: bool = setting(False, "run", "float32 products of Ampere and later GPUs with the mantissa of TF32 (10 bits)")
+    compile: bool = setting(False, "run", "compile the objective with torch.compile")
+    deterministic: bool = setting(False, "run", "deterministic kernels only: equal runs on one machine, slower")
+    seed: int = setting(9233, "run", "seed of weights, order and augmentation", low=0, high=2**63 - 1)
+    resume: str = setting(
+        "",
+        "run",
+        "go on from this checkpoint; auto: from the latest valid one in --save_dir, or from "
+        "the start where there is none",
+    )
+    load: str = setting(
+        "",
+        "run",
+        "main_test.py: the checkpoint to test; main_train.py: the weights that a new run "
+        "starts from; our own brings its settings along",
+    )
 
     # ---- results
-    save_dir: str = flag("results/iu_xray", "results", "folder of checkpoints and results")
-    record_dir: str = flag("records/", "results", "folder of <dataset>.csv, one line per run")
-    exp_name: str = flag("", "results", "name of the run in records and report")
-    save_period: int = flag(1, "results", "epochs between checkpoints; the best model is always kept", low=1)
-    keep_epochs: bool = flag(False, "results", "keep the checkpoint of every epoch that is saved, as epoch_<n>.pth")
-    checkpoint_steps: int = flag(0, "results", "optimiser steps between further checkpoints within an epoch; 0: none",
-                                 low=0)
-    log_period: int = flag(1000, "results", "steps between lines in the log", low=1)
-    monitor_metric: str = flag("BLEU_4", "results", "validation metric that chooses the best model", choices=MONITORED)
-    monitor_mode: str = flag("max", "results", "whether the metric should grow or fall", choices=("min", "max"))
-    early_stop: int = flag(50, "results", "stop after more than this many epochs without improvement", low=1)
-    start_eval_epoch: int = flag(0, "results", "no validation before this epoch", low=0)
-    meteor: bool = flag(True, "results", "METEOR (needs Java); false leaves it out")
-    clinical: bool = flag(True, "results", "clinical scores of labels by rules (radiology data sets only)")
-    chexbert_path: str = flag("", "results", "chexbert.pth: clinical scores of CheXbert's labels too")
-    chexbert_encoder: str = flag("bert-base-uncased", "results", "folder with config.json and vocab.txt of CheXbert's "
-                                 "BERT, or a hub id to download them from")
-    bertscore_path: str = flag("", "results", "folder of a text encoder: BERTScore with it too")
-    bertscore_layer: int = flag(0, "results", "hidden layer that BERTScore compares; 0: the published tool's for this "
-                                "architecture", low=0)
-    radgraph_path: str = flag("", "results", "folder of a RadGraph model: RadGraph F1 too, by the package radgraph")
-    radgraph_python: str = flag("", "results", "the Python that has the package radgraph; default: this one")
-    floors: bool = flag(True, "results", "score the commonest report and the nearest training image's beside the model")
-    tensorboard: bool = flag(True, "results", "write TensorBoard curves (numbers only) into --save_dir")
-    report_samples: int = flag(40, "results", "studies shown in report.html", low=0)
+    save_dir: str = setting("results/iu_xray", "results", "folder of checkpoints and results")
+    record_dir: str = setting("records/", "results", "folder of <dataset>.csv, one line per run")
+    exp_name: str = setting("", "results", "name of the run in records and report")
+    save_period: int = setting(1, "results", "epochs between checkpoints; the best model is always kept", low=1)
+    keep_epochs: bool = setting(False, "results", "keep the checkpoint of every epoch that is saved, as epoch_<n>.pth")
+    checkpoint_steps: int = setting(
+        0, "results", "optimiser steps between further checkpoints within an epoch; 0: none", low=0
+    )
+    log_period: int = setting(1000, "results", "steps between lines in the log", low=1)
+    monitor_metric: str = setting(
+        "BLEU_4", "results", "validation metric for choosing the best model", choices=MONITORED
+    )
+    monitor_mode: str = setting("max", "results", "whether the metric should grow or fall", choices=("min", "max"))
+    early_stop: int = setting(50, "results", "stop after more than this many epochs without improvement", low=1)
+    start_eval_epoch: int = setting(0, "results", "no validation before this epoch", low=0)
+    meteor: bool = setting(True, "results", "METEOR (needs Java); false leaves it out")
+    clinical: bool = setting(True, "results", "clinical scores of labels by rules (radiology data sets only)")
+    chexbert_path: str = setting("", "results", "chexbert.pth: clinical scores of CheXbert's labels too")
+    chexbert_encoder: str = setting(
+        "bert-base-uncased",
+        "results",
+        "folder with config.json and vocab.txt of CheXbert's BERT, or a hub id to download them from",
+    )
+    bertscore_path: str = setting("", "results", "folder of a text encoder: BERTScore with it too")
+    bertscore_layer: int = setting(
+        0, "results", "hidden layer that BERTScore compares; 0: the published tool's for this architecture", low=0
+    )
+    radgraph_path: str = setting("", "results", "folder of a RadGraph model: RadGraph F1 too, by the package radgraph")
+    radgraph_python: str = setting("", "results", "the Python that has the package radgraph; default: this one")
+    floors: bool = setting(
+        True, "results", "score two training-free baselines: commonest report, nearest training image"
+    )
+    tensorboard: bool = setting(True, "results", "write TensorBoard curves (numbers only) into --save_dir")
+    report_samples: int = setting(40, "results", "studies shown in report.html", low=0)
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            check_field(item.name, getattr(self, item.name), item.metadata)
+            check_value(item.name, getattr(self, item.name), item.metadata)
         check_together(self)
 
     @property

@@ -2,22 +2,7 @@
 
 from typing import Any
 
-from modules.errors import InputError
-
-
-def check_field(name: str, value: Any, metadata: Any) -> None:
-    """InputError for a value that is none of the choices or out of the bounds in its field's ``metadata``."""
-    choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
-    if choices is not None and value not in choices:
-        raise InputError(f"--{name} {value}: must be one of {', '.join(map(str, choices))}")
-    if value is None or (low is None and high is None):
-        return
-    if not (value == value and abs(value) != float("inf")):
-        raise InputError(f"--{name} {value}: must be a finite number")
-    if low is not None and value < low:
-        raise InputError(f"--{name} {value}: must be at least {low}")
-    if high is not None and value > high:
-        raise InputError(f"--{name} {value}: must be at most {high}")
+from modules.runtime.errors import InputError
 
 
 def check_together(config: Any) -> None:
@@ -51,11 +36,15 @@ def _check_network(config: Any) -> None:
 
 def _check_inputs(config: Any) -> None:
     if config.feature_cache and not config.freeze_visual_extractor:
-        raise InputError(f"--feature_cache {config.feature_cache}: only a visual extractor that stays as it is can be "
-                         "cached; add --freeze_visual_extractor true")
+        raise InputError(
+            f"--feature_cache {config.feature_cache}: only a visual extractor that stays as it is can be "
+            "cached; add --freeze_visual_extractor true"
+        )
     if config.image_cache and config.feature_cache:
-        raise InputError(f"--image_cache {config.image_cache}: stored features leave no image to read; give it or "
-                         "--feature_cache, not both")
+        raise InputError(
+            f"--image_cache {config.image_cache}: stored features leave no image to read; give it or "
+            "--feature_cache, not both"
+        )
     if config.detection_features and (config.feature_cache or config.image_cache):
         cache = "feature" if config.feature_cache else "image"
         raise InputError(f"--{cache}_cache: with --detection_features no image is looked at; leave one of them out")
@@ -65,8 +54,10 @@ def _check_inputs(config: Any) -> None:
 
 def _check_scores(config: Any) -> None:
     if config.captioning and (config.chexbert_path or config.radgraph_path):
-        raise InputError(f"--{'chexbert' if config.chexbert_path else 'radgraph'}_path: scores radiology reports, and "
-                         "--dataset_name coco has none")
+        raise InputError(
+            f"--{'chexbert' if config.chexbert_path else 'radgraph'}_path: scores radiology reports, and "
+            "--dataset_name coco has none"
+        )
     if config.monitor_metric.startswith("ce_") and not config.labels_by_rules:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
     if config.monitor_metric in ("METEOR", "xpronet_selection") and not config.meteor:
@@ -78,8 +69,10 @@ def _check_ithn(config: Any) -> None:
         if given and config.ithn == "off":
             raise InputError(f"--{name} {getattr(config, name)} has no effect with --ithn off; leave one of them out")
     if config.on_encoder and (config.strategy != "contrastive" or config.released):
-        raise InputError("--contrastive_features encoder: needs --strategy contrastive and the paper's variant; with "
-                         "harder negatives Eq. 11 did not leave its second minimum in a trial (docs/EXPERIMENTS.md)")
+        raise InputError(
+            "--contrastive_features encoder: needs --strategy contrastive and the paper's variant; with "
+            "harder negatives Eq. 11 did not leave its second minimum in a trial (docs/EXPERIMENTS.md)"
+        )
 
 
 def _check_stage(config: Any) -> None:
@@ -90,5 +83,7 @@ def _check_stage(config: Any) -> None:
     if config.scst_reward == "clinical_f1" and config.captioning:
         raise InputError(f"--scst_reward clinical_f1: there are no clinical labels on {config.dataset_name}")
     if config.start_eval_epoch > config.epochs:
-        raise InputError(f"--start_eval_epoch {config.start_eval_epoch}: no epoch of --epochs {config.epochs} would be "
-                         "validated, so no best model could be chosen")
+        raise InputError(
+            f"--start_eval_epoch {config.start_eval_epoch}: no epoch of --epochs {config.epochs} would be "
+            "validated, so no best model could be chosen"
+        )

@@ -9,36 +9,91 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from modules.config import Config
-from modules.errors import InputError
 from modules.presets import BACKBONES, preset
+from modules.runtime.errors import InputError
 
 # Declared by R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN, but without effect on their results, or
 # decided here in another way. Number of values each takes: 0 (a switch) or 1.
 IGNORED = {
-    "logit_layers": 1, "bos_idx": 1, "eos_idx": 1, "pad_idx": 1, "output_logsoftmax": 1, "decoding_constraint": 1,
-    "noamopt_warmup": 1, "noamopt_factor": 1, "d_vf": 1, "sample": 1, "local_rank": 1, "img_num_protype": 1,
-    "text_num_protype": 1, "gbl_num_protype": 1, "weight_img_bce_loss": 1, "weight_txt_bce_loss": 1,
-    "img_init_protypes_path": 1, "text_init_protypes_path": 1, "trained_model_path": 1, "output": 1, "test_after": 0,
-    "split_train_data": 0, "log_file": 1, "logs_folder": 1,
+    "logit_layers": 1,
+    "bos_idx": 1,
+    "eos_idx": 1,
+    "pad_idx": 1,
+    "output_logsoftmax": 1,
+    "decoding_constraint": 1,
+    "noamopt_warmup": 1,
+    "noamopt_factor": 1,
+    "d_vf": 1,
+    "sample": 1,
+    "local_rank": 1,
+    "img_num_protype": 1,
+    "text_num_protype": 1,
+    "gbl_num_protype": 1,
+    "weight_img_bce_loss": 1,
+    "weight_txt_bce_loss": 1,
+    "img_init_protypes_path": 1,
+    "text_init_protypes_path": 1,
+    "trained_model_path": 1,
+    "output": 1,
+    "test_after": 0,
+    "split_train_data": 0,
+    "log_file": 1,
+    "logs_folder": 1,
 }
 WHY_IGNORED = {"d_vf": "inferred from the visual extractor"}
 # VisualGPT's names for settings that have another name here.
-ALIASES = {"workers": "num_workers", "random_seed": "seed", "gradient_accumulation_steps": "grad_accumulation",
-           "num_train_epochs": "epochs", "max_grad_norm": "clip_norm", "optimizer_type": "optim",
-           "head": "num_heads", "lr": "lr_ed"}
+ALIASES = {
+    "workers": "num_workers",
+    "random_seed": "seed",
+    "gradient_accumulation_steps": "grad_accumulation",
+    "num_train_epochs": "epochs",
+    "max_grad_norm": "clip_norm",
+    "optimizer_type": "optim",
+    "head": "num_heads",
+    "lr": "lr_ed",
+}
 
 # Flags that act while a model is trained and leave a test of it alone.
-IDLE_IN_TESTS = frozenset(item.name for item in dataclasses.fields(Config)
-                          if item.metadata["group"] == "optimisation") | {
-    "compile", "drop_last", "early_stop", "flip", "keep_epochs", "checkpoint_steps", "length_bucketing", "log_period",
-    "max_restarts", "monitor_mode", "resume", "save_period", "start_eval_epoch", "sync_bn", "tensorboard",
-    "visual_extractor_pretrained"}
+IDLE_IN_TESTS = frozenset(
+    item.name for item in dataclasses.fields(Config) if item.metadata["group"] == "optimisation"
+) | {
+    "compile",
+    "drop_last",
+    "early_stop",
+    "flip",
+    "keep_epochs",
+    "checkpoint_steps",
+    "length_bucketing",
+    "log_period",
+    "max_restarts",
+    "monitor_mode",
+    "resume",
+    "save_period",
+    "start_eval_epoch",
+    "sync_bn",
+    "tensorboard",
+    "visual_extractor_pretrained",
+}
 # With those that decide what is trained, and that a test writes into its results.
-OF_TRAINING = IDLE_IN_TESTS | {
-    "dropout", "drop_prob_lm", "img_con_margin", "init_protypes_path", "label_loss_weight", "txt_con_margin",
-    "visual_extractor_weights", "weight_img_con_loss", "weight_txt_con_loss"} | {
-    item.name for item in dataclasses.fields(Config)
-    if item.metadata["group"] in ("ITHN", "beyond ITHN", "self-critical")}
+OF_TRAINING = (
+    IDLE_IN_TESTS
+    | {
+        "dropout",
+        "drop_prob_lm",
+        "img_con_margin",
+        "init_protypes_path",
+        "label_loss_weight",
+        "txt_con_margin",
+        "visual_extractor_weights",
+        "weight_img_con_loss",
+        "weight_txt_con_loss",
+    }
+    | {
+        item.name
+        for item in dataclasses.fields(Config)
+        if item.metadata["group"] in ("ITHN", "beyond ITHN", "self-critical")
+    }
+)
 
 
 def boolean(text: str) -> bool:
@@ -57,8 +112,9 @@ class Parser(argparse.ArgumentParser):
     An abbreviation that works today means something else, or nothing, once another flag begins like it.
     """
 
-    def __init__(self, *, formatter_class: Any = argparse.RawDescriptionHelpFormatter, allow_abbrev: bool = False,
-                 **options: Any):
+    def __init__(
+        self, *, formatter_class: Any = argparse.RawDescriptionHelpFormatter, allow_abbrev: bool = False, **options: Any
+    ):
         super().__init__(formatter_class=formatter_class, allow_abbrev=allow_abbrev, **options)
 
     def error(self, message: str) -> typing.NoReturn:
@@ -68,8 +124,13 @@ class Parser(argparse.ArgumentParser):
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The parser of main_train.py and main_test.py; flags that were not given are absent from its result."""
     layout = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
-    parser = Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=description, formatter_class=layout,
-                    argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} [--flag value ...]",
+        description=description,
+        formatter_class=layout,
+        argument_default=argparse.SUPPRESS,
+    )
     groups: dict[str, Any] = {}
     for item in dataclasses.fields(Config):
         group = item.metadata["group"]
@@ -84,8 +145,11 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     # torchrun takes both spellings.
     parser.add_argument("--max-restarts", type=int, dest="max_restarts", help=argparse.SUPPRESS)
     groups["backbone"].add_argument(
-        "--backbone", choices=BACKBONES, metavar="{" + ",".join(BACKBONES) + "}",
-        help="like --model_name, with that paper's published settings for --dataset_name beneath the flags given")
+        "--backbone",
+        choices=BACKBONES,
+        metavar="{" + ",".join(BACKBONES) + "}",
+        help="like --model_name, with that paper's published settings for --dataset_name beneath the flags given",
+    )
     return parser
 
 
@@ -97,8 +161,11 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], *, defaults
     """
     for item in dataclasses.fields(Config):
         if item.name in names:
-            parser.add_argument(f"--{item.name}", default=item.default if defaults else argparse.SUPPRESS,
-                                **_argument(item, show_default=defaults))
+            parser.add_argument(
+                f"--{item.name}",
+                default=item.default if defaults else argparse.SUPPRESS,
+                **_argument(item, show_default=defaults),
+            )
 
 
 def _argument(item: dataclasses.Field, *, show_default: bool = True) -> dict[str, Any]:
@@ -142,8 +209,11 @@ def parse_flags(argv: Sequence[str], prog: str, description: str) -> tuple[dict[
 
 def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What ``parse_flags`` makes of the flags that a parser of ``build_parser`` read."""
-    ignored = [f"--{name} is accepted and ignored" + (f": {WHY_IGNORED[name]}" if name in WHY_IGNORED else "")
-               for name in IGNORED if name in given]
+    ignored = [
+        f"--{name} is accepted and ignored" + (f": {WHY_IGNORED[name]}" if name in WHY_IGNORED else "")
+        for name in IGNORED
+        if name in given
+    ]
     given = {name: value for name, value in given.items() if name not in IGNORED}
     given = _apply_aliases(given)
     if given.pop("use_amp", False):
@@ -155,15 +225,17 @@ def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if "backbone" not in given:
         return given, ignored
     if given.setdefault("model_name", given["backbone"]) != given["backbone"]:
-        raise InputError(f"--backbone {given['backbone']} and --model_name {given['model_name']} disagree: give one of "
-                         "them")
+        raise InputError(
+            f"--backbone {given['backbone']} and --model_name {given['model_name']} disagree: give one of them"
+        )
     return given, ignored + _preset_notes(given)
 
 
 def idle_in_tests(given: Container[str]) -> str | None:
     """A line for main_test.py's log that names the flags ``given`` that do nothing there; None where all do."""
-    idle = [f"--{item.name}" for item in dataclasses.fields(Config)
-            if item.name in IDLE_IN_TESTS and item.name in given]
+    idle = [
+        f"--{item.name}" for item in dataclasses.fields(Config) if item.name in IDLE_IN_TESTS and item.name in given
+    ]
     return f"ignored by main_test.py: {', '.join(idle)}" if idle else None
 
 
@@ -177,8 +249,9 @@ def _preset_notes(given: Mapping[str, Any]) -> list[str]:
     backbone = given["backbone"]
     dataset_name = given.get("dataset_name", Config.dataset_name)
     added = {name: value for name, value in preset(backbone, dataset_name).items() if name not in given}
-    shown = ", ".join(f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
-                      for name, value in added.items())
+    shown = ", ".join(
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in added.items()
+    )
     notes = [f"from the published settings of {backbone} on {dataset_name}: {shown}"]
     if given.get("resume") or given.get("load"):
         notes.append("the settings that a checkpoint of ours brings along go before these")
@@ -225,8 +298,10 @@ def _require_kinds(saved: Mapping[str, Any]) -> None:
         else:
             fits = _is(kind, value) or (value is None and kind is not item.type)
         if not fits:
-            raise InputError(f"the checkpoint's own setting {item.name} is {str(value)[:60]!r}, which --{item.name} "
-                             "cannot be: the file was changed by hand, or written by another version")
+            raise InputError(
+                f"the checkpoint's own setting {item.name} is {str(value)[:60]!r}, which --{item.name} "
+                "cannot be: the file was changed by hand, or written by another version"
+            )
 
 
 def _is(kind: type, value: Any) -> bool:

@@ -16,15 +16,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.clinical_rules import CLASSES
 from modules.config import Config
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser, add_flags, boolean
-from modules.output_files import Output, check_outputs, is_safetensors
+from modules.labels.rules import CLASSES
+from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.output_files import Output, check_outputs, is_safetensors
 
 # Flags that mean what they mean in main_train.py.
-SHARED = ("ann_path", "image_dir", "dataset_name", "visual_extractor", "visual_extractor_pretrained",
-          "visual_extractor_weights", "image_size", "batch_size", "num_workers", "seed", "device")
+SHARED = (
+    "ann_path",
+    "image_dir",
+    "dataset_name",
+    "visual_extractor",
+    "visual_extractor_pretrained",
+    "visual_extractor_weights",
+    "image_size",
+    "batch_size",
+    "num_workers",
+    "seed",
+    "device",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,15 +47,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("--label_columns", default="", metavar="ORDER", help="as in main_train.py; a pickle needs it")
     add("--out", required=True, type=Path, metavar="FILE", help="file to write (.safetensors), readable by you alone")
     add("--num_protype", type=int, default=20, metavar="N", help="prototypes of each class; default %(default)s")
-    add("--mirrored", type=boolean, default=True, metavar="{true,false}",
-        help="half of them from mirrored images; default true, as published")
-    add("--text_encoder", default="zzxslp/RadBERT-RoBERTa-4m", metavar="NAME",
+    add(
+        "--mirrored",
+        type=boolean,
+        default=True,
+        metavar="{true,false}",
+        help="half of them from mirrored images; default true, as published",
+    )
+    add(
+        "--text_encoder",
+        default="zzxslp/RadBERT-RoBERTa-4m",
+        metavar="NAME",
         help="hub id of a transformers encoder (downloaded once), a local folder with one, minilm (a pip package) or "
-             "tfidf; default %(default)s")
+        "tfidf; default %(default)s",
+    )
     add("--pooling", default="mean", choices=("mean", "first"), help="of the encoder's tokens; default %(default)s")
     add("--max_length", type=int, default=512, metavar="T", help="tokens read of a report; default %(default)s")
-    add("--tfidf_width", type=int, default=768, metavar="W",
-        help="singular vectors that tf-idf is reduced to, at most; default %(default)s")
+    add(
+        "--tfidf_width",
+        type=int,
+        default=768,
+        metavar="W",
+        help="singular vectors that tf-idf is reduced to, at most; default %(default)s",
+    )
     return parser
 
 
@@ -53,8 +78,8 @@ def image_features(config: Config, data, device, mirrored: bool) -> list:
     import numpy as np
     import torch
 
-    from modules.progress import Bar
-    from scripts import compose
+    from modules.run import build as compose
+    from modules.runtime.progress import Bar
 
     extractor = compose.build_extractor(config, device, pretrained=True).to(device).eval()
     dataset = compose.build_dataset(config, data, "train", augment=False, extractor=extractor)
@@ -75,12 +100,17 @@ def text_features(arguments: argparse.Namespace, reports: list[str], device: str
     import numpy as np
     from scipy import sparse
 
-    from modules.text_encoders import build_text_encoder
+    from modules.mining.text_encoders import build_text_encoder
 
     if arguments.text_encoder == "tfidf" and arguments.pooling != "mean":
         print(f"note: --pooling {arguments.pooling} does nothing with --text_encoder tfidf, which has no tokens")
-    encoder = build_text_encoder(arguments.text_encoder, pooling=arguments.pooling, max_length=arguments.max_length,
-                                 device=device, batch_size=arguments.batch_size)
+    encoder = build_text_encoder(
+        arguments.text_encoder,
+        pooling=arguments.pooling,
+        max_length=arguments.max_length,
+        device=device,
+        batch_size=arguments.batch_size,
+    )
     rows = {text: row for row, text in enumerate(dict.fromkeys(reports))}
     vectors = encoder.encode(list(rows), progress=True)
     if sparse.issparse(vectors):
@@ -95,7 +125,7 @@ def cluster(arguments: argparse.Namespace, sides: list, texts, labels) -> tuple:
     """(C * num_protype, width) prototypes, the scale of the text part, and the classes with too few members."""
     import numpy as np
 
-    from modules.prototype_clusters import cluster_by_label, mean_square
+    from modules.prepare.prototype_clusters import cluster_by_label, mean_square
 
     scale = (mean_square(sides[0]) / max(mean_square(texts), 1e-12)) ** 0.5
     shares = [arguments.num_protype]
@@ -104,8 +134,14 @@ def cluster(arguments: argparse.Namespace, sides: list, texts, labels) -> tuple:
     parts, short = [], {}
     for number, (images, num) in enumerate(zip(sides, shares, strict=True)):
         features = np.concatenate([images, scale * texts], axis=1)
-        centres, found = cluster_by_label(features, labels, num, classes=CLASSES, seed=arguments.seed + number,
-                                          description=("k-means", "k-means, mirrored")[number])
+        centres, found = cluster_by_label(
+            features,
+            labels,
+            num,
+            classes=CLASSES,
+            seed=arguments.seed + number,
+            description=("k-means", "k-means, mirrored")[number],
+        )
         parts.append(centres)
         short |= {name: {"different_members": count, "needed": num} for name, count in found.items()}
     return np.concatenate(parts, axis=1).reshape(len(CLASSES) * arguments.num_protype, -1), scale, short
@@ -119,18 +155,26 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.mirrored and arguments.num_protype < 2:
         raise InputError(f"--num_protype {arguments.num_protype}: one cannot be halved; add --mirrored false")
     names = ("ann_path", "label_path", "visual_extractor_weights", "text_encoder")
-    check_outputs([Output("--out", arguments.out, "file of prototypes of ours", is_safetensors("ithn-prototypes"))],
-                  [(f"--{name}", getattr(arguments, name)) for name in names])
+    check_outputs(
+        [Output("--out", arguments.out, "file of prototypes of ours", is_safetensors("ithn-prototypes"))],
+        [(f"--{name}", getattr(arguments, name)) for name in names],
+    )
 
 
 def describe(arguments: argparse.Namespace, widths: dict[str, int], short: dict[str, dict]) -> None:
     """Name the classes with too few members, and the flags that the file asks for."""
     for name, found in short.items():
         others = "copies with noise" if found["different_members"] else "drawn around the mean of all studies"
-        print(f"{name}: {found['different_members']} different members for {found['needed']} prototypes; the others "
-              f"are {others}")
-    flags = {"init_protypes_path": arguments.out, "num_cluster": len(CLASSES), "num_protype": arguments.num_protype,
-             **widths}
+        print(
+            f"{name}: {found['different_members']} different members for {found['needed']} prototypes; the others "
+            f"are {others}"
+        )
+    flags = {
+        "init_protypes_path": arguments.out,
+        "num_cluster": len(CLASSES),
+        "num_protype": arguments.num_protype,
+        **widths,
+    }
     print(f"wrote {arguments.out}; train with " + " ".join(f"--{name} {value}" for name, value in flags.items()))
 
 
@@ -142,10 +186,10 @@ def main() -> None:
 
     import torch
 
-    from modules.environment import provenance
-    from modules.label_files import NO_FINDING, read_labels
-    from modules.prototype_files import save_prototypes
-    from scripts import compose
+    from modules.data.prototype_files import save_prototypes
+    from modules.labels.study_labels import NO_FINDING, read_labels
+    from modules.run import build as compose
+    from modules.runtime.environment import provenance
 
     device = compose.prepare_device(config)
     data = compose.read_data(config)
@@ -157,12 +201,26 @@ def main() -> None:
     sides = image_features(config, data, device, arguments.mirrored)
     prototypes, scale, short = cluster(arguments, sides, texts, labels)
     widths = {"d_img_ebd": sides[0].shape[1], "d_txt_ebd": texts.shape[1]}
-    save_prototypes(arguments.out, torch.from_numpy(prototypes), CLASSES, {
-        "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
-        **widths, "text_scale": scale, "text_encoder": encoder, "too_few": short,
-        "members": dict(zip(CLASSES, map(int, labels.sum(axis=0)), strict=True)),
-        "annotation_sha256": data.annotation.sha256, "train_sha256": data.annotation.train_sha256,
-        "labels_sha256": table.sha256, "synthetic": data.annotation.synthetic, **provenance(str(device))})
+    save_prototypes(
+        arguments.out,
+        torch.from_numpy(prototypes),
+        CLASSES,
+        {
+            "flags": {
+                name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
+            },
+            **widths,
+            "text_scale": scale,
+            "text_encoder": encoder,
+            "too_few": short,
+            "members": dict(zip(CLASSES, map(int, labels.sum(axis=0)), strict=True)),
+            "annotation_sha256": data.annotation.sha256,
+            "train_sha256": data.annotation.train_sha256,
+            "labels_sha256": table.sha256,
+            "synthetic": data.annotation.synthetic,
+            **provenance(str(device)),
+        },
+    )
     describe(arguments, widths, short)
 
 

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.annotations import Annotation, Study, read_annotation
-from modules.captions import split_captions
 from modules.config import Config
-from modules.errors import InputError, Problem, run_entry_point
+from modules.data.annotations import Annotation, Study, read_annotation
+from modules.data.captions import split_captions
+from modules.data.tokenizers import Tokenizer
 from modules.flags import build_parser, resolve_config, settle_flags
-from modules.output_files import Output, check_outputs, is_json
-from modules.tokenizers import Tokenizer
+from modules.runtime.errors import InputError, Problem, run_entry_point
+from modules.runtime.output_files import Output, check_outputs, is_json
 
 if TYPE_CHECKING:
-    from modules.image_survey import ImageFacts
+    from modules.prepare.image_survey import ImageFacts
 
 OWN = ("json", "hash_images", "per_kind")
 
@@ -36,10 +36,16 @@ def build_arguments() -> argparse.ArgumentParser:
     parser = build_parser("check_data.py", __doc__.split("\n\n")[0])
     own = parser.add_argument_group("check_data.py's own")
     own.add_argument("--json", metavar="FILE", default="", help="write problems and statistics there too (mode 0600)")
-    own.add_argument("--hash_images", action="store_true", default=False,
-                     help="also look for equal image files in different splits")
-    own.add_argument("--per_kind", type=int, default=0, metavar="N",
-                     help="problems of a kind that are printed (default: all of them)")
+    own.add_argument(
+        "--hash_images", action="store_true", default=False, help="also look for equal image files in different splits"
+    )
+    own.add_argument(
+        "--per_kind",
+        type=int,
+        default=0,
+        metavar="N",
+        help="problems of a kind that are printed (default: all of them)",
+    )
     return parser
 
 
@@ -61,59 +67,84 @@ class Findings:
     def leak(self, kind: str, field: str, found: dict[str, tuple[str, ...]], file: str) -> None:
         """Note every key that stands in several splits."""
         for key, splits in found.items():
-            self.problems.append(Problem(kind, f"{file}: {field} {key!r} stands in the splits {' and '.join(splits)}",
-                                         file, " ".join(splits), key, field))
+            self.problems.append(
+                Problem(
+                    kind,
+                    f"{file}: {field} {key!r} stands in the splits {' and '.join(splits)}",
+                    file,
+                    " ".join(splits),
+                    key,
+                    field,
+                )
+            )
 
 
 def check_annotation(config: Config, findings: Findings) -> Annotation | None:
     """The annotation without its faulty records; None where it cannot be read at all."""
-    from modules.data_statistics import in_several_splits, view_statistics
-    from modules.datasets import MAX_VIEWS
+    from modules.data.datasets import MAX_VIEWS
+    from modules.prepare.data_statistics import in_several_splits, view_statistics
 
-    annotation = findings.attempt("annotation cannot be read", config.ann_path,
-                                  lambda: read_annotation(config.ann_path, note=findings.problems.append))
+    annotation = findings.attempt(
+        "annotation cannot be read",
+        config.ann_path,
+        lambda: read_annotation(config.ann_path, note=findings.problems.append),
+    )
     if annotation is None:
         return None
     splits = annotation.splits
     findings.statistics |= {
-        "synthetic": annotation.synthetic, "annotation_sha256": annotation.sha256,
-        "views": {split: view_statistics(studies, MAX_VIEWS[config.dataset_name]) for split, studies in splits.items()}}
+        "synthetic": annotation.synthetic,
+        "annotation_sha256": annotation.sha256,
+        "views": {split: view_statistics(studies, MAX_VIEWS[config.dataset_name]) for split, studies in splits.items()},
+    }
     images = {split: [path for study in studies for path in study.image_paths] for split, studies in splits.items()}
     findings.leak("image is in two splits", "image_path", in_several_splits(images), config.ann_path)
     for field in ("study_id", "subject_id"):
-        keys = {split: [getattr(study, field) for study in studies if getattr(study, field) not in ("", study.id)]
-                for split, studies in splits.items()}
+        keys = {
+            split: [getattr(study, field) for study in studies if getattr(study, field) not in ("", study.id)]
+            for split, studies in splits.items()
+        }
         findings.leak(f"{field} is in two splits", field, in_several_splits(keys), config.ann_path)
     return annotation
 
 
 def check_reports(config: Config, annotation: Annotation, findings: Findings) -> None:
     """Vocabulary, lengths, unknown words, reports that are the same."""
-    from modules import data_statistics
+    from modules.prepare import data_statistics
 
     cleaned = data_statistics.cleaned_reports(annotation.splits, config.dataset_name)
     train = [study.report for study in annotation.splits["train"]]
     tokenizer = Tokenizer.from_reports(train, config.threshold, config.dataset_name)
     if config.beam_size > tokenizer.num_ids:
-        findings.problems.append(Problem("vocabulary is too small", f"--beam_size {config.beam_size}: at most the "
-                                         f"{tokenizer.num_ids} token ids of the vocabulary", config.ann_path))
-    findings.statistics["vocabulary"] = data_statistics.vocabulary_statistics(cleaned["train"], tokenizer,
-                                                                             config.threshold)
+        findings.problems.append(
+            Problem(
+                "vocabulary is too small",
+                f"--beam_size {config.beam_size}: at most the {tokenizer.num_ids} token ids of the vocabulary",
+                config.ann_path,
+            )
+        )
+    findings.statistics["vocabulary"] = data_statistics.vocabulary_statistics(
+        cleaned["train"], tokenizer, config.threshold
+    )
     findings.statistics["reports"] = {
         split: data_statistics.report_statistics(texts, tokenizer, config.max_seq_length)
-        for split, texts in cleaned.items()}
+        for split, texts in cleaned.items()
+    }
     findings.statistics["text_shared_with_train"] = data_statistics.shared_text(cleaned)
 
 
 def check_images(config: Config, annotation: Annotation, findings: Findings, hashed: bool) -> None:
     """Every image of the annotation, those of its negatives too, decoded once."""
-    from modules.data_statistics import in_several_splits
-    from modules.image_survey import survey_images
-    from modules.images import ImageFolder
-    from modules.progress import Bar
+    from modules.data.images import ImageFolder
+    from modules.prepare.data_statistics import in_several_splits
+    from modules.prepare.image_survey import survey_images
+    from modules.runtime.progress import Bar
 
-    folder = findings.attempt("image_dir cannot be read", config.image_dir,
-                              lambda: ImageFolder(config.image_dir, follow_links=config.follow_links))
+    folder = findings.attempt(
+        "image_dir cannot be read",
+        config.image_dir,
+        lambda: ImageFolder(config.image_dir, follow_links=config.follow_links),
+    )
     if folder is None:
         return
     users: dict[str, list[tuple[Study, str]]] = {}
@@ -126,9 +157,16 @@ def check_images(config: Config, annotation: Annotation, findings: Findings, has
     for path, facts in zip(Bar(list(users), "images"), surveyed, strict=True):
         found.append(facts)
         for study, field in users[path] if facts.problem else ():
-            findings.problems.append(Problem(
-                facts.kind, f"split '{study.split}', study {study.id!r}, {field}: {facts.problem}", path, study.split,
-                study.id, field))
+            findings.problems.append(
+                Problem(
+                    facts.kind,
+                    f"split '{study.split}', study {study.id!r}, {field}: {facts.problem}",
+                    path,
+                    study.split,
+                    study.id,
+                    field,
+                )
+            )
     findings.statistics["images"] = image_statistics([facts for facts in found if not facts.problem], config.image_size)
     if hashed:
         splits: dict[str, list[str]] = {}
@@ -143,12 +181,13 @@ def check_images(config: Config, annotation: Annotation, findings: Findings, has
 
 def check_detections(config: Config, annotation: Annotation, findings: Findings) -> None:
     """The detection features of every image: there, and of one width."""
-    from modules.detection_features import detections_of
-    from modules.progress import Bar
+    from modules.data.detection_features import detections_of
+    from modules.runtime.progress import Bar
 
     file = config.detection_features
-    reader = findings.attempt("detection features cannot be read", file,
-                              lambda: detections_of(file, annotation.splits, config.max_detections))
+    reader = findings.attempt(
+        "detection features cannot be read", file, lambda: detections_of(file, annotation.splits, config.max_detections)
+    )
     if reader is None:
         return
     detections = []
@@ -156,25 +195,32 @@ def check_detections(config: Config, annotation: Annotation, findings: Findings)
         found = findings.attempt("image has no detection features", path, lambda path=path: reader(path))
         if found is not None:
             detections.append(int((found != 0).any(dim=1).sum()))
-    findings.statistics["detections"] = {"images": len(detections), "width": reader.shape[1],
-                                         "per_image": sum(detections) / max(len(detections), 1)}
+    findings.statistics["detections"] = {
+        "images": len(detections),
+        "width": reader.shape[1],
+        "per_image": sum(detections) / max(len(detections), 1),
+    }
 
 
 def image_statistics(found: "list[ImageFacts]", image_size: int) -> dict[str, Any]:
     """Sizes and modes of the images that can be read."""
-    from modules.data_statistics import quantiles
+    from modules.prepare.data_statistics import quantiles
 
     sizes = Counter("{} x {}".format(*facts.size) for facts in found)
-    return {"readable": len(found), "modes": dict(Counter(facts.mode for facts in found)),
-            "width_quantiles": quantiles([facts.size[0] for facts in found]),
-            "height_quantiles": quantiles([facts.size[1] for facts in found]),
-            "commonest_sizes": dict(sizes.most_common(3)), "different_sizes": len(sizes),
-            "smaller_than_image_size": sum(min(facts.size) < image_size for facts in found)}
+    return {
+        "readable": len(found),
+        "modes": dict(Counter(facts.mode for facts in found)),
+        "width_quantiles": quantiles([facts.size[0] for facts in found]),
+        "height_quantiles": quantiles([facts.size[1] for facts in found]),
+        "commonest_sizes": dict(sizes.most_common(3)),
+        "different_sizes": len(sizes),
+        "smaller_than_image_size": sum(min(facts.size) < image_size for facts in found),
+    }
 
 
 def check_index(config: Config, annotation: Annotation, findings: Findings) -> None:
     """The hard-negative index: whole, of these training reports, with enough neighbours."""
-    from modules.mining import HardNegativeIndex
+    from modules.mining.index import HardNegativeIndex
 
     path = config.negative_index
     index = findings.attempt("index cannot be used", path, lambda: HardNegativeIndex.load(path))
@@ -184,41 +230,70 @@ def check_index(config: Config, annotation: Annotation, findings: Findings) -> N
         findings.attempt("index is of other reports", path, lambda: index.check(annotation))
     rows, width = index.neighbours.shape
     if config.strategy == "mochi" and width < config.num_neighbours:
-        findings.problems.append(Problem("index has too few neighbours", f"{path}: {width} neighbours per study, but "
-                                         f"--num_neighbours {config.num_neighbours}", path))
-    findings.statistics["index"] = {"studies": rows, "neighbours": width,
-                                    "studies_without_neighbour": int((index.neighbours[:, :1] < 0).sum())}
+        findings.problems.append(
+            Problem(
+                "index has too few neighbours",
+                f"{path}: {width} neighbours per study, but --num_neighbours {config.num_neighbours}",
+                path,
+            )
+        )
+    findings.statistics["index"] = {
+        "studies": rows,
+        "neighbours": width,
+        "studies_without_neighbour": int((index.neighbours[:, :1] < 0).sum()),
+    }
 
 
 def check_labels(config: Config, annotation: Annotation, findings: Findings) -> None:
     """The label file, and that it has every study that needs a row."""
-    from modules.label_files import class_order, read_labels
+    from modules.labels.study_labels import class_order, read_labels
 
     path, classes = config.label_path, class_order(config.cluster_order, "cluster_order")
-    table = findings.attempt("labels cannot be read", path, lambda: read_labels(
-        path, classes, config.label_columns, note=findings.problems.append))
+    table = findings.attempt(
+        "labels cannot be read",
+        path,
+        lambda: read_labels(path, classes, config.label_columns, note=findings.problems.append),
+    )
     if table is None:
         return
-    unlabelled = {split: [study for study in studies if table.find(study) is None]
-                  for split, studies in annotation.splits.items()}
+    unlabelled = {
+        split: [study for study in studies if table.find(study) is None] for split, studies in annotation.splits.items()
+    }
     needed = list(unlabelled) if config.xpronet_labels == "reference" else ["train"]
     for study in (study for split in needed for study in unlabelled[split]):
-        findings.problems.append(Problem("study has no labels", f"{path}: no labels for study {study.id!r} of split "
-                                         f"'{study.split}'", path, study.split, study.id))
+        findings.problems.append(
+            Problem(
+                "study has no labels",
+                f"{path}: no labels for study {study.id!r} of split '{study.split}'",
+                path,
+                study.split,
+                study.id,
+            )
+        )
     positives = sum(table.labels.values())
     findings.statistics["labels"] = {
-        "rows": len(table.labels), "without_labels": {split: len(studies) for split, studies in unlabelled.items()},
-        "positives": {name: int(count) for name, count in zip(classes, positives, strict=True)} if table.labels else {}}
+        "rows": len(table.labels),
+        "without_labels": {split: len(studies) for split, studies in unlabelled.items()},
+        "positives": {name: int(count) for name, count in zip(classes, positives, strict=True)} if table.labels else {},
+    }
 
 
 def check_prototypes(config: Config, findings: Findings) -> None:
     """The file of initial prototypes."""
-    from modules.label_files import class_order
-    from modules.prototype_files import load_prototypes
+    from modules.data.prototype_files import load_prototypes
+    from modules.labels.study_labels import class_order
 
-    findings.attempt("prototypes cannot be used", config.init_protypes_path, lambda: load_prototypes(
-        config.init_protypes_path, class_order(config.cluster_order, "cluster_order"), num_protype=config.num_protype,
-        d_img_ebd=config.d_img_ebd, d_txt_ebd=config.d_txt_ebd))
+    findings.attempt(
+        "prototypes cannot be used",
+        config.init_protypes_path,
+        lambda: load_prototypes(
+            config.init_protypes_path,
+            class_order(config.cluster_order, "cluster_order"),
+            num_protype=config.num_protype,
+            d_img_ebd=config.d_img_ebd,
+            d_txt_ebd=config.d_txt_ebd,
+        ),
+    )
 
 
 def check(config: Config, hashed: bool) -> Findings:
@@ -247,28 +322,38 @@ def check(config: Config, hashed: bool) -> Findings:
 
 def main() -> int:
     """Read the flags, check, print, write the JSON."""
-    from modules.check_page import render_problems, render_statistics
+    from modules.prepare.check_page import render_problems, render_statistics
 
     given = vars(build_arguments().parse_args())
     own = {name: given.pop(name) for name in OWN}
     given, notes = settle_flags(given)
     config = resolve_config(given)
     print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
-    check_outputs([Output("--json", own["json"], "JSON file of this program",
-                          is_json("problems", "kinds", "statistics"))],
-                  [(f"--{name}", getattr(config, name)) for name in ("ann_path", "negative_index", "label_path",
-                                                                     "init_protypes_path", "detection_features")])
+    check_outputs(
+        [Output("--json", own["json"], "JSON file of this program", is_json("problems", "kinds", "statistics"))],
+        [
+            (f"--{name}", getattr(config, name))
+            for name in ("ann_path", "negative_index", "label_path", "init_protypes_path", "detection_features")
+        ],
+    )
     findings = check(config, own["hash_images"])
     kinds = Counter(problem.kind for problem in findings.problems)
     print(render_statistics(findings.statistics, config.max_seq_length, config.image_size))
     print(render_problems(findings.problems, own["per_kind"]))
     if own["json"]:
-        from modules.environment import provenance
-        from modules.records import write_results
+        from modules.runtime.environment import provenance
+        from modules.runtime.records import write_results
 
-        write_results(own["json"], {
-            "problems": [dataclasses.asdict(problem) for problem in findings.problems], "kinds": dict(kinds),
-            "statistics": findings.statistics, "config": dataclasses.asdict(config), "provenance": provenance()})
+        write_results(
+            own["json"],
+            {
+                "problems": [dataclasses.asdict(problem) for problem in findings.problems],
+                "kinds": dict(kinds),
+                "statistics": findings.statistics,
+                "config": dataclasses.asdict(config),
+                "provenance": provenance(),
+            },
+        )
     return 2 if findings.problems else 0
 
 

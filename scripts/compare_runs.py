@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.errors import InputError, run_entry_point
+from modules.evaluation.score_names import FULL
 from modules.flags import Parser
-from modules.score_names import FULL
-from scripts.experiment_plan import NOT_DECIDING, read_json
+from modules.runtime.errors import InputError, run_entry_point
+from scripts.experiments.plan import NOT_DECIDING, read_json
 
 if TYPE_CHECKING:
-    from modules.comparison import Comparison
-    from modules.report_statistics import ReportStatistics
+    from modules.evaluation.report_statistics import ReportStatistics
+    from modules.pages.comparison import Comparison
 
 SHOWN_CLINICAL = ("f1_micro_14_uncertain_negative", "f1_macro_14_uncertain_negative")
 
@@ -47,10 +47,19 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("first", type=Path, metavar="A", help="results folder, the baseline")
     add("second", type=Path, metavar="B", help="results folder of the other run on the same test reports")
-    add("--by", default="ROUGE_L", metavar="SCORE",
-        help="score of single reports that ranks them, such as CIDEr or BLEU_4; default %(default)s")
-    add("--show", type=int, default=3, metavar="K",
-        help="reports shown where B gains most, and where it loses most; default %(default)s")
+    add(
+        "--by",
+        default="ROUGE_L",
+        metavar="SCORE",
+        help="score of single reports that ranks them, such as CIDEr or BLEU_4; default %(default)s",
+    )
+    add(
+        "--show",
+        type=int,
+        default=3,
+        metavar="K",
+        help="reports shown where B gains most, and where it loses most; default %(default)s",
+    )
     add("--all_scores", action="store_true", help="every score, not only the main ones")
     add("--html", action="store_true", help="write B/comparison_with_<A>.html too")
     add("--markdown", action="store_true", help="write B/comparison_with_<A>.md too")
@@ -65,11 +74,14 @@ def read_folder(path: Path) -> Folder:
     several = results.get("config", {}).get("dataset_name") == "coco"  # captions: a column each
     generated, references = _reports(path / "res.csv"), _reports(path / "gts.csv", several)
     if several and not (path / "statistics.npz").is_file():
-        raise InputError(f"{path}: statistics.npz is not there, by which captions are compared; test the run again "
-                         "with main_test.py")
+        raise InputError(
+            f"{path}: statistics.npz is not there, by which captions are compared; test the run again with main_test.py"
+        )
     if len(generated) != len(references):
-        raise InputError(f"{path}: res.csv has {len(generated)} reports and gts.csv {len(references)}; test the run "
-                         "again with main_test.py")
+        raise InputError(
+            f"{path}: res.csv has {len(generated)} reports and gts.csv {len(references)}; test the run "
+            "again with main_test.py"
+        )
     return Folder(path, references, generated, results)
 
 
@@ -78,8 +90,10 @@ def _reports(path: Path, several: bool = False) -> list[str]:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); main_train.py and "
-                         "main_test.py write it") from error
+        raise InputError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); main_train.py and "
+            "main_test.py write it"
+        ) from error
     for number, row in enumerate(rows, 1):
         if len(row) > 1 and not several:
             raise InputError(f"{path}, row {number}: has {len(row)} fields, expected one report a row")
@@ -88,26 +102,29 @@ def _reports(path: Path, several: bool = False) -> list[str]:
 
 def statistics_of(folders: tuple[Folder, Folder]) -> "tuple[list[ReportStatistics], list[str]]":
     """Both runs' per-report statistics, computed from the reports where a folder has none; and what is to be said."""
-    from modules.report_statistics import load_statistics
+    from modules.evaluation.report_statistics import load_statistics
 
     paths = [folder.path / "statistics.npz" for folder in folders]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         return [_computed(folder) for folder in folders], [
-            f"{missing[0]} is not there: BLEU, ROUGE-L and CIDEr were computed from res.csv and gts.csv."]
+            f"{missing[0]} is not there: BLEU, ROUGE-L and CIDEr were computed from res.csv and gts.csv."
+        ]
     found = []
     for folder, path in zip(folders, paths, strict=True):
         statistics = load_statistics(path).get("model")
         if statistics is None or len(statistics) != len(folder.generated):
-            raise InputError(f"{path}: is not about the {len(folder.generated)} reports of res.csv beside it; test the "
-                             "run again with main_test.py")
+            raise InputError(
+                f"{path}: is not about the {len(folder.generated)} reports of res.csv beside it; test the "
+                "run again with main_test.py"
+            )
         found.append(statistics)
     return found, []
 
 
 def _computed(folder: Folder) -> "ReportStatistics":
-    from modules.metrics import Metrics
-    from modules.report_statistics import ReportStatistics, digest
+    from modules.evaluation.metrics import Metrics
+    from modules.evaluation.report_statistics import ReportStatistics, digest
 
     with Metrics() as metrics:
         _, tables = metrics.measure(folder.references, folder.generated, with_meteor=False)
@@ -124,18 +141,23 @@ def check_same_reports(folders: tuple[Folder, Folder], statistics: "list[ReportS
     if counts[0] != counts[1]:
         how = f"{counts[0]} and {counts[1]} reports"
     else:
-        rows = [number for number, pair in enumerate(zip(first.references, second.references, strict=True), 1)
-                if pair[0] != pair[1]]
+        rows = [
+            number
+            for number, pair in enumerate(zip(first.references, second.references, strict=True), 1)
+            if pair[0] != pair[1]
+        ]
         how = f"their references differ first in row {rows[0]}" if rows else "other ids, or another order"
-    raise InputError(f"{first.path} and {second.path} were not tested on the same reports ({how}): they cannot be "
-                     "compared; give two runs on one annotation with the same --views")
+    raise InputError(
+        f"{first.path} and {second.path} were not tested on the same reports ({how}): they cannot be "
+        "compared; give two runs on one annotation with the same --views"
+    )
 
 
 def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_scores: bool) -> "Comparison":
     """Everything that is shown."""
-    from modules.bootstrap import compare
-    from modules.comparison import Comparison, ReportPair, ScoreLine, rank, report_scores, settings_that_differ
-    from modules.score_names import untagged
+    from modules.evaluation.bootstrap import compare
+    from modules.evaluation.score_names import untagged
+    from modules.pages.comparison import Comparison, ReportPair, ScoreLine, rank, report_scores, settings_that_differ
 
     statistics, notes = statistics_of(folders)
     check_same_reports(folders, statistics)
@@ -143,11 +165,16 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
     values = [run.scores() for run in statistics]
     cut_alike = statistics[0].references == statistics[1].references
     if not cut_alike:
-        notes.append("The runs cut references differently (--max_seq_length or vocabulary): only scores against whole "
-                     "references are compared.")
+        notes.append(
+            "The runs cut references differently (--max_seq_length or vocabulary): only scores against whole "
+            "references are compared."
+        )
         by = f"{by.removesuffix(FULL)}{FULL}"
-    lines = [ScoreLine(name, values[0][name], values[1][name], change) for name, change in changes.items()
-             if all_scores or _is_main(untagged(name, statistics[0].tag), cut_alike)]
+    lines = [
+        ScoreLine(name, values[0][name], values[1][name], change)
+        for name, change in changes.items()
+        if all_scores or _is_main(untagged(name, statistics[0].tag), cut_alike)
+    ]
     each = [report_scores(run, by) for run in statistics]
     if each[0] is None or each[1] is None:
         plain = [name for name in changes if not name.startswith("ce_")]
@@ -156,17 +183,32 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
     first, second = folders
 
     def pairs(rows: list[int]) -> list[ReportPair]:
-        return [ReportPair(row + 1, first.references[row], first.generated[row], second.generated[row],
-                           float(each[0][row]), float(each[1][row])) for row in rows]
+        return [
+            ReportPair(
+                row + 1,
+                first.references[row],
+                first.generated[row],
+                second.generated[row],
+                float(each[0][row]),
+                float(each[1][row]),
+            )
+            for row in rows
+        ]
 
     gains, losses = rank(each[1] - each[0], show)
     configs = [folder.results.get("config", {}) for folder in folders]
     return Comparison(
-        names=(str(first.path), str(second.path)), notes=notes, scores=lines, by=by, count=len(first.generated),
+        names=(str(first.path), str(second.path)),
+        notes=notes,
+        scores=lines,
+        by=by,
+        count=len(first.generated),
         synthetic=any(folder.results.get("synthetic") for folder in folders),
         settings=settings_that_differ(*configs, NOT_DECIDING | {"negative_index"}) if all(configs) else [],
         same=sum(a == b for a, b in zip(first.generated, second.generated, strict=True)),
-        better=pairs(gains), worse=pairs(losses))
+        better=pairs(gains),
+        worse=pairs(losses),
+    )
 
 
 def _is_main(name: str, cut_alike: bool) -> bool:
@@ -182,8 +224,8 @@ def main() -> None:
         raise InputError(f"--show {arguments.show}: must be 0 or more")
     folders = (read_folder(arguments.first), read_folder(arguments.second))
 
-    from modules.comparison import to_html, to_markdown, to_text
-    from modules.records import write_private
+    from modules.pages.comparison import to_html, to_markdown, to_text
+    from modules.runtime.records import write_private
 
     comparison = compare_folders(folders, by=arguments.by, show=arguments.show, all_scores=arguments.all_scores)
     print(to_text(comparison), end="")

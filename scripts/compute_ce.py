@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.clinical_files import Table, class_columns, parse_labels, read_table, report_column
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
-from modules.output_files import Output, check_outputs, is_json
-from modules.records import write_results
+from modules.labels.tables import Table, class_columns, parse_labels, read_table, report_column
+from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.output_files import Output, check_outputs, is_json
+from modules.runtime.records import write_results
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,17 +29,29 @@ def main() -> None:
     parser.add_argument("--gts", required=True, metavar="CSV", help="the references: reports or labels")
     parser.add_argument("--res", required=True, metavar="CSV", help="the generated reports or their labels")
     parser.add_argument("--labeler", metavar="NAME", help="who made the labels of labelled files, e.g. chexbert")
-    parser.add_argument("--uncertain", choices=("negative", "positive"), default="negative",
-                        help="what an uncertain label counts as in the table of classes (default: %(default)s)")
+    parser.add_argument(
+        "--uncertain",
+        choices=("negative", "positive"),
+        default="negative",
+        help="what an uncertain label counts as in the table of classes (default: %(default)s)",
+    )
     parser.add_argument("--out", metavar="JSON", help="where to write all scores and the table of classes")
     arguments = parser.parse_args()
-    check_outputs([Output("--out", arguments.out, "JSON file of this program's scores",
-                          is_json("scores", "classes", "files_sha256"))],
-                  [("--gts", arguments.gts), ("--res", arguments.res)])
+    check_outputs(
+        [
+            Output(
+                "--out",
+                arguments.out,
+                "JSON file of this program's scores",
+                is_json("scores", "classes", "files_sha256"),
+            )
+        ],
+        [("--gts", arguments.gts), ("--res", arguments.res)],
+    )
 
-    from modules.bootstrap import intervals
-    from modules.clinical_scores import class_table, clinical_scores
-    from modules.report_statistics import ReportStatistics, clinical_tables
+    from modules.evaluation.bootstrap import intervals
+    from modules.evaluation.clinical_scores import class_table, clinical_scores
+    from modules.evaluation.report_statistics import ReportStatistics, clinical_tables
 
     references, hypotheses = read_table(arguments.gts, headerless=True), read_table(arguments.res, headerless=True)
     hypotheses = match_rows(references, hypotheses)
@@ -50,11 +62,19 @@ def main() -> None:
     table = class_table(truth, claim, arguments.uncertain)
     print(render_scores(scores, limits), render_classes(table, labeler, arguments.uncertain), sep="\n\n")
     if arguments.out:
-        from modules.environment import file_sha256, provenance
+        from modules.runtime.environment import file_sha256, provenance
 
         files = {name: file_sha256(path) for name, path in (("gts", arguments.gts), ("res", arguments.res))}
-        content = {"reports": len(truth), "scores": scores, "intervals": limits, "uncertain": arguments.uncertain,
-                   "classes": table, "labeler": labeler, "files_sha256": files, "provenance": provenance()}
+        content = {
+            "reports": len(truth),
+            "scores": scores,
+            "intervals": limits,
+            "uncertain": arguments.uncertain,
+            "classes": table,
+            "labeler": labeler,
+            "files_sha256": files,
+            "provenance": provenance(),
+        }
         write_results(arguments.out, content)
 
 
@@ -106,7 +126,7 @@ def labels_of(table: Table) -> "np.ndarray":
     """Return the labels of a table as (N, 14) float64 with NaN for not mentioned; reports are labelled by our rules."""
     import numpy as np
 
-    from modules.clinical import label_reports
+    from modules.labels.labeler import label_reports
 
     if class_columns(table):
         return np.array(parse_labels(table), dtype=float)
@@ -125,8 +145,10 @@ def render_scores(scores: dict[str, float], limits: dict[str, tuple[float, float
         if "_precision_" in key:
             recall, f1 = (scores[key.replace("_precision_", f"_{name}_")] for name in ("recall", "f1"))
             low, high = limits[key.replace("_precision_", "_f1_")]
-            lines.append(f"| {key.replace('_precision_', '_*_')} | {precision:.4f} | {recall:.4f} | {f1:.4f} "
-                         f"| {low:.4f} – {high:.4f} |")
+            lines.append(
+                f"| {key.replace('_precision_', '_*_')} | {precision:.4f} | {recall:.4f} | {f1:.4f} "
+                f"| {low:.4f} – {high:.4f} |"
+            )
     return "\n".join(lines)
 
 

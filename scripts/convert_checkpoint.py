@@ -16,16 +16,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.config import Config
-from modules.environment import check_python, provenance
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser, add_flags, resolve_config
 from modules.presets import BACKBONES
-from scripts.study_arguments import given_flags
+from modules.run.study_arguments import given_flags
+from modules.runtime.environment import check_python, provenance
+from modules.runtime.errors import InputError, run_entry_point
 
 GROUPS = ("data", "backbone", "VisualGPT", "XProNet", "decoding")
 # A converted checkpoint has no mean training image to be guided by.
-FLAGS = tuple(item.name for item in dataclasses.fields(Config) if item.metadata["group"] in GROUPS
-              and item.name != "guidance")
+FLAGS = tuple(
+    item.name for item in dataclasses.fields(Config) if item.metadata["group"] in GROUPS and item.name != "guidance"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,17 +36,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", required=True, choices=("ours", "published", "released_ithn"), help="what to write")
     parser.add_argument("--out", required=True, type=Path, metavar="OUT.pth", help="a new file")
     group = parser.add_argument_group("with --to ours: how the model was trained, as for main_test.py")
-    group.add_argument("--backbone", default=argparse.SUPPRESS, choices=BACKBONES,
-                       help="take that backbone's published settings; flags given beside it win")
+    group.add_argument(
+        "--backbone",
+        default=argparse.SUPPRESS,
+        choices=BACKBONES,
+        help="take that backbone's published settings; flags given beside it win",
+    )
     add_flags(group, FLAGS)
     return parser
 
 
 def to_ours(source: str, given: dict) -> dict:
     """The content of a checkpoint of ours with the weights of a published one, after they were seen to fit."""
-    from modules.checkpoint import FORMAT, load_checkpoint
-    from modules.objective import Objective
-    from scripts import compose
+    from modules.ithn.objective import Objective
+    from modules.run import build as compose
+    from modules.training.checkpoint import FORMAT, load_checkpoint
 
     content = load_checkpoint(source)
     if content.get("format") == FORMAT:
@@ -59,16 +64,24 @@ def to_ours(source: str, given: dict) -> dict:
     backbone = compose.build_backbone(config, extractor, data.tokenizer, pretrained=False)
     compose.load_weights(Objective(backbone, strategy="off"), content["state_dict"], source)
     weights = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
-    return {"format": FORMAT, "epoch": int(content.get("epoch") or 0), "state_dict": weights,
-            "config": dataclasses.asdict(config), "vocabulary": data.tokenizer.state(),
-            "vocabulary_sha256": data.tokenizer.sha256, "annotation_sha256": data.annotation.sha256,
-            "history": [], "strategy": "unknown", "provenance": provenance("cpu")}
+    return {
+        "format": FORMAT,
+        "epoch": int(content.get("epoch") or 0),
+        "state_dict": weights,
+        "config": dataclasses.asdict(config),
+        "vocabulary": data.tokenizer.state(),
+        "vocabulary_sha256": data.tokenizer.sha256,
+        "annotation_sha256": data.annotation.sha256,
+        "history": [],
+        "strategy": "unknown",
+        "provenance": provenance("cpu"),
+    }
 
 
 def to_published(source: str, heads: bool) -> dict:
     """The content of a published code's checkpoint with the weights of one of ours."""
-    from modules.checkpoint import FORMAT, TESTED, load_checkpoint, require_entries
-    from modules.sharing import published_weights
+    from modules.inference.hub_format import published_weights
+    from modules.training.checkpoint import FORMAT, TESTED, load_checkpoint, require_entries
 
     content = load_checkpoint(source)
     if content.get("format") != FORMAT:
@@ -83,7 +96,7 @@ def write(path: Path, content: dict) -> None:
 
     import torch
 
-    from modules.records import write_private
+    from modules.runtime.records import write_private
 
     file = io.BytesIO()
     torch.save(content, file)

@@ -13,18 +13,26 @@ if sys.version_info < (3, 11):  # noqa: UP036  # the modules below would fail wi
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules import health
-from modules.errors import run_entry_point
 from modules.flags import Parser
+from modules.runtime import health
+from modules.runtime.errors import run_entry_point
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--text_encoder", default="zzxslp/RadBERT-RoBERTa-4m", metavar="NAME",
-                        help="the encoder that mining will use: hub id, folder or tfidf (default %(default)s)")
-    parser.add_argument("--visual_extractor", default="resnet101", metavar="NAME",
-                        help="the visual extractor that training will use (default %(default)s)")
+    parser.add_argument(
+        "--text_encoder",
+        default="zzxslp/RadBERT-RoBERTa-4m",
+        metavar="NAME",
+        help="the encoder that mining will use: hub id, folder or tfidf (default %(default)s)",
+    )
+    parser.add_argument(
+        "--visual_extractor",
+        default="resnet101",
+        metavar="NAME",
+        help="the visual extractor that training will use (default %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
 
@@ -32,13 +40,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run every check, print a line for each."""
     arguments = build_parser().parse_args()
-    findings = health.examine([
-        ("python", health.python), ("packages", health.packages), ("gpu", health.gpu), ("meteor", health.meteor),
-        ("text encoder", lambda: health.text_encoder(arguments.text_encoder)),
-        ("visual extractor", lambda: health.visual_extractor(arguments.visual_extractor)),
-        ("dicom", health.dicom), ("disk", health.disk), ("permissions", health.permissions),
-        ("workers", health.workers),
-    ])
+    findings = health.examine(
+        [
+            ("python", health.python),
+            ("packages", health.packages),
+            ("gpu", health.gpu),
+            ("meteor", health.meteor),
+            ("text encoder", lambda: health.text_encoder(arguments.text_encoder)),
+            ("visual extractor", lambda: health.visual_extractor(arguments.visual_extractor)),
+            ("dicom", health.dicom),
+            ("disk", health.disk),
+            ("permissions", health.permissions),
+            ("workers", health.workers),
+        ]
+    )
     problems = [finding for finding in findings if finding.state == health.PROBLEM]
     if arguments.json:
         print(json.dumps({"ok": not problems, "findings": [vars(finding) for finding in findings]}, indent=2))

@@ -20,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.environment import check_python
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
+from modules.runtime.environment import check_python
+from modules.runtime.errors import InputError, run_entry_point
 
 MODEL = "model"  # its scores' name in results.json
 SCORES = ("BLEU_1", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
@@ -35,10 +35,19 @@ def build_parser() -> argparse.ArgumentParser:
     written = parser.add_mutually_exclusive_group(required=True)
     written.add_argument("--out", type=Path, metavar="PATH", help="the new folder, or the new .pth file")
     written.add_argument("--program", type=Path, metavar="FOLDER", help="a new folder for encoder.pt2 and step.pt2")
-    parser.add_argument("--tolerance", type=_tolerance, default=1e-4, metavar="FLOAT",
-                        help="with --program: by how much a log-probability may differ (default %(default)s)")
-    parser.add_argument("--licence", default="other", metavar="NAME",
-                        help="licence named in the model card, as the hub spells it (default %(default)s)")
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=1e-4,
+        metavar="FLOAT",
+        help="with --program: by how much a log-probability may differ (default %(default)s)",
+    )
+    parser.add_argument(
+        "--licence",
+        default="other",
+        metavar="NAME",
+        help="licence named in the model card, as the hub spells it (default %(default)s)",
+    )
     return parser
 
 
@@ -54,9 +63,9 @@ def _tolerance(text: str) -> float:
 
 def to_folder(source: Path, out: Path, licence: str) -> None:
     """Checkpoint -> folder, read back and held against the checkpoint."""
-    from modules.checkpoint import FORMAT, load_checkpoint
-    from modules.sharing import read_shared, same_weights, shared_tensors, write_shared
-    from scripts.resuming import own_settings
+    from modules.inference.hub_format import read_shared, same_weights, shared_tensors, write_shared
+    from modules.run.resuming import own_settings
+    from modules.training.checkpoint import FORMAT, load_checkpoint
 
     content = load_checkpoint(source)
     if content.get("format") != FORMAT:
@@ -71,12 +80,12 @@ def to_checkpoint(source: Path, out: Path) -> None:
     """Folder -> checkpoint of ours, after its weights were seen to fit its settings."""
     import dataclasses
 
-    from modules.bpe_tokenizer import tokenizer_from_state
-    from modules.checkpoint import FORMAT
+    from modules.data.bpe_tokenizer import tokenizer_from_state
     from modules.flags import resolve_config
-    from modules.objective import Objective
-    from modules.sharing import read_shared
-    from scripts import compose
+    from modules.inference.hub_format import read_shared
+    from modules.ithn.objective import Objective
+    from modules.run import build as compose
+    from modules.training.checkpoint import FORMAT
     from scripts.convert_checkpoint import write
 
     shared = read_shared(source)
@@ -86,29 +95,44 @@ def to_checkpoint(source: Path, out: Path) -> None:
     extractor = compose.build_extractor(config, device, pretrained=False)
     backbone = compose.build_backbone(config, extractor, tokenizer, pretrained=False)
     compose.load_weights(Objective(backbone, strategy="off"), shared["state_dict"], str(source))
-    write(out, {**shared, "format": FORMAT, "config": dataclasses.asdict(config), "history": [],
-                "vocabulary_sha256": tokenizer.sha256})
+    write(
+        out,
+        {
+            **shared,
+            "format": FORMAT,
+            "config": dataclasses.asdict(config),
+            "history": [],
+            "vocabulary_sha256": tokenizer.sha256,
+        },
+    )
 
 
 def to_programs(source: Path, folder: Path, tolerance: float) -> None:
     """Checkpoint -> programs of torch.export, read back and held against the model."""
     import torch
 
-    from modules.programs import export_programs, largest_difference, write_programs
-    from scripts.reporter import load_reporter
+    from modules.inference.torch_export import export_programs, largest_difference, write_programs
+    from modules.run.reporter import load_reporter
 
     reporter = load_reporter(str(source), {"device": "cpu", "precision": "float32", "guidance": 0.0})
     tokenizer, length = reporter.tokenizer, reporter.decoding.max_seq_length
     sizes = {"num_views": reporter.num_views, "length": length, "num_ids": tokenizer.num_ids}
     model = (reporter.backbone, reporter.transform)
-    about = {"torch": torch.__version__, "image_size": reporter.transform.size, "num_views": reporter.num_views,
-             "max_seq_length": length, "any_length": reporter.backbone.any_length}
+    about = {
+        "torch": torch.__version__,
+        "image_size": reporter.transform.size,
+        "num_views": reporter.num_views,
+        "max_seq_length": length,
+        "any_length": reporter.backbone.any_length,
+    }
     write_programs(folder, export_programs(*model, **sizes), about, tokenizer.state())
     difference = largest_difference(folder, *model, **sizes)
     print(f"largest difference of a log-probability between programs and model: {difference:.1e}")
     if difference > tolerance:
-        raise InputError(f"--program {folder}: they differ from the model by {difference:.1e}, more than --tolerance "
-                         f"{tolerance:.1e}; do not use them")
+        raise InputError(
+            f"--program {folder}: they differ from the model by {difference:.1e}, more than --tolerance "
+            f"{tolerance:.1e}; do not use them"
+        )
 
 
 def model_card(content: dict, folder: Path, licence: str) -> str:
@@ -116,12 +140,24 @@ def model_card(content: dict, folder: Path, licence: str) -> str:
     config, results = content["config"], read_results(folder)
     if results.get("best_epoch") != content["epoch"]:
         results = {"synthetic": results.get("synthetic")}  # of another checkpoint than this one
-    lines = ["---", f"license: {licence}", "pipeline_tag: image-to-text", "tags:", "- radiology",
-             "- radiology-report-generation", "---", "", f"# {config['model_name']} on {config['dataset_name']}", "",
-             f"Backbone `{config['model_name']}`, visual extractor `{config['visual_extractor']}`, strategy "
-             f"`{content['strategy']}`, epoch {content['epoch']}.",
-             "`config.json` has the settings, `vocabulary.json` the words.", "",
-             "Research software, no medical device: no report that it writes is fit for care.", ""]
+    lines = [
+        "---",
+        f"license: {licence}",
+        "pipeline_tag: image-to-text",
+        "tags:",
+        "- radiology",
+        "- radiology-report-generation",
+        "---",
+        "",
+        f"# {config['model_name']} on {config['dataset_name']}",
+        "",
+        f"Backbone `{config['model_name']}`, visual extractor `{config['visual_extractor']}`, strategy "
+        f"`{content['strategy']}`, epoch {content['epoch']}.",
+        "`config.json` has the settings, `vocabulary.json` the words.",
+        "",
+        "Research software, no medical device: no report that it writes is fit for care.",
+        "",
+    ]
     if results.get("synthetic"):
         lines += ["Trained on synthetic images: it says nothing about patients.", ""]
     scores = results.get("test", {}).get(MODEL, {})

@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.annotations import read_annotation
-from modules.environment import check_python
-from modules.errors import run_entry_point
+from modules.data.annotations import read_annotation
 from modules.flags import Parser, add_flags
-from modules.output_files import Output, check_outputs, is_safetensors
-from scripts.study_arguments import add_batch_size, given_flags
+from modules.run.study_arguments import add_batch_size, given_flags
+from modules.runtime.environment import check_python
+from modules.runtime.errors import run_entry_point
+from modules.runtime.output_files import Output, check_outputs, is_safetensors
 
 RUNNING = ("device", "n_gpu", "precision")
 
@@ -38,16 +38,18 @@ def main() -> None:
     """Pool the features of every training study's images; write them with the reports."""
     check_python()
     arguments = build_parser().parse_args()
-    check_outputs([Output("--out", arguments.out, "index of this program", is_safetensors("ithn-report-index"))],
-                  [("--load", arguments.load), ("--ann_path", arguments.ann_path)])
+    check_outputs(
+        [Output("--out", arguments.out, "index of this program", is_safetensors("ithn-report-index"))],
+        [("--load", arguments.load), ("--ann_path", arguments.ann_path)],
+    )
     studies = read_annotation(arguments.ann_path, required_splits=("train",)).splits["train"]
 
     import numpy as np
 
-    from modules.images import ImageFolder
-    from modules.progress import Bar
-    from modules.report_index import ReportIndex
-    from scripts.reporter import load_reporter
+    from modules.data.images import ImageFolder
+    from modules.inference.report_index import ReportIndex
+    from modules.run.reporter import load_reporter
+    from modules.runtime.progress import Bar
 
     folder = ImageFolder(arguments.image_dir)
     reporter = load_reporter(arguments.load, given_flags(arguments, RUNNING) | {"guidance": 0.0})
@@ -56,8 +58,9 @@ def main() -> None:
     for start in Bar(range(0, len(samples), arguments.batch_size), "features of the training images"):
         batch = samples[start : start + arguments.batch_size]
         features.append(reporter.pooled([[folder(path) for path in paths] for paths, _ in batch]))
-    ReportIndex.of(np.concatenate(features), [report for _, report in samples],
-                   reporter.extractor_sha256()).save(arguments.out)
+    ReportIndex.of(np.concatenate(features), [report for _, report in samples], reporter.extractor_sha256()).save(
+        arguments.out
+    )
     print(f"{len(samples)} training samples indexed in {arguments.out}")
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.annotations import read_annotation
-from modules.clinical import CLASSES, label_report, with_parents
-from modules.clinical_files import Table, class_columns, read_table, report_column, write_table
-from modules.errors import InputError, run_entry_point
+from modules.data.annotations import read_annotation
 from modules.flags import Parser
-from modules.output_files import Output, check_outputs, is_json
+from modules.labels.labeler import CLASSES, label_report, with_parents
+from modules.labels.tables import Table, class_columns, read_table, report_column, write_table
+from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.output_files import Output, check_outputs, is_json
 
 
 def read_reports(path: str) -> Table:
@@ -36,26 +36,36 @@ def label_all(reports: list[str], chexbert_path: str | None, encoder: str) -> li
         from tqdm import tqdm
 
         return [label_report(report) for report in tqdm(reports, desc="labels", unit="report")]
-    from modules.chexbert import Chexbert
-    from modules.environment import choose_device
+    from modules.labels.chexbert import Chexbert
+    from modules.runtime.environment import choose_device
 
     labels = Chexbert(chexbert_path, encoder).to(choose_device("auto")).label(reports)
-    return [{name: None if value != value else int(value) for name, value in zip(CLASSES, row, strict=True)}
-            for row in labels.tolist()]
+    return [
+        {name: None if value != value else int(value) for name, value in zip(CLASSES, row, strict=True)}
+        for row in labels.tolist()
+    ]
 
 
 def main() -> None:
     """Read the reports, label them, write the labelled table."""
     parser = Parser(description=__doc__)
-    parser.add_argument("input", metavar="IN.csv",
-                        help="a CSV file with a column report or findings, or an annotation.json")
+    parser.add_argument(
+        "input", metavar="IN.csv", help="a CSV file with a column report or findings, or an annotation.json"
+    )
     parser.add_argument("--out", required=True, metavar="OUT.csv", help="the labelled CSV file to write")
     parser.add_argument("--column", help="the column with the reports (default: report, reports or findings)")
-    parser.add_argument("--hierarchy", action="store_true",
-                        help="also label the parents of each observation, e.g. Lung Opacity for Edema")
+    parser.add_argument(
+        "--hierarchy",
+        action="store_true",
+        help="also label the parents of each observation, e.g. Lung Opacity for Edema",
+    )
     parser.add_argument("--chexbert_path", metavar="PTH", help="chexbert.pth: label with CheXbert, not by rules")
-    parser.add_argument("--chexbert_encoder", default="bert-base-uncased", metavar="FOLDER",
-                        help="folder with config.json and vocab.txt of its BERT, or a hub id (default: %(default)s)")
+    parser.add_argument(
+        "--chexbert_encoder",
+        default="bert-base-uncased",
+        metavar="FOLDER",
+        help="folder with config.json and vocab.txt of its BERT, or a hub id (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     check(arguments)
 
@@ -81,9 +91,13 @@ def main() -> None:
 def check(arguments: argparse.Namespace) -> None:
     """InputError where something would be lost: labels that a person has corrected, for one."""
     origin = origin_of(arguments.out)
-    check_outputs([Output("--out", arguments.out, f"output of this program as it wrote it (by {origin.name})", is_own),
-                   Output("--out", origin, "record of where labels come from", is_json("labeler", "output_sha256"))],
-                  [("the input", arguments.input), ("--chexbert_path", arguments.chexbert_path)])
+    check_outputs(
+        [
+            Output("--out", arguments.out, f"output of this program as it wrote it (by {origin.name})", is_own),
+            Output("--out", origin, "record of where labels come from", is_json("labeler", "output_sha256")),
+        ],
+        [("the input", arguments.input), ("--chexbert_path", arguments.chexbert_path)],
+    )
 
 
 def origin_of(out: str | Path) -> Path:
@@ -96,21 +110,28 @@ def origin_of(out: str | Path) -> Path:
 
 def is_own(out: Path) -> bool:
     """Whether the file beside ``out`` says that this program wrote it, and it was left as it was."""
-    from modules.environment import file_sha256
+    from modules.runtime.environment import file_sha256
 
     return json.loads(origin_of(out).read_text(encoding="utf-8"))["output_sha256"] == file_sha256(out)
 
 
 def write_origin(arguments: argparse.Namespace) -> None:
     """Beside OUT.csv, in OUT.provenance.json: what it was made from, by what, with hashes of both."""
-    from modules.environment import file_sha256, provenance
-    from modules.records import write_results
+    from modules.runtime.environment import file_sha256, provenance
+    from modules.runtime.records import write_results
 
     out = Path(arguments.out)
-    write_results(origin_of(out), {
-        "labeler": "chexbert" if arguments.chexbert_path else "rule", "flags": vars(arguments),
-        "input_sha256": file_sha256(arguments.input), "chexbert_sha256": file_sha256(arguments.chexbert_path or ""),
-        "output_sha256": file_sha256(out), "provenance": provenance()})
+    write_results(
+        origin_of(out),
+        {
+            "labeler": "chexbert" if arguments.chexbert_path else "rule",
+            "flags": vars(arguments),
+            "input_sha256": file_sha256(arguments.input),
+            "chexbert_sha256": file_sha256(arguments.chexbert_path or ""),
+            "output_sha256": file_sha256(out),
+            "provenance": provenance(),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
-from modules.output_files import check_outside
-from scripts.drawing_arguments import add_drawing_arguments, check_drawing
+from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.output_files import check_outside
+from scripts.synthetic.drawing_arguments import add_drawing_arguments, check_drawing
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,11 +24,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add_drawing_arguments(parser)
     parser.add_argument("--studies", type=int, metavar="N", help="number of studies to sample (default 600)")
-    parser.add_argument("--normal_fraction", type=float, metavar="P",
-                        help="share of studies without findings (default 0.6, as in IU X-Ray)")
+    parser.add_argument(
+        "--normal_fraction",
+        type=float,
+        metavar="P",
+        help="share of studies without findings (default 0.6, as in IU X-Ray)",
+    )
     parser.add_argument("--findings", type=Path, metavar="CSV", help="draw these findings instead of sampling")
-    parser.add_argument("--reports", type=Path, metavar="FILE",
-                        help="reports for the studies of --findings: CSV (id,report[,split]) or annotation.json")
+    parser.add_argument(
+        "--reports",
+        type=Path,
+        metavar="FILE",
+        help="reports for the studies of --findings: CSV (id,report[,split]) or annotation.json",
+    )
     return parser
 
 
@@ -57,14 +65,19 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from modules.synthetic.dataset import draw_images, plan_studies, prepare_folder, require_splits, write_tables
-    from modules.synthetic.findings_csv import describe_format, read_findings
-    from modules.synthetic.given_reports import read_reports
+    from scripts.synthetic.dataset import draw_images, plan_studies, prepare_folder, require_splits, write_tables
+    from scripts.synthetic.findings_csv import describe_format, read_findings
+    from scripts.synthetic.given_reports import read_reports
 
     findings = None if arguments.findings is None else read_findings(arguments.findings)
     reports = None if arguments.reports is None else read_reports(arguments.reports, findings)
-    studies = plan_studies(seed=arguments.seed, number=arguments.studies, normal_fraction=arguments.normal_fraction,
-                           findings=findings, reports=reports)
+    studies = plan_studies(
+        seed=arguments.seed,
+        number=arguments.studies,
+        normal_fraction=arguments.normal_fraction,
+        findings=findings,
+        reports=reports,
+    )
     if findings is not None:
         require_splits(studies, f"--reports {arguments.reports}" if reports else f"--findings {arguments.findings}")
     prepare_folder(arguments.out)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.annotations import Annotation, read_annotation
-from modules.environment import check_python
-from modules.errors import InputError, run_entry_point
+from modules.data.annotations import Annotation, read_annotation
 from modules.flags import Parser
+from modules.runtime.environment import check_python
+from modules.runtime.errors import InputError, run_entry_point
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,17 +32,35 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image_dir", required=True, metavar="FOLDER", help="where its image paths start")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new or empty folder for the shards")
     parser.add_argument("--negative_index", metavar="FILE", help="put the images of these hard negatives in as well")
-    parser.add_argument("--num_neighbours", type=int, default=1, metavar="K",
-                        help="hard negatives of each record; --strategy mochi draws from several "
-                        "(default: %(default)s)")
-    parser.add_argument("--resize", type=int, default=0, metavar="PX",
-                        help="make the shorter side this long; 256 suits training at 224; 0: leave images as they are "
-                        "(default: %(default)s)")
-    parser.add_argument("--shard_mb", type=float, default=32, metavar="MB",
-                        help="size of a shard; each process that reads images holds up to sixteen in memory "
-                        "(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=9233, metavar="INT",
-                        help="deals the training records to shards (default: %(default)s)")
+    parser.add_argument(
+        "--num_neighbours",
+        type=int,
+        default=1,
+        metavar="K",
+        help="hard negatives of each record; --strategy mochi draws from several (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resize",
+        type=int,
+        default=0,
+        metavar="PX",
+        help="make the shorter side this long; 256 suits training at 224; 0: leave images as they are "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard_mb",
+        type=float,
+        default=32,
+        metavar="MB",
+        help="size of a shard; each process that reads images holds up to sixteen in memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=9233,
+        metavar="INT",
+        help="deals the training records to shards (default: %(default)s)",
+    )
     return parser
 
 
@@ -61,22 +79,30 @@ def main() -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: is there already; name a new or empty folder")
 
-    from modules.images import ImageFolder
-    from modules.progress import Bar
-    from modules.records import private_folder, write_private
-    from modules.shard_writer import Packing, write_split
-    from modules.shards import MANIFEST, Manifest, neighbours_sha256, require_library
+    from modules.data.images import ImageFolder
+    from modules.data.shard_writer import Packing, write_split
+    from modules.data.shards import MANIFEST, Manifest, neighbours_sha256, require_library
+    from modules.runtime.progress import Bar
+    from modules.runtime.records import private_folder, write_private
 
     require_library()
     neighbours = read_neighbours(annotation, arguments.negative_index, arguments.num_neighbours)
-    packing = Packing(private_folder(out), ImageFolder(arguments.image_dir), int(arguments.shard_mb * 2**20),
-                      arguments.resize, arguments.seed)
+    packing = Packing(
+        private_folder(out),
+        ImageFolder(arguments.image_dir),
+        int(arguments.shard_mb * 2**20),
+        arguments.resize,
+        arguments.seed,
+    )
     splits = {}
     for split, studies in annotation.splits.items():
         negatives = [study.negative_image_paths for study in studies]
         if neighbours is not None:
-            negatives = [[path for row in rows if row >= 0 for path in studies[row].image_paths]
-                         for rows in neighbours] if split == "train" else [[] for _ in studies]
+            negatives = (
+                [[path for row in rows if row >= 0 for path in studies[row].image_paths] for rows in neighbours]
+                if split == "train"
+                else [[] for _ in studies]
+            )
         splits[split] = write_split(packing, split, studies, negatives, Bar)
     name = "annotation" if neighbours is None else neighbours_sha256(neighbours, arguments.num_neighbours)
     manifest = Manifest(annotation.sha256, name, arguments.num_neighbours, splits)
@@ -89,7 +115,7 @@ def read_neighbours(annotation: Annotation, path: str | None, count: int) -> "np
     """The first ``count`` neighbours (N, count) of each training record, or None without an index."""
     if path is None:
         return None
-    from modules.mining import HardNegativeIndex
+    from modules.mining.index import HardNegativeIndex
 
     index = HardNegativeIndex.load(path)
     index.check(annotation)

@@ -21,18 +21,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.annotations import Annotation, read_annotation
-from modules.captions import split_captions
 from modules.config import DATASETS
-from modules.errors import InputError, one_line, run_entry_point
+from modules.data.annotations import Annotation, read_annotation
+from modules.data.captions import split_captions
+from modules.data.tokenizers import clean_report
 from modules.flags import Parser, boolean
-from modules.launch import launched, process_device, start_processes
-from modules.output_files import Output, check_outputs, is_safetensors
-from modules.records import private_folder
-from modules.tokenizers import clean_report
+from modules.runtime.errors import InputError, one_line, run_entry_point
+from modules.runtime.launch import launched, process_device, start_processes
+from modules.runtime.output_files import Output, check_outputs, is_safetensors
+from modules.runtime.records import private_folder
 
-RECORDED = ("text_encoder", "pooling", "max_length", "top_k", "dataset_name", "include_same_study",
-            "include_identical_text", "exclude_same_labels", "seed")
+RECORDED = (
+    "text_encoder",
+    "pooling",
+    "max_length",
+    "top_k",
+    "dataset_name",
+    "include_same_study",
+    "include_identical_text",
+    "exclude_same_labels",
+    "seed",
+)
 SHOWN_LETTERS = 240
 ALIKE = 0.999
 
@@ -42,40 +51,86 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--ann_path", default="data/iu_xray/annotation.json", metavar="FILE", help="default %(default)s")
-    add("--out", required=True, type=Path, metavar="FILE",
-        help="index to write (.safetensors), readable by you alone; of what may be there it replaces an index only")
-    add("--text_encoder", default="zzxslp/RadBERT-RoBERTa-4m", metavar="NAME",
+    add(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="index to write (.safetensors), readable by you alone; of what may be there it replaces an index only",
+    )
+    add(
+        "--text_encoder",
+        default="zzxslp/RadBERT-RoBERTa-4m",
+        metavar="NAME",
         help="hub id of a transformers encoder (downloaded once), a local folder with one, minilm (a pip package), "
-             "tfidf, labels (overlap of the 14 labels by rules) or random; default %(default)s")
+        "tfidf, labels (overlap of the 14 labels by rules) or random; default %(default)s",
+    )
     add("--pooling", default="mean", choices=("mean", "first"), help="of the encoder's tokens; default %(default)s")
     add("--top_k", type=int, default=5, metavar="K", help="neighbours kept per report; default %(default)s")
-    add("--dataset_name", default="iu_xray", choices=DATASETS,
-        help="cleaning rules by which texts count as identical; coco: every caption is a record; default %(default)s")
+    add(
+        "--dataset_name",
+        default="iu_xray",
+        choices=DATASETS,
+        help="cleaning rules by which texts count as identical; coco: every caption is a record; default %(default)s",
+    )
     either = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "{true,false}"}
     add("--include_same_study", **either, help="allow records of the same study as negatives")
-    add("--include_identical_text", **either, help="allow reports with the same cleaned text; both flags together are "
-        "the literal rule: any other record")
+    add(
+        "--include_identical_text",
+        **either,
+        help="allow reports with the same cleaned text; both flags together are the literal rule: any other record",
+    )
     add("--exclude_same_labels", **either, help="a negative must differ in one of the 14 labels by rules at least")
-    add("--seed", type=int, default=0, metavar="S", help="of --text_encoder random, and of the ties of labels; default "
-        "%(default)s")
-    add("--cache", metavar="DIR", help="folder for embeddings, from which an interrupted run goes on, or none; "
-        "default embeddings/ beside --out")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of --text_encoder random, and of the ties of labels; default %(default)s",
+    )
+    add(
+        "--cache",
+        metavar="DIR",
+        help="folder for embeddings, from which an interrupted run goes on, or none; default embeddings/ beside --out",
+    )
     add("--batch_size", type=int, default=32, metavar="B", help="reports embedded at once; default %(default)s")
     add("--max_length", type=int, default=512, metavar="T", help="tokens read of a report; default %(default)s")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default %(default)s")
-    add("--n_gpu", type=int, default=1, metavar="N",
-        help="GPUs, each with a process of its own; with --device cpu, processes; default %(default)s")
-    add("--memory_mb", type=int, default=256, metavar="M",
-        help="MiB that the search takes beyond embeddings and result; default %(default)s")
-    add("--examples", type=int, default=3, metavar="E",
-        help="pairs to show: this prints report text to the terminal, 0 does not; default %(default)s")
+    add(
+        "--n_gpu",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs, each with a process of its own; with --device cpu, processes; default %(default)s",
+    )
+    add(
+        "--memory_mb",
+        type=int,
+        default=256,
+        metavar="M",
+        help="MiB that the search takes beyond embeddings and result; default %(default)s",
+    )
+    add(
+        "--examples",
+        type=int,
+        default=3,
+        metavar="E",
+        help="pairs to show: this prints report text to the terminal, 0 does not; default %(default)s",
+    )
     return parser
 
 
 def check(arguments: argparse.Namespace) -> None:
     """InputError for values out of range, and for an --out that could not be written after hours of work."""
-    for flag, low in (("top_k", 1), ("batch_size", 1), ("max_length", 3), ("memory_mb", 1), ("examples", 0),
-                      ("n_gpu", 0), ("seed", 0)):
+    for flag, low in (
+        ("top_k", 1),
+        ("batch_size", 1),
+        ("max_length", 3),
+        ("memory_mb", 1),
+        ("examples", 0),
+        ("n_gpu", 0),
+        ("seed", 0),
+    ):
         if getattr(arguments, flag) < low:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: must be {low} or more")
     if arguments.dataset_name == "coco" and (arguments.exclude_same_labels or arguments.text_encoder == "labels"):
@@ -83,8 +138,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"{wrong}: there are no clinical labels on coco")
     if arguments.out.is_dir():
         raise InputError(f"--out {arguments.out}: is a folder; give a file name, such as negatives.safetensors")
-    check_outputs([Output("--out", arguments.out, "hard-negative index", is_safetensors("ithn-hard-negatives"))],
-                  [("--ann_path", arguments.ann_path), ("--text_encoder", arguments.text_encoder)])
+    check_outputs(
+        [Output("--out", arguments.out, "hard-negative index", is_safetensors("ithn-hard-negatives"))],
+        [("--ann_path", arguments.ann_path), ("--text_encoder", arguments.text_encoder)],
+    )
     folder = private_folder(arguments.out.parent)
     if not os.access(folder, os.W_OK):
         raise InputError(f"--out {arguments.out}: no permission to write in {folder}")
@@ -92,9 +149,9 @@ def check(arguments: argparse.Namespace) -> None:
 
 def embed(arguments: argparse.Namespace, texts: list[str], device: str) -> tuple:
     """Embeddings of the texts, one row each, and the encoder's description."""
-    from modules import distributed
-    from modules.mining_baselines import ENCODERS
-    from modules.text_encoders import TfidfEncoder, build_text_encoder
+    from modules.mining.baselines import ENCODERS
+    from modules.mining.text_encoders import TfidfEncoder, build_text_encoder
+    from modules.runtime import distributed
 
     if arguments.text_encoder in ENCODERS:
         encoder = ENCODERS[arguments.text_encoder](arguments.seed)
@@ -102,8 +159,13 @@ def embed(arguments: argparse.Namespace, texts: list[str], device: str) -> tuple
     if arguments.text_encoder == "tfidf" and arguments.pooling != "mean" and distributed.is_first():
         print(f"note: --pooling {arguments.pooling} does nothing with --text_encoder tfidf, which has no tokens")
     with distributed.first_goes_ahead():
-        encoder = build_text_encoder(arguments.text_encoder, pooling=arguments.pooling,
-                                     max_length=arguments.max_length, device=device, batch_size=arguments.batch_size)
+        encoder = build_text_encoder(
+            arguments.text_encoder,
+            pooling=arguments.pooling,
+            max_length=arguments.max_length,
+            device=device,
+            batch_size=arguments.batch_size,
+        )
     shown = distributed.is_first()
     if isinstance(encoder, TfidfEncoder):
         return encoder.encode(texts, progress=shown), encoder.describe()
@@ -113,10 +175,10 @@ def embed(arguments: argparse.Namespace, texts: list[str], device: str) -> tuple
 
 def mine(arguments: argparse.Namespace, annotation: Annotation):
     """The index of the annotation's training reports."""
-    from modules import distributed
-    from modules.environment import choose_device, provenance
-    from modules.label_files import labels_by_rules
-    from modules.mining import HardNegativeIndex, group_ids, mine_neighbours
+    from modules.labels.study_labels import labels_by_rules
+    from modules.mining.index import HardNegativeIndex, group_ids, mine_neighbours
+    from modules.runtime import distributed
+    from modules.runtime.environment import choose_device, provenance
 
     device = str(choose_device("cpu" if arguments.n_gpu == 0 else process_device(arguments.device)))
     train = annotation.splits["train"]
@@ -128,11 +190,15 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
         labels = group_ids(row.tobytes() for row in labels_by_rules(reports, progress=distributed.is_first()))
     vectors, encoder = embed(arguments, list(dict.fromkeys(reports)), device)
     neighbours, similarity = mine_neighbours(
-        vectors, group_ids(reports), arguments.top_k,
+        vectors,
+        group_ids(reports),
+        arguments.top_k,
         text_group=None if arguments.include_identical_text else cleaned,
         study_group=None if arguments.include_same_study else studies,
         label_group=labels,
-        device=device, memory_mb=arguments.memory_mb, progress=distributed.is_first(),
+        device=device,
+        memory_mb=arguments.memory_mb,
+        progress=distributed.is_first(),
     )
     metadata = {
         "ann_path": annotation.path,
@@ -168,8 +234,10 @@ def print_statistics(index) -> None:
         rule = "admitted as each other's negatives" if admitted else "excluded as each other's negatives"
         print(f"{sharing:,} of {count:,} training records share their {what} with another: {rule}")
     if metadata["sharing_labels"] is not None:
-        print(f"{metadata['sharing_labels']:,} of {count:,} training records share their labels with another: excluded "
-              "as each other's negatives")
+        print(
+            f"{metadata['sharing_labels']:,} of {count:,} training records share their labels with another: excluded "
+            "as each other's negatives"
+        )
     found = (index.neighbours >= 0).sum(axis=1)
     some, all_k = (found > 0).sum(), (found == k).sum()
     print(f"{some:,} have an admissible neighbour ({all_k:,} have {k}), {count - some:,} have none")
@@ -199,7 +267,7 @@ def print_examples(index, reports: list[str], wanted: int) -> None:
 
 def mine_and_write(arguments: argparse.Namespace) -> None:
     """Read, embed and search, in every process; write and report, in the first."""
-    from modules.distributed import is_first
+    from modules.runtime.distributed import is_first
 
     start = time.monotonic()
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
@@ -221,7 +289,7 @@ def main() -> int:
     check(arguments)
     if arguments.n_gpu > 1 and not launched():
         return start_processes(arguments.n_gpu, device=arguments.device)
-    from modules.distributed import processes
+    from modules.runtime.distributed import processes
 
     with processes(arguments.device):
         mine_and_write(arguments)

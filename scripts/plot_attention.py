@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.environment import check_python
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser, add_flags
-from modules.output_files import Output, check_outputs, has_near_its_start
-from modules.study_files import StudyFiles, find_studies
+from modules.inference.study_files import StudyFiles, find_studies
+from modules.run.study_arguments import add_study_arguments, checkpoint_name, given_flags, require_checkpoint
+from modules.runtime.environment import check_python
+from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.output_files import Output, check_outputs, has_near_its_start
 from scripts.predict import DECODING
-from scripts.study_arguments import add_study_arguments, checkpoint_name, given_flags, require_checkpoint
 
 TITLE = "Where the model looked"
 
@@ -30,10 +30,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add_study_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for the PNG files and attention.html")
-    parser.add_argument("--by", choices=("sentence", "word"), default="sentence",
-                        help="what the PNG has a picture of (default: %(default)s)")
-    parser.add_argument("--layer", type=_layer, default=-1, metavar="N",
-                        help="decoder layer, from 0 or from the last, -1; or mean (default: %(default)s)")
+    parser.add_argument(
+        "--by",
+        choices=("sentence", "word"),
+        default="sentence",
+        help="what the PNG has a picture of (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layer",
+        type=_layer,
+        default=-1,
+        metavar="N",
+        help="decoder layer, from 0 or from the last, -1; or mean (default: %(default)s)",
+    )
     add_flags(parser.add_argument_group("decoding (default: as the checkpoint was trained and tested)"), DECODING)
     return parser
 
@@ -49,10 +58,17 @@ def check(folder: Path, studies: list[StudyFiles]) -> None:
     """InputError where a picture would replace an image that is read, or one that is no picture of this program."""
     taken: set[str] = set()
     drawn = has_near_its_start(b"Software\0Matplotlib")
-    outputs = [Output("--out", folder / "attention.html", "page of this program",
-                      has_near_its_start(f"<title>{TITLE}</title>".encode()))]
-    outputs += [Output("--out", folder / file_name(study.name, taken), "picture of this program", drawn)
-                for study in studies]
+    outputs = [
+        Output(
+            "--out",
+            folder / "attention.html",
+            "page of this program",
+            has_near_its_start(f"<title>{TITLE}</title>".encode()),
+        )
+    ]
+    outputs += [
+        Output("--out", folder / file_name(study.name, taken), "picture of this program", drawn) for study in studies
+    ]
     check_outputs(outputs, [("an image", path) for study in studies for path in study.paths])
 
 
@@ -64,19 +80,21 @@ def main() -> int:
     require_checkpoint(arguments.load)
     check(Path(arguments.out), studies)
 
-    from modules.attention_figures import attention_figure
-    from modules.prediction import WARNING
-    from modules.prediction_page import PageStudy, write_page
-    from modules.progress import Bar
-    from modules.records import private_folder, write_private
-    from scripts.reporter import StudyReader, load_reporter
+    from modules.inference.prediction import WARNING
+    from modules.pages.attention_figures import attention_figure
+    from modules.pages.prediction_page import PageStudy, write_page
+    from modules.run.reporter import StudyReader, load_reporter
+    from modules.runtime.progress import Bar
+    from modules.runtime.records import private_folder, write_private
 
     print(WARNING, file=sys.stderr)
     folder = private_folder(arguments.out)
     reporter = load_reporter(arguments.load, given_flags(arguments, DECODING))
     if not reporter.shows_attention:
-        raise InputError(f"--load {arguments.load}: its backbone does not say which of its modules attend to the image "
-                         "(cross_attention in models/base.py)")
+        raise InputError(
+            f"--load {arguments.load}: its backbone does not say which of its modules attend to the image "
+            "(cross_attention in models/base.py)"
+        )
     reader = StudyReader(studies, reporter.num_views, arguments.batch_size)
     page, names = [], set()
     for batch in Bar(reader, "reports"):
@@ -91,8 +109,7 @@ def main() -> int:
                 write_private(folder / name, figure)
             else:
                 print(f"{study.name}: the report is empty, so there is no {name}", file=sys.stderr)
-    write_page(folder / "attention.html", page, title=TITLE,
-               checkpoint=checkpoint_name(arguments.load))
+    write_page(folder / "attention.html", page, title=TITLE, checkpoint=checkpoint_name(arguments.load))
     print(f"{folder}: attention.html, and a PNG for each of {len(page)} studies")
     return 2 if reader.unreadable else 0
 

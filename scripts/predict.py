@@ -17,19 +17,32 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.environment import check_python, provenance
-from modules.errors import run_entry_point
 from modules.flags import Parser, add_flags
-from modules.output_files import Output, begins_with, check_outputs, has_near_its_start, is_json
-from modules.study_files import find_studies
-from scripts.study_arguments import add_study_arguments, checkpoint_name, given_flags, require_checkpoint
+from modules.inference.study_files import find_studies
+from modules.run.study_arguments import add_study_arguments, checkpoint_name, given_flags, require_checkpoint
+from modules.runtime.environment import check_python, provenance
+from modules.runtime.errors import run_entry_point
+from modules.runtime.output_files import Output, begins_with, check_outputs, has_near_its_start, is_json
 
 if TYPE_CHECKING:
-    from modules.prediction import WrittenReport
+    from modules.inference.prediction import WrittenReport
 
 # Flags of main_test.py that change how reports are written; the checkpoint has its own values.
-DECODING = ("sample_method", "beam_size", "group_size", "diversity_lambda", "temperature", "sample_n", "block_trigrams",
-            "guidance", "max_seq_length", "device", "n_gpu", "precision", "seed")
+DECODING = (
+    "sample_method",
+    "beam_size",
+    "group_size",
+    "diversity_lambda",
+    "temperature",
+    "sample_n",
+    "block_trigrams",
+    "guidance",
+    "max_seq_length",
+    "device",
+    "n_gpu",
+    "precision",
+    "seed",
+)
 
 TITLE = "Generated reports"
 COLUMNS = ("id", "report", "log_prob", "sentence_mean_log_probs")
@@ -52,27 +65,32 @@ def main() -> int:
     check_python()
     arguments = build_parser().parse_args()
     studies = find_studies(arguments.paths, arguments.group)
-    check_outputs([
-        Output("--json", arguments.json, "JSON file of this program", is_json("checkpoint", "warning", "reports")),
-        Output("--csv", arguments.csv, "table of this program", begins_with(",".join(COLUMNS))),
-        Output("--html", arguments.html, "page of this program",
-               has_near_its_start(f"<title>{TITLE}</title>".encode())),
-    ], [("--load", arguments.load), *(("an image", path) for study in studies for path in study.paths)])
+    check_outputs(
+        [
+            Output("--json", arguments.json, "JSON file of this program", is_json("checkpoint", "warning", "reports")),
+            Output("--csv", arguments.csv, "table of this program", begins_with(",".join(COLUMNS))),
+            Output(
+                "--html", arguments.html, "page of this program", has_near_its_start(f"<title>{TITLE}</title>".encode())
+            ),
+        ],
+        [("--load", arguments.load), *(("an image", path) for study in studies for path in study.paths)],
+    )
     require_checkpoint(arguments.load)
     from tqdm import tqdm
 
-    from modules.prediction import WARNING
-    from modules.prediction_page import PageStudy, write_page
-    from modules.progress import Bar
-    from scripts.reporter import StudyReader, load_reporter
+    from modules.inference.prediction import WARNING
+    from modules.pages.prediction_page import PageStudy, write_page
+    from modules.run.reporter import StudyReader, load_reporter
+    from modules.runtime.progress import Bar
 
     print(WARNING, file=sys.stderr)
     reporter = load_reporter(arguments.load, given_flags(arguments, DECODING))
     reader = StudyReader(studies, reporter.num_views, arguments.batch_size)
     rows, page = [], []
     for batch in Bar(reader, "reports"):
-        written = reporter.write([images for _, images in batch],
-                                 attention=bool(arguments.html) and reporter.shows_attention)
+        written = reporter.write(
+            [images for _, images in batch], attention=bool(arguments.html) and reporter.shows_attention
+        )
         for (study, images), report in zip(batch, written, strict=True):
             rows.append(describe(study.name, [str(path) for path in study.paths[: len(images)]], report))
             if not arguments.quiet:
@@ -80,8 +98,15 @@ def main() -> int:
             if arguments.html:
                 page.append(PageStudy.of(study.name, images, report))
     if arguments.json:
-        write_json(arguments.json, rows, {"checkpoint": checkpoint_name(arguments.load), "warning": WARNING,
-                                          "provenance": provenance(str(reporter.device))})
+        write_json(
+            arguments.json,
+            rows,
+            {
+                "checkpoint": checkpoint_name(arguments.load),
+                "warning": WARNING,
+                "provenance": provenance(str(reporter.device)),
+            },
+        )
     if arguments.csv:
         write_csv(arguments.csv, rows)
     if arguments.html:
@@ -99,22 +124,29 @@ def render(name: str, report: "WrittenReport") -> str:
 
 def describe(name: str, files: list[str], report: "WrittenReport") -> dict[str, Any]:
     """A report in JSON's types."""
-    return {"id": name, "files": files, "report": report.text, "log_prob": report.log_prob,
-            "cut": report.end_log_prob is None,
-            "sentences": [{"text": sentence.text, "log_prob": sentence.log_prob,
-                           "mean_log_prob": sentence.mean_log_prob} for sentence in report.sentences]}
+    return {
+        "id": name,
+        "files": files,
+        "report": report.text,
+        "log_prob": report.log_prob,
+        "cut": report.end_log_prob is None,
+        "sentences": [
+            {"text": sentence.text, "log_prob": sentence.log_prob, "mean_log_prob": sentence.mean_log_prob}
+            for sentence in report.sentences
+        ],
+    }
 
 
 def write_json(path: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     """All reports, with what wrote them."""
-    from modules.records import write_results
+    from modules.runtime.records import write_results
 
     write_results(path, about | {"reports": rows})
 
 
 def write_csv(path: str, rows: list[dict[str, Any]]) -> None:
     """One line per study; ``sentence_mean_log_probs`` has a number for each sentence, separated by spaces."""
-    from modules.records import write_private
+    from modules.runtime.records import write_private
 
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.coco import read_captions, read_karpathy
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
-from modules.output_files import write_annotation
-from modules.progress import Bar
+from modules.prepare.coco import read_captions, read_karpathy
+from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.output_files import write_annotation
+from modules.runtime.progress import Bar
 
 PUBLISHED = {"train": 113287, "val": 5000, "test": 5000}
 
@@ -25,11 +25,13 @@ PUBLISHED = {"train": 113287, "val": 5000, "test": 5000}
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--captions", type=Path, nargs="+", required=True, metavar="JSON",
-                        help="COCO's caption files, train and val")
+    parser.add_argument(
+        "--captions", type=Path, nargs="+", required=True, metavar="JSON", help="COCO's caption files, train and val"
+    )
     parser.add_argument("--karpathy", type=Path, required=True, metavar="JSON", help="dataset_coco.json")
-    parser.add_argument("--out", type=Path, default=Path("data/coco"), metavar="DIR",
-                        help="output folder (default %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/coco"), metavar="DIR", help="output folder (default %(default)s)"
+    )
     return parser
 
 
@@ -40,8 +42,10 @@ def gather(paths: list[Path]) -> dict[int, tuple[str, list[str]]]:
         found = read_captions(path)
         twice = next(iter(images.keys() & found.keys()), None)
         if twice is not None:
-            raise InputError(f"--captions {path}: image {twice} stands in another file too, as {images[twice][0]}; "
-                             "give the two files of one year")
+            raise InputError(
+                f"--captions {path}: image {twice} stands in another file too, as {images[twice][0]}; "
+                "give the two files of one year"
+            )
         images |= found
     return images
 
@@ -54,10 +58,13 @@ def build_annotation(splits: dict[str, list[int]], images: dict[int, tuple[str, 
         for image in ids:
             path, captions = images.get(image, ("", []))
             if not captions:
-                raise InputError(f"--captions: no caption of image {image}, which --karpathy has in {split}; give both "
-                                 "files, captions_train2014.json and captions_val2014.json")
+                raise InputError(
+                    f"--captions: no caption of image {image}, which --karpathy has in {split}; give both "
+                    "files, captions_train2014.json and captions_val2014.json"
+                )
             annotation[split].append(
-                {"id": image, "coco_id": image, "split": split, "image_path": [path], "captions": captions})
+                {"id": image, "coco_id": image, "split": split, "image_path": [path], "captions": captions}
+            )
     return annotation
 
 

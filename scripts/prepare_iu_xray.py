@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.annotations import SPLITS
-from modules.errors import InputError, run_entry_point
+from modules.data.annotations import SPLITS
 from modules.flags import Parser
-from modules.image_placing import WAYS, Placing, keep_settings
-from modules.openi import OpeniStudy, read_openi
-from modules.output_files import check_annotation, write_annotation
-from modules.splits import read_split, seeded_split
+from modules.prepare.image_placing import WAYS, Placing, keep_settings
+from modules.prepare.openi import OpeniStudy, read_openi
+from modules.prepare.splits import read_split, seeded_split
+from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.output_files import check_annotation, write_annotation
 
 R2GEN = {"train": 2069, "val": 296, "test": 590}
 HINT = "; --split FILE, with the file that you moved, keeps its split: R2Gen's, where it is R2Gen's annotation.json"
@@ -30,24 +30,54 @@ HINT = "; --split FILE, with the file that you moved, keeps its split: R2Gen's, 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--reports", type=Path, required=True, metavar="PATH",
-                        help="NLMCXR_reports.tgz, a folder of its XML files, or Kaggle's indiana_reports.csv or folder")
-    parser.add_argument("--images", type=Path, metavar="PATH",
-                        help="NLMCXR_png.tgz or the folder of the PNG files (without: the annotation alone is written)")
+    parser.add_argument(
+        "--reports",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="NLMCXR_reports.tgz, a folder of its XML files, or Kaggle's indiana_reports.csv or folder",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="PATH",
+        help="NLMCXR_png.tgz or the folder of the PNG files (without: the annotation alone is written)",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder, e.g. data/iu_xray")
-    parser.add_argument("--split", type=Path, metavar="FILE",
-                        help="R2Gen's annotation.json, JSON {train: [ids], val: [...], test: [...]} or CSV (id, split)")
+    parser.add_argument(
+        "--split",
+        type=Path,
+        metavar="FILE",
+        help="R2Gen's annotation.json, JSON {train: [ids], val: [...], test: [...]} or CSV (id, split)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the split drawn without --split (default %(default)s)")
-    parser.add_argument("--projections", type=Path, metavar="CSV",
-                        help="indiana_projections.csv: names each image's view (Kaggle's layout has it already)")
-    parser.add_argument("--frontal_first", action="store_true",
-                        help="list a frontal view before a lateral one (R2Gen: the report's order)")
-    parser.add_argument("--place", choices=WAYS[:2], default="link",
-                        help="images from a folder: hard links or copies (default %(default)s)")
-    parser.add_argument("--resize", type=int, default=0, metavar="PX",
-                        help="write images anew with this shorter side, e.g. 256")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="W",
-                        help="processes that place images (default %(default)s)")
+    parser.add_argument(
+        "--projections",
+        type=Path,
+        metavar="CSV",
+        help="indiana_projections.csv: names each image's view (Kaggle's layout has it already)",
+    )
+    parser.add_argument(
+        "--frontal_first",
+        action="store_true",
+        help="list a frontal view before a lateral one (R2Gen: the report's order)",
+    )
+    parser.add_argument(
+        "--place",
+        choices=WAYS[:2],
+        default="link",
+        help="images from a folder: hard links or copies (default %(default)s)",
+    )
+    parser.add_argument(
+        "--resize", type=int, default=0, metavar="PX", help="write images anew with this shorter side, e.g. 256"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="W",
+        help="processes that place images (default %(default)s)",
+    )
     return parser
 
 
@@ -64,13 +94,19 @@ def choose_studies(studies: list[OpeniStudy], split: Path | None, seed: int) -> 
     else:
         named = read_split(split)
         numbers = {identity: identity.removeprefix("CXR").split("_")[0] for identity in named}
-        chosen = [(identity, name, usable[numbers[identity]]) for identity, name in named.items()
-                  if numbers[identity] in usable]
+        chosen = [
+            (identity, name, usable[numbers[identity]])
+            for identity, name in named.items()
+            if numbers[identity] in usable
+        ]
         if not chosen:
             raise InputError(f"--split {split}: none of its {len(named)} ids is a study of --reports")
         if len(chosen) < len(named):
-            print(f"warning: {len(named) - len(chosen)} of the {len(named)} studies of {split.name} are not among the "
-                  "reports with findings and two images: left out", file=sys.stderr)
+            print(
+                f"warning: {len(named) - len(chosen)} of the {len(named)} studies of {split.name} are not among the "
+                "reports with findings and two images: left out",
+                file=sys.stderr,
+            )
     return {name: [(identity, study) for identity, own, study in chosen if own == name] for name in SPLITS}
 
 
@@ -87,14 +123,20 @@ def order_of_views(study: OpeniStudy, frontal_first: bool) -> list[int]:
 def record(identity: str, study: OpeniStudy, split: str, order: list[int]) -> dict:
     """The annotation's record: the first two images, by their places in images/."""
     views = [study.views[index] for index in order[:2]] if study.views else []
-    return {"id": identity, "report": study.findings, "image_path": [f"{identity}/{place}.png" for place in (0, 1)],
-            "split": split} | ({"view": views} if any(views) else {})
+    return {
+        "id": identity,
+        "report": study.findings,
+        "image_path": [f"{identity}/{place}.png" for place in (0, 1)],
+        "split": split,
+    } | ({"view": views} if any(views) else {})
 
 
 def records(chosen: dict[str, list[tuple[str, OpeniStudy]]], orders: dict[str, list[int]]) -> dict[str, list[dict]]:
     """The annotation."""
-    return {split: [record(identity, study, split, orders[identity]) for identity, study in own]
-            for split, own in chosen.items()}
+    return {
+        split: [record(identity, study, split, orders[identity]) for identity, study in own]
+        for split, own in chosen.items()
+    }
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -114,32 +156,46 @@ def main() -> None:
 
     studies = read_openi(arguments.reports, arguments.projections)
     if arguments.frontal_first and not any(study.views for study in studies):
-        raise InputError("--frontal_first: Open-i's reports do not say which view is which; give --projections "
-                         "indiana_projections.csv (from Kaggle)")
+        raise InputError(
+            "--frontal_first: Open-i's reports do not say which view is which; give --projections "
+            "indiana_projections.csv (from Kaggle)"
+        )
     chosen = choose_studies(studies, arguments.split, arguments.seed)
     path = arguments.out / "annotation.json"
-    orders = {identity: order_of_views(study, arguments.frontal_first)
-              for studies in chosen.values() for identity, study in studies}
+    orders = {
+        identity: order_of_views(study, arguments.frontal_first)
+        for studies in chosen.values()
+        for identity, study in studies
+    }
     check_annotation(path, records(chosen, orders), HINT)
     if arguments.images:
-        from modules.openi_images import place_openi_images
+        from modules.prepare.openi_images import place_openi_images
 
-        targets = {study.images[index]: arguments.out / "images" / identity / f"{place}.png"
-                   for studies in chosen.values() for identity, study in studies
-                   for place, index in enumerate(orders[identity])}
+        targets = {
+            study.images[index]: arguments.out / "images" / identity / f"{place}.png"
+            for studies in chosen.values()
+            for identity, study in studies
+            for place, index in enumerate(orders[identity])
+        }
         placing = Placing(arguments.place, arguments.resize)
         keep_settings(arguments.out, placing)
         missing = place_openi_images(arguments.images, targets, placing, arguments.workers)
-        chosen = {split: [(identity, study) for identity, study in own
-                          if not {study.images[index] for index in orders[identity][:2]} & missing]
-                  for split, own in chosen.items()}
+        chosen = {
+            split: [
+                (identity, study)
+                for identity, study in own
+                if not {study.images[index] for index in orders[identity][:2]} & missing
+            ]
+            for split, own in chosen.items()
+        }
     annotation = records(chosen, orders)
     done = write_annotation(path, annotation, may_grow=bool(arguments.images), hint=HINT)
     print(f"{len(studies)} reports read from {arguments.reports}")
     for split in SPLITS:
         print(f"  {split:<6}{len(annotation[split]):>6} studies    (R2Gen: {R2GEN[split]})")
-    print(f"{done}: {path}" + (f"; images: {arguments.out / 'images'}" if arguments.images else
-                               "; no images (--images)"))
+    print(
+        f"{done}: {path}" + (f"; images: {arguments.out / 'images'}" if arguments.images else "; no images (--images)")
+    )
 
 
 if __name__ == "__main__":

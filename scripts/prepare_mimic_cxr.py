@@ -16,12 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.annotations import SPLITS
-from modules.clinical_files import write_table
-from modules.errors import InputError, run_entry_point
+from modules.data.annotations import SPLITS
 from modules.flags import Parser
-from modules.image_placing import MISSING, WAYS, Placing, keep_settings, place_all
-from modules.mimic_cxr import (
+from modules.labels.tables import write_table
+from modules.prepare.image_placing import MISSING, WAYS, Placing, keep_settings, place_all
+from modules.prepare.mimic_cxr import (
     MimicImage,
     find_suffix,
     find_tree,
@@ -30,8 +29,9 @@ from modules.mimic_cxr import (
     read_images,
     read_reports,
 )
-from modules.mimic_sections import SECTIONS, extract_section
-from modules.output_files import Output, begins_with, check_annotation, check_outputs, write_annotation
+from modules.prepare.mimic_sections import SECTIONS, extract_section
+from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.output_files import Output, begins_with, check_annotation, check_outputs, write_annotation
 
 R2GEN = {"train": 270790, "val": 2130, "test": 3858}
 _FRONTAL, _LATERAL = ("PA", "AP"), ("LATERAL", "LL")
@@ -40,25 +40,57 @@ _FRONTAL, _LATERAL = ("PA", "AP"), ("LATERAL", "LL")
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--reports", type=Path, required=True, metavar="PATH",
-                        help="mimic-cxr-reports.zip, or a folder of reports (files/p10/p10000032/s50414267.txt)")
+    parser.add_argument(
+        "--reports",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="mimic-cxr-reports.zip, or a folder of reports (files/p10/p10000032/s50414267.txt)",
+    )
     parser.add_argument("--tables", type=Path, required=True, metavar="DIR", help="folder of the .csv.gz tables")
-    parser.add_argument("--images", type=Path, metavar="DIR",
-                        help="folder of the images (without: the annotation alone is written)")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="folder of the images (without: the annotation alone is written)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder, e.g. data/mimic_cxr")
-    parser.add_argument("--section", choices=SECTIONS, default="findings",
-                        help="what of a report is to be written (default %(default)s, as R2Gen)")
-    parser.add_argument("--records", choices=("image", "study"), default="image",
-                        help="a record for each image, as R2Gen, or for each study with all its images (default image)")
+    parser.add_argument(
+        "--section",
+        choices=SECTIONS,
+        default="findings",
+        help="what of a report is to be written (default %(default)s, as R2Gen)",
+    )
+    parser.add_argument(
+        "--records",
+        choices=("image", "study"),
+        default="image",
+        help="a record for each image, as R2Gen, or for each study with all its images (default image)",
+    )
     parser.add_argument("--views", nargs="+", metavar="VIEW", help="take only these view positions, e.g. PA AP")
-    parser.add_argument("--place", choices=WAYS, default="link",
-                        help="images: hard links, copies, or none (they stay where they are; default %(default)s)")
-    parser.add_argument("--resize", type=int, default=0, metavar="PX",
-                        help="write the images anew as JPEG with this shorter side, e.g. 256")
-    parser.add_argument("--labels_out", type=Path, metavar="CSV",
-                        help="write the CheXpert labels of every study as --label_path of main_train.py takes them")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="W",
-                        help="processes that place images (default %(default)s)")
+    parser.add_argument(
+        "--place",
+        choices=WAYS,
+        default="link",
+        help="images: hard links, copies, or none (they stay where they are; default %(default)s)",
+    )
+    parser.add_argument(
+        "--resize",
+        type=int,
+        default=0,
+        metavar="PX",
+        help="write the images anew as JPEG with this shorter side, e.g. 256",
+    )
+    parser.add_argument(
+        "--labels_out",
+        type=Path,
+        metavar="CSV",
+        help="write the CheXpert labels of every study as --label_path of main_train.py takes them",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="W",
+        help="processes that place images (default %(default)s)",
+    )
     return parser
 
 
@@ -72,14 +104,22 @@ def check(arguments: argparse.Namespace) -> None:
         folder = getattr(arguments, flag)
         if folder and not folder.is_dir():
             raise InputError(f"--{flag} {folder}: no such folder")
-    check_outputs([Output("--labels_out", arguments.labels_out, "table of labels of this program",
-                          begins_with(",".join(label_columns())))],
-                  [("--reports", arguments.reports), ("annotation.json", arguments.out / "annotation.json")])
+    check_outputs(
+        [
+            Output(
+                "--labels_out",
+                arguments.labels_out,
+                "table of labels of this program",
+                begins_with(",".join(label_columns())),
+            )
+        ],
+        [("--reports", arguments.reports), ("annotation.json", arguments.out / "annotation.json")],
+    )
 
 
 def extract_reports(source: Path, images: list[MimicImage], section: str) -> dict[str, str]:
     """Study id -> the section of its report; studies without one are left out."""
-    from modules.progress import Bar
+    from modules.runtime.progress import Bar
 
     studies = list({image.study_id: image for image in images}.values())
     found = {}
@@ -94,22 +134,29 @@ def extract_reports(source: Path, images: list[MimicImage], section: str) -> dic
 
 def place_images(arguments: argparse.Namespace, images: list[MimicImage]) -> tuple[list[MimicImage], str]:
     """The images that could be had, and the ending of their files in the output folder."""
-    from modules.progress import Bar
+    from modules.runtime.progress import Bar
 
     tree = find_tree(arguments.images)
     suffix = find_suffix(tree, images)
     placing = Placing(arguments.place, arguments.resize)
     keep_settings(arguments.out, placing)
     ending = ".jpg" if arguments.resize else suffix
-    pairs = [(tree / image.folder / f"{image.dicom_id}{suffix}",
-              arguments.out / "images" / image.folder / f"{image.dicom_id}{ending}") for image in images]
+    pairs = [
+        (
+            tree / image.folder / f"{image.dicom_id}{suffix}",
+            arguments.out / "images" / image.folder / f"{image.dicom_id}{ending}",
+        )
+        for image in images
+    ]
     reasons = dict(Bar(place_all(placing, pairs, arguments.workers), "images", total=len(pairs)))
     kinds = Counter("missing" if reason == MISSING else "unreadable" for reason in reasons.values() if reason)
     if kinds:
         first = next(reason for reason in reasons.values() if reason)
         counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-        print(f"warning: of {len(pairs)} images left out: {counts}"
-              + ("" if first == MISSING else f"; {first}"), file=sys.stderr)
+        print(
+            f"warning: of {len(pairs)} images left out: {counts}" + ("" if first == MISSING else f"; {first}"),
+            file=sys.stderr,
+        )
     had = [image for image, (_, target) in zip(images, pairs, strict=True) if reasons[target] is None]
     return had, ending
 
@@ -130,10 +177,17 @@ def build_records(images: list[MimicImage], reports: dict[str, str], records: st
     for identity, group in groups.items():
         group = frontal_and_lateral_first(group)
         first = group[0]
-        annotation[first.split].append({
-            "id": identity, "study_id": int(first.study_id), "subject_id": int(first.subject_id),
-            "report": reports[first.study_id], "split": first.split, "view": [image.view for image in group],
-            "image_path": [f"{image.folder}/{image.dicom_id}{ending}" for image in group]})
+        annotation[first.split].append(
+            {
+                "id": identity,
+                "study_id": int(first.study_id),
+                "subject_id": int(first.subject_id),
+                "report": reports[first.study_id],
+                "split": first.split,
+                "view": [image.view for image in group],
+                "image_path": [f"{image.folder}/{image.dicom_id}{ending}" for image in group],
+            }
+        )
     return annotation
 
 
@@ -158,8 +212,10 @@ def main() -> None:
         views = {view.upper() for view in arguments.views}
         known = {image.view for image in images}
         if views - known:
-            raise InputError(f"--views {' '.join(sorted(views - known))}: no image has it; the metadata have "
-                             f"{', '.join(sorted(filter(None, known)))}")
+            raise InputError(
+                f"--views {' '.join(sorted(views - known))}: no image has it; the metadata have "
+                f"{', '.join(sorted(filter(None, known)))}"
+            )
         images = [image for image in images if image.view in views]
         stages[f"of the views {' '.join(sorted(views))}"] = images
     labels = read_chexpert(arguments.tables) if arguments.labels_out else None
@@ -186,8 +242,7 @@ def main() -> None:
     place = arguments.out / "images"
     if arguments.place == "none" and not arguments.resize and arguments.images:
         place = find_tree(arguments.images)
-    print(f"{done}: {path}"
-          + (f"; --image_dir {place}" if arguments.images else "; no images (--images)"))
+    print(f"{done}: {path}" + (f"; --image_dir {place}" if arguments.images else "; no images (--images)"))
 
 
 if __name__ == "__main__":

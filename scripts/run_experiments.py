@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.environment import ROOT
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser
-from scripts.experiment_files import DataSet, Table, choose, read_datasets, read_table
-from scripts.experiment_plan import CHANGED, CUT, MISSING, RESULTS, UNAVAILABLE, UNTESTED, Run, changed_line, plan
-from scripts.experiment_runs import LOCK, execute, locked, mine, prepare, put_aside, states
+from modules.runtime.environment import ROOT
+from modules.runtime.errors import InputError, run_entry_point
+from scripts.experiments.files import DataSet, Table, choose, read_datasets, read_table
+from scripts.experiments.plan import CHANGED, CUT, MISSING, RESULTS, UNAVAILABLE, UNTESTED, Run, changed_line, plan
+from scripts.experiments.runs import LOCK, execute, locked, mine, prepare, put_aside, states
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,19 +35,31 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("table", type=Path, metavar="TABLE", help="table of rows, .json or .csv, such as those in experiments/")
     add("--dataset", default="", metavar="NAME", help="data set for every row, such as demo; default: each row's own")
-    add("--datasets", type=Path, default=ROOT / "experiments" / "datasets.json", metavar="FILE",
-        help="data sets by name; default experiments/datasets.json")
+    add(
+        "--datasets",
+        type=Path,
+        default=ROOT / "experiments" / "datasets.json",
+        metavar="FILE",
+        help="data sets by name; default experiments/datasets.json",
+    )
     add("--out", type=Path, metavar="DIR", help="folder of the runs and the table; default results/<table>_<data set>")
     add("--seeds", type=int, nargs="+", default=[], metavar="S", help="seeds of every row; default: the table's")
     add("--rows", nargs="+", default=[], metavar="ROW", help="run these rows only (the table still shows all)")
     add("--overrides", default="", metavar="FLAGS", help="flags of main_train.py for all rows, in quotes; they win")
-    add("--text_encoder", default="", metavar="NAME",
-        help="for mining, as scripts/mine_hard_negatives.py takes it; default: the table's, else the data set's")
+    add(
+        "--text_encoder",
+        default="",
+        metavar="NAME",
+        help="for mining, as scripts/mine_hard_negatives.py takes it; default: the table's, else the data set's",
+    )
     add("--jobs", type=int, default=1, metavar="N", help="trainings at a time; default %(default)s")
     add("--dry_run", action="store_true", help="list what is done and what would run, and stop")
     add("--table_only", action="store_true", help="run nothing, write the table of what is done")
-    add("--redo_changed", action="store_true",
-        help="put folders made with other settings aside (renamed, not deleted) and run those rows again")
+    add(
+        "--redo_changed",
+        action="store_true",
+        help="put folders made with other settings aside (renamed, not deleted) and run those rows again",
+    )
     return parser
 
 
@@ -63,10 +75,16 @@ def run_table(arguments: argparse.Namespace, table: Table, datasets: dict[str, D
     models = available_models()
 
     def make_plan() -> list[Run]:
-        return plan(table, datasets, out, overrides=shlex.split(arguments.overrides),
-                    text_encoder=arguments.text_encoder, models=models)
+        return plan(
+            table,
+            datasets,
+            out,
+            overrides=shlex.split(arguments.overrides),
+            text_encoder=arguments.text_encoder,
+            models=models,
+        )
 
-    from scripts.experiment_tables import check_columns, gather, write
+    from scripts.experiments.tables import check_columns, gather, write
 
     check_columns(table, runs := make_plan())
     if arguments.dry_run:
@@ -87,20 +105,26 @@ def run_table(arguments: argparse.Namespace, table: Table, datasets: dict[str, D
 
 def require_own_tables(out: Path) -> None:
     """InputError where ``out`` has tables but neither this script's lock nor the folder of a run: somebody's own."""
-    from scripts.experiment_tables import FORMS
+    from scripts.experiments.tables import FORMS
 
     found = [name for name in FORMS if (out / name).exists()]
     ours = (out / LOCK).exists() or any(True for runs in ("*/seed*/", "*/*/seed*/") for _ in out.glob(runs))
     if found and not ours:
-        raise InputError(f"--out {out}: its {found[0]} would be replaced, and nothing there says that "
-                         "run_experiments.py wrote it; name another folder, or move that file away")
+        raise InputError(
+            f"--out {out}: its {found[0]} would be replaced, and nothing there says that "
+            "run_experiments.py wrote it; name another folder, or move that file away"
+        )
 
 
 def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, DataSet], lock: int) -> dict[str, str]:
     """Run what is missing or was cut; returns the failures by run."""
     chosen = chosen_runs(make_plan(), arguments.rows)
-    prepare({datasets[name]: {run.model for run in chosen if run.row.dataset == name}
-             for name in dict.fromkeys(run.row.dataset for run in chosen if run.state != UNAVAILABLE)})
+    prepare(
+        {
+            datasets[name]: {run.model for run in chosen if run.row.dataset == name}
+            for name in dict.fromkeys(run.row.dataset for run in chosen if run.state != UNAVAILABLE)
+        }
+    )
     runs = chosen_runs(make_plan(), arguments.rows)  # files made just now count in the settings
     if arguments.redo_changed:
         put_aside([run for run in runs if run.state == CHANGED])
@@ -111,8 +135,10 @@ def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, Da
     for run in runs:
         if not run.settings["annotation_sha256"]:
             hint = "--dataset demo needs none" if run.row.name == run.row.whole else "make_folds.py makes folds of it"
-            raise InputError(f"{run.name}: the annotation of data set {run.row.dataset!r} is not there (data/README.md "
-                             f"says how to get it); {hint}")
+            raise InputError(
+                f"{run.name}: the annotation of data set {run.row.dataset!r} is not there (data/README.md "
+                f"says how to get it); {hint}"
+            )
     mine(runs)
     failed: dict[str, str] = {}
     for stage in (0, 1, 2):

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.environment import check_python
-from modules.errors import InputError, run_entry_point
 from modules.flags import Parser, add_flags
-from scripts.study_arguments import checkpoint_name, given_flags, require_checkpoint
+from modules.run.study_arguments import checkpoint_name, given_flags, require_checkpoint
+from modules.runtime.environment import check_python
+from modules.runtime.errors import InputError, run_entry_point
 
 if TYPE_CHECKING:
-    from modules.prediction import Reporter
-    from modules.report_index import ReportIndex
+    from modules.inference.prediction import Reporter
+    from modules.inference.report_index import ReportIndex
 
 RUNNING = ("device", "n_gpu", "precision", "max_seq_length", "beam_size", "guidance")
 SIMILAR = 3  # training reports shown below
@@ -38,8 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     parser.add_argument("--load", required=True, metavar="PTH", help="a checkpoint of main_train.py: model_best.pth")
     parser.add_argument("--index", metavar="FILE", help="training reports to show beside, by scripts/index_reports.py")
-    parser.add_argument("--port", type=int, default=7860, metavar="INT",
-                        help="port on 127.0.0.1; 0 takes any that is free (default: %(default)s)")
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=7860,
+        metavar="INT",
+        help="port on 127.0.0.1; 0 takes any that is free (default: %(default)s)",
+    )
     add_flags(parser, RUNNING)
     return parser
 
@@ -50,10 +55,10 @@ def main() -> None:
     arguments = build_parser().parse_args()
     require_checkpoint(arguments.load)
     require_extra()
-    from modules.local_page import LOOPBACK, build_app, upload_folder
-    from modules.prediction import WARNING
-    from modules.report_index import ReportIndex
-    from scripts.reporter import load_reporter
+    from modules.inference.prediction import WARNING
+    from modules.inference.report_index import ReportIndex
+    from modules.pages.local_page import LOOPBACK, build_app, upload_folder
+    from modules.run.reporter import load_reporter
 
     print(WARNING, file=sys.stderr)
     reporter = load_reporter(arguments.load, given_flags(arguments, RUNNING))
@@ -64,8 +69,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="uploads-", dir=upload_folder()) as folder, listening(arguments.port) as at:
         # Read by gradio when it is imported.
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
-        app = build_app(Writer(reporter, index, checkpoint_name(arguments.load)), num_views=reporter.num_views,
-                        checkpoint=checkpoint_name(arguments.load), beam_size=reporter.decoding.beam_size)
+        app = build_app(
+            Writer(reporter, index, checkpoint_name(arguments.load)),
+            num_views=reporter.num_views,
+            checkpoint=checkpoint_name(arguments.load),
+            beam_size=reporter.decoding.beam_size,
+        )
         import uvicorn
 
         # The server hands the signal on when it has shut down: the folder must still be deleted then.
@@ -86,7 +95,7 @@ def listening(port: int):
     """A socket that listens on loopback; InputError where the port is taken."""
     import socket
 
-    from modules.local_page import LOOPBACK
+    from modules.pages.local_page import LOOPBACK
 
     try:
         return socket.create_server((LOOPBACK, port))
@@ -101,8 +110,8 @@ class Writer:
         self.reporter, self.index, self.checkpoint = reporter, index, checkpoint
 
     def __call__(self, paths: Sequence[Path], together: bool, beam_size: int) -> str:
-        from modules.images import open_image
-        from modules.prediction_page import PageStudy, render_page
+        from modules.data.images import open_image
+        from modules.pages.prediction_page import PageStudy, render_page
 
         self.reporter.decoding = dataclasses.replace(self.reporter.decoding, beam_size=beam_size, group_size=1)
         groups = [list(paths)] if together else [[path] for path in paths]

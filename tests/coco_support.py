@@ -7,8 +7,12 @@ import numpy as np
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "yellow": (230, 210, 40)}
 SHAPES = ("square", "bar", "dot")
-WORDINGS = ("A {c} {s} on a grey wall.", "The {s} is {c}, isn't it?", "there's a {c} {s}",
-            "a {c}-coloured {s}; grey wall")
+WORDINGS = (
+    "A {c} {s} on a grey wall.",
+    "The {s} is {c}, isn't it?",
+    "there's a {c} {s}",
+    "a {c}-coloured {s}; grey wall",
+)
 SIZES = {"train": 10, "val": 3, "test": 4}
 
 
@@ -60,7 +64,7 @@ def make_detections(path: Path, *, width: int = 6, boxes=lambda image: 1 + image
 
 def make_labels(path: Path) -> Path:
     """Write XProNet's 14 labels for every image of ``coco_records``: the first class, or No Finding."""
-    from modules.clinical_rules import CLASSES
+    from modules.labels.rules import CLASSES
 
     rows = [",".join(["id", *CLASSES])]
     for record in (record for records in coco_records().values() for record in records):

@@ -19,9 +19,9 @@ def _one(number: int, function: Callable, world: int, folder: str, arguments: tu
 
 def run_together(function: Callable, world: int, folder: Path, *arguments) -> list:
     """What ``function(*arguments)`` returns (tensors, plain values) in each of ``world`` processes joined by gloo."""
-    torch.multiprocessing.set_forkserver_preload(
-        ["pytest", "tiny_backbone", "scripts.training"])
+    torch.multiprocessing.set_forkserver_preload(["pytest", "tests.tiny_backbone", "modules.run.training"])
     os.environ["OMP_NUM_THREADS"] = "1"
-    torch.multiprocessing.start_processes(_one, args=(function, world, str(folder), arguments), nprocs=world,
-                                          start_method="forkserver")
+    torch.multiprocessing.start_processes(
+        _one, args=(function, world, str(folder), arguments), nprocs=world, start_method="forkserver"
+    )
     return [torch.load(folder / f"{world}-{number}.pt", weights_only=True) for number in range(world)]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modules.visual_extractor import IMAGENET_MEAN, IMAGENET_STD
+from modules.layers.visual_extractor import IMAGENET_MEAN, IMAGENET_STD
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from modules.errors import run_entry_point
+from modules.runtime.errors import run_entry_point
 from tests.conftest import TINY
 
 
@@ -49,8 +49,20 @@ def refused(monkeypatch, capsys, program: str, *argv) -> str:
 
 def training(demo: Path, tmp_path: Path, *flags) -> list:
     """Arguments of main_train.py for the tiny data set."""
-    return ["--ann_path", demo / "annotation.json", "--image_dir", demo / "images", "--epochs", 1, "--save_dir",
-            tmp_path / "results", "--record_dir", tmp_path / "records", *TINY, *flags]
+    return [
+        "--ann_path",
+        demo / "annotation.json",
+        "--image_dir",
+        demo / "images",
+        "--epochs",
+        1,
+        "--save_dir",
+        tmp_path / "results",
+        "--record_dir",
+        tmp_path / "records",
+        *TINY,
+        *flags,
+    ]
 
 
 def _saved(content, **options) -> bytes:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from models.base import Backbone, Output, VisualFeatures
-from modules.batches import Batch, Pair
-from modules.objective import Objective
+from modules.data.batches import Batch, Pair
+from modules.ithn.objective import Objective
 
 VOCABULARY, PAD = 11, 10
 
@@ -58,30 +58,48 @@ def tiny_pair(lengths: list[int], seed: int, dtype: torch.dtype = torch.float64)
     tokens[:, 0] = 0
     view_mask = torch.ones(batch, 2, dtype=torch.bool)
     view_mask[0, 1] = False
-    return Pair(torch.randn(batch, 2, 3, 4, 4, generator=generator, dtype=dtype), view_mask,
-                torch.where(mask, tokens, PAD), mask, torch.randn(batch, 14, generator=generator, dtype=dtype))
+    return Pair(
+        torch.randn(batch, 2, 3, 4, 4, generator=generator, dtype=dtype),
+        view_mask,
+        torch.where(mask, tokens, PAD),
+        mask,
+        torch.randn(batch, 14, generator=generator, dtype=dtype),
+    )
 
 
-def tiny_batch(lengths: list[int], negative_lengths: list[int] | None, seed: int = 0,
-               dtype: torch.dtype = torch.float64) -> Batch:
+def tiny_batch(
+    lengths: list[int], negative_lengths: list[int] | None, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Batch:
     """A batch of made-up studies, every row with a hard negative, or without negatives at all."""
     rows = len(lengths)
     has_negatives = negative_lengths is not None
-    return Batch(tiny_pair(lengths, seed, dtype),
-                 tiny_pair(negative_lengths, seed + 1000, dtype) if has_negatives else None,
-                 torch.ones(rows, dtype=torch.bool) if has_negatives else None,
-                 torch.arange(rows), torch.arange(rows), [""] * rows, [""] * rows)
+    return Batch(
+        tiny_pair(lengths, seed, dtype),
+        tiny_pair(negative_lengths, seed + 1000, dtype) if has_negatives else None,
+        torch.ones(rows, dtype=torch.bool) if has_negatives else None,
+        torch.arange(rows),
+        torch.arange(rows),
+        [""] * rows,
+        [""] * rows,
+    )
 
 
 def rows_of(batch: Batch, rows: slice | list[int]) -> Batch:
     """The batch of some of the rows."""
+
     def of_pair(pair: Pair) -> Pair:
         return Pair(*(getattr(pair, name)[rows] for name in ("images", "view_mask", "tokens", "token_mask", "labels")))
 
     count = len(batch.sample_index[rows])
-    return Batch(of_pair(batch.positive), of_pair(batch.negative) if batch.negative else None,
-                 batch.has_negative[rows] if batch.negative else None, batch.sample_index[rows], batch.report_key[rows],
-                 [""] * count, [""] * count)
+    return Batch(
+        of_pair(batch.positive),
+        of_pair(batch.negative) if batch.negative else None,
+        batch.has_negative[rows] if batch.negative else None,
+        batch.sample_index[rows],
+        batch.report_key[rows],
+        [""] * count,
+        [""] * count,
+    )
 
 
 def make_objective(seed: int = 0, auxiliary_weight: float = 0.0, **options) -> Objective:

@@ -1,0 +1,123 @@
+"""What a data set hands to the objective: samples, and the batches they are joined to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from modules.data.images import Transform
+
+
+def _map_tensors(record, function: Callable[[Tensor], Tensor]):
+    """Copy of a dataclass with ``function`` applied to its tensors and to those of the dataclasses in it."""
+    changed = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = function(value)
+        elif isinstance(value, Pair):
+            changed[field.name] = _map_tensors(value, function)
+    return replace(record, **changed)
+
+
+@dataclass
+class Pair:
+    """Images and report that go through a backbone together. B samples, N views, T positions."""
+
+    # (B, N, 3, H, W) uint8 as loaded, float32 normalised after Batch.to; or stored features (B, N, S, C) float32.
+    # Absent views are zero.
+    images: Tensor
+    view_mask: Tensor  # (B, N) bool, True = view present
+    tokens: Tensor  # (B, T) int64: begin, words, end, then zeros; cut to max_seq_length, so a long report has no end
+    token_mask: Tensor  # (B, T) bool, True = kept position, begin and end included
+    labels: Tensor | None = None  # (B, 14) float32
+
+
+@dataclass
+class Batch:
+    """B samples; ``negative`` holds the hard-negative image and report of every row."""
+
+    positive: Pair
+    negative: Pair | None  # None: the data set has no negatives
+    has_negative: Tensor | None  # (B,) bool; rows without a negative carry their positive and stay out of the losses
+    sample_index: Tensor  # (B,) int64, row of the sample in its data set, the same in every epoch
+    report_key: Tensor  # (B,) int64, equal for the same cleaned text and for the same study
+    ids: list[str]  # "<record id>", or "<record id>#<view>" where every image is a sample
+    reports: list[str]  # as in the annotation
+    replaced: int = 0  # samples of this batch that stand in for unreadable ones
+    transform: Transform | None = None  # made the images, and knows how they are normalised
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """The batch on ``device``, its images normalised there if they are still as they were loaded.
+
+        The view masks stay on the CPU: whether every view is there is asked each step, and must not wait for a GPU.
+        """
+        batch = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        for own, pair in ((self.positive, batch.positive), (self.negative, batch.negative)):
+            if pair is None:
+                continue
+            if pair.images.dtype == torch.uint8:
+                absent = ~pair.view_mask[..., None, None, None]
+                pair.images = self.transform.normalise(pair.images).masked_fill_(absent, 0)
+            pair.view_mask = own.view_mask
+        return batch
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory; the loader calls it."""
+        return _map_tensors(self, Tensor.pin_memory)
+
+
+@dataclass
+class SamplePair:
+    """One row of a Pair: images (N, 3, H, W) uint8, view_mask (N,), tokens (T,), labels (14,) or None."""
+
+    images: Tensor
+    view_mask: Tensor
+    tokens: Tensor
+    labels: Tensor | None
+
+
+@dataclass
+class Sample:
+    """One row of a Batch."""
+
+    positive: SamplePair
+    negative: SamplePair | None
+    has_negative: bool
+    sample_index: int
+    report_key: int
+    id: str
+    report: str
+    transform: Transform
+    replaced: bool = False
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples; each side's tokens are padded with 0 to its own longest report."""
+    has_negatives = samples[0].negative is not None
+    return Batch(
+        positive=_stack([sample.positive for sample in samples]),
+        negative=_stack([sample.negative for sample in samples]) if has_negatives else None,
+        has_negative=torch.tensor([sample.has_negative for sample in samples]) if has_negatives else None,
+        sample_index=torch.tensor([sample.sample_index for sample in samples]),
+        report_key=torch.tensor([sample.report_key for sample in samples]),
+        ids=[sample.id for sample in samples],
+        reports=[sample.report for sample in samples],
+        replaced=sum(sample.replaced for sample in samples),
+        transform=samples[0].transform,
+    )
+
+
+def _stack(pairs: Sequence[SamplePair]) -> Pair:
+    lengths = torch.tensor([len(pair.tokens) for pair in pairs])
+    tokens = pad_sequence([pair.tokens for pair in pairs], batch_first=True)  # (B, T)
+    return Pair(
+        images=torch.stack([pair.images for pair in pairs]),
+        view_mask=torch.stack([pair.view_mask for pair in pairs]),
+        tokens=tokens,
+        # By length, not by id > 0: begin and end are 0 as padding is, and count.
+        token_mask=torch.arange(tokens.shape[1]) < lengths[:, None],
+        labels=None if pairs[0].labels is None else torch.stack([pair.labels for pair in pairs]),
+    )

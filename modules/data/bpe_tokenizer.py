@@ -1,0 +1,113 @@
+"""GPT-2's byte-level BPE behind the word tokeniser's interface, and whichever of the two a checkpoint brought."""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as Bpe
+
+from modules.data.tokenizers import BOS, EOS, Tokenizer, clean_report
+from modules.runtime.errors import InputError
+
+# VisualGPT's choice of tokens for begin and padding, which GPT-2 has none of; it takes GPT-2's own for the end.
+_WHITE_SPACE = "\u0120\u010a"  # how GPT-2 writes a space and a line break at the start of a piece
+BEGIN, END, PADDING = "<?", "<|endoftext|>", "+="
+
+
+class BpeTokenizer:
+    """Maps reports to ids and back; ``definition`` is the JSON of a tokenizers.Tokenizer, ``cleaner`` a report's.
+
+    As everywhere, id 0 is begin, end and padding at once. GPT-2 has a word there: it takes the id of GPT-2's end
+    token, and all other ids are GPT-2's. ``special_ids`` are its own of begin, end and padding; where a vocabulary
+    lacks VisualGPT's tokens for begin and padding, its end token serves. InputError for a definition that is none.
+    """
+
+    def __init__(self, definition: str, cleaner: str):
+        clean_report("", cleaner)  # an unknown cleaner is refused here
+        try:
+            self._bpe = Bpe.from_str(definition)
+        except Exception as error:  # the Rust library raises plain Exceptions
+            raise InputError(f"BPE tokenizer: its definition cannot be read: {str(error)[:200]}") from error
+        end = self._bpe.token_to_id(END)
+        if end is None:
+            raise InputError(f"BPE tokenizer: its vocabulary lacks {END}, so it is not GPT-2's")
+        self._bpe.encode_special_tokens = True  # a report that spells out a special token means its letters
+        self._bpe.no_truncation()
+        self._bpe.no_padding()
+        self.cleaner, self.definition = cleaner, definition
+        begin, padding = (self._bpe.token_to_id(token) for token in (BEGIN, PADDING))
+        self.special_ids = (end if begin is None else begin, end, end if padding is None else padding)
+
+    @classmethod
+    def from_folder(cls, folder: Path, cleaner: str) -> "BpeTokenizer | None":
+        """The tokenizer that transformers saved in ``folder``, or None where it has no BPE files."""
+        names = [path.name for path in folder.iterdir()]
+        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
+            return None
+        from transformers import GPT2TokenizerFast
+
+        try:
+            found = GPT2TokenizerFast.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # damaged files surface as whatever their readers raise
+            raise InputError(f"BPE tokenizer {folder}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+        return cls(found.backend_tokenizer.to_str(), cleaner)
+
+    @property
+    def num_ids(self) -> int:
+        """Rows of embeddings and logits."""
+        return self._bpe.get_vocab_size()
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens beside the end."""
+        return self.num_ids - 1
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the definition: equal when every id means the same token."""
+        return hashlib.sha256(self.definition.encode()).hexdigest()
+
+    def encode(self, report: str) -> list[int]:
+        """Ids of the cleaned report between two zeros, not truncated."""
+        ids = self._bpe.encode(clean_report(report, self.cleaner), add_special_tokens=False).ids
+        return [BOS, *map(self._exchange, ids), EOS]
+
+    def _exchange(self, index: int) -> int:
+        end = self.special_ids[1]
+        return {0: end, end: 0}.get(index, index)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids`` (without the leading begin) up to the first 0; begin and padding tokens are no text."""
+        words = []
+        for index in ids:
+            if index == EOS:
+                break
+            own = self._exchange(int(index))
+            if own not in self.special_ids:
+                words.append(own)
+        return " ".join(self._bpe.decode(words, skip_special_tokens=False).split())
+
+    def words(self, ids: Sequence[int]) -> list[tuple[str, int, int]]:
+        """The words that ``ids`` (without begin and end) are pieces of, each with the range of its pieces."""
+        pieces = [self._bpe.id_to_token(self._exchange(int(index))) for index in ids]
+        starts = [place for place, piece in enumerate(pieces) if place == 0 or piece[0] in _WHITE_SPACE]
+        spans = [
+            (self.decode(ids[start:stop]), start, stop) for start, stop in itertools.pairwise([*starts, len(pieces)])
+        ]
+        return [span for span in spans if span[0]]
+
+    def decode_batch(self, rows) -> list[str]:
+        """Text of every row of ``rows``: lists of ids, or an integer array or tensor (B, L)."""
+        return [self.decode(row) for row in (rows.tolist() if hasattr(rows, "tolist") else rows)]
+
+    def state(self) -> dict:
+        """What ``tokenizer_from_state`` needs, in JSON's types."""
+        return {"bpe": self.definition, "cleaner": self.cleaner}
+
+
+def tokenizer_from_state(state: dict) -> Tokenizer | BpeTokenizer:
+    """The tokenizer whose ``state()`` a checkpoint kept; InputError when it is none."""
+    if isinstance(state, dict) and isinstance(state.get("bpe"), str):
+        return BpeTokenizer(state["bpe"], state.get("cleaner"))
+    return Tokenizer.from_state(state)

@@ -1,0 +1,231 @@
+"""Studies as training samples: images, tokens, and the hard negative that goes with them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from modules.data.annotations import Study
+from modules.data.batches import Batch, Pair, Sample, SamplePair, collate
+from modules.data.detection_features import DetectionFeatures
+from modules.data.feature_cache import FeatureCache
+from modules.data.images import ImageFolder, Transform
+from modules.data.loaders import EpochLoader, build_loader
+from modules.data.sample_order import AUGMENT_NEGATIVE, AUGMENT_POSITIVE, NEIGHBOUR, REPLACEMENT, keyed_generator
+from modules.data.shards import ShardImages
+from modules.data.tokenizers import Tokenizer, clean_report
+from modules.runtime.errors import InputError
+
+__all__ = ["MAX_VIEWS", "Batch", "EpochLoader", "Pair", "ReportDataset", "build_loader", "collate"]
+
+MAX_VIEWS = {"iu_xray": 2, "mimic_cxr": 1, "coco": 1}  # images of a study that are read (R2Gen, R2GenCMN)
+MOST_REPLACEMENTS = 100
+T = TypeVar("T")
+
+
+class ReportDataset(Dataset):
+    """The studies of one split as Samples; ``dataset[epoch, index]`` depends on nothing but seed, epoch and index.
+
+    ``views``: "paired" makes a sample of every study with its first ``max_views`` images, "separate" one of every
+    image, with the study's report. ``read_image`` maps a path to a PIL image, or to one that is already resized (an
+    ImageCache); a FeatureCache or DetectionFeatures given for it and for ``transform`` puts the stored features
+    (N, S, C) where images would be.
+
+    Hard negatives come from ``neighbours`` (num_studies, k), rows of ``studies`` best first with -1 for none: the
+    nearest, or with ``num_neighbours`` > 1 one drawn uniformly from that many (MoCHi). With ``annotation_negatives``
+    they are the studies' own negative reports and images instead.
+
+    ``labels`` (num_studies, 14) go with the samples and, for ``neighbours``, with the negatives.
+    """
+
+    def __init__(
+        self,
+        studies: Sequence[Study],
+        tokenizer: Tokenizer,
+        read_image: Callable[[str], Image.Image | np.ndarray] | FeatureCache | DetectionFeatures,
+        transform: Transform | FeatureCache | DetectionFeatures,
+        *,
+        max_seq_length: int,
+        views: str = "paired",
+        max_views: int = 2,
+        seed: int = 0,
+        neighbours: np.ndarray | None = None,
+        num_neighbours: int = 1,
+        annotation_negatives: bool = False,
+        labels: np.ndarray | None = None,
+        on_bad_image: str = "stop",
+    ):
+        if neighbours is not None:
+            _check_neighbours(neighbours, len(studies), num_neighbours)
+        if labels is not None and len(labels) != len(studies):
+            raise InputError(f"labels: {len(labels)} rows for {len(studies)} studies; every study needs one")
+        if labels is not None and annotation_negatives:
+            raise InputError("labels: the annotation's own negatives have none; give --negative_index instead")
+        self.studies, self.tokenizer, self.read_image, self.transform = studies, tokenizer, read_image, transform
+        self.max_seq_length, self.seed, self.on_bad_image = max_seq_length, seed, on_bad_image
+        self.neighbours, self.num_neighbours = neighbours, num_neighbours
+        self.annotation_negatives, self.labels = annotation_negatives, labels
+        self.has_negatives = neighbours is not None or annotation_negatives
+        self.separate = views == "separate"
+        # A data set with one image per study has no second view to leave empty.
+        most = max((len(study.image_paths) for study in studies), default=1)
+        self.num_views = 1 if self.separate else min(max_views, most)
+        # A sample is a study, or one of its images: (row of the study, index of its view).
+        self.samples = [
+            (row, view)
+            for row, study in enumerate(studies)
+            for view in range(len(study.image_paths) if self.separate else 1)
+        ]
+        self.report_keys = _report_keys(studies, tokenizer.cleaner)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> Sample:
+        """Sample (epoch, index), or index in epoch 0. InputError names study and file of an unreadable image;
+        with ``on_bad_image`` "skip" another sample, chosen by seed, epoch and index, stands in for this one.
+        """
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        try:
+            return self._sample(epoch, index)
+        except InputError as error:
+            if self.on_bad_image == "stop":
+                raise
+            problem = str(error)
+        rng = keyed_generator(self.seed, epoch, REPLACEMENT, index)
+        for other in torch.randint(len(self), (MOST_REPLACEMENTS,), generator=rng).tolist():
+            try:
+                return replace(self._sample(epoch, other), replaced=True)
+            except InputError:
+                continue
+        raise InputError(f"{problem}; nor could {MOST_REPLACEMENTS} other samples be read")
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample | InputError]:
+        """What the loader's processes call: an unreadable image comes back as its error, for the loader to raise."""
+        try:
+            return [self[key] for key in keys]
+        except InputError as error:
+            return [error]
+
+    def sample_id(self, index: int) -> str:
+        """The study's id, with the view where every image is a sample."""
+        row, view = self.samples[index]
+        return f"{self.studies[row].id}#{view}" if self.separate else self.studies[row].id
+
+    def token_counts(self) -> list[int]:
+        """Tokens of every sample's report as it is trained on."""
+        counts = [min(len(self.tokenizer.encode(study.report)), self.max_seq_length) for study in self.studies]
+        return [counts[row] for row, _ in self.samples]
+
+    def shards(self) -> list[list[int]] | None:
+        """The samples of each shard that the images stand in, if they do."""
+        if not isinstance(self.read_image, ShardImages):
+            return None
+        samples: dict[int, list[int]] = {}
+        for index, (row, _) in enumerate(self.samples):
+            samples.setdefault(row, []).append(index)
+        return [[index for row in shard.rows for index in samples[row]] for shard in self.read_image.shards]
+
+    def check_files(self, folder: ImageFolder | FeatureCache | DetectionFeatures) -> None:
+        """InputError for the first image that is missing, empty or outside ``folder``; none is opened."""
+        found = set()  # a path may come again: captions of one image
+        for study in tqdm(self.studies, desc="looking for the images", leave=False):
+            negatives = study.negative_image_paths[: self.num_views] if self.annotation_negatives else ()
+            if isinstance(folder, ShardImages):
+                negatives = ()  # they stand beside the record, as the manifest says
+            for path in (*(study.image_paths if self.separate else study.image_paths[: self.num_views]), *negatives):
+                if path not in found:
+                    _naming(study, folder.locate, path)
+                    found.add(path)
+
+    def _sample(self, epoch: int, index: int) -> Sample:
+        row, view = self.samples[index]
+        study = self.studies[row]
+        positive = self._pair(study, row, view, (epoch, AUGMENT_POSITIVE, index), row)
+        negative = self._negative(epoch, index) if self.has_negatives else None
+        return Sample(
+            positive=positive,
+            negative=positive if self.has_negatives and negative is None else negative,
+            has_negative=negative is not None,
+            sample_index=index,
+            report_key=self.report_keys[row],
+            id=self.sample_id(index),
+            report=study.report,
+            transform=self.transform,
+        )
+
+    def _negative(self, epoch: int, index: int) -> SamplePair | None:
+        anchor, view = self.samples[index]
+        if self.annotation_negatives:
+            row, study = anchor, self.studies[anchor]
+            if study.negative_report is None or not study.negative_image_paths:
+                return None
+            study = replace(study, report=study.negative_report, image_paths=study.negative_image_paths)
+        else:
+            admissible = self.neighbours[anchor][self.neighbours[anchor] >= 0][: self.num_neighbours]
+            if len(admissible) == 0:
+                return None
+            rng = keyed_generator(self.seed, epoch, NEIGHBOUR, index)
+            row = int(admissible[torch.randint(len(admissible), (), generator=rng)])
+            study = self.studies[row]
+        return self._pair(study, row, view, (epoch, AUGMENT_NEGATIVE, index), anchor)
+
+    def _pair(self, study: Study, row: int, view: int, key: tuple[int, int, int], anchor: int) -> SamplePair:
+        """Images and report of ``study``; where every image is a sample, the one at ``view``, or the first.
+
+        In shards the images stand with the sample at row ``anchor`` that shows them.
+        """
+        read = self.read_image.beside(anchor) if isinstance(self.read_image, ShardImages) else self.read_image
+        paths = study.image_paths[: self.num_views]
+        if self.separate and view < len(study.image_paths):
+            paths = (study.image_paths[view],)
+        images = self.transform.blank(self.num_views)
+        for position, path in enumerate(paths):
+            image = _naming(study, read, path)
+            images[position] = self.transform.pixels(image, keyed_generator(self.seed, *key, position))
+        return SamplePair(
+            images=images,
+            view_mask=torch.arange(self.num_views) < len(paths),
+            tokens=torch.tensor(self.tokenizer.encode(study.report)[: self.max_seq_length]),
+            labels=None if self.labels is None else torch.as_tensor(self.labels[row], dtype=torch.float32),
+        )
+
+
+def _naming(study: Study, read: Callable[[str], T], path: str) -> T:
+    try:
+        return read(path)
+    except InputError as error:
+        raise InputError(f"split '{study.split}', study {study.id!r}: {error}") from error
+
+
+def _check_neighbours(neighbours: np.ndarray, num_studies: int, num_neighbours: int) -> None:
+    if neighbours.ndim != 2 or len(neighbours) != num_studies:
+        raise InputError(f"negative index: shape {neighbours.shape}, expected a row for each of {num_studies} studies")
+    if neighbours.min() < -1 or neighbours.max() >= num_studies:
+        raise InputError(f"negative index: holds rows outside -1..{num_studies - 1}; mine it again")
+    if neighbours.shape[1] < num_neighbours:
+        raise InputError(
+            f"--num_neighbours {num_neighbours}: the negative index holds {neighbours.shape[1]} per study; "
+            "mine with a larger --top_k"
+        )
+
+
+def _report_keys(studies: Sequence[Study], cleaner: str) -> list[int]:
+    """One number per study, equal for those linked by the same cleaned text or the same study_id."""
+    parent: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(name: tuple[str, str]) -> tuple[str, str]:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    texts = [("text", clean_report(study.report, cleaner)) for study in studies]
+    for study, text in zip(studies, texts, strict=True):
+        parent[root(("study", study.study_id))] = root(text)
+    numbers: dict[tuple[str, str], int] = {}
+    return [numbers.setdefault(root(text), len(numbers)) for text in texts]

@@ -1,0 +1,256 @@
+"""Images from disk, DICOM too, to normalised tensors: all come in as 8 bits, and no path leaves the image folder."""
+
+import os
+import stat
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from modules.data.dicom import dicom_shape, is_dicom, load_dicom
+from modules.runtime.errors import ImageError, InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 89_000_000  # just below where Pillow starts to warn of decompression bombs
+MAX_BYTES = 2**30  # of a file, which some decoders read whole; 16-bit colour of MAX_PIXELS takes half of it
+MAX_ASPECT = 50  # a thin strip resized by its shorter side would take gigabytes
+# Decoders that run inside Pillow: others (EPS) would start programs.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
+DETECTOR_BITS = (8, 10, 12, 14, 16)
+# max_pixels decides; Pillow's own warning would only stand beside the error.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageFolder:
+    """Opens the images below ``image_dir`` by their relative path, as 8-bit greyscale ("L") or RGB.
+
+    ``image_dir`` may be a link; a link below it that leads out is refused unless ``follow_links``. Any callable
+    path -> PIL image can stand in for it in a data set, a cache of resized images for example.
+    """
+
+    def __init__(self, image_dir: str | Path, max_pixels: int = MAX_PIXELS, follow_links: bool = False):
+        if not os.path.isdir(image_dir):
+            raise InputError(f"image_dir {str(image_dir)!r} is not a folder")
+        self.root = os.path.realpath(image_dir)
+        self.max_pixels = max_pixels
+        self.follow_links = follow_links
+
+    def locate(self, path: str) -> str:
+        """Absolute path of a non-empty regular file; InputError when ``path`` is none or leaves the folder."""
+        place = os.path.normpath if self.follow_links else os.path.realpath
+        full = place(os.path.join(self.root, path)) if "\0" not in path else ""
+        if os.path.isabs(path) or not full.startswith(os.path.join(self.root, "")):
+            raise ImageError(
+                f"image {path!r} leaves image_dir {self.root!r}; paths must stay inside it",
+                "image path leaves image_dir",
+            )
+        try:
+            status = os.stat(full)
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            raise ImageError(
+                f"image {full!r}: {error.strerror}", "image is missing" if missing else "image cannot be opened"
+            ) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"image {full!r} is not a regular file", "image is no regular file")
+        if status.st_size == 0:
+            raise ImageError(f"image {full!r} is empty (0 bytes)", "image is empty")
+        if status.st_size > MAX_BYTES:
+            raise ImageError(f"image {full!r} has {status.st_size} bytes, more than {MAX_BYTES}", "image is too large")
+        return full
+
+    def __call__(self, path: str) -> Image.Image:
+        return open_image(self.locate(path), self.max_pixels)
+
+
+def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image at ``path`` as 8-bit RGB, upright; InputError when it cannot be decoded or has too many pixels."""
+    return open_image(path, max_pixels).convert("RGB")
+
+
+def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As ``load_image``, but one channel stays one ("L"): resizing it costs a third and gives the same values."""
+    try:
+        with open(path, "rb") as file:
+            if not is_dicom(file.read(132)):
+                file.seek(0)
+                return decode_image(file, str(path), max_pixels)
+        image = load_dicom(path, max_pixels)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # broken files make the decoders raise almost anything
+        raise ImageError(f"image {str(path)!r} cannot be decoded: {error}") from error
+    _check_shape(path, image.size, max_pixels)
+    return image
+
+
+def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As ``open_image``, from an open file that is no DICOM; ``name`` is what errors call it."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            _check_shape(name, image.size, max_pixels)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _eight_bits(image)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise ImageError(f"image {name!r} cannot be decoded: {reason}") from error
+
+
+def _check_shape(path: str | Path, size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    shape = f"image {str(path)!r} has {width} x {height} pixels"
+    if width * height > max_pixels:
+        raise ImageError(f"{shape}, more than max_pixels, {max_pixels}", "image is too large")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(f"{shape}: its sides may differ {MAX_ASPECT}-fold at most", "image is a thin strip")
+
+
+def stored_shape(path: str | Path) -> tuple[int, int, int]:
+    """Width, height and the most channels that ``open_image`` can give, from the file's header alone; 0 if unreadable.
+
+    Width and height may come out exchanged where the file says so.
+    """
+    try:
+        with open(path, "rb") as file:
+            if is_dicom(file.read(132)):
+                return dicom_shape(path)
+            file.seek(0)
+            with Image.open(file, formats=FORMATS) as image:
+                grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
+                return *image.size, 1 if grey and not image.has_transparency_data else 3
+    except Exception:  # as in open_image, which says what is wrong
+        return 0, 0, 0
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """``image`` as "L" or "RGB"; transparent parts become black, as unexposed film is."""
+    if image.mode in ("L", "RGB"):
+        return image if "transparency" not in image.info else _on_black(image)
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_scale_to_bytes(image))
+    if image.has_transparency_data:
+        return _on_black(image)
+    return image.convert("RGB")
+
+
+def _on_black(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.composite(rgba.convert("RGB"), Image.new("RGB", image.size), rgba.getchannel("A"))
+
+
+def _scale_to_bytes(image: Image.Image) -> np.ndarray:
+    """Deep greyscale (H, W) as uint8: Pillow's own conversion would clip everything above 255 to white.
+
+    Integers are divided by the range of the smallest detector depth that holds their maximum, so that 12-bit data
+    in 16-bit files keeps its contrast and full-range data is divided by 257. Floats, and integers outside 16 bits,
+    have no range to go by: they are stretched from their minimum to their maximum.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("it holds values that are not finite")
+    if values.dtype.kind == "f" or low < 0 or high > 65535:
+        spread = float(high) - float(low)
+        scaled = np.rint((values - float(low)) * (255 / spread if spread else 0)).astype(np.uint8)
+    else:
+        bits = next(depth for depth in DETECTOR_BITS if high < 2**depth)
+        scaled = np.rint(np.linspace(0, 255, 2**bits)).astype(np.uint8)[values]
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF's WhiteIsZero, which Pillow inverts up to 8 bits only
+        scaled = 255 - scaled
+    return scaled
+
+
+@dataclass(frozen=True)
+class Transform:
+    """PIL image -> (3, size, size) float32, normalised; make one with ``train_transform`` or ``eval_transform``.
+
+    The two halves can be had apart: ``pixels`` stays uint8, which is what travels from the loader's processes (a
+    quarter of the shared memory), and ``normalise`` follows on the device.
+    """
+
+    size: int
+    resize: int | None  # shorter side before the random crop; None: straight to size x size
+    flip: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image.Image, rng: torch.Generator | None = None) -> Tensor:
+        """``rng`` decides crop and flip; evaluation needs none."""
+        return self.normalise(self.pixels(image, rng))
+
+    def blank(self, num_views: int) -> Tensor:
+        """(N, 3, size, size) uint8 of zeros, for a sample's views."""
+        return torch.zeros(num_views, 3, self.size, self.size, dtype=torch.uint8)
+
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after resizing; the longer side is rounded down, as torchvision does."""
+        if self.resize is None:
+            return self.size, self.size
+        if width <= height:
+            return self.resize, int(self.resize * height / width)
+        return int(self.resize * width / height), self.resize
+
+    def resized(self, image: Image.Image) -> np.ndarray:
+        """(1 or 3, H, W) uint8: the part that no random number touches, which modules/data/image_cache.py keeps."""
+        image = image.resize(self.resized_size(*image.size), Image.Resampling.BILINEAR)
+        values = np.array(image)  # (H, W) or (H, W, 3)
+        return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+
+    def pixels(self, image: Image.Image | np.ndarray, rng: torch.Generator | None = None) -> Tensor:
+        """(3, size, size) uint8 after resizing, unless ``image`` is ``resized`` already, and cropping.
+
+        One channel is spread over three.
+        """
+        values = self.resized(image) if isinstance(image, Image.Image) else image
+        if self.resize is not None:
+            values = self._crop(values, rng)
+        return torch.from_numpy(np.array(values, order="C")).expand(3, -1, -1)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(..., 3, H, W) uint8 -> float32 = (pixel / 255 - mean) / std."""
+        # 255 as a tensor: a GPU would multiply by the reciprocal of a number, and differ from the CPU in the last bit.
+        white, mean, std = (
+            torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in ([255.0], self.mean, self.std)
+        )
+        scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return scaled.div_(white).sub_(mean).div_(std)
+
+    def _crop(self, values: np.ndarray, rng: torch.Generator) -> np.ndarray:
+        height, width = values.shape[1:]
+        top = int(torch.randint(height - self.size + 1, (), generator=rng))
+        left = int(torch.randint(width - self.size + 1, (), generator=rng))
+        mirrored = bool(torch.rand((), generator=rng) < 0.5)
+        values = values[:, top : top + self.size, left : left + self.size]
+        return values[:, :, ::-1] if mirrored and self.flip else values
+
+
+def train_transform(
+    size: int = 224,
+    resize: int = 256,
+    flip: bool = True,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Transform:
+    """Shorter side to ``resize``, random crop, with ``flip`` mirrored half of the times; called as t(image, rng)."""
+    if size > resize:
+        raise InputError(f"image size {size} is larger than the resized image, {resize}; crop at most {resize}")
+    return Transform(size, resize, flip, tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def eval_transform(
+    size: int = 224, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Transform:
+    """Resize to exactly ``size`` x ``size``, whatever the aspect ratio; called as t(image)."""
+    return Transform(size, None, False, tuple(map(float, mean)), tuple(map(float, std)))

@@ -1,0 +1,127 @@
+"""The word tokeniser of the R2Gen family: report cleaning, vocabulary and ids, equal to theirs bit for bit.
+
+Captions of natural images have a cleaning of their own. One id, 0, is begin, end and padding at once; words have the
+ids 1..V.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from modules.runtime.errors import InputError
+
+BOS = EOS = PAD = 0
+UNKNOWN = "<unk>"
+
+_NUMBERING = [("1. ", "")] + [(f". {n}. ", ". ") for n in range(2, 6)] + [(f" {n}. ", ". ") for n in range(2, 6)]
+# What is replaced in the whole report before it is split into sentences, in this order. The repetitions are
+# part of the definition: a run of dots longer than they can fold keeps some.
+_REPLACEMENTS = {
+    "iu_xray": [("..", ".")] * 3 + _NUMBERING,
+    "mimic_cxr": [("\n", " ")] + [("__", "_")] * 7 + [("  ", " ")] * 6 + [("..", ".")] * 8 + _NUMBERING,
+}
+CLEANERS = tuple(_REPLACEMENTS)  # of reports, by data set
+CAPTION_CLEANER = "coco"
+
+_QUOTES_AND_SLASHES = str.maketrans("", "", "\"/\\'")
+# The published character class holds the range from ":" to "[", which deletes = @ < > too; the hyphen stays.
+_PUNCTUATION = str.maketrans("", "", ".,?;*!%^&_+(){}]" + "".join(map(chr, range(ord(":"), ord("[") + 1))))
+# In captions hyphens, dashes and slashes stand between words; all other punctuation goes
+# without leaving a gap.
+_BETWEEN_WORDS, _NO_WORD = re.compile(r"[-\u2010-\u2015/_]"), re.compile(r"[^\w\s]")
+
+
+def _clean_sentence(sentence: str) -> str:
+    return sentence.translate(_QUOTES_AND_SLASHES).strip().lower().translate(_PUNCTUATION)
+
+
+def _require_cleaner(cleaner: str) -> None:
+    if cleaner not in (*CLEANERS, CAPTION_CLEANER):
+        raise InputError(f"cleaner {cleaner!r} is unknown; choose one of {', '.join((*CLEANERS, CAPTION_CLEANER))}")
+
+
+def clean_report(report: str, cleaner: str) -> str:
+    """Lower-cased ``report`` without numbering and punctuation, sentences closed by `` .`` (R2Gen's rules).
+
+    A caption ("coco") is lower-cased and loses its punctuation, as VisualGPT's captions do; no full stop is added.
+    """
+    _require_cleaner(cleaner)
+    if cleaner == CAPTION_CLEANER:
+        return " ".join(_NO_WORD.sub("", _BETWEEN_WORDS.sub(" ", report.lower())).split())
+    for old, new in _REPLACEMENTS[cleaner]:
+        report = report.replace(old, new)
+    return " . ".join(_clean_sentence(sentence) for sentence in report.strip().lower().split(". ")) + " ."
+
+
+class Tokenizer:
+    """Maps reports to ids and back; ``tokens`` are the words of the ids 1..V, in order."""
+
+    special_ids = (BOS, EOS, PAD)
+
+    def __init__(self, tokens: Sequence[str], cleaner: str):
+        _require_cleaner(cleaner)
+        self.cleaner = cleaner
+        self.idx2token = dict(enumerate(tokens, start=1))
+        self.token2idx = {token: index for index, token in self.idx2token.items()}
+        if len(self.token2idx) != len(self.idx2token):
+            raise InputError("tokenizer: the vocabulary holds a token twice; every token needs one id")
+        if UNKNOWN not in self.token2idx:
+            raise InputError(f"tokenizer: the vocabulary lacks {UNKNOWN}")
+
+    @classmethod
+    def from_reports(cls, reports: Iterable[str], threshold: int, cleaner: str) -> "Tokenizer":
+        """Vocabulary of <unk> and the tokens seen at least ``threshold`` times in ``reports`` (the train split)."""
+        counts = Counter(token for report in reports for token in clean_report(report, cleaner).split())
+        frequent = {token for token, count in counts.items() if count >= threshold}
+        return cls(sorted(frequent | {UNKNOWN}), cleaner)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of tokens: the ids are 1..V."""
+        return len(self.idx2token)
+
+    @property
+    def num_ids(self) -> int:
+        """V + 1, the number of rows of embeddings and logits (0 is begin, end and padding)."""
+        return len(self.idx2token) + 1
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the tokens joined by newlines: equal when every id means the same token."""
+        return hashlib.sha256("\n".join(self.idx2token.values()).encode()).hexdigest()
+
+    def encode(self, report: str) -> list[int]:
+        """Ids of the cleaned report between two zeros, not truncated; unknown words become <unk>."""
+        unknown = self.token2idx[UNKNOWN]
+        words = clean_report(report, self.cleaner).split()
+        return [BOS, *(self.token2idx.get(word, unknown) for word in words), EOS]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Tokens of ``ids`` (without the leading begin) up to the first 0, joined by single spaces."""
+        words = []
+        for index in ids:
+            if index == EOS:
+                break
+            words.append(self.idx2token[int(index)])
+        return " ".join(words)
+
+    def words(self, ids: Sequence[int]) -> list[tuple[str, int, int]]:
+        """The words of ``ids`` (without begin and end), each with its range of ids, which is one of them."""
+        return [(self.decode([index]), place, place + 1) for place, index in enumerate(ids)]
+
+    def decode_batch(self, rows) -> list[str]:
+        """Text of every row of ``rows``: lists of ids, or an integer array or tensor (B, L)."""
+        return [self.decode(row) for row in (rows.tolist() if hasattr(rows, "tolist") else rows)]
+
+    def state(self) -> dict:
+        """What ``from_state`` needs, in JSON's types."""
+        return {"tokens": list(self.idx2token.values()), "cleaner": self.cleaner}
+
+    @classmethod
+    def from_state(cls, state: dict) -> "Tokenizer":
+        """The tokenizer that ``state()`` described; InputError when the dictionary is not one."""
+        tokens = state.get("tokens") if isinstance(state, dict) else None
+        if not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
+            raise InputError("tokenizer state: expected {'tokens': [strings], 'cleaner': name}")
+        return cls(tokens, state.get("cleaner"))

@@ -1,0 +1,108 @@
+"""Clinical efficacy: precision, recall and F1 of generated reports' labels against the references' labels.
+
+Every key says labeler, score, averaging, class set and what became of uncertain labels, for instance
+``ce_rule_f1_micro_14_uncertain_negative``: published figures differ in each of these.
+
+Shapes: N reports, C = 14 classes in the order of ``modules.labels.labeler.CLASSES``.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from modules.labels.rules import CLASSES
+
+# The five classes of the CheXpert competition (Irvin et al., 2019, arXiv:1901.07031).
+FIVE_CLASSES = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
+CLASS_SETS = {"14": CLASSES, "5": FIVE_CLASSES}
+UNCERTAIN_POLICIES = ("negative", "positive")
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What each label of each report came to, (N, C) bool; N rows resampled give every score of a resample."""
+
+    true_positive: np.ndarray
+    false_positive: np.ndarray
+    false_negative: np.ndarray
+
+
+def outcomes(references: np.ndarray, hypotheses: np.ndarray, uncertain: str) -> Outcomes:
+    """Compare two (N, C) label arrays (1, 0, -1, NaN), with uncertain labels taken as ``negative`` or ``positive``.
+
+    Not mentioned counts as negative.
+    """
+    references, hypotheses = np.asarray(references), np.asarray(hypotheses)
+    if references.shape != hypotheses.shape or references.ndim != 2:
+        raise ValueError(f"labels of shape {references.shape} cannot be compared with {hypotheses.shape}")
+    if uncertain not in UNCERTAIN_POLICIES:
+        raise ValueError(f"uncertain must be one of {UNCERTAIN_POLICIES}, not {uncertain!r}")
+    truth, claim = _binary(references, uncertain), _binary(hypotheses, uncertain)
+    return Outcomes(truth & claim, ~truth & claim, truth & ~claim)
+
+
+def scores_of(result: Outcomes) -> dict[str, float]:
+    """Return precision, recall and F1 with micro, macro and example-based averaging, keyed ``f1_micro`` and so on.
+
+    Macro is the mean over classes, example the mean over reports. A ratio with nothing in its denominator is 0,
+    as in scikit-learn with ``zero_division=0``. So a class or report without any positive label scores 0, and even
+    perfect labels reach less than 1 where such exist: most of all example-based scores of the five classes.
+    """
+    counts = (result.true_positive, result.false_positive, result.false_negative)
+    sums = {
+        "micro": [count.sum(keepdims=True) for count in counts],
+        "macro": [count.sum(axis=0) for count in counts],
+        "example": [count.sum(axis=1) for count in counts],
+    }
+    scores = {}
+    for averaging, (true_positive, false_positive, false_negative) in sums.items():
+        for name, values in ratios(true_positive, false_positive, false_negative).items():
+            scores[f"{name}_{averaging}"] = float(values.mean())
+    return scores
+
+
+def clinical_scores(references: np.ndarray, hypotheses: np.ndarray, labeler: str = "rule") -> dict[str, float]:
+    """Return the 36 clinical scores of (N, 14) labels, in [0, 1], keyed ``ce_<labeler>_<score>_<averaging>_...``."""
+    scores = {}
+    for uncertain in UNCERTAIN_POLICIES:
+        result = outcomes(references, hypotheses, uncertain)
+        for class_set, names in CLASS_SETS.items():
+            columns = [CLASSES.index(name) for name in names]
+            chosen = Outcomes(
+                result.true_positive[:, columns], result.false_positive[:, columns], result.false_negative[:, columns]
+            )
+            for name, value in scores_of(chosen).items():
+                scores[f"ce_{labeler}_{name}_{class_set}_uncertain_{uncertain}"] = value
+    return scores
+
+
+def class_table(references: np.ndarray, hypotheses: np.ndarray, uncertain: str = "negative") -> list[dict]:
+    """Return one row per class: class, precision, recall, f1, and the number of positives on either side."""
+    result = outcomes(references, hypotheses, uncertain)
+    true_positive, false_positive, false_negative = (
+        count.sum(axis=0) for count in (result.true_positive, result.false_positive, result.false_negative)
+    )
+    scores = ratios(true_positive, false_positive, false_negative)
+    return [
+        {
+            "class": name,
+            **{score: float(values[column]) for score, values in scores.items()},
+            "reference_positives": int(true_positive[column] + false_negative[column]),
+            "generated_positives": int(true_positive[column] + false_positive[column]),
+        }
+        for column, name in enumerate(CLASSES)
+    ]
+
+
+def _binary(labels: np.ndarray, uncertain: str) -> np.ndarray:
+    positive = labels == 1
+    return positive | (labels == -1) if uncertain == "positive" else positive
+
+
+def ratios(true_positive: np.ndarray, false_positive: np.ndarray, false_negative: np.ndarray) -> dict[str, np.ndarray]:
+    """Return precision, recall and F1 = 2 TP / (2 TP + FP + FN) of counts of any one shape, elementwise."""
+    return {
+        "precision": true_positive / np.maximum(true_positive + false_positive, 1),
+        "recall": true_positive / np.maximum(true_positive + false_negative, 1),
+        "f1": 2 * true_positive / np.maximum(2 * true_positive + false_positive + false_negative, 1),
+    }

@@ -1,0 +1,75 @@
+"""RadGraph F1 (Jain et al., 2021; Delbrouck et al., 2022) by the package radgraph, in a Python of its own.
+
+The package needs transformers below 5, which this project is above, so it runs as another process: make an
+environment with ``pip install radgraph "transformers<5"`` and name its Python.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from modules.runtime.errors import InputError
+
+LEVELS = ("simple", "partial", "complete")  # entities; and whether they have relations; and which
+_WORKER = Path(__file__).with_name("radgraph_worker.py")
+# The worker's libraries fetch nothing and run no pickles.
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+
+
+class RadGraph:
+    """Scorer with the model in folder ``path``: config.json, vocabulary/ and weights.th, as the package unpacks them.
+
+    The folder's name says which model it is (radgraph, radgraph-xl, modern-radgraph-xl, echograph). ``python`` is the
+    interpreter that has the package, "" for this one. The model is loaded once to see that it can be: InputError where
+    it cannot.
+    """
+
+    def __init__(self, path: str, python: str = "") -> None:
+        self._path, self._python, self._gpu = Path(path), python or sys.executable, False
+        if not (self._path / "weights.th").is_file():
+            raise InputError(
+                f"--radgraph_path {path}: a folder such as radgraph-xl is needed, with config.json, "
+                "vocabulary/ and weights.th"
+            )
+        self._run([])
+
+    def to(self, device: object) -> "RadGraph":
+        """Choose where the next scores are computed."""
+        self._gpu = str(device).startswith("cuda")
+        return self
+
+    def score(self, references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return F1 of N pairs, (N, 1) float64 each, as RadGraph_F1_simple and so on; 0 where a text is empty."""
+        pairs = list(zip(references, hypotheses, strict=True))
+        rows = [row for row, pair in enumerate(pairs) if all(text.strip() for text in pair)]
+        scores = np.zeros((len(pairs), len(LEVELS)))
+        if rows:
+            scores[rows] = self._run([pairs[row] for row in rows])
+        return {f"RadGraph_F1_{level}": scores[:, [column]] for column, level in enumerate(LEVELS)}
+
+    def _run(self, pairs: Sequence[tuple[str, str]]) -> list[list[float]]:
+        """The worker's answer: a row for each pair."""
+        request = {"folder": str(self._path.absolute()), "gpu": self._gpu, "pairs": pairs}
+        try:
+            # Isolated: beside the worker lie files of ours with the names of packages.
+            done = subprocess.run(
+                [self._python, "-I", str(_WORKER)],
+                input=json.dumps(request),
+                text=True,
+                capture_output=True,
+                env=os.environ | _ENVIRONMENT,
+            )
+        except OSError as error:
+            raise InputError(f"--radgraph_python {self._python}: cannot be run: {error.strerror}") from error
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise InputError(
+                f"--radgraph_path {self._path}: radgraph did not run in {self._python}: {lines[-1][:200]} "
+                '(it needs pip install radgraph "transformers<5"; see --radgraph_python)'
+            )
+        return json.loads(done.stdout)

@@ -1,0 +1,233 @@
+"""What each report adds to a run's scores: sums over reports give every corpus score, of the test split or a resample.
+
+A table has one row per report and is named after its scores: ``BLEU``, ``METEOR``, ``diversity``, ``nll``, one mean
+such as ``CIDEr`` (whose document frequencies stay those of all references), or the outcomes of labels,
+``ce_rule_uncertain_negative``. A name that ends in ``_full`` is about whole references. The numbers hold no text.
+
+Shapes: N reports, R resamples, k columns of a table.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from modules.evaluation.clinical_scores import CLASS_SETS, UNCERTAIN_POLICIES, outcomes, ratios
+from modules.evaluation.score_names import FULL, tagged
+from modules.labels.rules import CLASSES
+from modules.runtime.errors import InputError
+from modules.runtime.records import write_private
+
+_TAG = "tag"
+# METEOR 1.5, English, task "rank" (Denkowski and Lavie, 2014): weights of exact, stem, synonym and paraphrase matches.
+_METEOR_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+
+
+@dataclass(frozen=True)
+class ReportStatistics:
+    """The tables (N, k) of one run's reports, in the order of its split.
+
+    ``references`` and ``full_references`` are digests of the ids and the references as they were scored: only runs
+    for which they agree can be compared, on the cut references or on the whole ones. ``tag`` is part of all names of
+    scores: see modules.evaluation.score_names.
+    """
+
+    tables: Mapping[str, np.ndarray]
+    references: str
+    full_references: str
+    tag: str = ""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tables.values())))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The tables as (N, k) float64 whose sums over reports ``scores_of_sums`` takes."""
+        return {
+            name: _with_example_ratios(table) if _is_clinical(name) else table.astype(np.float64)
+            for name, table in self.tables.items()
+        }
+
+    def scores(self) -> dict[str, float]:
+        """The scores of the reports as they are."""
+        sums = {name: table.sum(axis=0, keepdims=True) for name, table in self.columns().items()}
+        return {tagged(name, self.tag): float(values[0]) for name, values in scores_of_sums(sums, len(self)).items()}
+
+
+def scores_of_sums(sums: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """Scores by name, (R,) each, from the sums (R, k) of every table's columns over ``count`` reports."""
+    scores: dict[str, np.ndarray] = {}
+    for name, total in sums.items():
+        base, suffix = (name.removesuffix(FULL), FULL) if name.endswith(FULL) else (name, "")
+        if base == "BLEU":
+            found = {f"BLEU_{n}": values for n, values in enumerate(_bleu(total), start=1)}
+        elif base == "METEOR":
+            found = {base: _meteor(total)}
+        elif base == "diversity":
+            found = {base: (total[:, :3] / np.maximum(total[:, 3:], 1)).prod(axis=1)}
+        elif base == "nll":
+            found = {base: total[:, 0] / np.maximum(total[:, 1], 1)}
+        elif _is_clinical(name):
+            found = _clinical(base, total, count)
+        else:
+            found = {base: total[:, 0] / count}
+        scores |= {f"{score}{suffix}": values for score, values in found.items()}
+    return scores
+
+
+def join(parts: Sequence[ReportStatistics]) -> ReportStatistics:
+    """The reports of several test sets as one, as of the folds of a cross-validation; tables that all parts have.
+
+    CIDEr's document frequencies stay those of each part. InputError where the names of scores differ.
+    """
+    if len(tags := sorted({part.tag for part in parts})) > 1:
+        raise InputError(f"runs whose scores have {' or '.join(map(repr, tags))} in their names cannot be joined")
+    tables = {
+        name: np.concatenate([part.tables[name] for part in parts])
+        for name in parts[0].tables
+        if all(name in part.tables for part in parts)
+    }
+    return ReportStatistics(
+        tables,
+        digest([], [part.references for part in parts]),
+        digest([], [part.full_references for part in parts]),
+        parts[0].tag,
+    )
+
+
+def digest(ids: Sequence[str], references: Sequence[str]) -> str:
+    """SHA-256 of the references with their ids, in order."""
+    return hashlib.sha256(json.dumps([list(ids), list(references)]).encode()).hexdigest()
+
+
+def save_statistics(path: str | Path, systems: Mapping[str, ReportStatistics]) -> None:
+    """Write the statistics of several systems (the model, the floors) on one split as .npz, mode 0600."""
+    first = next(iter(systems.values()))
+    arrays = {
+        f"{system}/{name}": table for system, statistics in systems.items() for name, table in statistics.tables.items()
+    }
+    arrays |= {f"{system}/{_TAG}": np.array(statistics.tag) for system, statistics in systems.items()}
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays, references=first.references, full_references=first.full_references)
+    write_private(path, content.getvalue())
+
+
+def load_statistics(path: str | Path) -> dict[str, ReportStatistics]:
+    """Read what ``save_statistics`` wrote, by system. InputError for a file that is missing, damaged or another."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        digests = [str(arrays.pop(key)) for key in ("references", "full_references")]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; main_train.py and main_test.py write it beside results.json") from None
+    except Exception as error:  # a damaged archive surfaces as whatever its reader raises
+        raise InputError(f"{path}: not the statistics of a run ({type(error).__name__})") from error
+    systems: dict[str, dict[str, np.ndarray]] = {}
+    for key, table in arrays.items():
+        system, _, name = key.partition("/")
+        systems.setdefault(system, {})[name] = table
+    return {
+        system: ReportStatistics(
+            {name: table for name, table in tables.items() if name != _TAG}, *digests, tag=str(tables[_TAG])
+        )
+        for system, tables in systems.items()
+    }
+
+
+def bleu_table(parts: Iterable[Mapping]) -> np.ndarray:
+    """(N, 10) from the parts that pycocoevalcap's BleuScorer keeps: matches, n-grams (n = 1..4), both lengths."""
+    rows = []
+    for part in parts:
+        length = part["testlen"]
+        closest = min(part["reflen"], key=lambda reference: (abs(reference - length), reference))
+        rows.append([*part["correct"], *part["guess"], length, closest])
+    return np.array(rows, dtype=np.int32)
+
+
+def meteor_table(lines: Sequence[str]) -> np.ndarray:
+    """(N, 6) from the answers of METEOR's jar to SCORE: weighted lengths, weighted matches, chunks, matched words.
+
+    Lengths and matches are those of the hypothesis, then of the reference. A report equal to its reference has no
+    fragmentation, so its one chunk is not counted. ValueError for anything but 23 numbers a line.
+    """
+    counts = np.array([[float(number) for number in line.split()] for line in lines])
+    if counts.ndim != 2 or counts.shape[1] != 23:
+        raise ValueError(f"23 numbers a report expected, not an array of shape {counts.shape}")
+    lengths, function_words = counts[:, 0:2], counts[:, 2:4]  # hypothesis, reference
+    stages = counts[:, 4:20].reshape(-1, 4, 4)  # (N, stage, content words of hyp. and ref., function words of both)
+    chunks, matched = counts[:, 20], counts[:, 21:23]
+    weighted_lengths = _DELTA * (lengths - function_words) + (1 - _DELTA) * function_words
+    weighted_stages = _DELTA * stages[:, :, 0:2] + (1 - _DELTA) * stages[:, :, 2:4]
+    weighted_matches = np.einsum("s,nsc->nc", _METEOR_WEIGHTS, weighted_stages)
+    equal = (matched == lengths).all(axis=1) & (chunks == 1)
+    return np.column_stack([weighted_lengths, weighted_matches, np.where(equal, 0, chunks), matched.mean(axis=1)])
+
+
+def clinical_tables(references: np.ndarray, hypotheses: np.ndarray, labeler: str) -> dict[str, np.ndarray]:
+    """(N, 42) of two (N, 14) label arrays, for each policy: true positives, false positives, false negatives."""
+    tables = {}
+    for policy in UNCERTAIN_POLICIES:
+        found = outcomes(references, hypotheses, policy)
+        counts = (found.true_positive, found.false_positive, found.false_negative)
+        tables[f"ce_{labeler}_uncertain_{policy}"] = np.concatenate(counts, axis=1)
+    return tables
+
+
+def _bleu(total: np.ndarray) -> list[np.ndarray]:
+    """BLEU-1..4 (Papineni et al., 2002) of the sums (R, 10), with pycocoevalcap's guards against 0 / 0."""
+    correct, guessed, length, reference_length = total[:, 0:4], total[:, 4:8], total[:, 8], total[:, 9]
+    precision = np.cumprod((correct + 1e-15) / (guessed + 1e-9), axis=1)
+    ratio = (length + 1e-15) / (reference_length + 1e-9)
+    brevity = np.exp(np.minimum(0, 1 - 1 / ratio))
+    return [precision[:, n] ** (1 / (n + 1)) * brevity for n in range(4)]
+
+
+def _meteor(total: np.ndarray) -> np.ndarray:
+    """METEOR (Denkowski and Lavie, 2014) of the sums (R, 6): a weighted harmonic mean less a fragmentation penalty."""
+    length, reference_length, matches, reference_matches, chunks, matched = total.T
+    some = matched > 0
+    precision = np.where(some, matches, 1) / np.where(some, length, 1)
+    recall = np.where(some, reference_matches, 1) / np.where(some, reference_length, 1)
+    mean = 1 / ((1 - _ALPHA) / precision + _ALPHA / recall)
+    return np.where(some, mean * (1 - _GAMMA * (chunks / np.where(some, matched, 1)) ** _BETA), 0.0)
+
+
+def _is_clinical(name: str) -> bool:
+    return name.startswith("ce_")
+
+
+def _with_example_ratios(table: np.ndarray) -> np.ndarray:
+    """(N, 42) outcomes, then each report's own precision, recall and F1 over each class set: example-based scores."""
+    counts = table.reshape(-1, 3, len(CLASSES)).astype(np.float64)
+    own = [
+        values
+        for names in CLASS_SETS.values()
+        for values in ratios(*counts[:, :, _columns(names)].sum(axis=2).T).values()
+    ]
+    return np.column_stack([counts.reshape(len(counts), -1), *own])
+
+
+def _clinical(name: str, total: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    """Scores of sums (R, 42 + 6) under the keys of modules.evaluation.clinical_scores."""
+    start, _, policy = name.partition("_uncertain_")
+    counts, own = np.split(total, [3 * len(CLASSES)], axis=1)
+    counts = counts.reshape(len(total), 3, -1)
+    scores = {}
+    for number, (class_set, names) in enumerate(CLASS_SETS.items()):
+        chosen = counts[:, :, _columns(names)]
+        macro = ratios(*chosen.transpose(1, 0, 2))
+        for column, (ratio, micro) in enumerate(ratios(*chosen.sum(axis=2).T).items()):
+            found = {"micro": micro, "macro": macro[ratio].mean(axis=1), "example": own[:, 3 * number + column] / count}
+            scores |= {
+                f"{start}_{ratio}_{averaging}_{class_set}_uncertain_{policy}": values
+                for averaging, values in found.items()
+            }
+    return scores
+
+
+def _columns(names: Sequence[str]) -> list[int]:
+    return [CLASSES.index(name) for name in names]

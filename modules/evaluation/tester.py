@@ -1,0 +1,174 @@
+"""Generates the reports of a split and scores them; of several processes each generates a share, the first scores.
+
+Shapes: B studies, N views, T tokens, C visual width.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.data.captions import collapse_repeats
+from modules.decoding.search import DecodingOptions
+from modules.evaluation.score_names import tagged
+from modules.runtime import distributed
+from modules.runtime.errors import InputError
+
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Predictions:
+    """What the model wrote for a split, in the order of the data set."""
+
+    ids: list[str] = field(default_factory=list)
+    generated: list[str] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)  # as the R2Gen family scores: cleaned, <unk>, cut
+    full_references: list[str] = field(default_factory=list)  # cleaned only
+    reports: list[str] = field(default_factory=list)  # as the annotation has them
+    nll: Tensor | None = None  # (samples, 2) float64: a reference's negative log-likelihood, and its tokens
+    visual_features: Tensor | None = None  # (studies, C) pooled, on the CPU
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The autocast context of a ``--precision``; float32 is none."""
+    dtype = AUTOCAST[precision]
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+class Tester:
+    """Writes reports with a trained objective's backbone and scores them.
+
+    ``clean`` maps a raw report to its cleaned text; ``score(predictions)`` returns the metrics by name;
+    ``progress(iterable, description)`` shows a bar. ``score_tag`` becomes part of the names of all scores.
+    ``collapse_repeats`` writes a word that immediately repeats itself once. Reports that are drawn at random are drawn
+    by ``seed`` and their batch. ``training_studies`` are batches of the training split, not augmented, whose mean image
+    ``decoding`` with guidance needs.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        *,
+        tokenizer: Any,
+        decoding: DecodingOptions,
+        device: torch.device,
+        precision: str,
+        clean: Callable[[str], str],
+        score: Callable[[Predictions], Mapping],
+        progress: Callable[[Iterable, str], Iterable],
+        score_tag: str = "",
+        collapse_repeats: bool = False,
+        seed: int = 0,
+        training_studies: Iterable | None = None,
+    ):
+        self.objective, self.tokenizer, self.decoding = objective, tokenizer, decoding
+        self.device, self.precision, self.seed = device, precision, seed
+        self.clean, self.score, self.progress, self.score_tag = clean, score, progress, score_tag
+        self.collapse_repeats, self.training_studies = collapse_repeats, training_studies
+
+    @torch.inference_mode()
+    def predict(self, loader: Iterable, description: str) -> Predictions | None:
+        """Generate a report for every study of ``loader``; the visual extractor sees each image once.
+
+        Every process goes through its batches of the split (modules.data.sample_order); the first one gets all
+        predictions, in the order of the data set, the others None.
+        """
+        was_training = self.objective.training
+        self.objective.eval()
+        if self.decoding.guidance:
+            self.objective.backbone.mean_patches = self._mean_patches()
+        texts, rows = [], []
+        for turn, batch in enumerate(self.progress(loader, description)):
+            pair = batch.to(self.device).positive
+            with autocast(self.device, self.precision), self._drawing(turn):
+                features = self.objective.backbone.extract(pair.images, pair.view_mask)
+                tokens = self.objective.backbone.generate(
+                    None, view_mask=pair.view_mask, labels=pair.labels, features=features, decoding=self.decoding
+                )
+                nll = self.objective.report_nll(pair, features)
+            counts = pair.token_mask[:, 1:].sum(1)
+            rows.append(
+                torch.cat([torch.stack([nll.double(), counts.double()], dim=1), features.pooled.double()], dim=1).cpu()
+            )  # (B, 2 + C)
+            texts.append(self._texts(batch, tokens))
+        self.objective.train(was_training)
+        gathered = distributed.gather_batches(texts, rows)
+        return None if gathered is None else _joined(*gathered)
+
+    def _mean_patches(self) -> Tensor:
+        """(S, C): every patch's mean over the training studies that have its view.
+
+        A view that fewer than a sixteenth of the others' studies have would be a mean of a few patients: there it is
+        the mean of all patches. InputError where it is not finite.
+        """
+        total, count = 0.0, 0.0
+        for batch in self.progress(self.training_studies, "mean training image"):
+            pair = batch.to(self.device).positive
+            with autocast(self.device, self.precision):
+                features = self.objective.backbone.extract(pair.images, pair.view_mask)
+            patches = features.patches.double()
+            there = torch.ones_like(patches[..., :1])
+            if features.patch_mask is not None:
+                there = features.patch_mask.unsqueeze(-1).to(there)
+            total, count = total + (patches * there).sum(0), count + there.sum(0)
+        mean = torch.where(16 * count < count.max(), total.sum(0) / count.sum(), total / count.clamp(min=1)).float()
+        if not mean.isfinite().all():
+            raise InputError(
+                "--guidance: the mean training image is not finite; with --precision float16, try bfloat16 or float32"
+            )
+        return mean
+
+    @contextlib.contextmanager
+    def _drawing(self, turn: int) -> Iterator[None]:
+        """Random numbers of a batch that depend on nothing else, and leave those of training alone."""
+        if self.decoding.sample_method != "sample":
+            yield
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.seed + turn * distributed.world_size() + distributed.rank())
+            yield
+
+    def _texts(self, batch: Any, tokens: Tensor) -> dict[str, list[str]]:
+        generated = self.tokenizer.decode_batch(tokens.tolist())  # (B, L): the likeliest of each study
+        return {
+            "ids": batch.ids,
+            "generated": list(map(collapse_repeats, generated)) if self.collapse_repeats else generated,
+            "references": self.tokenizer.decode_batch(batch.positive.tokens[:, 1:].tolist()),
+            "full_references": [self.clean(report) for report in batch.reports],
+            "reports": batch.reports,
+        }
+
+    def evaluate(self, loader: Iterable, description: str) -> tuple[dict[str, float | None], Predictions | None]:
+        """Metrics by name, ``nll`` among them, and the predictions that they were computed from.
+
+        The first process computes the metrics; all return the same, so that they decide alike.
+        """
+        found = self.predict(loader, description)
+        scores = None
+        if found is not None:
+            scores = dict(self.score(found))
+            scores["nll"] = mean_nll(found)
+        scores = distributed.from_first(scores)
+        return {tagged(name, self.score_tag): value for name, value in scores.items()}, found
+
+
+def _joined(texts: list[dict[str, list[str]]], rows: list[Tensor]) -> Predictions:
+    found = Predictions()
+    for part in texts:
+        for name, values in part.items():
+            getattr(found, name).extend(values)
+    table = torch.cat(rows)
+    found.nll, found.visual_features = table[:, :2].clone(), table[:, 2:].float()
+    return found
+
+
+def mean_nll(found: Predictions) -> float:
+    """Mean negative log-likelihood of a reference token."""
+    total, tokens = found.nll.sum(0).tolist()
+    return total / max(tokens, 1)

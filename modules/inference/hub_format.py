@@ -1,0 +1,159 @@
+"""A trained model in forms that others can read: the published codes' checkpoints, and a folder for the hub.
+
+Neither holds optimiser state, paths of this machine, ids or reports; the vocabulary holds the training reports' words.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.runtime.errors import InputError
+from modules.runtime.records import private_folder, write_private
+from modules.training.checkpoint import require_mean_patches
+
+WEIGHTS, SETTINGS, VOCABULARY, CARD = "model.safetensors", "config.json", "vocabulary.json", "README.md"
+FORMAT = "ithn-shared-1"
+# Settings that decide what the weights compute; everything else is of a run or of a machine.
+SHARED = (
+    "dataset_name",
+    "views",
+    "max_seq_length",
+    "threshold",
+    "image_size",
+    "model_name",
+    "visual_extractor",
+    "batch_norm",
+    "d_model",
+    "d_ff",
+    "num_heads",
+    "num_layers",
+    "use_bn",
+    "topk",
+    "cmm_size",
+    "cmm_dim",
+    "rm_num_slots",
+    "rm_num_heads",
+    "rm_d_model",
+    "tokenizer",
+    "gpt2_layers",
+    "gpt2_positions",
+    "tau",
+    "visualgpt_compat",
+    "cluster_order",
+    "num_cluster",
+    "num_protype",
+    "d_img_ebd",
+    "d_txt_ebd",
+    "xpronet_labels",
+    "detection_features",
+    "max_detections",
+    "sample_method",
+    "beam_size",
+    "group_size",
+    "diversity_lambda",
+    "temperature",
+    "collapse_repeats",
+    "block_trigrams",
+    "guidance",
+)
+MEAN = "mean_patches"  # of the training split, of models trained with guidance
+_OURS_ALONE = ("label_head.",)  # XProNet's labels predicted from the image
+_HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
+
+
+def published_weights(state: Mapping[str, Tensor], *, heads: bool) -> dict[str, Tensor]:
+    """The entries that a published code loads (strictly); with ``heads`` the released ITHN code's, else none of ITHN's.
+
+    The paper's variant has one temperature where the released code has two: both become that one. InputError for
+    ``heads`` of weights that were trained without ITHN.
+    """
+    kept = {name: value for name, value in state.items() if not name.startswith((*_OURS_ALONE, *_HEADS))}
+    if not heads:
+        return kept
+    own = {name: value for name, value in state.items() if name.startswith(_HEADS)}
+    if "temp_1" not in own:
+        raise InputError("these weights were trained without ITHN: the released ITHN code cannot read them")
+    return (
+        {"temp_1": own["temp_1"], "temp_3": own.get("temp_3", own["temp_1"].clone())}
+        | kept
+        | {name: value for name, value in own.items() if not name.startswith("temp_")}
+    )
+
+
+def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a checkpoint's settings that goes with its weights."""
+    return {name: config[name] for name in SHARED if name in config}
+
+
+def shared_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint and, where it was trained with guidance, its mean training image."""
+    mean = content.get(MEAN)
+    return dict(content["state_dict"]) | ({} if mean is None else {MEAN: mean})
+
+
+def write_shared(folder: Path, content: Mapping[str, Any], card: str) -> None:
+    """Write a checkpoint of ours as weights, settings, vocabulary and card; InputError where the folder has a model."""
+    from safetensors.torch import save
+
+    if (folder / WEIGHTS).exists():
+        raise InputError(f"--out {folder}: holds a model already; name another folder")
+    private_folder(folder)
+    # Tensors of one memory (tied weights) are written one by one, as the published files have them.
+    weights = {name: value.contiguous().clone() for name, value in shared_tensors(content).items()}
+    write_private(folder / WEIGHTS, save(weights, {"format": "pt"}))
+    settings = {
+        "format": FORMAT,
+        "strategy": content["strategy"],
+        "epoch": content["epoch"],
+        **shared_settings(content["config"]),
+    }
+    write_private(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    write_private(folder / VOCABULARY, json.dumps(content["vocabulary"], ensure_ascii=False) + "\n")
+    write_private(folder / CARD, card)
+
+
+def read_shared(folder: Path) -> dict[str, Any]:
+    """What ``write_shared`` wrote: state_dict, mean_patches, config, vocabulary, strategy, epoch.
+
+    InputError for anything else.
+    """
+    from safetensors.torch import load_file
+
+    settings, vocabulary = (_read_json(folder / name) for name in (SETTINGS, VOCABULARY))
+    if settings.get("format") != FORMAT:
+        raise InputError(f"{folder / SETTINGS}: format is {settings.get('format')!r}, expected {FORMAT!r}")
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except Exception as error:  # the reader raises whatever the damaged bytes lead it to
+        raise InputError(f"{folder / WEIGHTS}: missing or damaged ({type(error).__name__})") from error
+    if not isinstance(settings.get("strategy"), str) or not isinstance(settings.get("epoch"), int):
+        raise InputError(f"{folder / SETTINGS}: needs the entries strategy and epoch")
+    own = {MEAN: weights.pop(MEAN, None)}
+    require_mean_patches(own, folder / WEIGHTS)
+    return {
+        "state_dict": weights,
+        **own,
+        "config": shared_settings(settings),
+        "vocabulary": vocabulary,
+        "strategy": settings["strategy"],
+        "epoch": settings["epoch"],
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return content
+
+
+def same_weights(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether both have the same entries, bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -1,0 +1,171 @@
+"""Reports for images that belong to no data set, with what the model thought of every word.
+
+Shapes: B studies, N views, L generated tokens, g x g patches of a view.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from modules.data.images import Transform
+from modules.decoding.search import DecodingOptions
+from modules.evaluation.tester import autocast
+from modules.inference.attention import recorded_attention, view_maps
+from modules.runtime.errors import InputError
+
+WARNING = (
+    "Research software, not a medical device: these reports are written by a statistical model, may be wrong in "
+    "any sentence, and must not be used for care."
+)
+SENTENCE_END = "."
+
+
+@dataclass(frozen=True)
+class WrittenSentence:
+    """A sentence as words ``start`` to ``stop`` of its report, and the natural logarithm of its probability."""
+
+    text: str
+    start: int
+    stop: int
+    log_prob: float
+
+    @property
+    def mean_log_prob(self) -> float:
+        """Per word."""
+        return self.log_prob / (self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """The report of a study: its words, their log-probabilities given all words before, and where the model looked."""
+
+    words: list[str]
+    log_probs: list[float]
+    end_log_prob: float | None  # of ending there; None: cut at the longest length
+    maps: np.ndarray | None = None  # (words, N, g, g) attention of each word over the patches; None: not recorded
+    pooled: np.ndarray | None = None  # (C,) visual features of the study, mean over its views
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+    @property
+    def log_prob(self) -> float:
+        """Of the whole report, its end included."""
+        return sum(self.log_probs) + (self.end_log_prob or 0.0)
+
+    @property
+    def sentences(self) -> list[WrittenSentence]:
+        """The report cut after every full stop; words after the last one are a sentence too."""
+        cuts = [0, *(i for i, word in enumerate(self.words, start=1) if word == SENTENCE_END), len(self.words)]
+        return [
+            WrittenSentence(" ".join(self.words[start:stop]), start, stop, sum(self.log_probs[start:stop]))
+            for start, stop in itertools.pairwise(cuts)
+            if start < stop
+        ]
+
+
+class Reporter:
+    """Writes reports with a trained ``backbone`` in evaluation mode; ``num_views`` is the most that it reads."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        tokenizer: Any,
+        transform: Transform,
+        num_views: int,
+        decoding: DecodingOptions,
+        device: torch.device,
+        precision: str,
+    ):
+        self.backbone, self.tokenizer, self.transform = backbone.eval(), tokenizer, transform
+        self.num_views, self.decoding, self.device, self.precision = num_views, decoding, device, precision
+
+    @property
+    def shows_attention(self) -> bool:
+        """Whether the backbone names the modules that look at the image."""
+        return bool(self.backbone.cross_attention())
+
+    @torch.inference_mode()
+    def write(
+        self, studies: Sequence[Sequence[Image.Image]], *, attention: bool = False, layer: int | None = -1
+    ) -> list[WrittenReport]:
+        """A report for the images of each study, 1 to ``num_views`` of them.
+
+        The words' log-probabilities, and with ``attention`` the maps of decoder ``layer`` (None: the mean of all),
+        come from one more pass over the finished reports, so that they do not depend on how the search went.
+        """
+        images, view_mask = self._tensors(studies)
+        modules = self.backbone.cross_attention() if attention else []
+        with autocast(self.device, self.precision), recorded_attention(modules) as layers:
+            features = self.backbone.extract(images, view_mask)
+            tokens = self.backbone.generate(None, view_mask=view_mask, features=features, decoding=self.decoding)
+            layers.clear()  # the search's own
+            begin = tokens.new_zeros(len(tokens), 1)
+            output = self.backbone(
+                None, torch.cat([begin, tokens[:, :-1]], dim=1), view_mask=view_mask, features=features
+            )
+        log_probs = output.log_probs.float().gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # (B, L)
+        maps = None
+        if layers:
+            if layer is not None and not -len(layers) <= layer < len(layers):
+                raise InputError(f"--layer {layer}: the decoder has layers 0 to {len(layers) - 1}")
+            maps = view_maps(layers, images.size(1), layer)
+        pooled = features.pooled.float().cpu().numpy()
+        return [
+            self._report(tokens[i], log_probs[i], None if maps is None else maps[i], pooled[i])
+            for i in range(len(tokens))
+        ]
+
+    @torch.inference_mode()
+    def pooled(self, studies: Sequence[Sequence[Image.Image]]) -> np.ndarray:
+        """(B, C) float32: the studies' visual features, mean over patches and views."""
+        images, view_mask = self._tensors(studies)
+        with autocast(self.device, self.precision):
+            return self.backbone.extract(images, view_mask).pooled.float().cpu().numpy()
+
+    def extractor_sha256(self) -> str:
+        """SHA-256 of the visual extractor's weights: features of another one cannot be compared with its own."""
+        digest = hashlib.sha256()
+        for name, value in self.backbone.visual_extractor.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _tensors(self, studies: Sequence[Sequence[Image.Image]]) -> tuple[Tensor, Tensor]:
+        """Images (B, N, 3, H, W) on the device, normalised, absent views zero; and the view mask (B, N) on the CPU."""
+        pixels = torch.stack([self.transform.blank(self.num_views) for _ in studies])
+        view_mask = torch.zeros(len(studies), self.num_views, dtype=torch.bool)
+        for row, images in enumerate(studies):
+            assert 1 <= len(images) <= self.num_views
+            for view, image in enumerate(images):
+                pixels[row, view] = self.transform.pixels(image)
+                view_mask[row, view] = True
+        absent = ~view_mask[..., None, None, None].to(self.device)
+        return self.transform.normalise(pixels.to(self.device)).masked_fill_(absent, 0), view_mask
+
+    def _report(self, tokens: Tensor, log_probs: Tensor, maps: Tensor | None, pooled: np.ndarray) -> WrittenReport:
+        """One row: ``tokens`` (L,) with 0 after the end, ``log_probs`` (L,), ``maps`` (L, N, g, g)."""
+        ended = (tokens == 0).nonzero()
+        length = int(ended[0]) if len(ended) else len(tokens)
+        values = log_probs.tolist()
+        words = self.tokenizer.words(tokens[:length].tolist())  # a word of several pieces has their joint probability
+        return WrittenReport(
+            words=[word for word, _, _ in words],
+            log_probs=[sum(values[start:stop]) for _, start, stop in words],
+            end_log_prob=values[length] if len(ended) else None,
+            maps=None
+            if maps is None
+            else np.array([maps[start:stop].mean(0).cpu().numpy() for _, start, stop in words]).reshape(
+                -1, *maps.shape[1:]
+            ),
+            pooled=pooled,
+        )

@@ -1,0 +1,66 @@
+"""Which image files on the command line make which study."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.runtime.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".gif", ".webp")
+GROUPS = ("none", "folder", "all")
+
+
+@dataclass(frozen=True)
+class StudyFiles:
+    """A study's name, which is its file or folder as given, and its images in order."""
+
+    name: str
+    paths: tuple[Path, ...]
+
+
+def find_studies(paths: Sequence[str], group: str) -> list[StudyFiles]:
+    """The studies in files and folders, sub-folders included, in the order given and by name below.
+
+    ``group``: "none", every image is a study; "folder", the images of a folder are the views of one study; "all",
+    all images together are one. InputError for a path that is not there, or where no image is found.
+    """
+    files = [file for path in paths for file in _images(Path(path))]
+    files = list(dict.fromkeys(files))
+    if group == "none":
+        return [StudyFiles(str(file), (file,)) for file in files]
+    if group == "all":
+        return [StudyFiles(str(files[0].parent), tuple(files))]
+    folders: dict[Path, list[Path]] = {}
+    for file in files:
+        folders.setdefault(file.parent, []).append(file)
+    return [StudyFiles(str(folder), tuple(found)) for folder, found in folders.items()]
+
+
+def _images(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InputError(f"{str(path)!r}: no such file or folder; give images (PNG, JPEG, DICOM) or folders of them")
+    found = []
+    for folder, below, names in os.walk(path):
+        below.sort(key=_by_number)
+        found += [Path(folder, name) for name in sorted(names, key=_by_number) if _is_image(Path(folder, name))]
+    if not found:
+        raise InputError(f"{str(path)!r}: no image in this folder (looked for {' '.join(SUFFIXES)} and DICOM)")
+    return found
+
+
+def _by_number(name: str) -> tuple:
+    """2.png before 10.png."""
+    stem = Path(name).stem
+    return (0, int(stem), name) if stem.isascii() and stem.isdigit() else (1, 0, name)
+
+
+def _is_image(path: Path) -> bool:
+    if path.name.startswith(".") or not path.is_file():
+        return False
+    if path.suffix:
+        return path.suffix.lower() in SUFFIXES
+    with open(path, "rb") as file:  # DICOM files often have no suffix
+        return file.read(132)[128:] == b"DICM"

@@ -1,0 +1,247 @@
+"""Parts of the R2Gen family's transformer: attention, feed-forward, layers, embeddings, positions.
+
+Shapes: B studies, T query positions, S key positions, d = d_model, h heads of width d/h.
+Masks are boolean, True = may be attended to.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.layers.transformer_norms import LayerNorm
+
+ATTENTION_DROPOUT = 0.1  # fixed in the published codes, whatever their --dropout says
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout; on the CPU each 16 random bits decide for an element, four times as fast as torch's own draw.
+
+    p is rounded to 1/65536 there, and the scale of what is kept accordingly.
+    """
+    if not training or p == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    dropped = round(p * 2**16)  # of the 2^16 values that are equally likely
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    keep = torch.ge(bits[: x.numel()].view(x.shape), dropped - 2**15, out=torch.empty_like(x, requires_grad=False))
+    return x * keep.mul_(2**16 / (2**16 - dropped))
+
+
+class Residual(nn.Module):
+    """x + dropout(sublayer(norm(x))); further arguments go to the norm (R2Gen's is conditional)."""
+
+    def __init__(self, norm: nn.Module, dropout: float):
+        super().__init__()
+        self.norm = norm
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], *condition: Tensor) -> Tensor:
+        return x + dropout(sublayer(self.norm(x, *condition)), self.dropout, self.training)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, d) -> (B, h, T, d/h)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, p: float = 0.0) -> Tensor:
+    """Softmax attention (B, h, T, w) of query (B, h, T, w) to keys and values (B, h, S, w), weights dropped with ``p``.
+
+    With dropout on the CPU it is written out: torch's own does the same there, with its slower draw.
+    """
+    if p == 0 or query.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=p)
+    scores = query / math.sqrt(query.size(-1)) @ keys.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # whatever autocast chose
+    return dropout(weights, p, training=True) @ values
+
+
+class Attention(nn.Module):
+    """Multi-head attention with ``linears`` 0..3 = query, key, value, output (Vaswani et al., 2017)."""
+
+    def __init__(self, d_model: int, num_heads: int, dropout: float = ATTENTION_DROPOUT):
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(f"d_model {d_model}: must be a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.linears = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(4))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return split_heads(x, self.num_heads)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, h, S, d/h) of ``source`` (B, S, d)."""
+        return self.split_heads(self.linears[1](source)), self.split_heads(self.linears[2](source))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend from ``x`` (B, T, d) to keys and values; ``mask`` broadcasts to (B, h, T, S)."""
+        query = self.split_heads(self.linears[0](x))
+        dropout = self.dropout if self.training else 0.0
+        attended = attend(query, keys, values, mask, dropout)
+        return self.linears[3](attended.transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The attention weights (B, h, T, S) behind ``forward`` of the same arguments, without dropout."""
+        query = self.split_heads(self.linears[0](x))
+        scores = query @ keys.transpose(-2, -1) / math.sqrt(keys.size(-1))
+        return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+
+
+class FeedForward(nn.Module):
+    """w_2(dropout(relu(w_1 x)))."""
+
+    def __init__(self, d_model: int, d_ff: int, dropout: float):
+        super().__init__()
+        self.w_1 = nn.Linear(d_model, d_ff)
+        self.w_2 = nn.Linear(d_ff, d_model)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_2(dropout(F.relu(self.w_1(x)), self.dropout, self.training))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, pre-norm."""
+
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float, norm=LayerNorm):
+        super().__init__()
+        self.self_attn = Attention(d_model, num_heads)
+        self.feed_forward = FeedForward(d_model, d_ff, dropout)
+        self.sublayer = nn.ModuleList(Residual(norm(d_model), dropout) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.sublayer[0](x, lambda y: self.self_attn(y, *self.self_attn.keys_values(y), mask))
+        return self.sublayer[1](x, self.feed_forward)
+
+
+class Encoder(nn.Module):
+    """``num_layers`` encoder layers and a final norm; ``mask`` (B, 1, 1, S) or None."""
+
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, num_layers: int, dropout: float, norm=LayerNorm):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout, norm) for _ in range(num_layers))
+        self.norm = norm(d_model)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.norm(x)
+
+
+class DecoderLayer(nn.Module):
+    """Masked self-attention, attention to the encoder's output, feed-forward, pre-norm."""
+
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float, norm=LayerNorm):
+        super().__init__()
+        self.self_attn = Attention(d_model, num_heads)
+        self.src_attn = Attention(d_model, num_heads)
+        self.feed_forward = FeedForward(d_model, d_ff, dropout)
+        self.sublayer = nn.ModuleList(Residual(norm(d_model), dropout) for _ in range(3))
+
+    def forward(
+        self,
+        x: Tensor,
+        source: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        source_mask: Tensor | None,
+        cache=None,
+        condition: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        def attend_to_self(y: Tensor) -> Tensor:
+            keys, values = self.self_attn.keys_values(y)
+            if cache is not None:
+                keys, values = cache.append(keys, values)
+            return self.self_attn(y, keys, values, mask)
+
+        x = self.sublayer[0](x, attend_to_self, *condition)
+        x = self.sublayer[1](x, lambda y: self.src_attn(y, *source, source_mask), *condition)
+        return self.sublayer[2](x, self.feed_forward, *condition)
+
+
+class Decoder(nn.Module):
+    """``num_layers`` decoder layers and a final norm (``final_norm`` where it is of another kind)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        num_layers: int,
+        dropout: float,
+        norm=LayerNorm,
+        final_norm=LayerNorm,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(d_model, num_heads, d_ff, dropout, norm) for _ in range(num_layers))
+        self.norm = final_norm(d_model)
+
+    def source_keys_values(self, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's keys and values of the encoder's output (B, S, d): once per study."""
+        return [layer.src_attn.keys_values(encoded) for layer in self.layers]
+
+    def forward(
+        self,
+        x: Tensor,
+        sources: list[tuple[Tensor, Tensor]],
+        mask: Tensor | None,
+        source_mask: Tensor | None = None,
+        caches: list | None = None,
+        condition: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        """Hidden states (B, T, d); with ``caches``, one per layer, ``x`` holds the newest tokens only."""
+        for number, layer in enumerate(self.layers):
+            cache = caches[number] if caches is not None else None
+            x = layer(x, sources[number], mask, source_mask, cache, condition)
+        return self.norm(x)
+
+
+class TokenEmbedding(nn.Module):
+    """Embedding rows times sqrt(d)."""
+
+    def __init__(self, num_ids: int, d_model: int):
+        super().__init__()
+        self.lut = nn.Embedding(num_ids, d_model)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lut(tokens) * math.sqrt(self.lut.embedding_dim)
+
+
+class PositionalEncoding(nn.Module):
+    """Adds the sinusoidal table ``pe`` (1, 5000, d), then dropout (Vaswani et al., 2017)."""
+
+    def __init__(self, d_model: int, dropout: float, max_length: int = 5000):
+        super().__init__()
+        self.dropout = dropout
+        position = torch.arange(max_length, dtype=torch.float32).unsqueeze(1)
+        frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float32) * (-math.log(10000.0) / d_model))
+        table = torch.stack([torch.sin(position * frequency), torch.cos(position * frequency)], dim=-1)
+        self.register_buffer("pe", table.flatten(1).unsqueeze(0))
+
+    def forward(self, x: Tensor, position: int | None = None) -> Tensor:
+        """``x`` (B, T, d) holds positions 0..T-1, or, where ``position`` is given, T hypotheses at that position."""
+        table = self.pe[:, : x.size(1)] if position is None else self.pe[:, position : position + 1]
+        return dropout(x + table, self.dropout, self.training)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Some published files leave the constant table out: its absence is no missing key.
+        if prefix + "pe" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def decoder_mask(tokens: Tensor) -> Tensor:
+    """(B, 1, T, T) mask of teacher-forced inputs (B, T): earlier positions that are no padding, position 0 always.
+
+    Begin, end and padding are all id 0, hence the exception for the first position.
+    """
+    length = tokens.size(1)
+    is_key = tokens > 0
+    is_key[:, 0] = True
+    causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+    return is_key[:, None, None, :] & causal

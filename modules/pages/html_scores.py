@@ -1,0 +1,160 @@
+"""The scores of the report page: headline figures, tables against both forms of the references, clinical tables."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from modules.evaluation.score_names import FULL
+
+_NAMES = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
+_CLINICAL_HEADLINE = "ce_rule_f1_micro_14_uncertain_negative_full"
+_HEADLINES = ("BLEU_4", "METEOR", "ROUGE_L", "CIDEr", _CLINICAL_HEADLINE)
+REPORTS = {
+    "": "References cut to the maximum length, as the R2Gen family scores (comparable with published figures)",
+    FULL: "Full references (nothing cut, rare words kept)",
+}
+CAPTIONS = {"": "Against all captions of an image, as COCO's evaluation scores (comparable with published figures)"}
+_LABELERS = {"rule": "labels by rules", "chexbert": "labels by CheXbert"}
+_CLINICAL = {
+    "precision_micro_14": "Precision, micro",
+    "recall_micro_14": "Recall, micro",
+    "f1_micro_14": "F1, micro",
+    "f1_macro_14": "F1, macro",
+    "f1_example_14": "F1, by report",
+    "f1_micro_5": "F1, micro, 5 classes",
+    "f1_macro_5": "F1, macro, 5 classes",
+}
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A line of the score table; ``scores`` as metrics.measure names them, None where one could not run.
+
+    ``tag`` says beside its name, and beside its headline figures, what they cannot be compared without knowing.
+    ``intervals``: the limits of each score that has them.
+    """
+
+    name: str
+    split: str
+    scores: Mapping[str, float | None]
+    is_floor: bool = False
+    tag: str = ""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def score_tiles(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
+    """The headline figures of the test split (else of the first row's), each beside the better floor's."""
+    models = [row for row in rows if not row.is_floor]
+    if not models:
+        return []
+    model = next((row for row in models if row.split == "test"), models[0])
+    tiles = []
+    for name in _HEADLINES:
+        if name == _CLINICAL_HEADLINE and name not in model.scores:
+            continue
+        value = model.scores.get(name)
+        floors = [
+            (row.scores[name], row.name)
+            for row in rows
+            if row.is_floor and row.split == model.split and row.scores.get(name) is not None
+        ]
+        floor = max(floors, default=None)
+        above = None if floor is None or value is None else value > floor[0]
+        shown = f"{_shown_name(name)} {model.tag}".rstrip()
+        tiles.append(
+            {
+                "name": shown,
+                "split": model.split,
+                "value": _shown(value),
+                "above": above,
+                "interval": _interval(model, name),
+                "floor": floor and (_shown(floor[0]), floor[1]),
+            }
+        )
+    return tiles
+
+
+def score_tables(rows: Sequence[ScoreRow], references: Mapping[str, str] = REPORTS) -> list[dict[str, Any]]:
+    """A table for each form of the references, then one for each labeler's clinical scores."""
+    tables = []
+    for suffix, caption in references.items():
+        names = [f"{name}{suffix}" for name in _NAMES]
+        names += [
+            name
+            for row in rows
+            for name in row.scores
+            if name.endswith(FULL) == bool(suffix) and not name.startswith("ce_")
+        ]
+        tables.append(_table(caption, {name: _shown_name(name) for name in names}, rows))
+    for labeler in dict.fromkeys(found for row in rows for found in _labelers(row)):
+        columns = {f"ce_{labeler}_{key}_uncertain_negative{FULL}": heading for key, heading in _CLINICAL.items()}
+        caption = (
+            f"Clinical efficacy against full references: {_LABELERS.get(labeler, labeler)}, 14 classes, "
+            "uncertain as negative"
+        )
+        tables.append(_table(caption, columns, rows))
+    return [table for table in tables if table["columns"]]
+
+
+def class_tables(classes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The classes of each labeler: precision, recall, F1, and on how many reports of either side; "–" without any."""
+    tables = []
+    for labeler, lines in classes.items():
+        rows = [
+            (
+                line["class"],
+                [
+                    _shown(line["precision"] if line["generated_positives"] else None),
+                    _shown(line["recall"] if line["reference_positives"] else None),
+                    _shown(line["f1"] if line["generated_positives"] or line["reference_positives"] else None),
+                    f"{line['reference_positives']:,}",
+                    f"{line['generated_positives']:,}",
+                ],
+            )
+            for line in lines
+        ]
+        tables.append({"labeler": _LABELERS.get(labeler, labeler), "rows": rows})
+    return tables
+
+
+def _labelers(row: ScoreRow) -> list[str]:
+    return [match[1] for name in row.scores if (match := re.match(r"ce_([a-z0-9]+)_", name))]
+
+
+def _table(caption: str, columns: Mapping[str, str], rows: Sequence[ScoreRow]) -> dict[str, Any]:
+    shown = {name: heading for name, heading in columns.items() if any(name in row.scores for row in rows)}
+    lines = [_line(row, list(shown), rows) for row in rows if any(name in row.scores for name in shown)]
+    return {"caption": caption, "columns": list(shown.values()), "rows": lines}
+
+
+def _line(row: ScoreRow, names: Sequence[str], rows: Sequence[ScoreRow]) -> dict[str, Any]:
+    cells = []
+    for name in names:
+        rivals = [
+            other.scores[name] for other in rows if other.split == row.split and other.scores.get(name) is not None
+        ]
+        value = row.scores.get(name)
+        best = len(rivals) > 1 and value is not None and value == (min(rivals) if name == "nll" else max(rivals))
+        cells.append({"text": _shown(value), "best": best, "interval": _interval(row, name)})
+    name = f"{row.name} ({row.tag})" if row.tag else row.name
+    return {"name": name, "split": row.split, "is_floor": row.is_floor, "cells": cells}
+
+
+def _interval(row: ScoreRow, name: str) -> str:
+    limits = row.intervals.get(name)
+    return f"{limits[0]:.3f} – {limits[1]:.3f}" if limits else ""
+
+
+def _shown_name(name: str) -> str:
+    name = name.removesuffix(FULL)
+    names = {
+        "ROUGE_L": "ROUGE-L",
+        "CIDEr_train_idf": "CIDEr (training idf)",
+        _CLINICAL_HEADLINE.removesuffix(FULL): "Clinical F1 (rules)",
+    }
+    return names.get(name, name.replace("BLEU_", "BLEU-").replace("BERTScore_", "BERTScore "))
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

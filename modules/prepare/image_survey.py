@@ -1,0 +1,74 @@
+"""Decodes every image once, in parallel, and says what it is or what is wrong with it."""
+
+import hashlib
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+from modules.data.images import ImageFolder
+from modules.runtime.errors import ImageError, InputError
+
+_AT_ONCE = 16  # images handed to a process at a time
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What one file turned out to be; without ``problem`` it can be trained on."""
+
+    path: str  # as the annotation has it
+    size: tuple[int, int] = (0, 0)  # width, height, upright
+    mode: str = ""  # "L" or "RGB", as the network sees it
+    sha256: str = ""  # of the file's bytes, where it was asked for
+    problem: str = ""
+    kind: str = ""  # of the problem
+
+
+class _Look:
+    """Reads one image; a class so that it travels to another process."""
+
+    def __init__(self, folder: ImageFolder, hashed: bool):
+        self.folder, self.hashed = folder, hashed
+
+    def __call__(self, path: str) -> ImageFacts:
+        try:
+            image = self.folder(path)
+            digest = ""
+            if self.hashed:
+                with open(self.folder.locate(path), "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except ImageError as error:
+            return ImageFacts(path, problem=str(error), kind=error.kind)
+        except MemoryError:
+            return ImageFacts(path, problem=f"image {path!r}: no memory left to decode it", kind="out of memory")
+        return ImageFacts(path, image.size, image.mode, digest)
+
+
+def survey_images(folder: ImageFolder, paths: Sequence[str], *, workers: int, hashed: bool) -> Iterator[ImageFacts]:
+    """Facts about each of ``paths``, in their order, read by ``workers`` processes (0: in this one).
+
+    InputError where such a process is killed, with the first image that nothing is known of.
+    """
+    look = _Look(folder, hashed)
+    if workers == 0:
+        yield from map(look, paths)
+        return
+    pool = ProcessPoolExecutor(workers, initializer=_ignore_interrupt)
+    done = 0
+    try:
+        for facts in pool.map(look, paths, chunksize=_AT_ONCE):
+            yield facts
+            done += 1
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"a process that reads images was killed, at {paths[done]!r} or one of the images after it; "
+            "where it ran out of memory, lower --num_workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _ignore_interrupt() -> None:
+    # Ctrl-C reaches the whole process group; the main process ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,77 @@
+"""Who is trained on and who is tested: a published split by study id, or a seeded one that keeps patients whole."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from modules.data.annotations import SPLITS
+from modules.runtime.errors import InputError
+
+SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # R2Gen's, on IU X-Ray
+
+
+def seeded_split(patients: Sequence[str], seed: int) -> list[str]:
+    """The split of each record, given its patient: 7:1:2 of the records, with all records of a patient in one split.
+
+    The order is by a hash of seed and patient, so it depends neither on the records' order nor on Python's version.
+    """
+    counts: dict[str, int] = {}
+    for patient in patients:
+        counts[patient] = counts.get(patient, 0) + 1
+    order = sorted(counts, key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).digest())
+    chosen, placed = {}, 0
+    for patient in order:
+        # The middle of a patient's records decides, so that the shares hold to half a patient.
+        share = (placed + counts[patient] / 2) / len(patients)
+        placed += counts[patient]
+        if share < SHARES["train"]:
+            chosen[patient] = "train"
+        else:
+            chosen[patient] = "val" if share < SHARES["train"] + SHARES["val"] else "test"
+    return [chosen[patient] for patient in patients]
+
+
+def read_split(path: Path) -> dict[str, str]:
+    """Study id -> split, in the file's order, from an annotation.json, a JSON object of id lists, or a CSV (id, split).
+
+    Only ids are taken from an annotation. InputError for a file that is none of these, or names an id twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--split {path}: cannot be read: {error}") from error
+    pairs = _csv_pairs(path, text) if path.suffix.lower() == ".csv" else _json_pairs(path, text)
+    found: dict[str, str] = {}
+    for identity, split in pairs:
+        if not isinstance(identity, str) or not identity:
+            raise InputError(f"--split {path}: split '{split}' has an entry without an id")
+        if identity in found:
+            raise InputError(f"--split {path}: id {identity[:80]!r} is there twice")
+        found[identity] = split
+    if not found:
+        raise InputError(f"--split {path}: names no study")
+    return found
+
+
+def _json_pairs(path: Path, text: str) -> list[tuple[object, str]]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--split {path}: not valid JSON: {error}") from error
+    if not isinstance(data, dict) or not all(isinstance(data.get(split), list) for split in SPLITS):
+        raise InputError(f"--split {path}: expected an object with lists under {', '.join(SPLITS)}")
+    return [(item.get("id") if isinstance(item, dict) else item, split) for split in SPLITS for item in data[split]]
+
+
+def _csv_pairs(path: Path, text: str) -> list[tuple[object, str]]:
+    rows = list(csv.DictReader(text.splitlines()))
+    pairs = [(row.get("id"), row.get("split")) for row in rows]
+    wrong = next((split for _, split in pairs if split not in SPLITS), None)
+    if not rows or wrong is not None or any(split is None for _, split in pairs):
+        raise InputError(
+            f"--split {path}: expected the columns id and split, and {', '.join(SPLITS)} in the latter"
+            + (f", not {wrong[:40]!r}" if wrong is not None else "")
+        )
+    return pairs

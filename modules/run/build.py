@@ -1,0 +1,272 @@
+"""Builds the parts of a run from its Config: the one place, with main_* and the other scripts, that sees all of it."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import MODELS, Backbone, build_model
+from modules.config import Config
+from modules.data.annotations import read_annotation
+from modules.data.captions import split_captions
+from modules.data.detection_features import DetectionExtractor, DetectionFeatures, detections_of
+from modules.data.prototype_files import load_prototypes
+from modules.decoding.search import DecodingOptions
+from modules.ithn.objective import Objective
+from modules.labels.study_labels import NO_FINDING, class_order, read_labels
+from modules.layers.visual_extractor import VisualExtractor
+from modules.run.data import (
+    Data,
+    build_dataset,
+    build_split_loader,
+    cache_features,
+    count_samples,
+    training_studies,
+)
+from modules.run.hard_negatives import hard_negatives
+from modules.run.language_model import AnyTokenizer, build_tokenizer, gpt2_options
+from modules.runtime import distributed
+from modules.runtime.environment import choose_device, choose_precision
+from modules.runtime.errors import InputError
+from modules.runtime.input_files import require_plain_archive
+from modules.runtime.launch import process_device
+from modules.training.sync_norm import with_common_statistics
+
+__all__ = [
+    "Data",
+    "build_backbone",
+    "build_dataset",
+    "build_extractor",
+    "build_objective",
+    "build_split_loader",
+    "cache_features",
+    "decoding_options",
+    "load_weights",
+    "prepare_device",
+    "read_data",
+    "score_tag",
+    "training_studies",
+]
+logger = logging.getLogger("ithn")
+
+
+def prepare_device(config: Config) -> torch.device:
+    """The device of this process, with kernels chosen for speed or, by flag, for repeatability."""
+    device = choose_device("cpu" if config.n_gpu == 0 else process_device(config.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # torch by itself allows TF32 in convolutions and not in matrix products.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        # cuBLAS reads it at its first call; without it torch refuses some products.
+        import os
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def with_precision(config: Config, device: torch.device) -> Config:
+    """``config`` with the --precision that auto means on ``device``."""
+    return dataclasses.replace(config, precision=choose_precision(config.precision, device))
+
+
+def read_data(
+    config: Config,
+    *,
+    tokenizer: AnyTokenizer | None = None,
+    trained_with: str | None = None,
+    asked_for_ithn: bool = False,
+) -> Data:
+    """Read the annotation, the vocabulary (unless a checkpoint brought it) and the hard negatives.
+
+    ``trained_with`` names the strategy of a checkpoint that is only tested: no hard negatives are needed then.
+    ``asked_for_ithn``: flags that were given ask for it, so without hard negatives this is an InputError.
+    """
+    annotation = read_annotation(config.ann_path)
+    detections = None
+    if config.detection_features:
+        detections = detections_of(config.detection_features, annotation.splits, config.max_detections)
+    if config.captioning:
+        annotation = split_captions(annotation)
+    if tokenizer is None:
+        reports = [study.report for study in annotation.splits["train"]]
+        tokenizer = build_tokenizer(config, reports, on_gpt2="gpt2_layers" in _backbone_class(config).flags)
+    if config.beam_size > tokenizer.num_ids:
+        raise InputError(f"--beam_size {config.beam_size}: at most the {tokenizer.num_ids} token ids of the vocabulary")
+    strategy, index = "off", None
+    if trained_with is None:
+        strategy, index = hard_negatives(config, annotation, asked=asked_for_ithn)
+    labels = None
+    if _backbone_class(config).needs_labels and (trained_with is None or score_tag(config)):
+        labels = read_labels(config.label_path, _clusters(config), config.label_columns)
+        if trained_with is None:
+            labels.of(annotation.splits["train"])  # a study without labels: rather found now than after the features
+    if score_tag(config):
+        logger.warning(
+            "--xpronet_labels reference: reports are generated from labels that come from the reference "
+            "reports; every score of this run is named *_%s and is none of a model that sees images only",
+            score_tag(config),
+        )
+    return Data(
+        annotation,
+        tokenizer,
+        strategy,
+        index,
+        trained_with or strategy,
+        detections,
+        labels,
+        labels_leak=bool(score_tag(config)),
+    )
+
+
+def _backbone_class(config: Config) -> type[Backbone]:
+    if config.model_name not in MODELS:
+        raise InputError(f"--model_name {config.model_name}: must be one of {', '.join(MODELS)}")
+    return MODELS[config.model_name]
+
+
+def score_tag(config: Config) -> str:
+    """What the names of scores carry where generation is given labels of the reference reports; else nothing."""
+    leaks = "xpronet_labels" in _backbone_class(config).flags and config.xpronet_labels == "reference"
+    return "reference_labels" if leaks else ""
+
+
+def _clusters(config: Config) -> tuple[str, ...]:
+    """The label classes in the order of their prototypes."""
+    return class_order(config.cluster_order, "cluster_order")
+
+
+def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
+    """The visual extractor; without ``pretrained`` its weights are to come from a checkpoint."""
+    if pretrained and config.visual_extractor_weights:
+        require_plain_archive(config.visual_extractor_weights, "--visual_extractor_weights")
+    try:
+        return VisualExtractor(
+            config.visual_extractor,
+            pretrained=pretrained and config.visual_extractor_pretrained,
+            weights=config.visual_extractor_weights if pretrained else None,
+            batch_norm=config.batch_norm,
+            channels_last=True,
+            frozen=config.freeze_visual_extractor,
+            image_size=config.image_size,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def build_objective(
+    config: Config, data: Data, device: torch.device, *, pretrained: bool, kind: type[Objective] = Objective
+) -> Objective:
+    """Backbone and losses, on ``device``."""
+    if isinstance(data.features, DetectionFeatures):
+        extractor: nn.Module = DetectionExtractor(*data.features.shape)
+    else:
+        with distributed.first_goes_ahead():
+            extractor = build_extractor(config, device, pretrained=pretrained)
+    backbone = build_backbone(config, extractor, data.tokenizer, pretrained=pretrained)
+    objective = kind(
+        backbone,
+        strategy=data.strategy,
+        variant=config.ithn_variant,
+        alpha=config.alpha,
+        embedding_dim=config.embedding_dim,
+        ce_weight=config.ce_weight,
+        contrastive_weight=config.contrastive_weight,
+        cosine_weight=config.cosine_weight,
+        contrastive_form=config.contrastive_form,
+        detach_negative=config.detach_negative,
+        renormalise_negative=config.renormalise_negative,
+        previous_epoch_start=config.previous_epoch_start,
+        clamp_segment=config.clamp_segment,
+        mask_identical=config.mask_identical,
+        contrastive_features=config.contrastive_features,
+        n_samples=count_samples(config, data.annotation.splits["train"]),
+    )
+    return with_common_statistics(objective.to(device)) if config.sync_bn else objective.to(device)
+
+
+def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer, *, pretrained: bool) -> Backbone:
+    """The backbone that --model_name names, with the flags that it asks for; InputError where they do not fit."""
+    kind = _backbone_class(config)
+    if config.guidance and not (
+        kind.session is not Backbone.session and kind.search is Backbone.search and kind.generate is Backbone.generate
+    ):
+        raise InputError(
+            f"--guidance {config.guidance:g}: --model_name {config.model_name} writes reports by a "
+            "generate() of its own, not by a session() that can be guided"
+        )
+    options = {name: getattr(config, name) for name in kind.flags}
+    if "num_protype" in kind.flags:
+        options |= _prototypes(config, pretrained)
+    if "gpt2_layers" in kind.flags:
+        options |= gpt2_options(config, tokenizer, pretrained=pretrained)
+    try:
+        return build_model(config.model_name, visual_extractor=extractor, num_ids=tokenizer.num_ids, **options)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+
+
+def _prototypes(config: Config, pretrained: bool) -> dict[str, Any]:
+    """The labels' clusters by name, and the prototypes to start from unless a checkpoint brings them."""
+    classes = _clusters(config)
+    if config.num_cluster != len(classes):
+        raise InputError(
+            f"--num_cluster {config.num_cluster}: the labels have {len(classes)} classes with a cluster "
+            f"of prototypes each; give --num_cluster {len(classes)}"
+        )
+    initial = None
+    if pretrained and config.init_protypes_path:
+        initial = load_prototypes(
+            config.init_protypes_path,
+            classes,
+            num_protype=config.num_protype,
+            d_img_ebd=config.d_img_ebd,
+            d_txt_ebd=config.d_txt_ebd,
+        )
+    return {"no_finding": classes.index(NO_FINDING), "init_prototypes": initial}
+
+
+def decoding_options(config: Config) -> DecodingOptions:
+    """How reports are generated."""
+    names = (
+        "sample_method",
+        "beam_size",
+        "max_seq_length",
+        "temperature",
+        "sample_n",
+        "group_size",
+        "diversity_lambda",
+        "guidance",
+    )
+    try:
+        return DecodingOptions(
+            **{name: getattr(config, name) for name in names}, block_trigrams=bool(config.block_trigrams)
+        )
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+
+
+def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path: str) -> None:
+    """Load ``weights`` of ours or of a published checkpoint into ``objective``; InputError when they do not fit."""
+    entry = objective.backbone.vocabulary_entry
+    # Trained on several GPUs, the published codes save the wrapper's names.
+    here, there = (
+        next((len(value) for name, value in state.items() if name.removeprefix("module.") == entry), None)
+        for state in (objective.backbone.state_dict(), weights)
+    )
+    if there is not None and here != there:
+        raise InputError(
+            f"checkpoint {path}: made for a vocabulary of {there - 1} words, but this annotation gives {here - 1}; "
+            "most likely --threshold or --dataset_name differ from its training, or the annotation is another version"
+        )
+    try:
+        objective.load_published(weights)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"checkpoint {path}: {' '.join(str(error).split())[:400]}") from error

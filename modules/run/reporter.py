@@ -1,0 +1,106 @@
+"""Composes a Reporter from a checkpoint alone: no annotation, no data set."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from models import Backbone
+from modules.data.bpe_tokenizer import tokenizer_from_state
+from modules.data.datasets import MAX_VIEWS
+from modules.data.images import eval_transform, open_image
+from modules.flags import resolve_config
+from modules.inference.prediction import Reporter
+from modules.inference.study_files import StudyFiles
+from modules.ithn.objective import Objective
+from modules.run import build as compose
+from modules.runtime.errors import InputError
+from modules.training.checkpoint import FORMAT, load_checkpoint
+
+# Settings of a run that say nothing about the model.
+UNUSED = {"feature_cache": "", "resume": "", "ithn": "off", "ithn_variant": "paper", "strategy": "ithn"}
+
+
+def load_reporter(path: str, given: Mapping[str, Any]) -> Reporter:
+    """The model in our checkpoint ``path``, with its own settings beneath the flags ``given``."""
+    content = load_checkpoint(path)
+    if content.get("format") != FORMAT:
+        raise InputError(
+            f"--load {path}: it holds no vocabulary and no settings, as published checkpoints do not; "
+            "make one of ours of it with scripts/convert_checkpoint.py"
+        )
+    config = resolve_config(given, content["config"] | UNUSED)
+    if config.detection_features:
+        raise InputError(
+            f"--load {path}: trained with --detection_features, which a new image does not have; train "
+            "with a visual extractor to write captions of new images"
+        )
+    if compose.score_tag(config):
+        raise InputError(
+            f"--load {path}: generates from the labels of a reference report (--xpronet_labels "
+            "reference), which a new image does not have; train with --xpronet_labels predicted"
+        )
+    device = compose.prepare_device(config)
+    tokenizer = tokenizer_from_state(content["vocabulary"])
+    extractor = compose.build_extractor(config, device, pretrained=False)
+    backbone = compose.build_backbone(config, extractor, tokenizer, pretrained=False)
+    objective = Objective(backbone, strategy="off").to(device)
+    compose.load_weights(objective, content["state_dict"], path)
+    if config.guidance:
+        backbone.mean_patches = _mean_patches(content.get("mean_patches"), backbone, config.guidance, path)
+    return Reporter(
+        backbone,
+        tokenizer=tokenizer,
+        device=device,
+        precision=config.precision,
+        transform=eval_transform(size=config.image_size, mean=extractor.mean, std=extractor.std),
+        num_views=1 if config.views == "separate" else MAX_VIEWS[config.dataset_name],
+        decoding=compose.decoding_options(config),
+    )
+
+
+def _mean_patches(found: Any, backbone: Backbone, guidance: float, path: str) -> torch.Tensor:
+    """The mean training image of a checkpoint that was trained with guidance."""
+    if found is None:
+        raise InputError(
+            f"--guidance {guidance:g}: {path} has no mean training image: trained without guidance, or "
+            "saved before a validation; give --guidance 0, or a model_best.pth trained with it"
+        )
+    if found.shape[1] != backbone.image_dim:
+        raise InputError(
+            f"--load {path}: its mean_patches have width {found.shape[1]}, the visual extractor's is "
+            f"{backbone.image_dim}"
+        )
+    return found
+
+
+class StudyReader:
+    """Opens the studies' images, in batches; what cannot be read is named on stderr, counted, and left out."""
+
+    def __init__(self, studies: Sequence[StudyFiles], num_views: int, batch_size: int):
+        self.studies, self.num_views, self.batch_size = studies, num_views, batch_size
+        self.unreadable = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.studies) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[StudyFiles, list[Image.Image]]]]:
+        for start in range(0, len(self.studies), self.batch_size):
+            opened = [(study, self._open(study)) for study in self.studies[start : start + self.batch_size]]
+            if readable := [(study, images) for study, images in opened if images]:
+                yield readable
+
+    def _open(self, study: StudyFiles) -> list[Image.Image]:
+        if len(study.paths) > self.num_views:
+            print(
+                f"{study.name}: {len(study.paths)} images, of which the model reads the first {self.num_views}",
+                file=sys.stderr,
+            )
+        try:
+            return [open_image(path) for path in study.paths[: self.num_views]]
+        except InputError as error:
+            print(f"error: {error}; no report for {study.name}", file=sys.stderr)
+            self.unreadable += 1
+            return []

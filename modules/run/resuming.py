@@ -1,0 +1,281 @@
+"""Which checkpoint a training goes on from, whether it fits the flags and the data, and putting everything back."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from models import MODELS
+from modules.config import Config
+from modules.data.bpe_tokenizer import BpeTokenizer, tokenizer_from_state
+from modules.flags import resolve_config
+from modules.ithn.objective import Objective
+from modules.run import build as compose
+from modules.runtime import distributed
+from modules.runtime.errors import InputError
+from modules.training.checkpoint import TESTED, load_checkpoint, require_entries, require_resumable
+from modules.training.checkpoint_folder import BEST, CheckpointFolder
+from modules.training.optimizers import learning_rate_factor, scale_learning_rates
+from modules.training.trainer import Trainer
+from modules.training.training_state import Best
+
+logger = logging.getLogger("ithn")
+
+# Flags that the kept states of optimiser, schedule, model selection and projections decide when a run goes on.
+KEPT = (
+    "optim",
+    "lr_ve",
+    "lr_ed",
+    "weight_decay",
+    "adam_betas",
+    "adam_eps",
+    "amsgrad",
+    "lr_scheduler",
+    "step_size",
+    "gamma",
+    "scale_lr",
+    "monitor_metric",
+    "monitor_mode",
+    "contrastive_features",
+)
+# Flags that decide which samples are still to come in an epoch that was begun.
+KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing")
+
+# Flags of backbones that their weights are made for.
+NETWORK = (
+    "d_model",
+    "d_ff",
+    "num_heads",
+    "num_layers",
+    "use_bn",
+    "cmm_size",
+    "cmm_dim",
+    "rm_num_slots",
+    "rm_num_heads",
+    "rm_d_model",
+    "gpt2_layers",
+    "gpt2_positions",
+    "num_cluster",
+    "num_protype",
+    "d_img_ebd",
+    "d_txt_ebd",
+)
+
+
+@dataclass
+class Source:
+    """A checkpoint that a run goes on from."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its flags; a results folder may have been moved since, so it writes where the checkpoint lies."""
+        return self.content["config"] | {"save_dir": str(self.path.parent), "resume": "", "load": ""}
+
+    @property
+    def tokenizer(self) -> compose.AnyTokenizer | None:
+        """Its byte pairs, whose files may be gone; words are made of the annotation anew, and compared."""
+        found = own_tokenizer(self.content, str(self.path))
+        return found if isinstance(found, BpeTokenizer) else None
+
+
+def save_dir(given: Mapping[str, Any]) -> str:
+    """The results folder of a training: --save_dir, or else where the checkpoint of --resume lies."""
+    resume = given.get("resume")
+    beside = str(Path(resume).parent) if resume and resume != "auto" else Config.save_dir
+    return given.get("save_dir", beside)
+
+
+def find_source(given: Mapping[str, Any], folder: CheckpointFolder) -> Source | None:
+    """What --resume names, with ``auto`` the latest valid checkpoint of ``folder``; None for a run from the start."""
+    resume = given.get("resume")
+    if resume == "auto":
+        found = folder.newest_valid()
+        return found and Source(*found)
+    if not resume:
+        return None
+    content = load_checkpoint(resume)
+    require_resumable(content, resume)
+    return Source(Path(resume), content)
+
+
+def own_settings(content: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The flags in a checkpoint of ours that is tested: the results go where it lies."""
+    require_entries(content, path, TESTED)
+    tokenizer = own_tokenizer(content, path)
+    if content.get("vocabulary_sha256", tokenizer.sha256) != tokenizer.sha256:
+        raise InputError(
+            f"checkpoint {path}: its vocabulary was changed since it was written, so its words would be "
+            "wrong; take another copy"
+        )
+    return content["config"] | {"save_dir": str(Path(path).parent), "resume": ""}
+
+
+def require_same_network(given: Mapping[str, Any], saved: Mapping[str, Any], path: str) -> None:
+    """InputError for a flag ``given`` that asks for another network than that of a checkpoint's ``saved`` settings."""
+    used = getattr(MODELS.get(saved.get("model_name")), "flags", ())
+    named = [
+        "model_name",
+        *([] if saved.get("detection_features") else ["visual_extractor"]),
+        *(name for name in NETWORK if name in used),
+    ]
+    for name in named:
+        if name in given and given[name] != saved.get(name, given[name]):
+            held = {key: saved.get(key) for key in ("model_name", "d_model", name)}
+            raise InputError(
+                f"--{name} {given[name]}: contradicts checkpoint {path}, which holds "
+                + ", ".join(f"{key} {value}" for key, value in held.items())
+                + "; leave the flag out, the checkpoint brings its own settings"
+            )
+
+
+def own_tokenizer(content: Mapping[str, Any], path: str) -> compose.AnyTokenizer:
+    """The vocabulary in a checkpoint of ours."""
+    try:
+        return tokenizer_from_state(content["vocabulary"])
+    except InputError as error:
+        raise InputError(f"checkpoint {path}: {error}") from error
+
+
+def restore_extractor(objective: Objective, source: Source) -> None:
+    """Put the visual extractor's weights back: features are cached with them before all else is restored."""
+    prefix = "backbone.visual_extractor."
+    try:
+        weights = {
+            name.removeprefix(prefix): value
+            for name, value in source.content["objective"].items()
+            if name.startswith(prefix)
+        }
+        objective.backbone.visual_extractor.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise _misfit(source.path, error) from error
+
+
+def _misfit(path: Path, error: Exception) -> InputError:
+    return InputError(f"--resume {path}: it does not fit the flags: {' '.join(str(error).split())[:300]}")
+
+
+def restore(trainer: Trainer, objective: Objective, source: Source, config: Config, data: compose.Data) -> None:
+    """Put everything back as the checkpoint has it; InputError where it does not fit the flags or the data."""
+    path, content = source.path, source.content
+    began = resolve_config({}, content["config"])
+    _require_unchanged(config, began, KEPT, path)
+    if content["vocabulary"] != data.tokenizer.state():
+        raise InputError(
+            f"--resume {path}: it was trained with another vocabulary than {config.ann_path} "
+            f"gives with --threshold {config.threshold}; use the annotation it was trained on"
+        )
+    state = dict(content)
+    try:
+        _require_alike(trainer.state_dict(), state, ("scheduler", "scaler", "position", "best", "guard"))
+        state["position"] = _position(config, source, data, trainer.loader.batch_sampler.shards_sha256)
+        objective.load_state_dict(content["objective"])
+        trainer.load_state_dict(state)
+        _require_shapes(trainer)
+        now, then = (
+            learning_rate_factor(config.scale_lr, count)
+            for count in (distributed.world_size(), content.get("processes", 1))
+        )
+        if now != then:
+            scale_learning_rates(trainer.optimizer, trainer.scheduler, now / then)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise _misfit(path, error) from error
+
+
+def _require_unchanged(config: Config, began: Config, names: tuple[str, ...], path: Path) -> None:
+    """InputError for a flag that was changed for a resume, but would be overruled by what the checkpoint kept."""
+    # The cosine is laid out over all epochs.
+    for name in names + (("epochs",) if config.lr_scheduler == "CosineAnnealingLR" else ()):
+        now, then = getattr(config, name), getattr(began, name)
+        if now != then:
+            raise InputError(
+                f"--{name} {now}: the run of --resume {path} began with {then} and must go on "
+                "with it; leave the flag out, or start a new run"
+            )
+
+
+def _position(config: Config, source: Source, data: compose.Data, shards_sha256: str | None) -> dict[str, Any]:
+    """Where to go on; in an epoch that was begun, behind the samples that were seen.
+
+    The batch size and the number of processes may be others now, where the order does not depend on them.
+    """
+    position = dict(source.content["position"])
+    if position["trained"] or not position["batches"]:
+        return position
+    began = resolve_config({}, source.content["config"])
+    _require_unchanged(config, began, KEPT_WITHIN_AN_EPOCH, source.path)
+    if source.content["annotation_sha256"] != data.annotation.sha256:
+        raise InputError(
+            f"--resume {source.path}: it stands in the middle of epoch {position['epoch']} of another "
+            f"annotation than {config.ann_path}; use the one it began with"
+        )
+    if source.content.get("shards_sha256") != shards_sha256:
+        raise InputError(
+            f"--shards {config.shards!r}: --resume {source.path} stands in the middle of epoch "
+            f"{position['epoch']}, which began with other shards or without; give those it began with"
+        )
+    if config.shards:  # a batch comes from one of the files that are read by turns
+        _require_unchanged(config, began, ("batch_size",), source.path)
+    # Batches of like length are made up by their size in all processes together.
+    together = config.batch_size * distributed.world_size()
+    then = began.batch_size * source.content.get("processes", 1)
+    if config.length_bucketing and together != then:
+        raise InputError(
+            f"--length_bucketing true: --resume {source.path} stands in the middle of epoch "
+            f"{position['epoch']}, whose batches have {then} samples in all processes together, not "
+            f"{together}; choose --batch_size or --n_gpu so that they do"
+        )
+    return position | {"batches": position["samples"] // together}
+
+
+def _require_alike(fresh: Mapping[str, Any], saved: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """ValueError where an entry of the fresh states is missing in ``saved``, or of another kind."""
+    for name in names:
+        for key, value in fresh[name].items():
+            # What torch keeps for itself differs from version to version.
+            if key not in saved[name] and not key.startswith("_"):
+                raise ValueError(f"{name} has no {key!r}")
+            found = saved[name].get(key, value)
+            if value is not None and _kind(value) is not _kind(found):
+                raise ValueError(f"{name}[{key!r}] is a {type(found).__name__}")
+    if any(value < 0 for value in saved["position"].values()) or not _is_score(saved["best"]["score"]):
+        raise ValueError("its position or best score is no such number")
+
+
+def _kind(value: Any) -> type:
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
+
+
+def _require_shapes(trainer: Trainer) -> None:
+    for parameter, kept in trainer.optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(
+                    f"the optimiser's {name} has shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}"
+                )
+
+
+def bring_best(trainer: Trainer, source: Source, folder: CheckpointFolder) -> None:
+    """Have the best model so far in ``folder``: a run that goes on elsewhere may never find a better one."""
+    best, position = trainer.best, source.content["position"]
+    if not best.epoch:
+        return
+    just_judged = best.epoch == position["epoch"] - 1 and not position["batches"] and not position["trained"]
+    found = source.path if just_judged else source.path.with_name(BEST)
+    if not found.is_file():
+        logger.warning("no %s beside --resume: epochs to come choose the best model anew", BEST)
+        trainer.best = Best()
+    elif distributed.is_first() and not ((folder.path / BEST).is_file() and found.samefile(folder.path / BEST)):
+        folder.keep_as_best(found)

@@ -1,0 +1,79 @@
+"""Users' mistakes become one line and exit code 2; everything else keeps its traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from modules.runtime.packages import missing_package, remedy
+
+
+class InputError(ValueError):
+    """A mistake in the user's input: one line that says what, where, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One of possibly many mistakes in a file; ``message`` is the whole line about it, ``kind`` what is counted."""
+
+    kind: str
+    message: str
+    file: str
+    split: str = ""
+    id: str = ""
+    field: str = ""
+
+
+def stop_at(problem: Problem) -> None:
+    """Raise the problem as InputError: what a reader does with the first one, unless it is told to note them all."""
+    raise InputError(problem.message)
+
+
+class ImageError(InputError):
+    """An image that cannot be had; ``kind`` is what such images are counted under."""
+
+    def __init__(self, message: str, kind: str = "image cannot be decoded"):
+        super().__init__(message)
+        self.kind = kind
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line and without control characters: a terminal would obey those of a hostile file."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+
+
+def error_line(error: InputError) -> str:
+    """What the user reads of ``error``."""
+    return f"error: {one_line(str(error))}"
+
+
+def _say(error: InputError) -> None:
+    # Processes that torchrun started together read the same flags: one of them says what is wrong.
+    if os.environ.get("RANK", "0") == "0":
+        print(error_line(error), file=sys.stderr)
+
+
+def run_entry_point(main: Callable[[], int | None]) -> None:
+    """Run ``main`` and exit the process with its code; an InputError prints one line on stderr and exits with 2.
+
+    So does a Python without the packages, which is most often one whose environment was not activated.
+    """
+    try:
+        code = main()
+    except InputError as error:
+        _say(error)
+        code = 2
+    except ModuleNotFoundError as error:
+        package = missing_package(error)
+        if package is None:
+            raise
+        _say(InputError(f"{sys.executable} has no package {package}; {remedy()}"))
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader (head, less) went away: nothing is wrong, and flushing again would raise once more.
+        sys.stderr.close()
+        code = 0
+    sys.exit(code or 0)

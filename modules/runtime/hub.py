@@ -1,0 +1,89 @@
+"""Fetches the weights of a text encoder or language model from the Hugging Face hub, once, and only what it needs."""
+
+import re
+from pathlib import Path
+
+from modules.runtime.errors import InputError
+
+_CONFIGURATION = ("*.json", "*.txt", "*.model")  # also the vocabularies of all tokenisers
+
+
+def download_encoder(name: str, *, tfidf: bool) -> Path:
+    """Folder with the files of the text encoder ``name``; see ``download_model``. ``tfidf``: it would do as well."""
+    return download_model(
+        name,
+        flag="--text_encoder",
+        otherwise="'--text_encoder tfidf' needs no weights"
+        if tfidf
+        else "'--text_encoder minilm' comes as a pip package",
+    )
+
+
+def respelled(name: str) -> str:
+    """``name`` without what people add to one of our own names, as in TF-IDF; a hub id with its owner stays."""
+    return name if "/" in name else re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def cached_model(name: str) -> Path | None:
+    """Folder with the files of hub model ``name`` on this machine; None where they are not (all) here."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if _complete([path.name for path in folder.iterdir()]) else None
+
+
+def download_model(name: str, *, flag: str, otherwise: str) -> Path:
+    """Folder with the files of hub model ``name``: from the local hub cache, or else downloaded into it.
+
+    Safetensors are taken where the model has them, PyTorch's files otherwise; code files never. InputError where the
+    hub cannot be reached or does not have (or give out) the model: it names the ``flag`` and what can be done
+    ``otherwise``.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        folder = cached_model(name)
+        if folder is not None:
+            return folder
+    except HFValidationError as error:
+        raise InputError(f"{flag} {name}: neither a folder nor the id of a hub model (owner/name)") from error
+    try:
+        files = [entry.rfilename for entry in HfApi().model_info(name, timeout=10).siblings]
+        weights = _weights(files)
+        if not weights:
+            raise InputError(f"{flag} {name}: the hub model has no safetensors and no PyTorch weights")
+        return Path(snapshot_download(name, allow_patterns=[*_CONFIGURATION, *weights]))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{flag} {name}: its owner asks for consent on the hub page; then log in with: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"{flag} {name}: no such model on the hub, nor a folder of that name") from error
+    except InputError:
+        raise
+    except Exception as error:  # connection, proxy, certificate, disk: the client raises many kinds
+        raise InputError(
+            f"{flag} {name}: the weights are not on this machine and cannot be downloaded "
+            f"({type(error).__name__}); where there is a network, run 'hf download {name} --local-dir DIR' and give "
+            f"'{flag} DIR'; {otherwise}"
+        ) from error
+
+
+def _weights(files: list[str]) -> list[str]:
+    """The weight files to take among ``files`` of a model's top folder."""
+    for suffix, prefix in ((".safetensors", "model"), (".bin", "pytorch_model")):
+        chosen = [name for name in files if name.startswith(prefix) and name.endswith(suffix)]
+        if chosen:
+            return chosen
+    return []
+
+
+def _complete(files: list[str]) -> bool:
+    """Whether a cached folder has all kinds of files: an interrupted download leaves only some."""
+    vocabulary = any(name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece")) for name in files)
+    return "config.json" in files and vocabulary and bool(_weights(files))

@@ -1,0 +1,51 @@
+"""How a setting is declared: a field of a frozen dataclass that knows its help text, group and bounds.
+
+Each room declares the settings of its own concern in such a dataclass (ITHNSettings, OptimSettings, DecodingOptions,
+a backbone's Settings); modules/config.py puts them together, and every field is the flag of the same name.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from modules.runtime.errors import InputError
+
+
+def setting(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    choices: tuple | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    **facts: Any,
+) -> Any:
+    """A dataclass field that becomes the flag of the same name; ``low`` and ``high`` are inclusive bounds.
+
+    ``facts`` are what else derives from a field: ``effect=False`` where another value gives the same results,
+    ``train_only=True`` where main_test.py has nothing to do with it, ``shapes=True`` where weights are made for it.
+    """
+    return dataclasses.field(
+        default=default, metadata={"group": group, "help": help, "choices": choices, "low": low, "high": high, **facts}
+    )
+
+
+def check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """InputError for a value that is none of the choices or out of the bounds in its field's ``metadata``."""
+    choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
+    if choices is not None and value not in choices:
+        raise InputError(f"--{name} {value}: must be one of {', '.join(map(str, choices))}")
+    if value is None or (low is None and high is None):
+        return
+    if not (value == value and abs(value) != float("inf")):
+        raise InputError(f"--{name} {value}: must be a finite number")
+    if low is not None and value < low:
+        raise InputError(f"--{name} {value}: must be at least {low}")
+    if high is not None and value > high:
+        raise InputError(f"--{name} {value}: must be at most {high}")
+
+
+def part_of(whole: Any, kind: type) -> Any:
+    """The settings ``kind`` (a dataclass) out of a ``whole`` that has its fields among others."""
+    return kind(**{item.name: getattr(whole, item.name) for item in dataclasses.fields(kind)})

@@ -1,0 +1,210 @@
+"""One checkpoint file: self-contained, written with its checksum, read without running pickles.
+
+Which files a run keeps, and how one takes the place of another, is modules.training.checkpoint_folder's.
+"""
+
+import contextlib
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any, BinaryIO
+
+import torch
+
+from modules.runtime.errors import InputError
+from modules.runtime.input_files import require_plain_archive
+
+FORMAT = "ithn-checkpoint-1"
+# What a test reads of a checkpoint of ours, and what training goes on from.
+TESTED = {"config": dict, "vocabulary": dict, "history": list, "epoch": int, "strategy": str}
+RESUMED = TESTED | {
+    "objective": dict,
+    "optimizer": dict,
+    "scheduler": dict,
+    "scaler": dict,
+    "rng": dict,
+    "best": dict,
+    "position": dict,
+    "means": dict,
+    "guard": dict,
+    "annotation_sha256": str,
+}
+BLOCK = 1 << 20
+
+
+class _Hashed:
+    """A binary file that hashes what is written to it, and keeps the error that torch's zip writer would hide."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> str:
+    """Write ``state`` (tensors, plain values) to the new file ``path`` of mode 0600, and read it back.
+
+    Returns its SHA-256; OSError where it cannot be written as it should be.
+    """
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        hashed = _Hashed(file)
+        try:
+            torch.save({"format": FORMAT, **state}, hashed)
+        except RuntimeError as error:
+            raise hashed.error or error from error
+        file.flush()
+        os.fsync(file.fileno())
+    digest = hashed.sha256.hexdigest()
+    if file_sha256(path) != digest:
+        raise OSError(f"{path.name} does not read back as it was written")
+    return digest
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum_file(path: Path) -> Path:
+    """Where the checksum of ``path`` stands: beside it, in the format of the program sha256sum."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def known_checksums(path: Path) -> list[str] | None:
+    """The SHA-256 values that ``path`` may have, None where nothing is known.
+
+    They are two while another file takes its place: whenever that is broken off, one of them is right.
+    """
+    try:
+        lines = checksum_file(path).read_text(encoding="ascii", errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    return [line.split(" ")[0] for line in lines if line.strip()]
+
+
+def require_whole(path: Path) -> None:
+    """Raise InputError where ``path`` differs from the checksum beside it, or without one from those in its archive."""
+    known = known_checksums(path)
+    if known is None:
+        # torch writes these and does not look at them.
+        if zipfile.is_zipfile(path) and (entry := zipfile.ZipFile(path).testzip()):
+            raise InputError(f"checkpoint {path}: damaged, its part {entry} differs from its checksum")
+    elif file_sha256(path) not in known:
+        raise InputError(
+            f"checkpoint {path}: damaged, it differs from its checksum in {checksum_file(path).name}; "
+            "take another one (if you have put this file there yourself, delete that checksum)"
+        )
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours or of a published code onto the CPU; only tensors and plain values are accepted.
+
+    Returns the dictionary as saved; a bare state dict is wrapped as {"state_dict": ...}. Raises InputError for a file
+    that is missing, damaged, holds anything else, or has no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"checkpoint {path}: no such file; --load and --resume take a .pth file, such as model_best.pth"
+        )
+    require_plain_archive(path, "checkpoint")
+    try:
+        require_whole(path)
+        with _plain_numpy_scalars():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # the reader raises whatever the damaged bytes lead it to
+        raise InputError(
+            f"checkpoint {path}: damaged, or holds more than tensors and plain values "
+            f"({type(error).__name__}); it was not loaded"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {path}: holds a {type(content).__name__}, expected a dictionary of weights")
+    if "state_dict" not in content:
+        content = {"state_dict": content}
+    weights = content["state_dict"]
+    if not isinstance(weights, dict) or not weights or not all(_dense(value) for value in weights.values()):
+        raise InputError(f"checkpoint {path}: its state_dict is not a dictionary of dense tensors")
+    require_mean_patches(content, path)
+    return content
+
+
+def require_mean_patches(content: Mapping[str, Any], path: str | Path) -> None:
+    """InputError where the mean training image, if there is one, is no finite table (S, C)."""
+    mean = content.get("mean_patches")
+    if mean is not None and not (
+        _dense(mean)
+        and mean.dtype in (torch.float32, torch.float64)
+        and mean.dim() == 2
+        and mean.numel()
+        and mean.isfinite().all()
+    ):
+        raise InputError(f"checkpoint {path}: its mean_patches is not a table of finite numbers")
+
+
+def _dense(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
+
+
+@contextlib.contextmanager
+def _plain_numpy_scalars() -> Iterator[None]:
+    """Admit numpy numbers while loading: the published codes saved their best score as one."""
+    import numpy as np
+    from numpy._core.multiarray import scalar
+
+    # Files written under numpy 1 name the same function by its old module.
+    allowed = [
+        scalar,
+        (scalar, "numpy.core.multiarray.scalar"),
+        np.dtype,
+        type(np.dtype(np.float64)),
+        type(np.dtype(np.float32)),
+        type(np.dtype(np.int64)),
+    ]
+    with torch.serialization.safe_globals(allowed):
+        yield
+
+
+def require_resumable(content: Mapping[str, Any], path: str | Path) -> None:
+    """Raise InputError unless ``content`` is a checkpoint of ours that training can go on from."""
+    if content.get("format") != FORMAT:
+        raise InputError(
+            f"--resume {path}: weights only, or of another program; training goes on from our "
+            "current_checkpoint.pth (to start from published weights use --load with main_test.py)"
+        )
+    require_entries(content, path, RESUMED)
+
+
+def require_entries(content: Mapping[str, Any], path: str | Path, kinds: Mapping[str, type]) -> None:
+    """Raise InputError unless ``content`` has entries of these names and types, and a history of rows of numbers."""
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            found = f"is a {type(content[name]).__name__}" if name in content else "is missing"
+            raise InputError(
+                f"checkpoint {path}: its entry {name!r} {found}, expected a {kind.__name__}; it was "
+                "changed by hand, or written by another version"
+            )
+    for row in content["history"]:
+        if not (
+            isinstance(row, dict)
+            and isinstance(row.get("epoch"), int)
+            and all(isinstance(value, (int, float, NoneType)) for value in row.values())
+        ):
+            raise InputError(
+                f"checkpoint {path}: its entry 'history' is not a list of rows of numbers; it was changed by hand"
+            )

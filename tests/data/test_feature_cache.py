@@ -1,0 +1,125 @@
+"""Stored features of a frozen extractor: the same numbers, computed once, found again, and never for other weights."""
+
+import json
+import os
+
+import pytest
+import torch
+from torchvision.models import resnet18
+
+from modules.data.feature_cache import build_feature_cache
+from modules.data.images import ImageFolder, eval_transform
+from modules.layers.visual_extractor import VisualExtractor
+from modules.runtime.errors import InputError
+from modules.runtime.progress import Bar
+from modules.runtime.records import private_folder
+from tests.gloo_support import run_together
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    torch.manual_seed(0)
+    return VisualExtractor("resnet18", image_size=32, frozen=True)
+
+
+def build(demo, folder, extractor, **changes):
+    paths = sorted(path.relative_to(demo / "images").as_posix() for path in (demo / "images").glob("*/*.png"))[:5]
+    settings = {
+        "extractor": extractor,
+        "transform": eval_transform(32),
+        "device": torch.device("cpu"),
+        "batch_size": 2,
+        "progress": Bar,
+    } | changes
+    return build_feature_cache(folder, ImageFolder(demo / "images"), paths, **settings)
+
+
+def test_features_are_the_extractors(demo, tmp_path, extractor):
+    cache = build(demo, tmp_path, extractor)
+    images = ImageFolder(demo / "images")
+    for path in cache.rows:
+        pixels = eval_transform(32)(images(path))
+        expected, _, _ = extractor(pixels[None, None])
+        torch.testing.assert_close(cache(path), expected[0], rtol=1e-5, atol=1e-5)
+    assert oct(cache.file.stat().st_mode)[-3:] == "600" and len(list(tmp_path.iterdir())) == 1
+
+
+def made_together(images, folder):
+    """The bytes of the file that the processes make together."""
+    torch.manual_seed(0)
+    extractor = VisualExtractor("resnet18", image_size=32, frozen=True)
+    return torch.frombuffer(bytearray(build(images, folder, extractor).file.read_bytes()), dtype=torch.uint8)
+
+
+def test_processes_make_the_file_together(demo, tmp_path):
+    alone = made_together(demo, private_folder(tmp_path / "alone"))
+    for result in run_together(made_together, 3, tmp_path, demo, private_folder(tmp_path / "together")):
+        assert torch.equal(result, alone)
+
+
+def test_the_file_is_found_again_and_belongs_to_weights_and_images(demo, tmp_path, extractor):
+    class Unused(torch.nn.Module):
+        patches_per_view, width = extractor.patches_per_view, extractor.width
+
+        def state_dict(self):
+            return extractor.state_dict()
+
+    first = build(demo, tmp_path, extractor)
+    assert build(demo, tmp_path, Unused()).file == first.file
+    torch.manual_seed(1)
+    assert build(demo, tmp_path, VisualExtractor("resnet18", image_size=32, frozen=True)).file != first.file
+    assert build(demo, tmp_path, extractor, transform=eval_transform(32, mean=(0.5,) * 3)).file != first.file
+    image = demo / "images" / next(iter(first.rows))
+    status = image.stat()
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert build(demo, tmp_path, extractor).file != first.file
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_training_on_stored_features(train, demo_index, tmp_path):
+    """Scores with and without the store are those of one and the same model; its loader processes read the file too."""
+    frozen = ["--freeze_visual_extractor", "true", "--negative_index", demo_index, "--num_workers", 1]
+    folder = train(*frozen, "--feature_cache", tmp_path / "cache", "--epochs", 2)
+    with_cache = json.loads((folder / "results.json").read_text())
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+    from modules.flags import parse_flags
+    from modules.run.testing import run_testing
+
+    run_testing(*parse_flags(["--load", str(folder / "model_best.pth"), "--feature_cache", ""], "main_test.py", ""))
+    without = json.loads((folder / "results.json").read_text())
+    assert without["config"]["feature_cache"] == ""
+    for row, scores in with_cache["test"].items():
+        numbers = {name: value for name, value in scores.items() if value is not None}
+        assert {name: without["test"][row][name] for name in numbers} == pytest.approx(numbers, rel=1e-4), row
+
+
+def test_only_a_frozen_extractor_is_stored(train, tmp_path):
+    with pytest.raises(InputError, match="--freeze_visual_extractor true"):
+        train("--feature_cache", tmp_path)
+
+
+def test_a_resumed_run_goes_on_with_the_features_that_it_began_with(train, demo_index, tmp_path):
+    """The extractor's weights come from a file that a resume does not read again: they are the checkpoint's."""
+    torch.manual_seed(5)
+    torch.save(resnet18().state_dict(), tmp_path / "weights.pth")
+    cut = tmp_path / "cut"
+    flags = [
+        "--freeze_visual_extractor",
+        "true",
+        "--feature_cache",
+        tmp_path / "cache",
+        "--ithn",
+        "off",
+        "--lr_scheduler",
+        "constant",
+        "--visual_extractor_weights",
+        tmp_path / "weights.pth",
+    ]
+    whole = train(*flags, "--epochs", 2, "--save_dir", tmp_path / "whole")
+    train(*flags, "--epochs", 1, "--save_dir", cut)
+    again = train("--resume", cut / "current_checkpoint.pth", "--epochs", 2, "--save_dir", cut)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    first, second = (json.loads((folder / "history.json").read_text()) for folder in (whole, again))
+    assert [row["train_loss"] for row in first] == [row["train_loss"] for row in second]
+    assert (whole / "res.csv").read_text() == (again / "res.csv").read_text()

@@ -1,0 +1,312 @@
+"""Images of every mode, paths that try to leave, broken files, and the transforms against torchvision's."""
+
+import contextlib
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as reference
+
+from modules.data.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageFolder,
+    eval_transform,
+    load_image,
+    open_image,
+    train_transform,
+)
+from modules.runtime.errors import InputError
+
+torch.set_num_threads(1)
+RAMP = np.arange(24 * 32, dtype=np.uint8).reshape(24, 32)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def saved(tmp_path, image, name="x.png", **options):
+    path = tmp_path / name
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(path, **options)
+    return path
+
+
+def pixels(path):
+    image = load_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+# ---- modes
+
+
+def test_greyscale_is_copied_to_three_channels(tmp_path):
+    path = saved(tmp_path, RAMP)
+    assert np.array_equal(pixels(path), np.repeat(RAMP[..., None], 3, axis=2))
+    assert open_image(path).mode == "L"
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.bmp", "x.webp", "x.jp2"])
+def test_rgb_comes_in_unchanged(tmp_path, name):
+    colours = noise(24, 32, 3)
+    options = {"lossless": True} if name.endswith("webp") else {}
+    assert np.array_equal(pixels(saved(tmp_path, colours, name, **options)), colours)
+
+
+def test_full_range_16_bit_is_divided_by_257(tmp_path):
+    deep = RAMP.astype(np.uint16) * 257
+    for name in ("x.png", "x.tif"):
+        assert np.array_equal(pixels(saved(tmp_path, deep, name))[..., 0], RAMP)
+    assert np.array_equal(pixels(saved(tmp_path, deep.astype(">u2"), "big.tif"))[..., 0], RAMP)
+
+
+@pytest.mark.parametrize(("highest", "full"), [(255, 255), (256, 1023), (4095, 4095), (3000, 4095), (16383, 16383)])
+def test_shallower_data_in_16_bit_files_keeps_its_contrast(tmp_path, highest, full):
+    deep = np.linspace(0, highest, 24 * 32).astype(np.uint16).reshape(24, 32)
+    expected = np.floor(deep * 255.0 / full + 0.5)
+    assert np.array_equal(pixels(saved(tmp_path, deep))[..., 0], expected)
+
+
+def test_white_is_zero_tiff_is_inverted_at_every_depth(tmp_path):
+    # Pillow inverts 8 bits on writing and on reading, deeper values on neither.
+    shallow = saved(tmp_path, RAMP, "8.tif", tiffinfo={262: 0})
+    assert (255 - RAMP).tobytes() in shallow.read_bytes()
+    assert np.array_equal(pixels(shallow)[..., 0], RAMP)
+    deep = saved(tmp_path, (255 - RAMP).astype(np.uint16) * 257, "16.tif", tiffinfo={262: 0})
+    assert np.array_equal(pixels(deep)[..., 0], RAMP)
+
+
+def test_floats_and_wide_integers_are_stretched(tmp_path):
+    expected = np.rint(np.linspace(0, 255, 12)).reshape(3, 4)
+    for values in (np.linspace(-2.5, 7.5, 12, dtype=np.float32), np.linspace(-50000, 500000, 12).astype(np.int32)):
+        assert np.array_equal(pixels(saved(tmp_path, values.reshape(3, 4), "x.tif"))[..., 0], expected)
+    flat = saved(tmp_path, np.full((3, 4), 7.0, np.float32), "flat.tif")
+    assert not pixels(flat).any()
+    with pytest.raises(InputError, match="x.tif' cannot be decoded: it holds values that are not finite"):
+        load_image(saved(tmp_path, np.full((3, 4), np.nan, np.float32), "x.tif"))
+
+
+def test_palette_one_bit_and_cmyk(tmp_path):
+    colours = Image.fromarray(noise(24, 32, 3)).quantize(16)
+    assert np.array_equal(pixels(saved(tmp_path, colours)), np.asarray(colours.convert("RGB")))
+    bits = Image.fromarray(RAMP > 100)
+    assert bits.mode == "1" and set(np.unique(pixels(saved(tmp_path, bits)))) == {0, 255}
+    cmyk = Image.merge("CMYK", [Image.new("L", (8, 8), value) for value in (0, 255, 255, 0)])
+    assert np.array_equal(pixels(saved(tmp_path, cmyk, "x.tif"))[0, 0], [255, 0, 0])
+    red, green, blue = pixels(saved(tmp_path, cmyk, "x.jpg"))[0, 0]
+    assert red > 240 and green < 20 and blue < 20
+
+
+def test_alpha_is_laid_on_black(tmp_path):
+    grey = Image.merge("LA", [Image.fromarray(RAMP), Image.new("L", (32, 24), 255)])
+    assert np.array_equal(pixels(saved(tmp_path, grey))[..., 0], RAMP)
+    colours = Image.new("RGBA", (2, 1), (200, 100, 50, 255))
+    colours.putpixel((1, 0), (255, 255, 255, 0))
+    assert pixels(saved(tmp_path, colours)).tolist() == [[[200, 100, 50], [0, 0, 0]]]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([255, 255, 255, 10, 20, 30])
+    assert pixels(saved(tmp_path, palette, transparency=0)).tolist() == [[[0, 0, 0], [10, 20, 30]]]
+    assert pixels(saved(tmp_path, np.array([[9, 80]], np.uint8), transparency=9))[0, :, 0].tolist() == [0, 80]
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees clockwise
+    assert np.array_equal(pixels(saved(tmp_path, RAMP, exif=exif))[..., 0], np.rot90(RAMP, -1))
+    assert load_image(saved(tmp_path, RAMP, "x.jpg", exif=exif)).size == (24, 32)
+
+
+# ---- what is refused
+
+
+def png_of(width, height):
+    """A PNG whose header announces a size, with hardly any data."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data
+
+
+def test_too_many_pixels_are_refused_before_decoding(tmp_path):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_of(12000, 12000))
+    with pytest.raises(InputError, match="12000 x 12000 pixels, more than max_pixels, 89000000"):
+        load_image(path)
+    path.write_bytes(png_of(60000, 60000))
+    with pytest.raises(InputError, match="bomb.png' cannot be decoded"):
+        load_image(path)
+    with pytest.raises(InputError, match="more than max_pixels, 700"):
+        ImageFolder(tmp_path, max_pixels=700)(saved(tmp_path, RAMP).name)
+
+
+def test_a_strip_that_resizing_would_blow_up_is_refused(tmp_path):
+    with pytest.raises(InputError, match="60 x 1 pixels: its sides may differ 50-fold"):
+        load_image(saved(tmp_path, np.zeros((1, 60), np.uint8)))
+
+
+def test_files_that_are_no_images(tmp_path):
+    folder = ImageFolder(tmp_path)
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "page.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, reason in {
+        "missing.png": "No such file or directory",
+        "empty.png": "is empty (0 bytes)",
+        "text.png": "cannot be decoded: not an image",
+        "page.png": "cannot be decoded: not an image",  # Pillow would start Ghostscript for it
+        "folder.png": "is not a regular file",
+        "pipe.png": "is not a regular file",
+    }.items():
+        with pytest.raises(InputError) as caught:
+            folder(name)
+        assert name in str(caught.value) and reason in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.tif", "x.webp"])
+def test_truncated_and_flipped_files_raise_input_error_or_decode(tmp_path, name):
+    path = saved(tmp_path, noise(40, 50, 3), name)
+    content = path.read_bytes()
+    rng = np.random.default_rng(1)
+    for cut in [1, 10, len(content) // 2, len(content) - 30, *rng.integers(1, len(content) - 30, 20)]:
+        path.write_bytes(content[:cut])
+        with pytest.raises(InputError, match="cannot be decoded|pixels"):
+            load_image(path)
+    for position in rng.integers(0, min(len(content), 600), 100):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(flipped))
+        with contextlib.suppress(InputError):
+            assert load_image(path).mode == "RGB"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """images/ in a place that holds a secret beside it, with links in and out."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    saved(tmp_path, RAMP, "secret.png")
+    saved(tmp_path, RAMP, "images/a/0.png")
+    (tmp_path / "images" / "out.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "images" / "up").symlink_to(tmp_path)
+    (tmp_path / "images" / "in.png").symlink_to("a/0.png")
+    (tmp_path / "images-other").mkdir()
+    saved(tmp_path, RAMP, "images-other/0.png")
+    return tmp_path
+
+
+def test_no_path_leaves_the_folder(folder):
+    images = ImageFolder(folder / "images")
+    outside = ["../secret.png", "a/../../secret.png", str(folder / "secret.png"), "/dev/zero", "out.png",
+               "up/secret.png", "../images-other/0.png", "", ".", "a\0.png"]  # fmt: skip
+    for path in [*outside, str(folder / "images" / "a" / "0.png")]:
+        with pytest.raises(InputError, match="leaves image_dir"):
+            images(path)
+    assert images("a/0.png").size == images("in.png").size == (32, 24)
+
+
+def test_image_dir_itself_may_be_a_link(folder):
+    (folder / "link").symlink_to(folder / "images")
+    images = ImageFolder(folder / "link")
+    assert images("a/0.png").size == (32, 24)
+    with pytest.raises(InputError, match="leaves image_dir"):
+        images("../secret.png")
+
+
+def test_links_are_followed_only_where_asked(folder):
+    images = ImageFolder(folder / "images", follow_links=True)
+    assert images("out.png").size == images("up/secret.png").size == (32, 24)
+    with pytest.raises(InputError, match="leaves image_dir"):
+        images("../secret.png")
+
+
+def test_missing_image_dir_is_named(tmp_path):
+    with pytest.raises(InputError, match="image_dir '.*nowhere' is not a folder"):
+        ImageFolder(tmp_path / "nowhere")
+
+
+# ---- transforms
+
+
+def normalised(image):
+    return reference.normalize(reference.to_tensor(image.convert("RGB")), IMAGENET_MEAN, IMAGENET_STD)
+
+
+IMAGES = [(40, 40), (37, 61), (90, 33), (16, 20)]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("size", IMAGES)
+def test_eval_transform_equals_torchvision(size, mode):
+    image = Image.fromarray(noise(*size, 3)).convert(mode)
+    expected = normalised(reference.resize(image.convert("RGB"), [24, 24], antialias=True))
+    assert torch.equal(eval_transform(24)(image), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("size", IMAGES)
+def test_train_transform_is_one_of_torchvisions_crops(size, mode):
+    image = Image.fromarray(noise(*size, 3)).convert(mode)
+    resized = reference.resize(image.convert("RGB"), 32, antialias=True)
+    width, height = resized.size
+    assert min(width, height) == 32
+    crops = normalised(resized).unfold(1, 24, 1).unfold(2, 24, 1).permute(1, 2, 0, 3, 4)  # (rows, columns, 3, 24, 24)
+    transform = train_transform(24, 32, flip=True)
+    mirrored = 0
+    for seed in range(6):
+        result = transform(image, torch.Generator().manual_seed(seed))
+        straight = (crops == result).flatten(2).all(2)
+        turned = (crops == result.flip(2)).flatten(2).all(2)
+        assert straight.sum() + turned.sum() == 1
+        mirrored += int(turned.sum())
+    assert 0 < mirrored < 6
+
+
+def test_every_crop_and_both_orientations_come_up_equally_often():
+    position = np.add.outer(np.arange(4) * 4, np.arange(4)).astype(np.uint8)  # pixel value = row * 4 + column
+    transform = train_transform(2, 4, mean=(0, 0, 0), std=(1, 1, 1))
+    rng = torch.Generator().manual_seed(0)
+    counts = {}
+    for _ in range(1800):
+        corner = transform(Image.fromarray(position), rng)[0, 0].mul(255).round().int().tolist()
+        counts[tuple(corner)] = counts.get(tuple(corner), 0) + 1
+    # 9 places times 2 orientations, 100 each on average, sd 10.
+    assert len(counts) == 18 and min(counts.values()) > 60 and max(counts.values()) < 140
+
+
+def test_flip_can_be_turned_off_without_moving_the_crop():
+    image = Image.fromarray(noise(40, 40))
+    for seed in range(8):
+        on = train_transform(24, 32, flip=True)(image, torch.Generator().manual_seed(seed))
+        off = train_transform(24, 32, flip=False)(image, torch.Generator().manual_seed(seed))
+        assert torch.equal(on, off) or torch.equal(on.flip(2), off)
+
+
+@pytest.mark.parametrize("transform", [train_transform(24, 32), eval_transform(24)])
+def test_greyscale_route_equals_the_rgb_route(tmp_path, transform):
+    buffer = io.BytesIO()
+    Image.fromarray(noise(50, 70)).save(buffer, "JPEG")
+    path = tmp_path / "x.jpg"
+    path.write_bytes(buffer.getvalue())
+    grey = transform(open_image(path), torch.Generator().manual_seed(3))
+    assert open_image(path).mode == "L" and grey.shape == (3, 24, 24) and grey.dtype == torch.float32
+    assert torch.equal(grey, transform(load_image(path), torch.Generator().manual_seed(3)))
+
+
+def test_mean_and_std_of_the_extractor():
+    white = Image.new("L", (8, 8), 255)
+    assert torch.equal(eval_transform(4, (0.5,) * 3, (0.5,) * 3)(white), torch.ones(3, 4, 4))
+
+
+def test_crop_larger_than_the_resized_image_is_refused():
+    with pytest.raises(InputError, match="image size 320 is larger than the resized image, 256"):
+        train_transform(320)

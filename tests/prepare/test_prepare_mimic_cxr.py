@@ -1,0 +1,321 @@
+"""scripts/prepare_mimic_cxr.py on a made-up tree in PhysioNet's layout, and section extraction on made-up reports."""
+
+import csv
+import gzip
+import json
+import os
+import stat
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modules.data.annotations import read_annotation
+from modules.labels.study_labels import read_labels
+from modules.prepare import mimic_cxr
+from modules.prepare.mimic_sections import extract_section
+from modules.runtime.errors import InputError
+from scripts import prepare_mimic_cxr
+
+REPORT = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ INDICATION:  ___-year-old with cough
+
+ COMPARISON:  None.
+
+ FINDINGS:
+
+ Study {study}. The lungs are clear.  There is no
+ effusion.
+
+ IMPRESSION:
+
+ No acute process.
+"""
+CLASSES = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Enlarged Cardiomediastinum",
+    "Fracture",
+    "Lung Lesion",
+    "Lung Opacity",
+    "No Finding",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Pneumonia",
+    "Pneumothorax",
+    "Support Devices",
+)
+# Subject, study, official split, views.
+STUDIES = [
+    (10000032, 50000001, "train", ("LATERAL", "PA", "PA")),
+    (10000032, 50000002, "train", ("AP",)),
+    (10000764, 50000003, "validate", ("AP", "LL")),
+    (11000001, 50000004, "test", ("", "PA")),
+    (11000001, 50000005, "test", ("PA",)),
+]  # the last has no findings
+
+
+def table(path, rows):
+    with gzip.open(path, "wt", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def identity(study, place):
+    return f"{study:08x}-0000000{place}-aaaaaaaa-bbbbbbbb-cccccccc"
+
+
+@pytest.fixture(scope="module")
+def physionet(tmp_path_factory):
+    """Folder with jpg/ (tables, files/), mimic-cxr-reports.zip and reports/ with the same as a tree."""
+    root = tmp_path_factory.mktemp("physionet")
+    tree = root / "jpg" / "files"
+    images = [
+        (identity(study, place), study, subject, split, view)
+        for subject, study, split, views in STUDIES
+        for place, view in enumerate(views)
+    ]
+    (root / "jpg").mkdir()
+    table(
+        root / "jpg/mimic-cxr-2.0.0-split.csv.gz",
+        [["dicom_id", "study_id", "subject_id", "split"], *(row[:4] for row in images)],
+    )
+    table(
+        root / "jpg/mimic-cxr-2.0.0-metadata.csv.gz",
+        [
+            ["dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows"],
+            *((row[0], row[2], row[1], "CHEST (PA AND LAT)", row[4], 2544) for row in images),
+        ],
+    )
+    table(
+        root / "jpg/mimic-cxr-2.0.0-chexpert.csv.gz",
+        [
+            ["subject_id", "study_id", *CLASSES],
+            *((subject, study, "1.0", "0.0", "-1.0", *[""] * 11) for subject, study, _, _ in STUDIES),
+        ],
+    )
+    for name, study, subject, _, _ in images:
+        folder = tree / f"p{str(subject)[:2]}/p{subject}/s{study}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((80, 64), 128, np.uint8)).save(folder / f"{name}.jpg")
+    with zipfile.ZipFile(root / "mimic-cxr-reports.zip", "w") as archive:
+        for subject, study, _, _ in STUDIES:
+            path = f"files/p{str(subject)[:2]}/p{subject}/s{study}.txt"
+            text = " FINAL REPORT\n IMPRESSION:\n\n Normal.\n" if study == 50000005 else REPORT.format(study=study)
+            archive.writestr(path, text)
+            (root / "reports" / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / "reports" / path).write_text(text)
+    return root
+
+
+def prepare(monkeypatch, root, out, *flags, reports="mimic-cxr-reports.zip", images=True):
+    given = [
+        "--reports",
+        root / reports,
+        "--tables",
+        root / "jpg",
+        "--out",
+        out,
+        "--workers",
+        1,
+        *(["--images", root / "jpg"] if images else []),
+        *flags,
+    ]
+    monkeypatch.setattr(sys, "argv", ["prepare_mimic_cxr.py", *map(str, given)])
+    prepare_mimic_cxr.main()
+    return json.loads((out / "annotation.json").read_text())
+
+
+def test_one_record_an_image(physionet, tmp_path, monkeypatch, capsys):
+    found = prepare(monkeypatch, physionet, tmp_path, "--labels_out", tmp_path / "labels.csv")
+    assert {split: len(records) for split, records in found.items()} == {"train": 4, "val": 2, "test": 2}
+    name = identity(50000001, 0)
+    assert found["train"][0] == {
+        "id": name,
+        "study_id": 50000001,
+        "subject_id": 10000032,
+        "split": "train",
+        "view": ["LATERAL"],
+        "report": "Study 50000001. The lungs are clear. There is no effusion.",
+        "image_path": [f"p10/p10000032/s50000001/{name}.jpg"],
+    }
+    annotation = read_annotation(tmp_path / "annotation.json")
+    for split in annotation.splits.values():
+        for study in split:
+            assert (tmp_path / "images" / study.image_paths[0]).stat().st_nlink == 2  # hard links: no disk
+        # Studies find their labels by study_id.
+        assert read_labels(tmp_path / "labels.csv").of(split).sum() == 2 * len(split)
+    assert stat.S_IMODE(os.stat(tmp_path / "annotation.json").st_mode) == 0o600
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["R2Gen's", "records", "270,790", "2,130", "3,858"] in lines
+    assert ["images", "of", "the", "official", "split", "4", "2", "3"] in lines
+    assert ["with", "findings", "4", "2", "2"] in lines and ["records", "written", "4", "2", "2"] in lines
+
+
+def test_one_record_a_study_sections_and_views(physionet, tmp_path, monkeypatch):
+    found = prepare(monkeypatch, physionet, tmp_path, "--records", "study", "--section", "impression", images=False)
+    assert [len(found[split]) for split in ("train", "val", "test")] == [2, 1, 2]
+    assert found["test"][1]["report"] == "Normal." and found["train"][0]["id"] == "s50000001"
+    assert found["train"][0]["view"] == ["PA", "LATERAL", "PA"]  # what a two-view network reads comes first
+    assert not (tmp_path / "images").exists()
+    found = prepare(monkeypatch, physionet, tmp_path / "pa", "--section", "both", "--views", "PA", images=False)
+    assert found["val"] == [] and {record["view"][0] for record in found["train"] + found["test"]} == {"PA"}
+    assert found["train"][0]["report"].endswith("There is no effusion. No acute process.")
+    with pytest.raises(InputError, match="--views SIDE: no image has it; the metadata have AP, LATERAL, LL, PA"):
+        prepare(monkeypatch, physionet, tmp_path, "--views", "SIDE")
+
+
+def test_an_annotation_of_other_settings_stays(physionet, tmp_path, monkeypatch, capsys):
+    command = (monkeypatch, physionet, tmp_path, "--labels_out", tmp_path / "labels.csv")
+    for said in ("written: ", "unchanged: "):
+        first = prepare(*command, "--records", "study", images=False)
+        assert f"{said}{tmp_path / 'annotation.json'}" in capsys.readouterr().out
+    monkeypatch.setattr(prepare_mimic_cxr, "place_images", lambda *_: pytest.fail("images are placed first"))
+    for other in (("--section", "impression"), ("--records", "image")):
+        with pytest.raises(InputError, match=r"annotation\.json: is there with other content .*name another --out"):
+            prepare(*command, *other)
+        assert json.loads((tmp_path / "annotation.json").read_text()) == first
+    (tmp_path / "labels.csv").write_text("study_id,edema\n1,1\n")
+    with pytest.raises(InputError, match=r"--labels_out .*labels\.csv: is there and is no table of labels"):
+        prepare(*command, "--records", "study", images=False)
+
+
+def test_reports_as_a_tree_and_images_in_place(physionet, tmp_path, monkeypatch, capsys):
+    expected = prepare(monkeypatch, physionet, tmp_path / "a", images=False)
+    assert prepare(monkeypatch, physionet, tmp_path / "b", "--place", "none", reports="reports") == expected
+    assert not (tmp_path / "b/images").exists()
+    assert f"--image_dir {physionet / 'jpg/files'}" in capsys.readouterr().out
+    # A tree that is not complete.
+    (tmp_path / "part/files/p10/p10000032").mkdir(parents=True)
+    (tmp_path / "part/files/p10/p10000032/s50000002.txt").write_text(REPORT)
+    found = prepare(monkeypatch, physionet, tmp_path / "c", reports=tmp_path / "part")
+    assert [record["study_id"] for records in found.values() for record in records] == [50000002]
+    assert "4 of 5 reports are not in" in capsys.readouterr().err
+
+
+def test_resizing_goes_on_and_leaves_unreadable_images_out(physionet, tmp_path, monkeypatch, capsys):
+    tree = tmp_path / "jpg/files"
+    for name in physionet.glob("jpg/files/*/*/*/*.jpg"):
+        copy = tree / name.relative_to(physionet / "jpg/files")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(name.read_bytes())
+    broken = tree / f"p10/p10000032/s50000002/{identity(50000002, 0)}.jpg"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"no image")
+    (tree / f"p11/p11000001/s50000004/{identity(50000004, 0)}.jpg").unlink()
+    flags = ("--images", tmp_path / "jpg", "--resize", 40, "--workers", 2)
+    found = prepare(monkeypatch, physionet, tmp_path / "out", *flags)
+    assert [len(records) for records in found.values()] == [3, 2, 1]
+    assert "of 8 images left out: 1 unreadable, 1 missing; image " in capsys.readouterr().err
+    small = tmp_path / "out/images" / found["train"][0]["image_path"][0]
+    assert Image.open(small).size == (40, 50) and Image.open(small).format == "JPEG"
+    assert not list((tmp_path / "out").rglob(".*.jpg"))
+    time = small.stat().st_mtime_ns
+    broken.write_bytes(whole)
+    assert len(prepare(monkeypatch, physionet, tmp_path / "out", *flags)["train"]) == 4
+    assert small.stat().st_mtime_ns == time
+    with pytest.raises(InputError, match="an earlier run placed images otherwise"):
+        prepare(monkeypatch, physionet, tmp_path / "out", "--images", tmp_path / "jpg", "--resize", 50)
+
+
+def test_another_file_system(physionet, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(InputError, match="another file system .* give --place copy"):
+        prepare(monkeypatch, physionet, tmp_path / "out")
+    assert prepare(monkeypatch, physionet, tmp_path / "copies", "--place", "copy")
+    assert not list((tmp_path / "out").rglob(".*.jpg"))
+
+
+COLUMNS = ["dicom_id", "study_id", "subject_id", "split"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        ([["dicom_id", "study_id", "split"], ["a", "1", "train"]], "no column subject_id"),
+        ([COLUMNS, ["../../x", "50000001", "10000032", "train"]], "an image"),
+        ([COLUMNS, ["abcd", "50000001", "../10", "train"]], "expected an image"),
+        ([COLUMNS, ["abcd", "50000001", "10000032", "val"]], "one of train, validate"),
+        ([COLUMNS, ["abcd", "50000001"]], "row 1 has not as many cells"),
+        ([COLUMNS, *[["abcd", "50000001", "10000032", "train"]] * 2], "there twice"),
+        ([COLUMNS], "has no rows"),
+    ],
+)
+def test_wrong_tables(tmp_path, rows, error):
+    table(tmp_path / "mimic-cxr-2.0.0-split.csv.gz", rows)
+    table(tmp_path / "mimic-cxr-2.0.0-metadata.csv.gz", [["dicom_id", "ViewPosition"]])
+    with pytest.raises(InputError, match=error):
+        mimic_cxr.read_images(tmp_path)
+
+
+def test_what_is_not_there(physionet, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"no mimic-cxr-2.0.0-split.csv.gz there \(it comes with MIMIC-CXR-JPG\)"):
+        mimic_cxr.read_images(tmp_path)
+    with pytest.raises(InputError, match="--images .*: no such folder"):
+        prepare(monkeypatch, physionet, tmp_path / "out", "--images", tmp_path / "absent")
+    with pytest.raises(InputError, match="not a tree of MIMIC-CXR"):
+        prepare(monkeypatch, physionet, tmp_path / "out", "--images", tmp_path)
+    with pytest.raises(InputError, match="absent.zip: no such file"):
+        prepare(monkeypatch, physionet, tmp_path / "out", reports="absent.zip")
+    (tmp_path / "mimic-cxr-2.0.0-split.csv.gz").write_bytes(b"\x1f\x8b cut")
+    (tmp_path / "mimic-cxr-2.0.0-metadata.csv").write_text("dicom_id,ViewPosition\n")
+    with pytest.raises(InputError, match="cannot be read .*fetch it again"):
+        mimic_cxr.read_images(tmp_path)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(mimic_cxr, "_MAX_TABLE", 100)
+    with pytest.raises(InputError, match="unpacks to more than 100 bytes"):
+        mimic_cxr.read_images(physionet / "jpg")
+
+
+# ---- sections
+
+
+@pytest.mark.parametrize(
+    ("report", "findings", "impression"),
+    [
+        (REPORT, "Study {study}. The lungs are clear. There is no effusion.", "No acute process."),
+        ("FINDINGS: Clear.\nIMPRESSION: Normal.", "Clear.", "Normal."),
+        ("FINDINGS AND IMPRESSION: Clear.", "Clear.", "Clear."),
+        ("IMPRESSION/FINDINGS:\n Clear.", "Clear.", "Clear."),
+        ("INDICATION: Pain.\n\nCONCLUSION:\n\nNormal.", "", "Normal."),
+        ("FINDINGS: Clear. IMPRESSION: Normal.", "Clear.", "Normal."),  # behind a sentence
+        ("Findings:\nClear.\nImpression:\nNormal.", "Clear.", "Normal."),
+        # Parts of the findings, times and wrapped lines are no headers.
+        (
+            "FINDINGS: LUNGS: Clear.\nHEART: Normal.\nat 10:30\nfindings: as above.\nIMPRESSION: Fine.",
+            "LUNGS: Clear. HEART: Normal. at 10:30 findings: as above.",
+            "Fine.",
+        ),
+        ("FINDINGS:\nClear.\nCOMPARISON:  ___.\nRECOMMENDATION(S):  None.", "Clear.", ""),
+        ("FINDINGS: Clear.\nREASON FOR EXAMINATION: Pain.\nCLINICAL HISTORY: Pain.", "Clear.", ""),
+        # A wet read and an addendum come before the final report.
+        ("WET READ: ___ 7:37 PM\n FINDINGS: Early.\n______________\n FINAL REPORT\n FINDINGS: Late.", "Late.", ""),
+        ("FINAL ADDENDUM\n ADDENDUM: Told.\n_________\n FINAL REPORT\n FINDINGS: No ___ now.", "No ___ now.", ""),
+        # The view as a header stands for the findings, unless there are some.
+        ("PA AND LATERAL VIEWS OF THE CHEST:  Clear.\n IMPRESSION: Normal.", "Clear.", "Normal."),
+        ("CHEST, TWO VIEWS: PA and lateral.\n FINDINGS: Clear.", "Clear.", ""),
+        ("FINDINGS: Right.\n\nFINDINGS: Left.", "Right. Left.", ""),
+        ("FINDINGS:\n\nIMPRESSION: Normal.", "", "Normal."),
+        ("FINDINGS:\r\nClear.\r\nIMPRESSION:\r\nNormal.\r\n", "Clear.", "Normal."),
+        ("No header at all.", "", ""),
+        ("", "", ""),
+    ],
+)
+def test_sections(report, findings, impression):
+    assert extract_section(report, "findings") == findings
+    assert extract_section(report, "impression") == impression
+    both = findings if findings == impression else " ".join(filter(None, (findings, impression)))
+    assert extract_section(report, "both") == both
+
+
+def test_a_long_line_takes_no_time():
+    assert extract_section("A " * 200_000, "findings") == ""
+    assert extract_section("FINDINGS: " + "A.  " * 50_000, "findings").startswith("A. A.")

@@ -1,0 +1,168 @@
+"""The command line: people's scripts go on working, types are honest, mistakes get one line."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from modules.config import Config
+from modules.flags import OF_TRAINING, Parser, idle_in_tests, parse_flags, resolve_config
+from modules.presets import BACKBONES, preset
+from modules.runtime.errors import InputError
+
+# The flags of R2GenCMN's published IU X-Ray command line.
+R2GENCMN_SCRIPT = """--image_dir data/iu_xray/images/ --ann_path data/iu_xray/annotation.json --dataset_name iu_xray
+--max_seq_length 60 --threshold 3 --batch_size 16 --epochs 100 --save_dir results/iu_xray --step_size 10 --gamma 0.8
+--lr_ve 1e-4 --lr_ed 5e-4 --topk 32 --cmm_size 2048 --cmm_dim 512 --seed 7580 --beam_size 3 --log_period 50""".split()
+
+
+def resolve(*argv):
+    given, _ = parse_flags(argv, "main_train.py", "")
+    return resolve_config(given)
+
+
+def test_published_command_line_is_understood():
+    config = resolve(*R2GENCMN_SCRIPT)
+    assert (config.lr_ve, config.lr_ed, config.step_size, config.gamma) == (1e-4, 5e-4, 10, 0.8)
+    assert config.seed == 7580 and config.ithn == "auto"
+
+
+def test_defaults_are_those_of_r2gencmn():
+    config = Config()
+    assert (config.lr_ve, config.lr_ed, config.step_size, config.gamma) == (5e-5, 7e-4, 50, 0.1)
+    assert (config.adam_betas, config.adam_eps, config.amsgrad) == ((0.9, 0.98), 1e-9, True)
+    assert (config.topk, config.cmm_size, config.beam_size, config.seed) == (32, 2048, 3, 9233)
+
+
+@pytest.mark.parametrize(("text", "value"), [("False", False), ("0", False), ("true", True), ("Yes", True)])
+def test_booleans_mean_what_they_say(text, value):
+    assert resolve("--amsgrad", text).amsgrad is value
+
+
+@pytest.mark.parametrize("argv", [["(0.8,0.99)"], ["0.8", "0.99"], ["0.8,", "0.99"]])
+def test_pairs_take_two_values(argv):
+    assert resolve("--adam_betas", *argv).adam_betas == (0.8, 0.99)
+
+
+def test_flags_without_effect_are_accepted_and_named():
+    given, ignored = parse_flags(["--bos_idx", "0", "--d_vf", "2048", "--lr_ve", "1e-3"], "main_train.py", "")
+    assert given == {"lr_ve": 1e-3}
+    assert len(ignored) == 2 and "--d_vf" in ignored[1] and "inferred" in ignored[1]
+
+
+def test_flags_that_a_test_leaves_alone_are_named_together():
+    given, _ = parse_flags(["--load", "m.pth", "--lr", "1e-3", "--resume", "auto", "--beam_size", "5"], "x", "")
+    assert idle_in_tests(given) == "ignored by main_test.py: --lr_ed, --resume"
+    assert idle_in_tests({"load": "m.pth", "guidance": 0.5, "device": "cpu"}) is None
+    assert {item.name for item in dataclasses.fields(Config)} >= OF_TRAINING
+
+
+def test_names_of_visualgpt_are_translated():
+    config = resolve(
+        "--workers", "3", "--num_train_epochs", "3.0", "--optimizer_type", "adamw", "--max_grad_norm", "1.0"
+    )
+    assert (config.num_workers, config.epochs, config.optim, config.clip_norm) == (3, 3, "AdamW", 1.0)
+
+
+def test_restarts_are_spelled_as_torchrun_does():
+    assert resolve("--max-restarts", "3").max_restarts == resolve("--max_restarts", "3").max_restarts == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--lr_ve", "fast"], "--lr_ve"),
+        (["--alpha", "nan"], "--alpha nan: must be a finite number"),
+        (["--strategy", "harder"], "one of ithn, mochi, prior"),
+        (["--d_model", "510"], "--d_model 510 cannot be divided by --num_heads 8"),
+        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--adam_betas", "0.9"], "two numbers"),
+        (["--amsgrad", "maybe"], "neither true nor false"),
+        (["--no_such_flag", "1"], "--no_such_flag"),
+        (["--workers", "many"], "--workers many"),
+        (["--monitor_metric", "METEOR", "--meteor", "false"], "needs --meteor true"),
+        (["--monitor_metric", "xpronet_selection", "--meteor", "false"], "xpronet_selection: needs --meteor true"),
+        (["--start_eval_epoch", "9", "--epochs", "3"], "--start_eval_epoch 9: no epoch"),
+        (["--seed", str(2**63)], "--seed 9223372036854775808: must be at most"),
+        (["--save_dir", ""], "--save_dir is empty"),
+    ],
+)
+def test_a_mistake_names_flag_and_value(argv, part):
+    with pytest.raises(InputError) as error:
+        resolve(*argv)
+    assert part in str(error.value)
+
+
+def test_settings_of_a_checkpoint_yield_to_flags():
+    saved = {"beam_size": 3, "d_model": 256, "adam_betas": [0.9, 0.9], "gone": 1}
+    config = resolve_config({"beam_size": 5}, saved)
+    assert (config.beam_size, config.d_model, config.adam_betas) == (5, 256, (0.9, 0.9))
+
+
+@pytest.mark.parametrize("program", ["main_train.py", "main_test.py"])
+def test_help_lists_flags_and_defaults_without_importing_torch(program):
+    code = (
+        f"import sys, runpy; sys.argv = ['{program}', '--help']\n"
+        f"try: runpy.run_path('{program}', run_name='__main__')\n"
+        "except SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--cmm_size INT" in done.stdout and "(default: 2048)" in done.stdout and "ITHN:" in done.stdout
+
+
+def test_a_mistake_exits_with_2_and_one_line():
+    done = subprocess.run([sys.executable, "main_train.py", "--lr_ve", "fast"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_flags_are_not_abbreviated():
+    parser = Parser(prog="x.py", description="")
+    parser.add_argument("--label_path")
+    with pytest.raises(InputError, match=r"unrecognized arguments: --label a.csv \(see x.py --help\)"):
+        parser.parse_args(["--label", "a.csv"])
+
+
+def test_a_backbone_brings_its_published_settings_beneath_the_flags_given():
+    given, notes = parse_flags(["--backbone", "r2gen", "--lr_ve", "1e-3", "--dataset_name", "mimic_cxr"], "x", "")
+    config = resolve_config(given)
+    assert (config.model_name, config.lr_ve, config.lr_ed) == ("r2gen", 1e-3, 1e-4)
+    assert (config.clip_value, config.max_seq_length, config.threshold) == (0.1, 100, 10)
+    assert "--lr_ed 0.0001" in notes[-1] and "--lr_ve" not in notes[-1]
+
+
+def test_a_checkpoints_own_settings_go_before_the_published_ones():
+    given, notes = parse_flags(["--backbone", "r2gen", "--load", "model_best.pth", "--beam_size", "5"], "x", "")
+    saved = {"model_name": "r2gen", "dataset_name": "mimic_cxr", "max_seq_length": 24, "beam_size": 2}
+    config = resolve_config(given, saved)
+    assert (config.max_seq_length, config.beam_size, config.threshold) == (24, 5, 10)
+    assert "checkpoint" in notes[-1]
+
+
+def test_backbone_and_model_name_must_agree():
+    with pytest.raises(InputError, match="disagree"):
+        parse_flags(["--backbone", "r2gen", "--model_name", "r2gencmn"], "x", "")
+
+
+@pytest.mark.parametrize("dataset_name", ["iu_xray", "mimic_cxr"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_presets_hold_flags_that_exist(backbone, dataset_name):
+    Config(model_name=backbone, **preset(backbone, dataset_name))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "dataset_name", "published"),
+    [
+        ("r2gen", "iu_xray", (60, 3, 100, 5e-5, 1e-4, 50, 0.1, 9223)),
+        ("r2gen", "mimic_cxr", (100, 10, 30, 5e-5, 1e-4, 1, 0.8, 456789)),
+        ("r2gencmn", "iu_xray", (60, 3, 100, 1e-4, 5e-4, 10, 0.8, 7580)),
+        ("r2gencmn", "mimic_cxr", (100, 10, 30, 1e-4, 5e-4, 3, 0.8, 9153)),
+        ("xpronet", "iu_xray", (60, 3, 30, 1e-3, 2e-3, 10, 0.8, 7580)),
+        ("xpronet", "mimic_cxr", (100, 10, 30, 5e-5, 1e-4, 3, 0.8, 7580)),
+    ],
+)
+def test_presets_are_those_of_the_papers_run_scripts(backbone, dataset_name, published):
+    names = ("max_seq_length", "threshold", "epochs", "lr_ve", "lr_ed", "step_size", "gamma", "seed")
+    assert tuple(preset(backbone, dataset_name)[name] for name in names) == published

@@ -1,0 +1,209 @@
+"""ITHN is a plug-in: every backbone with every strategy, and a backbone made here that nobody has prepared for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import MODELS, Backbone, Output
+from modules.flags import parse_flags, resolve_config
+from modules.ithn.objective import Objective
+from modules.run import build as compose
+from modules.training.checkpoint import load_checkpoint
+from modules.training.optimizers import build_optimizer
+from tests.conftest import TINY
+
+STRATEGIES = ("off", "contrastive", "prior", "mochi", "ithn", "unconstrained")
+ON_ENCODER = "contrastive on the encoder"
+OWN_FLAGS = {
+    "r2gencmn": [],
+    "r2gen": ["--rm_d_model", "16", "--rm_num_heads", "2"],
+    "visualgpt": ["--gpt2_layers", "1", "--gpt2_positions", "32"],
+    "xpronet": [
+        "--num_cluster",
+        "14",
+        "--num_protype",
+        "3",
+        "--d_img_ebd",
+        "4",
+        "--d_txt_ebd",
+        "4",
+        "--init_protypes_path",
+        "",
+    ],
+}
+
+
+def build(demo: Path, index: Path, *flags: str):
+    given, _ = parse_flags(
+        [
+            "--ann_path",
+            str(demo / "annotation.json"),
+            "--image_dir",
+            str(demo / "images"),
+            "--label_path",
+            str(demo / "labels.csv"),
+            "--negative_index",
+            str(index),
+            "--alpha",
+            "0.5",
+            "--num_neighbours",
+            "3",
+            *TINY,
+            *flags,
+        ],
+        "main_train.py",
+        "",
+    )
+    config = resolve_config(given)
+    device = compose.prepare_device(config)
+    data = compose.read_data(config)
+    objective = compose.build_objective(config, data, device, pretrained=True)
+    dataset = compose.build_dataset(
+        config,
+        data,
+        "train",
+        augment=True,
+        negatives=data.index is not None,
+        extractor=objective.backbone.visual_extractor,
+    )
+    loader = compose.build_split_loader(config, dataset, device, shuffle=True)
+    return config, data, objective, loader
+
+
+def generate(objective: Objective, config, batch) -> torch.Tensor:
+    objective.eval()
+    pair = batch.positive
+    return objective.backbone.generate(pair.images, view_mask=pair.view_mask, decoding=compose.decoding_options(config))
+
+
+@pytest.mark.parametrize("views", ["paired", "separate"])
+@pytest.mark.parametrize("strategy", (*STRATEGIES, ON_ENCODER))
+@pytest.mark.parametrize("backbone", MODELS)
+def test_every_backbone_with_every_strategy(demo, demo_index, tmp_path, backbone, strategy, views):
+    """One training step moves the weights, reports are generated, and a checkpoint brings the same reports back."""
+    features = ["--contrastive_features", "encoder"] if strategy == ON_ENCODER else []
+    strategy = strategy.removesuffix(" on the encoder")
+    chosen = ["--ithn", "off"] if strategy == "off" else ["--strategy", strategy, *features]
+    flags = ["--model_name", backbone, "--views", views, *chosen, *OWN_FLAGS[backbone]]
+    config, data, objective, loader = build(demo, demo_index, *flags)
+    assert objective.strategy == strategy
+    loader.set_epoch(2)
+    batch = next(iter(loader)).to("cpu")
+    assert batch.positive.images.shape[1] == (2 if views == "paired" else 1)
+    optimizer = build_optimizer(
+        objective,
+        optim="Adam",
+        lr_ve=1e-3,
+        lr_ed=1e-3,
+        weight_decay=0.0,
+        adam_betas=(0.9, 0.98),
+        adam_eps=1e-9,
+        amsgrad=True,
+    )
+    before = {name: value.clone() for name, value in objective.named_parameters()}
+    terms = objective(batch, 2)
+    terms["loss"].backward()
+    optimizer.step()
+    objective.after_step()
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert ("contrastive" in terms) == (strategy != "off")
+    assert ("hardness" in terms) == (strategy not in ("off", "contrastive"))
+    still = [name for name, value in objective.named_parameters() if torch.equal(value, before[name])]
+    # A relu's dead unit, or a key's bias (which softmax cancels), may stand still; whole modules may not.
+    assert len(still) < 0.2 * len(before), still
+    reports = generate(objective, config, batch)
+    assert reports.shape == (len(batch.ids), config.max_seq_length)
+
+    torch.save({"state_dict": objective.published_state_dict()}, tmp_path / "saved.pth")
+    torch.manual_seed(1)
+    fresh = compose.build_objective(config, data, torch.device("cpu"), pretrained=True)
+    compose.load_weights(fresh, load_checkpoint(tmp_path / "saved.pth")["state_dict"], "saved.pth")
+    assert torch.equal(generate(fresh, config, batch), reports)
+
+
+# ---- a backbone of one's own: what README's "Add a backbone" shows
+
+
+class BagOfPatches(Backbone):
+    """Words from the mean patch and the word before: the least that writes reports."""
+
+    flags = ("d_model",)
+    vocabulary_entry = "logit.weight"
+
+    def __init__(self, *, visual_extractor: nn.Module, num_ids: int, d_model: int):
+        super().__init__()
+        self.visual_extractor = visual_extractor
+        self.image_dim, self.report_dim = visual_extractor.width, d_model
+        self.look = nn.Linear(visual_extractor.width, d_model)
+        self.words = nn.Embedding(num_ids, d_model)
+        self.logit = nn.Linear(d_model, num_ids)
+
+    def hidden(self, tokens, pooled):
+        return torch.tanh(self.words(tokens) + self.look(pooled).unsqueeze(1))  # (B, T, d)
+
+    def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None):
+        features = self.extract(images, view_mask, features)
+        hidden = self.hidden(tokens, features.pooled)
+        return Output(self.logit(hidden[:supervised_rows]).log_softmax(-1), features.pooled, hidden)
+
+    @torch.no_grad()
+    def generate(self, images, *, view_mask=None, labels=None, features=None, decoding):
+        features = self.extract(images, view_mask, features)
+        token = torch.zeros(len(features.pooled), 1, dtype=torch.long, device=features.pooled.device)
+        report = []
+        for _ in range(decoding.max_seq_length):
+            following = self.logit(self.hidden(token, features.pooled)).argmax(-1)
+            # 0 is begin, end and padding at once: a report that has ended stays at its end.
+            token = torch.where((token == 0) & (len(report) > 0), 0, following)
+            report.append(token)
+        return torch.cat(report, dim=1)
+
+
+class LabelledPatches(BagOfPatches):
+    """The same, learning from labels what a study shows; it has no prototypes, as another one has."""
+
+    needs_labels = True
+
+    def __init__(self, *, visual_extractor: nn.Module, num_ids: int, d_model: int):
+        super().__init__(visual_extractor=visual_extractor, num_ids=num_ids, d_model=d_model)
+        self.head = nn.Linear(visual_extractor.width, 14)
+
+    def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None):
+        output = super().forward(
+            images, tokens, view_mask=view_mask, features=features, supervised_rows=supervised_rows
+        )
+        if labels is not None:
+            logits = self.head(output.image_features[:supervised_rows])
+            output.auxiliary["shown"] = F.binary_cross_entropy_with_logits(logits, labels[:supervised_rows])
+        return output
+
+
+def test_a_backbone_of_ones_own_gets_labels(train, demo_index, demo_labels, monkeypatch):
+    monkeypatch.setitem(MODELS, "labelled", LabelledPatches)
+    folder = train("--model_name", "labelled", "--negative_index", demo_index, "--label_path", demo_labels)
+    assert json.loads((folder / "history.json").read_text())[0]["train_shown"] > 0
+
+
+@pytest.mark.parametrize("strategy", ["ithn", "mochi"])
+def test_a_backbone_of_ones_own_gets_ithn(train, demo_index, monkeypatch, strategy):
+    monkeypatch.setitem(MODELS, "bag", BagOfPatches)
+    folder = train(
+        "--model_name",
+        "bag",
+        "--negative_index",
+        demo_index,
+        "--strategy",
+        strategy,
+        "--num_neighbours",
+        3,
+        "--epochs",
+        2,
+    )
+    history = json.loads((folder / "history.json").read_text())
+    assert history[1]["train_hardness"] > 0 and history[1]["train_loss"] < history[0]["train_loss"]
+    weights = load_checkpoint(folder / "model_best.pth")["state_dict"]
+    assert {"logit.weight", "img_projection.linear1.weight", "temp_1"} <= set(weights)

@@ -1,0 +1,141 @@
+"""Which scores a run's flags lead to, under which names, with which intervals."""
+
+import numpy as np
+import pytest
+import torch
+
+from modules.config import Config
+from modules.evaluation.score_names import tagged, untagged, with_aliases
+from modules.evaluation.tester import Predictions
+from modules.labels.labeler import CLASSES
+from modules.run.scoring import Scoring, class_tables
+from modules.runtime.errors import InputError
+
+FULL_REFERENCES = ["the heart is normal . no effusion .", "mild edema . small left effusion .", "no acute disease ."]
+GENERATED = ["the heart is normal .", "mild edema .", "small effusion ."]
+FOUND = Predictions(
+    ids=["a", "b", "c"],
+    generated=GENERATED,
+    references=[text[:20] for text in FULL_REFERENCES],
+    full_references=FULL_REFERENCES,
+    nll=torch.tensor([[3.0, 4], [1.0, 5], [2.0, 1]]),
+)
+
+
+def run(tags=None, **flags):
+    with Scoring(Config(meteor=False, **flags), torch.device("cpu")) as scoring:
+        return scoring.test(FOUND, {"model": GENERATED, "floor": ["no effusion ."] * 3}, tags or {})
+
+
+def test_every_score_has_an_interval_and_statistics_that_repeat_it():
+    scored = run()
+    assert len(scored.scores["model"]) == 2 * 7 + 1 + 2 * 36 and scored.scores["model"]["nll"] == pytest.approx(0.6)
+    assert "nll" not in scored.scores["floor"]
+    for system, scores in scored.scores.items():
+        measured = {name: value for name, value in scores.items() if value is not None}
+        assert {name for name in scores if not name.startswith("METEOR")} == set(measured)
+        again = scored.statistics[system].scores()
+        assert again == pytest.approx(measured | {"diversity": again["diversity"]}, abs=1e-12)
+        assert set(scored.intervals[system]) == set(again)
+
+
+def test_the_reason_for_a_missing_meteor_outlives_the_next_system(monkeypatch):
+    """Java may fail for the model and work again for the floor: the reason must not be lost in between."""
+    with Scoring(Config(), torch.device("cpu")) as scoring:
+        answers = iter([None, 0.5, 0.5])
+
+        def meteor(references, _):
+            value = next(answers)
+            scoring.metrics.meteor_error = "no answer" if value is None else None
+            return {"METEOR": value}, {} if value is None else {"METEOR": np.ones((len(references), 6))}
+
+        monkeypatch.setattr(scoring.metrics, "_meteor", meteor)
+        scored = scoring.test(FOUND, {"model": GENERATED, "floor": ["no effusion ."] * 3}, {})
+    assert (scored.scores["model"]["METEOR"], scored.scores["floor"]["METEOR"]) == (None, 0.5)
+    assert scoring.meteor_error == "no answer"
+
+
+def test_clinical_scores_are_against_both_forms_of_the_references():
+    scored = run()
+    # The cut reference of the second study has lost its effusion, which the model has not said.
+    [effusion] = [row for row in class_tables(scored, "model")["rule"] if row["class"] == "Pleural Effusion"]
+    assert (effusion["reference_positives"], effusion["generated_positives"], effusion["f1"]) == (1, 1, 0)
+    key = "ce_rule_recall_micro_14_uncertain_negative"
+    assert scored.scores["model"][key] > scored.scores["model"][f"{key}_full"]
+
+
+def test_a_tag_is_in_the_names_of_what_is_kept_and_of_the_intervals():
+    scored = run({"model": "reflabels"})
+    assert scored.statistics["model"].tag == "reflabels" and scored.statistics["floor"].tag == ""
+    assert "BLEU_4_reflabels_full" in scored.intervals["model"] and "BLEU_4_full" in scored.intervals["floor"]
+
+
+def test_other_data_sets_and_users_without_interest_get_no_clinical_scores():
+    assert not any(name.startswith("ce_") for name in run(clinical=False).scores["model"])
+    with pytest.raises(InputError, match="--clinical true"):
+        Config(clinical=False, monitor_metric="ce_rule_f1_macro_14_uncertain_negative")
+
+
+def test_validation_labels_reports_only_where_the_best_model_is_chosen_by_it():
+    key = "ce_rule_f1_example_14_uncertain_negative"
+    for metric, wanted in ((key, True), ("BLEU_4", False)):
+        with Scoring(Config(meteor=False, monitor_metric=metric), torch.device("cpu")) as scoring:
+            scores = scoring.validation(Predictions(generated=GENERATED, references=FULL_REFERENCES))
+        assert (key in scores) == wanted and "BLEU_4" in scores
+        # Report 1: No Finding on both sides, 1. Report 2: edema, of edema and effusion, 2/3. Report 3: 0.
+        assert scores.get(key, 5 / 9) == pytest.approx(5 / 9)
+
+
+@pytest.mark.parametrize(("meteor", "expected"), [(0.2, 0.1 + 0.33 * 0.4 + 0.67 * 0.2), (None, None)])
+def test_the_sum_that_xpronet_chooses_by(monkeypatch, meteor, expected):
+    found = {"BLEU_1": 0.4, "BLEU_4": 0.1, "METEOR": meteor}
+    with Scoring(Config(monitor_metric="xpronet_selection"), torch.device("cpu")) as scoring:
+        monkeypatch.setattr(scoring.metrics, "compute", lambda *_, **__: dict(found))
+        scores = scoring.validation(Predictions(generated=GENERATED, references=FULL_REFERENCES))
+    assert scores.get("xpronet_selection") == pytest.approx(expected)
+
+
+def test_optional_models_score_under_their_own_names(monkeypatch):
+    class Labeler:
+        def __init__(self, path, encoder):
+            assert (path, encoder) == ("chexbert.pth", "folder")
+
+        def to(self, device):
+            return self
+
+        def label(self, reports):
+            return np.tile(np.where(np.array(CLASSES) == "Edema", 1.0, np.nan), (len(reports), 1))
+
+    class Encoder(Labeler):
+        def __init__(self, *_):
+            pass
+
+        def score(self, references, hypotheses):
+            return {"BERTScore_f1": np.array([[len(text)] for text in references], dtype=float)}
+
+    monkeypatch.setattr("modules.labels.chexbert.Chexbert", Labeler)
+    monkeypatch.setattr("modules.evaluation.bertscore.BertScore", Encoder)
+    scored = run(chexbert_path="chexbert.pth", chexbert_encoder="folder", bertscore_path="bert")
+    scores = scored.scores["model"]
+    assert scores["ce_chexbert_f1_micro_14_uncertain_negative"] == 1 > scores["ce_rule_f1_micro_14_uncertain_negative"]
+    assert scores["ce_chexbert_f1_macro_14_uncertain_positive_full"] == pytest.approx(1 / 14)
+    assert scores["BERTScore_f1_full"] == pytest.approx(np.mean([len(text) for text in FULL_REFERENCES]))
+    assert set(class_tables(scored, "model")) == {"rule", "chexbert"}
+    assert scored.intervals["model"]["BERTScore_f1"][0] <= scores["BERTScore_f1"]
+
+
+@pytest.mark.parametrize("flag", ["chexbert_path", "bertscore_path", "radgraph_path"])
+def test_a_wrong_path_ends_a_run_at_its_start(flag):
+    with pytest.raises(InputError, match=f"--{flag} nowhere"):
+        Scoring(Config(**{flag: "nowhere"}), torch.device("cpu"))
+
+
+def test_names():
+    assert tagged("BLEU_4_full", "reflabels") == "BLEU_4_reflabels_full" and tagged("BLEU_4", "") == "BLEU_4"
+    assert untagged("BLEU_4_reflabels_full", "reflabels") == "BLEU_4_full"
+    assert with_aliases({"BLEU_4": 0.1, "BLEU_4_full": 0.2, "nll": 3}) == {
+        "BLEU_4": 0.1,
+        "BLEU_4_full": 0.2,
+        "nll": 3,
+        "BLEU_4_truncated": 0.1,
+    }

@@ -1,0 +1,271 @@
+"""The tables that run_experiments.py writes, on small results; and the whole script on trainings of seconds."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from modules.evaluation.report_statistics import ReportStatistics, save_statistics
+from modules.runtime.errors import InputError
+from scripts.experiments.files import choose, read_datasets, read_table
+from scripts.experiments.plan import UNAVAILABLE, plan
+from scripts.experiments.score_table import Cell, ScoreTable, TableRow
+from scripts.experiments.tables import check_columns, gather, write
+from tests.experiment_support import MODELS, by_name, finish, planned, write_files
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Both rows with two seeds, 40 reports each; ITHN is better in every report."""
+    files = write_files(tmp_path)
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0, 0.5, 40)
+    for name, run in by_name(planned(files)).items():
+        if run.state == UNAVAILABLE:
+            continue
+        values = base + (0.2 if "ithn" in name else 0.0) + 0.001 * run.seed
+        finish(run, score=values.mean())
+        system = ReportStatistics({"BLEU_4": values[:, None]}, "cut", "whole")
+        save_statistics(run.folder / "statistics.npz", {"model": system, "nearest training image": system})
+    return files
+
+
+def gathered(files, failed=()):
+    table = choose(read_table(files / "rows.csv"), dataset="tiny", seeds=())
+    return gather(table, read_datasets(files / "datasets.json"), planned(files), dict(failed))
+
+
+def test_table_has_spread_intervals_marks_floors_and_the_papers_figures(finished):
+    table = gathered(finished)
+    base, ithn, gpt, floor = table.rows
+    cell = ithn.cells["BLEU_4"]
+    assert cell.mean - base.cells["BLEU_4"].mean == pytest.approx(0.2)
+    assert cell.sd == pytest.approx(0.001 / 2**0.5) and cell.low < cell.mean < cell.high
+    assert cell.p < 0.01 and base.cells["BLEU_4"].p is None
+    assert ithn.published == {"BLEU_4": 0.5} and ithn.published_on == "IU X-Ray" and ithn.group == "tiny data"
+    assert gpt.source == "not available: --model_name gpt" and not gpt.cells
+    assert floor.is_floor and floor.cells["BLEU_4"].mean == 0.02
+    paths = write(table, finished / "out")
+    markdown, csv_text, latex = (path.read_text() for path in paths)
+    assert f"**{cell.mean:.3f}** ± 0.001 \\*\\* |" in markdown and r"Base\_1" in markdown
+    assert f"[{cell.low:.3f}, {cell.high:.3f}]" in markdown and "| paper, IU X-Ray | 0.500 |" in markdown
+    assert "SYNTHETIC" in markdown and "SYNTHETIC" in latex
+    assert csv_text.splitlines()[0].startswith("dataset,method,source,paper_dataset,BLEU_4_mean,BLEU_4_sd,BLEU_4_low")
+    assert f"\\textbf{{{cell.mean:.3f}}} $\\pm$ 0.001 $^{{**}}$" in latex and r"Base\_1" in latex
+    assert latex.count(r"\begin") == latex.count(r"\end") == 2
+
+
+def test_table_of_unfinished_work_says_so(finished):
+    (finished / "out/ithn/seed2/results.json").unlink()
+    table = gathered(finished, {"ithn seed 2": "no such thing"})
+    ithn = table.rows[1]
+    assert ithn.source == "1 of 2 seeds, 1 failed" and ithn.cells["BLEU_4"].sd is None
+    # Compared on the seed that both rows have.
+    assert ithn.cells["BLEU_4"].p < 0.01
+    assert "ithn seed 2: no such thing" in table.notes
+
+
+def test_rows_on_other_reports_are_not_compared(finished):
+    for seed in (1, 2):
+        system = ReportStatistics({"BLEU_4": np.ones((40, 1))}, "cut", "others")
+        save_statistics(finished / f"out/ithn/seed{seed}/statistics.npz", {"model": system})
+    table = gathered(finished)
+    assert table.rows[1].cells["BLEU_4"].p is None
+    assert any("+ ITHN: not compared with base" in note for note in table.notes)
+
+
+@pytest.fixture
+def folded(tmp_path):
+    """Two rows on two folds of 30 and 10 reports, with two seeds; ITHN is better in every report."""
+    (tmp_path / "rows.json").write_text(
+        json.dumps(
+            {
+                "folds": ["one", "two"],
+                "seeds": [1, 2],
+                "columns": ["BLEU_4"],
+                "rows": [
+                    {"name": "base", "label": "Base", "flags": "--ithn off"},
+                    {"name": "ithn", "flags": "--ithn on", "baseline": "base"},
+                ],
+            }
+        )
+    )
+    (tmp_path / "datasets.json").write_text(
+        json.dumps(
+            {name: {"title": f"fold {name}", "flags": f"--ann_path {tmp_path / name}.json"} for name in ("one", "two")}
+        )
+    )
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").write_text(name)
+    rng = np.random.default_rng(0)
+    base = {"one": rng.uniform(0, 0.2, 30), "two": rng.uniform(0.4, 0.6, 10)}
+    for run in of_folds(tmp_path):
+        values = base[run.row.dataset] + (0.2 if run.row.whole == "ithn" else 0.0) + 0.001 * run.seed
+        finish(run, score=9.9)
+        system = ReportStatistics({"BLEU_4": values[:, None]}, f"cut {run.row.dataset}", f"whole {run.row.dataset}")
+        save_statistics(run.folder / "statistics.npz", {"model": system, "nearest training image": system})
+    return tmp_path, np.concatenate(list(base.values())).mean()
+
+
+def of_folds(files):
+    return plan(
+        read_table(files / "rows.json"),
+        read_datasets(files / "datasets.json"),
+        files / "out",
+        overrides=(),
+        text_encoder="",
+        models=MODELS,
+    )
+
+
+def gathered_folds(files):
+    return gather(read_table(files / "rows.json"), read_datasets(files / "datasets.json"), of_folds(files), {})
+
+
+def test_folds_are_one_test_set(folded):
+    files, mean = folded
+    assert (files / "out/ithn/two/seed1/results.json").is_file()
+    base, ithn, floor = gathered_folds(files).rows
+    # A mean of the folds' means would weigh 10 reports as much as 30.
+    assert base.cells["BLEU_4"].mean == pytest.approx(mean + 0.0015) and base.source == "2 seeds"
+    assert base.cells["BLEU_4"].sd == pytest.approx(0.001 / 2**0.5)
+    assert ithn.cells["BLEU_4"].mean - base.cells["BLEU_4"].mean == pytest.approx(0.2) and ithn.cells["BLEU_4"].p < 0.01
+    assert floor.is_floor and {row.group for row in (base, ithn, floor)} == {
+        "test reports of all together: fold one, fold two"
+    }
+    assert (base.label, ithn.label) == ("Base", "ithn")
+
+
+def test_a_seed_counts_when_all_its_folds_are_done(folded):
+    files, mean = folded
+    (files / "out/base/two/seed2/results.json").unlink()
+    base, ithn, _ = gathered_folds(files).rows
+    assert base.source == "1 of 2 seeds (3 of 4 runs)" and base.cells["BLEU_4"].mean == pytest.approx(mean + 0.001)
+    assert ithn.source == "2 seeds" and ithn.cells["BLEU_4"].p < 0.01  # compared on seed 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"), [(None, "statistics.npz: no such file"), ("truncated_60", "cannot be joined")]
+)
+def test_a_fold_that_cannot_be_joined_leaves_its_seed_out(folded, changed, part):
+    files, mean = folded
+    path = files / "out/ithn/one/seed1/statistics.npz"
+    if changed:
+        system = ReportStatistics({"BLEU_4": np.ones((30, 1))}, "cut one", "whole one", changed)
+        save_statistics(path, {"model": system})
+    else:
+        path.unlink()
+    table = gathered_folds(files)
+    base, ithn, _ = table.rows
+    assert base.source == "2 seeds" and ithn.source == "1 of 2 seeds (4 of 4 runs)"
+    assert ithn.cells["BLEU_4"].mean == pytest.approx(mean + 0.202) and ithn.cells["BLEU_4"].p < 0.01
+    assert any(note.startswith("ithn: seed 1 is left out: ") and part in note for note in table.notes)
+
+
+def test_a_column_that_no_score_has_is_refused(tmp_path):
+    files = write_files(tmp_path)
+    content = "name,flags,{}\nbase,--ithn off,\n"
+    for key in (
+        "BLEU_4_full",
+        "CIDEr_truncated",
+        "METEOR_reference_labels_full",
+        "nll",
+        "diversity",
+        "repetition_4",
+        "ce_chexbert_f1_micro_14_uncertain_negative_full",
+        "BERTScore_f1",
+        "RadGraph_F1_partial",
+        "ours",
+    ):
+        (files / "rows.csv").write_text(content.format(key))
+        runs = planned(files)
+        for run in runs if key == "ours" else ():  # of a score that somebody has added
+            finish(run)
+            results = json.loads((run.folder / "results.json").read_text())
+            results["test"]["model"]["ours"] = 1.0
+            (run.folder / "results.json").write_text(json.dumps(results))
+        check_columns(read_table(files / "rows.csv"), planned(files))
+    for key, part in (("CIDErr", "did you mean CIDEr"), ("F", "a name of results.json")):
+        (files / "rows.csv").write_text(content.format(key))
+        with pytest.raises(InputError, match=f"no score is called '{key}'.*{part}"):
+            check_columns(read_table(files / "rows.csv"), planned(files))
+
+
+def test_columns_that_folds_cannot_have_together_are_named(folded):
+    files, _ = folded
+    rows = json.loads((files / "rows.json").read_text())
+    (files / "rows.json").write_text(json.dumps(rows | {"columns": ["BLEU_4", {"key": "diversity", "label": "Div"}]}))
+    assert "Not known for the folds together: Div." in gathered_folds(files).notes
+
+
+def test_rows_without_statistics_still_have_means(finished):
+    for path in (finished / "out").glob("ithn/*/statistics.npz"):
+        path.unlink()
+    cell = gathered(finished).rows[1].cells["BLEU_4"]
+    assert cell.sd > 0 and cell.low is None and cell.p is None
+
+
+@pytest.mark.slow
+def test_the_whole_on_real_trainings(demo, tmp_path):
+    from tests.conftest import TINY
+
+    (tmp_path / "datasets.json").write_text(
+        json.dumps(
+            {
+                "tiny": {
+                    "flags": [
+                        "--ann_path",
+                        str(demo / "annotation.json"),
+                        "--image_dir",
+                        str(demo / "images"),
+                        *TINY,
+                        "--epochs",
+                        "1",
+                    ]
+                }
+            }
+        )
+    )
+    (tmp_path / "rows.csv").write_text("name,flags,baseline\nbase,--ithn off,\nithn,--ithn on,base\n")
+
+    def call(*flags):
+        return subprocess.run(
+            [
+                sys.executable,
+                "scripts/run_experiments.py",
+                tmp_path / "rows.csv",
+                "--datasets",
+                tmp_path / "datasets.json",
+                "--dataset",
+                "tiny",
+                "--out",
+                tmp_path / "out",
+                "--seeds",
+                "1",
+                *flags,
+            ],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    done = call()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2,000 resamples" in done.stdout and (tmp_path / "out/table.tex").is_file()
+    before = (tmp_path / "out/ithn/seed1/results.json").stat().st_mtime_ns
+    assert call().returncode == 0
+    assert (tmp_path / "out/ithn/seed1/results.json").stat().st_mtime_ns == before
+    changed = call("--overrides", "--alpha 0.5")
+    assert changed.returncode == 2 and changed.stderr.count("\n") == 1 and "alpha 0.01, now 0.5" in changed.stderr
+
+
+def test_the_lowest_nll_is_the_best():
+    rows = [
+        TableRow(name, "data", "3 seeds", {"nll": Cell(nll), "CIDEr": Cell(cider)})
+        for name, nll, cider in (("a", 1.5, 0.3), ("b", 1.4, 0.2), ("c", 1.6, 0.4))
+    ]
+    table = ScoreTable("t", (("nll", "nll"), ("CIDEr", "C")), rows)
+    assert table.best("data") == {"nll": 1.4, "CIDEr": 0.4}

@@ -1,0 +1,202 @@
+"""The loop itself, on an objective of two numbers: accumulation, selection, early stop, numbers that are not finite."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+
+from modules.runtime.errors import InputError
+from modules.runtime.progress import Bar
+from modules.runtime.stopping import Stop
+from modules.training.optimizers import build_optimizer, build_scheduler
+from modules.training.trainer import Trainer
+from modules.training.training_state import Best
+
+
+@dataclass
+class Words:
+    token_mask: torch.Tensor
+
+
+@dataclass
+class FakeBatch:
+    values: torch.Tensor  # (B, T) one number per token, the last position of token_mask[:, 1:] decides
+    positive: Words = field(init=False)
+    sample_index: torch.Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.sample_index = torch.arange(len(self.values))
+        self.positive = Words(torch.cat([torch.ones(len(self.values), 1), (self.values != 0).float()], 1).bool())
+
+    def to(self, device):
+        return self
+
+
+class FakeObjective(nn.Module):
+    """Mean over tokens of w * value, so that the gradient of w is the mean value of all tokens of a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+        self.steps, self.counts = 0, []
+
+    def forward(self, batch, epoch, *, token_count, share):
+        self.counts.append((int(token_count), share))
+        loss = (self.w * batch.values).sum() / token_count
+        return {"loss": loss, "nll": loss.detach()}
+
+    def after_step(self):
+        self.steps += 1
+
+
+class FakeLoader(list):
+    start = 0
+
+    def set_epoch(self, epoch, start_batch=0):
+        self.epoch, self.start = epoch, start_batch
+
+    def __iter__(self):
+        return iter(self[self.start :])
+
+
+def trainer(batches, scores=(0.1,), **changes):
+    objective = FakeObjective()
+    optimizer = build_optimizer(
+        objective,
+        optim="SGD" if changes.pop("sgd", False) else "Adam",
+        lr_ve=0.1,
+        lr_ed=0.1,
+        weight_decay=0.0,
+        adam_betas=(0.9, 0.98),
+        adam_eps=1e-9,
+        amsgrad=True,
+    )
+    saved = []
+    settings = {
+        "epochs": len(scores),
+        "early_stop": 50,
+        "monitor_metric": "BLEU_4",
+        "monitor_mode": "max",
+        "save_period": 1,
+        "checkpoint_steps": 0,
+        "log_period": 1000,
+        "start_eval_epoch": 0,
+        "grad_accumulation": 1,
+        "clip_norm": 0.0,
+        "clip_value": 0.0,
+    } | changes
+    made = Trainer(
+        objective,
+        optimizer=optimizer,
+        scheduler=build_scheduler(
+            optimizer, lr_scheduler="constant", step_size=1, gamma=1.0, plateau_patience=0, epochs=9
+        ),
+        loader=FakeLoader(batches),
+        validate=lambda epoch: {"BLEU_4": scores[epoch - 1]},
+        save=lambda trainer, improved: saved.append((len(trainer.history), improved)),
+        on_epoch=lambda history: None,
+        progress=Bar,
+        stop=Stop(),
+        device=torch.device("cpu"),
+        precision="float32",
+        **settings,
+    )
+    return made, saved
+
+
+def batch(*rows):
+    return FakeBatch(torch.tensor(rows))
+
+
+def test_accumulated_batches_weigh_by_their_tokens():
+    # Two tokens of value 1 and one of value 4: the step's gradient is (1 + 1 + 4) / 3, not (1 + 4) / 2.
+    one, _ = trainer([batch([1.0, 1.0]), batch([4.0, 0.0])], grad_accumulation=2, sgd=True)
+    one.train()
+    assert one.objective.counts == [(3, 0.5), (3, 0.5)]
+    assert one.objective.w.item() == pytest.approx(-0.1 * 6 / 3)
+    assert one.objective.steps == 1 and one.history[0]["train_steps"] == 1
+
+
+def test_the_logged_loss_is_that_of_a_step():
+    one, _ = trainer([batch([1.0, 1.0]), batch([4.0, 0.0])], grad_accumulation=2)
+    with torch.no_grad():
+        one.objective.w.fill_(1.0)
+    one.train()
+    assert one.history[0]["train_loss"] == pytest.approx(6 / 3)
+    assert one.history[0]["train_nll"] == pytest.approx((2 / 3 + 4 / 3) / 2)
+
+
+def test_an_incomplete_last_group_is_a_step_of_its_own():
+    one, _ = trainer([batch([1.0])] * 3, grad_accumulation=2)
+    one.train()
+    assert one.objective.counts == [(2, 0.5), (2, 0.5), (1, 1.0)] and one.objective.steps == 2
+
+
+def test_the_best_epoch_is_saved_whatever_the_period():
+    one, saved = trainer([batch([1.0])], scores=[0.1, 0.3, 0.2, 0.3, 0.1], save_period=100)
+    one.train()
+    # An equal score counts as better; the last epoch is always kept, before it is validated too.
+    assert saved == [(1, True), (2, True), (4, True), (4, False), (5, False)]
+    assert (one.best.epoch, one.best.score) == (4, 0.3)
+
+
+def test_early_stop_waits_for_more_than_its_epochs():
+    one, _ = trainer([batch([1.0])], scores=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1], early_stop=2)
+    one.train()
+    assert [row["epoch"] for row in one.history] == [1, 2, 3, 4]
+
+
+def test_no_validation_before_its_first_epoch():
+    one, saved = trainer([batch([1.0])], scores=[0.9, 0.1], start_eval_epoch=2)
+    one.train()
+    assert "val_BLEU_4" not in one.history[0] and saved == [(0, False), (1, False), (1, False), (2, True)]
+
+
+def test_the_learning_rate_falls_before_the_first_validation():
+    one, _ = trainer([batch([1.0])], scores=[0.9] * 3, start_eval_epoch=3)
+    one.scheduler = build_scheduler(
+        one.optimizer, lr_scheduler="StepLR", step_size=1, gamma=0.5, plateau_patience=0, epochs=3
+    )
+    one.train()
+    assert [row["lr_ed"] for row in one.history] == [0.1, 0.05, 0.025]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_gradient_never_reaches_the_weights(bad):
+    one, _ = trainer([batch([1.0]), batch([bad]), batch([1.0])])
+    good, _ = trainer([batch([1.0]), batch([1.0])])
+    one.train()
+    good.train()
+    assert one.objective.w.item() == good.objective.w.item() != 0.0
+
+
+def test_a_run_of_bad_gradients_ends_the_run():
+    one, _ = trainer([batch([1.0])] + [batch([float("nan")])] * 60)
+    with pytest.raises(InputError, match="not finite in 25 steps in a row"):
+        one.train()
+    assert torch.isfinite(one.objective.w)
+
+
+def test_a_run_of_bad_gradients_ends_short_epochs_too():
+    one, _ = trainer([batch([float("nan")])] * 10, scores=[0.1] * 9)
+    with pytest.raises(InputError, match="not finite in 25 steps in a row"):
+        one.train()
+    assert len(one.history) == 2
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({"clip_value": 0.1}, -0.01), ({"clip_norm": 0.5}, -0.05)])
+def test_clipping(settings, expected):
+    one, _ = trainer([batch([3.0])], sgd=True, **settings)
+    one.train()
+    assert one.objective.w.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "scores", "best"), [("max", [1.0, 2.0, None], 2), ("min", [1.0, 2.0, float("nan")], 1)]
+)
+def test_scores_that_are_missing_are_never_best(mode, scores, best):
+    kept = Best()
+    for epoch, score in enumerate(scores, start=1):
+        kept.judge(score, epoch, mode)
+    assert kept.epoch == best
