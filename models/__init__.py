@@ -8,12 +8,7 @@ from models.r2gencmn import R2GenCMN
 from models.visualgpt import VisualGPT
 from models.xpronet import XProNet
 
-MODELS: dict[str, type[Backbone]] = {
-    "r2gen": R2Gen,
-    "r2gencmn": R2GenCMN,
-    "xpronet": XProNet,
-    "visualgpt": VisualGPT,
-}
+MODELS: dict[str, type[Backbone]] = {"r2gen": R2Gen, "r2gencmn": R2GenCMN, "xpronet": XProNet, "visualgpt": VisualGPT}
 
 
 def build_model(name: str, **options: Any) -> Backbone:

@@ -73,13 +73,7 @@ def released(image: Tensor, report: Tensor, negative: Tensor, hardness: float) -
     return (1 - hardness) * negative + hardness * p
 
 
-STRATEGIES = {
-    "ithn": ithn,
-    "unconstrained": unconstrained,
-    "mochi": mochi,
-    "prior": prior,
-    "released": released,
-}
+STRATEGIES = {"ithn": ithn, "unconstrained": unconstrained, "mochi": mochi, "prior": prior, "released": released}
 
 
 class PreviousEpoch(nn.Module):

@@ -70,10 +70,7 @@ ANATOMY = {
 }
 
 # Phrases that look like a mention and are none.
-NOT_MENTIONS = {
-    "Lung Lesion": r"calcified nodules?",
-    "Pleural Effusion": r"pericardial effusions?",
-}
+NOT_MENTIONS = {"Lung Lesion": r"calcified nodules?", "Pleural Effusion": r"pericardial effusions?"}
 
 # Mentions that no more than suggest the observation: uncertain where another would be positive.
 WEAK_MENTIONS = {"Edema": r"congestion|vascular prominence"}

@@ -18,14 +18,7 @@ from modules.decoding.search import DecodingOptions
 from modules.ithn.objective import Objective
 from modules.labels.study_labels import NO_FINDING, class_order, read_labels
 from modules.layers.visual_extractor import VisualExtractor
-from modules.run.data import (
-    Data,
-    build_dataset,
-    build_split_loader,
-    cache_features,
-    count_samples,
-    training_studies,
-)
+from modules.run.data import Data, build_dataset, build_split_loader, cache_features, count_samples, training_studies
 from modules.run.hard_negatives import hard_negatives
 from modules.run.language_model import AnyTokenizer, build_tokenizer, gpt2_options
 from modules.runtime import distributed

@@ -39,10 +39,7 @@ RULES: dict[str, dict[str, tuple[float, dict[str, dict[str, float]]]]] = {
         "thickening": (3, {"side": _SIDES, "zone": {"upper": 3, "lower": 2}}),
         "plaque": (2, {"side": _SIDES}),
     },
-    "Fracture": {
-        "rib": (4, {"side": _SIDE, "zone": _ZONE}),
-        "clavicle": (1, {"side": _SIDE}),
-    },
+    "Fracture": {"rib": (4, {"side": _SIDE, "zone": _ZONE}), "clavicle": (1, {"side": _SIDE})},
     "Support Devices": {
         "pacemaker": (4, {"side": {"left": 5, "right": 1}}),
         "central line": (4, {"side": {"left": 2, "right": 5}}),
