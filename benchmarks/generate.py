@@ -56,7 +56,7 @@ def build_search(
     from torch import nn
 
     from models import VisualFeatures, build_model
-    from modules.decoding.search import DecodingOptions
+    from modules.decoding.options import DecodingOptions
     from modules.evaluation.tester import autocast
 
     class NoExtractor(nn.Module):

@@ -45,7 +45,7 @@ def build_works(arguments: argparse.Namespace, device: str) -> dict[str, Callabl
     from torch import nn
 
     from models import VisualFeatures, build_model
-    from modules.decoding.search import DecodingOptions
+    from modules.decoding.options import DecodingOptions
 
     class NoExtractor(nn.Module):
         width = arguments.image_dim

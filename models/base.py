@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from modules.decoding.guidance import Guided
-from modules.decoding.search import Decoded, DecodingOptions, DecodingSession, Search, decode
+from modules.decoding.options import DecodingOptions
+from modules.decoding.search import Decoded, DecodingSession, Search, decode
 
 
 @dataclass

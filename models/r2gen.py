@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.base import Backbone, Output, VisualFeatures
 from modules.decoding.cache import DecodingCache
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.layers.relational_memory import RelationalMemory
 from modules.layers.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
 from modules.layers.transformer_norms import normalise

@@ -17,7 +17,7 @@ from models.base import Backbone, Output, VisualFeatures
 from models.visualgpt_decoder import LanguageModel
 from models.visualgpt_encoder import LevelEncoder
 from modules.decoding.cache import DecodingCache
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.decoding.standard import StandardBeamSearch
 
 COMPATIBILITY = ("off", "published")

@@ -1,10 +1,14 @@
-"""Every setting of a run as one typed, validated object; the command line is derived from it (modules/flags.py)."""
+"""Every setting of a run as one typed, validated object; the command line is derived from it (modules/flags.py).
+
+Config is put together from small frozen dataclasses, one for each concern. They are declared in the rooms that use them
+and are built from a Config with ``part_of(config, OptimSettings)``; what belongs to no room is declared here.
+"""
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 from modules.config_checks import check_together
-from modules.runtime.settings import check_value, setting
+from modules.decoding.options import DecodingOptions
+from modules.runtime.settings import check_value, part_of, setting
 
 DATASETS = ("iu_xray", "mimic_cxr", "coco")
 RADIOLOGY = ("iu_xray", "mimic_cxr")
@@ -51,10 +55,9 @@ NOT_DECIDING = frozenset(
 
 
 @dataclass(frozen=True)
-class Config:
-    """The resolved settings of one run; construction validates them and raises InputError naming flag and value."""
+class DataSettings:
+    """Where the data lies and how it is read."""
 
-    # ---- data
     image_dir: str = setting("data/iu_xray/images/", "data", "folder that the image paths of the annotation start from")
     detection_features: str = setting(
         "",
@@ -85,7 +88,6 @@ class Config:
         "sample with the study's report (the ITHN paper)",
         choices=("paired", "separate"),
     )
-    max_seq_length: int = setting(60, "data", "longest report in tokens, begin and end included", low=3)
     threshold: int = setting(3, "data", "a token enters the vocabulary from this training count on", low=1)
     num_workers: int = setting(2, "data", "processes that read images", low=0)
     worker_timeout: float = setting(
@@ -117,7 +119,11 @@ class Config:
         choices=("stop", "skip"),
     )
 
-    # ---- backbone
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Which backbone is trained, and its sizes."""
+
     model_name: str = setting("r2gencmn", "backbone", "backbone that writes the reports")
     visual_extractor: str = setting("resnet101", "backbone", "torchvision or timm model that gives patch features")
     visual_extractor_pretrained: bool = setting(True, "backbone", "start from ImageNet weights")
@@ -233,7 +239,11 @@ class Config:
         1.0, "XProNet", "weight of the binary cross entropy that trains the predicted labels", low=0.0
     )
 
-    # ---- ITHN
+
+@dataclass(frozen=True)
+class ITHNSettings:
+    """Which negatives are synthesised, and how the losses are weighted."""
+
     ithn: str = setting(
         "auto",
         "ITHN",
@@ -291,35 +301,11 @@ class Config:
         choices=("extractor", "encoder"),
     )
 
-    # ---- decoding
-    sample_method: str = setting(
-        "beam_search", "decoding", "how reports are decoded", choices=("beam_search", "greedy", "sample")
-    )
-    beam_size: int = setting(3, "decoding", "beams", low=1)
-    group_size: int = setting(1, "decoding", "groups of diverse beam search", low=1)
-    diversity_lambda: float = setting(0.5, "decoding", "penalty of diverse beam search", low=0.0)
-    temperature: float = setting(1.0, "decoding", "divides the log-probabilities", low=1e-6)
-    sample_n: int = setting(
-        1, "decoding", "reports drawn per study with --sample_method sample; the likeliest is kept", low=1
-    )
-    collapse_repeats: bool = setting(
-        False,
-        "decoding",
-        "write a word that immediately repeats itself once, as VisualGPT's evaluation does before scoring",
-    )
-    block_trigrams: int = setting(
-        1, "decoding", "penalise repeated trigrams in greedy decoding and sampling", choices=(0, 1)
-    )
-    guidance: float = setting(
-        0.0,
-        "decoding",
-        "weight of what the image adds: words are ranked by log p(w | image) + "
-        "guidance * (log p(w | image) - log p(w | mean training image)), of the words with a tenth "
-        "of the likeliest one's p at least; 0: by log p(w | image), as published",
-        low=0.0,
-    )
 
-    # ---- optimisation
+@dataclass(frozen=True)
+class OptimSettings:
+    """Optimiser, learning rates and their schedule."""
+
     epochs: int = setting(100, "optimisation", "training epochs", low=1)
     optim: str = setting("Adam", "optimisation", "optimiser", choices=("Adam", "AdamW", "RAdam", "SGD"))
     lr_ve: float = setting(5e-5, "optimisation", "learning rate of the visual extractor", low=0.0)
@@ -347,7 +333,11 @@ class Config:
     clip_norm: float = setting(0.0, "optimisation", "clip the gradient's norm; 0 is off", low=0.0)
     clip_value: float = setting(0.0, "optimisation", "clip gradient values; 0 is off (R2Gen: 0.1)", low=0.0)
 
-    # ---- self-critical
+
+@dataclass(frozen=True)
+class SelfCriticalSettings:
+    """The self-critical stage."""
+
     self_critical: bool = setting(
         False,
         "self-critical",
@@ -368,6 +358,12 @@ class Config:
     )
     scst_samples: int = setting(5, "self-critical", "reports sampled per study", low=1)
     scst_ce_weight: float = setting(0.0, "self-critical", "weight of the cross entropy that goes on beside it", low=0.0)
+
+
+# Dataclasses take up their bases from the last to the first: read upwards, this is the order of --help.
+@dataclass(frozen=True)
+class Config(SelfCriticalSettings, OptimSettings, DecodingOptions, ITHNSettings, NetworkSettings, DataSettings):
+    """The resolved settings of one run; construction validates them and raises InputError naming flag and value."""
 
     # ---- run
     n_gpu: int = setting(
@@ -448,6 +444,8 @@ class Config:
     def __post_init__(self) -> None:
         for item in fields(self):
             check_value(item.name, getattr(self, item.name), item.metadata)
+        for part in type(self).__bases__:
+            part_of(self, part)  # each checks which of its own settings exclude one another
         check_together(self)
 
     @property
@@ -469,8 +467,3 @@ class Config:
     def labels_by_rules(self) -> bool:
         """Whether reports are labelled by rules and scored clinically."""
         return self.clinical and self.dataset_name in RADIOLOGY
-
-    def variant_default(self, name: str, paper: Any, released: Any) -> Any:
-        """The value of a flag whose default depends on --ithn_variant."""
-        value = getattr(self, name)
-        return (released if self.released else paper) if value is None else value

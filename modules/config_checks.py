@@ -28,8 +28,6 @@ def _check_network(config: Any) -> None:
     for name in ("feature_cache", "image_cache", "length_bucketing", "detection_features"):
         if config.shards and getattr(config, name):
             raise InputError(f"--shards {config.shards}: does not go with --{name}; leave one of them out")
-    if config.beam_size % config.group_size:
-        raise InputError(f"--beam_size {config.beam_size} cannot be divided by --group_size {config.group_size}")
     if not all(0.0 <= beta < 1.0 for beta in config.adam_betas):
         raise InputError(f"--adam_betas {config.adam_betas}: both must be in [0, 1)")
 

@@ -11,56 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modules.decoding.options import DecodingOptions
+
 FINISHED_PENALTY = 1000.0  # what a beam that has ended loses, so that live beams replace it
 TRIGRAM_PENALTY = 2 * 0.693  # what a word loses for every time that it already ended this trigram
-SAMPLE_METHODS = ("beam_search", "greedy", "sample")
-
-
-@dataclass(frozen=True)
-class DecodingOptions:
-    """How reports are generated; the names are those of the command-line flags.
-
-    ``sample_method`` is ``beam_search``, ``greedy`` (arg max) or ``sample`` (multinomial). ``sample_n`` reports are
-    returned per study. ``group_size`` > 1 is diverse beam search (Vijayakumar et al., arXiv 1610.02424) with
-    ``diversity_lambda``. ``block_trigrams`` acts on greedy choice and sampling only. ``guidance`` > 0 decodes away from
-    the mean image (modules/decoding/guidance.py); the backbone makes the sessions for it.
-    """
-
-    sample_method: str = "beam_search"
-    beam_size: int = 3
-    max_seq_length: int = 60
-    temperature: float = 1.0
-    sample_n: int = 1
-    group_size: int = 1
-    diversity_lambda: float = 0.5
-    block_trigrams: bool = True
-    guidance: float = 0.0
-
-    def __post_init__(self):
-        if self.sample_method not in SAMPLE_METHODS:
-            raise ValueError(f"sample_method {self.sample_method!r}: expected one of {', '.join(SAMPLE_METHODS)}")
-        for name in ("beam_size", "max_seq_length", "sample_n", "group_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature {self.temperature}: expected more than 0")
-        for name in ("diversity_lambda", "guidance"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 0")
-        if self.sample_method != "beam_search" and self.group_size > 1:
-            raise ValueError(f"group_size {self.group_size}: groups need sample_method beam_search")
-        if self.sample_method == "greedy" and self.sample_n > 1:
-            raise ValueError(f"sample_n {self.sample_n}: greedy has one answer, use sample_method sample")
-        if self.sample_method == "beam_search":
-            if self.beam_size % self.group_size:
-                raise ValueError(f"group_size {self.group_size}: must divide beam_size {self.beam_size}")
-            if self.sample_n > self.beam_size:
-                raise ValueError(f"sample_n {self.sample_n}: at most beam_size {self.beam_size} in beam search")
-
-    @property
-    def num_hypotheses(self) -> int:
-        """K, the hypotheses that are decoded side by side for each study."""
-        return self.beam_size if self.sample_method == "beam_search" else self.sample_n
 
 
 @dataclass

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.decoding.search import DecodingOptions, Search
+from modules.decoding.options import DecodingOptions
+from modules.decoding.search import Search
 
 
 class StandardBeamSearch(Search):

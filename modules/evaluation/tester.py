@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.data.captions import collapse_repeats
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.evaluation.score_names import tagged
 from modules.runtime import distributed
 from modules.runtime.errors import InputError

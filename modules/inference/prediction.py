@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from modules.data.images import Transform
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.evaluation.tester import autocast
 from modules.inference.attention import recorded_attention, view_maps
 from modules.runtime.errors import InputError

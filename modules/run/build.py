@@ -14,7 +14,7 @@ from modules.data.annotations import read_annotation
 from modules.data.captions import split_captions
 from modules.data.detection_features import DetectionExtractor, DetectionFeatures, detections_of
 from modules.data.prototype_files import load_prototypes
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.ithn.objective import Objective
 from modules.labels.study_labels import NO_FINDING, class_order, read_labels
 from modules.layers.visual_extractor import VisualExtractor
@@ -26,6 +26,7 @@ from modules.runtime.environment import choose_device, choose_precision
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import require_plain_archive
 from modules.runtime.launch import process_device
+from modules.runtime.settings import part_of
 from modules.training.sync_norm import with_common_statistics
 
 __all__ = [
@@ -227,23 +228,8 @@ def _prototypes(config: Config, pretrained: bool) -> dict[str, Any]:
 
 
 def decoding_options(config: Config) -> DecodingOptions:
-    """How reports are generated."""
-    names = (
-        "sample_method",
-        "beam_size",
-        "max_seq_length",
-        "temperature",
-        "sample_n",
-        "group_size",
-        "diversity_lambda",
-        "guidance",
-    )
-    try:
-        return DecodingOptions(
-            **{name: getattr(config, name) for name in names}, block_trigrams=bool(config.block_trigrams)
-        )
-    except ValueError as error:
-        raise InputError(f"--{error}") from error
+    """How reports are decoded."""
+    return part_of(config, DecodingOptions)
 
 
 def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.ithn.objective import Objective
 
 BASELINES = ("greedy", "mean")

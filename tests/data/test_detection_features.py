@@ -12,7 +12,7 @@ from modules.data.annotations import read_annotation
 from modules.data.datasets import ReportDataset, build_loader
 from modules.data.detection_features import DetectionExtractor, DetectionFeatures, detections_of
 from modules.data.tokenizers import Tokenizer
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.runtime.errors import InputError
 from tests.coco_support import coco_records, make_coco, make_detections
 

@@ -13,7 +13,7 @@ import torch
 from models import MODELS
 from models.base import VisualFeatures
 from modules.decoding.guidance import Guided
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.evaluation import tester
 from modules.run import build as compose
 from modules.runtime.errors import InputError

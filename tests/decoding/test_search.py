@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.decoding.search import DecodingOptions, decode, penalise_trigrams
+from modules.decoding.options import DecodingOptions
+from modules.decoding.search import decode, penalise_trigrams
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -152,9 +153,9 @@ def test_sampling_follows_the_distribution_and_the_temperature():
     language = Language(4, 1)
     for temperature in (1.0, 2.0):
         torch.manual_seed(0)
-        options = DecodingOptions(sample_method="sample", sample_n=4000, max_seq_length=1, temperature=temperature)
+        options = DecodingOptions(sample_method="sample", sample_n=4000, max_seq_length=3, temperature=temperature)
         found = decode(Session(language, 1), 1, CPU, options)
-        counts = Counter(found.tokens.flatten().tolist())
+        counts = Counter(found.tokens[:, :, 0].flatten().tolist())
         expected = (language.log_probs(0, []) / temperature).softmax(-1)
         for token in range(NUM_IDS):
             assert counts[token] / 4000 == pytest.approx(expected[token].item(), abs=0.03)

@@ -12,7 +12,7 @@ import torch
 
 from models import MODELS
 from modules.data.images import eval_transform
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.inference import torch_export as programs
 from modules.runtime.errors import InputError
 from scripts import export, predict

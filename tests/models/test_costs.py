@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model
 from modules.data.batches import Batch, Pair
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.ithn.objective import Objective
 from modules.layers.cross_modal_memory import SCORES_AT_ONCE, topk_attention
 from modules.layers.visual_extractor import VisualExtractor

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models import VisualFeatures, build_model
 from models.r2gencmn import R2GenCMN
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.layers.visual_extractor import VisualExtractor
 from tests.golden_support import Golden, load_visual, read_golden, visual_tensor
 

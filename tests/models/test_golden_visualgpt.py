@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models import VisualFeatures, build_model
 from models.visualgpt import VisualGPT
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from tests.golden_support import Golden, read_golden
 
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models import VisualFeatures, build_model
 from models.xpronet import XProNet
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.layers.prototypes import label_contrastive_loss
 from modules.layers.visual_extractor import VisualExtractor
 from tests.golden_support import GOLDEN_DIR, Golden, load_visual, read_golden

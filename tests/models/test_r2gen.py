@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import VisualFeatures, build_model
 from models.r2gen import ConditionalLayerNorm, R2Gen, Session
 from modules.decoding.cache import COMPACTION_INTERVAL
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.layers.relational_memory import Recurrence, RelationalMemory
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import VisualFeatures, build_model
 from models.r2gencmn import R2GenCMN, Session
 from modules.decoding.cache import COMPACTION_INTERVAL
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,8 @@ from models import VisualFeatures, build_model, visualgpt_decoder, visualgpt_enc
 from models.visualgpt import Session, VisualGPT
 from models.visualgpt_decoder import resurrecting_gates
 from modules.decoding.cache import COMPACTION_INTERVAL
-from modules.decoding.search import DecodingOptions, decode
+from modules.decoding.options import DecodingOptions
+from modules.decoding.search import decode
 from modules.decoding.standard import StandardBeamSearch
 from modules.inference.attention import recorded_attention
 from modules.ithn.objective import Objective

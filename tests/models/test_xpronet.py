@@ -11,7 +11,7 @@ from torch import nn
 from models.xpronet import XProNet, own_columns
 from modules.config import Config
 from modules.data.tokenizers import Tokenizer
-from modules.decoding.search import DecodingOptions
+from modules.decoding.options import DecodingOptions
 from modules.ithn.objective import Objective
 from modules.layers.prototypes import label_contrastive_loss, prototypes_of, selected_attention, with_no_finding
 from modules.run.build import build_backbone

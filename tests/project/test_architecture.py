@@ -29,6 +29,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
 MODEL_ROOMS = ("layers", "decoding")  # what a backbone is made of
 # Beside the rooms: the flags, which modules/run, main_* and scripts/ see as a whole.
 FLAG_FILES = ("config", "flags", "presets", "config_checks")
+# Where the rooms declare their settings, of which modules/config.py puts a Config together.
+SETTINGS_FILES = (
+    "modules.data.settings",
+    "modules.decoding.options",
+    "modules.ithn.settings",
+    "modules.training.settings",
+    "modules.evaluation.settings",
+)
 # Of layers and decoding, which are torch and nothing else.
 PURE_ROOMS = {"layers": {"torch", "torchvision", "timm", "safetensors"}, "decoding": {"torch"}}
 HANDED_IN = {
@@ -40,6 +48,7 @@ LIGHT = (
     "modules.runtime.errors",
     "modules.runtime.environment",
     "modules.runtime.settings",
+    "modules.decoding.options",
     "modules.config",
     "modules.flags",
     "modules.data.annotations",
@@ -138,7 +147,8 @@ def import_offence(source: Source, imported: str) -> str | None:
     if room == "run":
         return None
     if room is None:
-        return "flags stand on runtime alone" if other not in (None, "runtime") else None
+        light = other in (None, "runtime") or imported in SETTINGS_FILES
+        return None if light else "flags stand on runtime and the rooms' settings"
     if imported in [f"modules.{file}" for file in FLAG_FILES]:
         return "only modules/run, main_* and scripts/ see the whole Config"
     if other != room and other not in ROOMS[room]:

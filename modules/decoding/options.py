@@ -1,0 +1,61 @@
+"""How reports are decoded: the settings of every search. Torch-free, as the command line is derived from it."""
+
+from dataclasses import dataclass, fields
+
+from modules.runtime.errors import InputError
+from modules.runtime.settings import check_value, setting
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How reports are decoded; construction raises InputError for values that do not go together.
+
+    ``group_size`` > 1 is diverse beam search (Vijayakumar et al., arXiv 1610.02424); ``guidance`` > 0 decodes away from
+    the mean training image (modules/decoding/guidance.py).
+    """
+
+    max_seq_length: int = setting(60, "data", "longest report in tokens, begin and end included", low=3)
+    sample_method: str = setting(
+        "beam_search", "decoding", "how reports are decoded", choices=("beam_search", "greedy", "sample")
+    )
+    beam_size: int = setting(3, "decoding", "beams", low=1)
+    group_size: int = setting(1, "decoding", "groups of diverse beam search", low=1)
+    diversity_lambda: float = setting(0.5, "decoding", "penalty of diverse beam search", low=0.0)
+    temperature: float = setting(1.0, "decoding", "divides the log-probabilities", low=1e-6)
+    sample_n: int = setting(
+        1, "decoding", "reports drawn per study with --sample_method sample; the likeliest is kept", low=1
+    )
+    block_trigrams: int = setting(
+        1, "decoding", "penalise repeated trigrams in greedy decoding and sampling", choices=(0, 1)
+    )
+    collapse_repeats: bool = setting(
+        False,
+        "decoding",
+        "write a word that immediately repeats itself once, as VisualGPT's evaluation does before scoring",
+    )
+    guidance: float = setting(
+        0.0,
+        "decoding",
+        "weight of what the image adds: words are ranked by log p(w | image) + "
+        "guidance * (log p(w | image) - log p(w | mean training image)), among the words at least a tenth "
+        "as likely as the likeliest; 0: by log p(w | image), as published",
+        low=0.0,
+    )
+
+    def __post_init__(self) -> None:
+        for item in fields(DecodingOptions):
+            check_value(item.name, getattr(self, item.name), item.metadata)
+        if self.sample_method != "beam_search" and self.group_size > 1:
+            raise InputError(f"--group_size {self.group_size}: groups need --sample_method beam_search")
+        if self.sample_method == "greedy" and self.sample_n > 1:
+            raise InputError(f"--sample_n {self.sample_n}: greedy has one answer, use --sample_method sample")
+        if self.sample_method == "beam_search":
+            if self.beam_size % self.group_size:
+                raise InputError(f"--beam_size {self.beam_size} cannot be divided by --group_size {self.group_size}")
+            if self.sample_n > self.beam_size:
+                raise InputError(f"--sample_n {self.sample_n}: at most --beam_size {self.beam_size} in beam search")
+
+    @property
+    def num_hypotheses(self) -> int:
+        """K, the hypotheses that are decoded side by side for each study."""
+        return self.beam_size if self.sample_method == "beam_search" else self.sample_n
