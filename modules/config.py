@@ -7,11 +7,10 @@ and are built from a Config with ``part_of(config, OptimSettings)``; what belong
 from dataclasses import dataclass, fields
 
 from modules.config_checks import check_together
+from modules.data.dataset_specs import DATASETS, DataSpec
 from modules.decoding.options import DecodingOptions
 from modules.runtime.settings import check_value, part_of, setting
 
-DATASETS = ("iu_xray", "mimic_cxr", "coco")
-RADIOLOGY = ("iu_xray", "mimic_cxr")
 CLINICAL_MONITORED = tuple(f"ce_rule_f1_{average}_14_uncertain_negative" for average in ("micro", "macro", "example"))
 # What XProNet's released code chooses its best model by (Wang et al., 2022): this sum, under a name.
 XPRONET_SELECTION = {"BLEU_4": 1.0, "BLEU_1": 0.33, "METEOR": 0.67}
@@ -77,9 +76,9 @@ class DataSettings:
     dataset_name: str = setting(
         "iu_xray",
         "data",
-        "decides report cleaning, images per study (2 or 1), record file; "
+        "decides report cleaning, images per study, record file (modules/data/dataset_specs.py); "
         "coco: every caption is a sample, all captions of an image are references",
-        choices=DATASETS,
+        choices=tuple(DATASETS),
     )
     views: str = setting(
         "paired",
@@ -459,11 +458,16 @@ class Config(SelfCriticalSettings, OptimSettings, DecodingOptions, ITHNSettings,
         return self.contrastive_features == "encoder"
 
     @property
+    def dataset(self) -> DataSpec:
+        """What is particular to the data set."""
+        return DATASETS[self.dataset_name]
+
+    @property
     def captioning(self) -> bool:
         """Whether images have several captions, each a training sample, all of them references."""
-        return self.dataset_name == "coco"
+        return self.dataset.captions
 
     @property
     def labels_by_rules(self) -> bool:
         """Whether reports are labelled by rules and scored clinically."""
-        return self.clinical and self.dataset_name in RADIOLOGY
+        return self.clinical and self.dataset.clinical

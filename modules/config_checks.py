@@ -51,10 +51,10 @@ def _check_inputs(config: Any) -> None:
 
 
 def _check_scores(config: Any) -> None:
-    if config.captioning and (config.chexbert_path or config.radgraph_path):
+    if not config.dataset.clinical and (config.chexbert_path or config.radgraph_path):
         raise InputError(
             f"--{'chexbert' if config.chexbert_path else 'radgraph'}_path: scores radiology reports, and "
-            "--dataset_name coco has none"
+            f"--dataset_name {config.dataset_name} has none"
         )
     if config.monitor_metric.startswith("ce_") and not config.labels_by_rules:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
@@ -78,7 +78,7 @@ def _check_stage(config: Any) -> None:
         raise InputError("--scst_baseline mean: one sample is its own mean; give --scst_samples 2 or more")
     if config.self_critical and config.compile:
         raise InputError("--compile: not with --self_critical, whose steps generate reports; leave one of them out")
-    if config.scst_reward == "clinical_f1" and config.captioning:
+    if config.scst_reward == "clinical_f1" and not config.dataset.clinical:
         raise InputError(f"--scst_reward clinical_f1: there are no clinical labels on {config.dataset_name}")
     if config.start_eval_epoch > config.epochs:
         raise InputError(

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from modules.data.dataset_specs import DATASETS
+
 # The papers' run scripts; everything else keeps its default.
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "r2gen": {
@@ -79,33 +81,23 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "seed": 42,
     },
 }
-# What changes on MIMIC-CXR: longer reports, a smaller vocabulary, and a schedule for more steps an epoch.
-_MIMIC_CXR: dict[str, dict[str, Any]] = {
-    "r2gen": {"max_seq_length": 100, "threshold": 10, "epochs": 30, "step_size": 1, "gamma": 0.8, "seed": 456789},
-    "r2gencmn": {"max_seq_length": 100, "threshold": 10, "epochs": 30, "step_size": 3, "seed": 9153},
-    "xpronet": {
-        "max_seq_length": 100,
-        "threshold": 10,
-        "lr_ve": 5e-5,
-        "lr_ed": 1e-4,
-        "step_size": 3,
-        "cluster_order": "mimic_cxr",
-    },
-    "visualgpt": {"max_seq_length": 100, "threshold": 10},
+# What a paper changes on one data set, beside what all change there (DataSpec.preset).
+_PUBLISHED_ON: dict[str, dict[str, dict[str, Any]]] = {
+    "r2gen": {"mimic_cxr": {"epochs": 30, "step_size": 1, "gamma": 0.8, "seed": 456789}},
+    "r2gencmn": {"mimic_cxr": {"epochs": 30, "step_size": 3, "seed": 9153}},
+    "xpronet": {"mimic_cxr": {"lr_ve": 5e-5, "lr_ed": 1e-4, "step_size": 3, "cluster_order": "mimic_cxr"}},
+    "visualgpt": {"coco": {"collapse_repeats": True}},
 }
 # What --self_critical sets beneath the flags given, above the settings of the weights that it starts from.
 SELF_CRITICAL: dict[str, Any] = {"lr_ve": 1e-5, "lr_ed": 1e-5, "lr_scheduler": "constant", "monitor_metric": "CIDEr"}
-# What changes on COCO, for every backbone: short captions, words that are seen five times, VisualGPT's beams.
-_COCO = {"max_seq_length": 20, "threshold": 5, "beam_size": 5}
 BACKBONES = tuple(_PUBLISHED)
 
 
 def preset(backbone: str, dataset_name: str) -> dict[str, Any]:
     """Flag values by name of ``backbone`` on ``dataset_name``."""
-    values = {"max_seq_length": 60, "threshold": 3} | _PUBLISHED[backbone]
-    if dataset_name == "coco":
-        return values | _COCO | ({"collapse_repeats": True} if backbone == "visualgpt" else {})
-    return values | (_MIMIC_CXR[backbone] if dataset_name == "mimic_cxr" else {})
+    spec = DATASETS.get(dataset_name)
+    own = _PUBLISHED_ON[backbone].get(dataset_name, {})
+    return {**_PUBLISHED[backbone], **(spec.preset if spec else {}), **own}
 
 
 def stage_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,6 @@ class Findings:
 
 def check_annotation(config: Config, findings: Findings) -> Annotation | None:
     """The annotation without its faulty records; None where it cannot be read at all."""
-    from modules.data.datasets import MAX_VIEWS
     from modules.prepare.data_statistics import in_several_splits, view_statistics
 
     annotation = findings.attempt(
@@ -95,7 +94,7 @@ def check_annotation(config: Config, findings: Findings) -> Annotation | None:
     findings.statistics |= {
         "synthetic": annotation.synthetic,
         "annotation_sha256": annotation.sha256,
-        "views": {split: view_statistics(studies, MAX_VIEWS[config.dataset_name]) for split, studies in splits.items()},
+        "views": {split: view_statistics(studies, config.dataset.max_views) for split, studies in splits.items()},
     }
     images = {split: [path for study in studies for path in study.image_paths] for split, studies in splits.items()}
     findings.leak("image is in two splits", "image_path", in_several_splits(images), config.ann_path)
@@ -112,9 +111,9 @@ def check_reports(config: Config, annotation: Annotation, findings: Findings) ->
     """Vocabulary, lengths, unknown words, reports that are the same."""
     from modules.prepare import data_statistics
 
-    cleaned = data_statistics.cleaned_reports(annotation.splits, config.dataset_name)
+    cleaned = data_statistics.cleaned_reports(annotation.splits, config.dataset.cleaner)
     train = [study.report for study in annotation.splits["train"]]
-    tokenizer = Tokenizer.from_reports(train, config.threshold, config.dataset_name)
+    tokenizer = Tokenizer.from_reports(train, config.threshold, config.dataset.cleaner)
     if config.beam_size > tokenizer.num_ids:
         findings.problems.append(
             Problem(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from modules.data.dataset_specs import DATASETS
 from modules.evaluation.score_names import FULL
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
@@ -71,7 +72,8 @@ def read_folder(path: Path) -> Folder:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give the --save_dir of a tested run")
     results = read_json(path / "results.json") if (path / "results.json").is_file() else {}
-    several = results.get("config", {}).get("dataset_name") == "coco"  # captions: a column each
+    spec = DATASETS.get(str(results.get("config", {}).get("dataset_name")))
+    several = spec is not None and spec.captions  # a column each
     generated, references = _reports(path / "res.csv"), _reports(path / "gts.csv", several)
     if several and not (path / "statistics.npz").is_file():
         raise InputError(

@@ -21,9 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.config import DATASETS
 from modules.data.annotations import Annotation, read_annotation
 from modules.data.captions import split_captions
+from modules.data.dataset_specs import DATASETS
 from modules.data.tokenizers import clean_report
 from modules.flags import Parser, boolean
 from modules.runtime.errors import InputError, one_line, run_entry_point
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--dataset_name",
         default="iu_xray",
-        choices=DATASETS,
+        choices=tuple(DATASETS),
         help="cleaning rules by which texts count as identical; coco: every caption is a record; default %(default)s",
     )
     either = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "{true,false}"}
@@ -133,9 +133,10 @@ def check(arguments: argparse.Namespace) -> None:
     ):
         if getattr(arguments, flag) < low:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: must be {low} or more")
-    if arguments.dataset_name == "coco" and (arguments.exclude_same_labels or arguments.text_encoder == "labels"):
+    labelled = arguments.exclude_same_labels or arguments.text_encoder == "labels"
+    if labelled and not DATASETS[arguments.dataset_name].clinical:
         wrong = "--exclude_same_labels" if arguments.exclude_same_labels else "--text_encoder labels"
-        raise InputError(f"{wrong}: there are no clinical labels on coco")
+        raise InputError(f"{wrong}: there are no clinical labels on {arguments.dataset_name}")
     if arguments.out.is_dir():
         raise InputError(f"--out {arguments.out}: is a folder; give a file name, such as negatives.safetensors")
     check_outputs(
@@ -183,7 +184,7 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
     device = str(choose_device("cpu" if arguments.n_gpu == 0 else process_device(arguments.device)))
     train = annotation.splits["train"]
     reports = [" ".join(study.report.split()) for study in train]
-    cleaned = group_ids(clean_report(study.report, arguments.dataset_name) for study in train)
+    cleaned = group_ids(clean_report(study.report, DATASETS[arguments.dataset_name].cleaner) for study in train)
     studies = group_ids(study.study_id for study in train)
     labels = None
     if arguments.exclude_same_labels:
@@ -271,7 +272,7 @@ def mine_and_write(arguments: argparse.Namespace) -> None:
 
     start = time.monotonic()
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
-    if arguments.dataset_name == "coco":
+    if DATASETS[arguments.dataset_name].captions:
         annotation = split_captions(annotation)
     index = mine(arguments, annotation)
     if not is_first():

@@ -21,9 +21,8 @@ from modules.data.shards import ShardImages
 from modules.data.tokenizers import Tokenizer, clean_report
 from modules.runtime.errors import InputError
 
-__all__ = ["MAX_VIEWS", "Batch", "EpochLoader", "Pair", "ReportDataset", "build_loader", "collate"]
+__all__ = ["Batch", "EpochLoader", "Pair", "ReportDataset", "build_loader", "collate"]
 
-MAX_VIEWS = {"iu_xray": 2, "mimic_cxr": 1, "coco": 1}  # images of a study that are read (R2Gen, R2GenCMN)
 MOST_REPLACEMENTS = 100
 T = TypeVar("T")
 

@@ -4,10 +4,11 @@ Captions of natural images have a cleaning of their own. One id, 0, is begin, en
 ids 1..V.
 """
 
+import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from modules.runtime.errors import InputError
 
@@ -21,9 +22,6 @@ _REPLACEMENTS = {
     "iu_xray": [("..", ".")] * 3 + _NUMBERING,
     "mimic_cxr": [("\n", " ")] + [("__", "_")] * 7 + [("  ", " ")] * 6 + [("..", ".")] * 8 + _NUMBERING,
 }
-CLEANERS = tuple(_REPLACEMENTS)  # of reports, by data set
-CAPTION_CLEANER = "coco"
-
 _QUOTES_AND_SLASHES = str.maketrans("", "", "\"/\\'")
 # The published character class holds the range from ":" to "[", which deletes = @ < > too; the hyphen stays.
 _PUNCTUATION = str.maketrans("", "", ".,?;*!%^&_+(){}]" + "".join(map(chr, range(ord(":"), ord("[") + 1))))
@@ -36,22 +34,29 @@ def _clean_sentence(sentence: str) -> str:
     return sentence.translate(_QUOTES_AND_SLASHES).strip().lower().translate(_PUNCTUATION)
 
 
-def _require_cleaner(cleaner: str) -> None:
-    if cleaner not in (*CLEANERS, CAPTION_CLEANER):
-        raise InputError(f"cleaner {cleaner!r} is unknown; choose one of {', '.join((*CLEANERS, CAPTION_CLEANER))}")
+def _clean_with(replacements: Sequence[tuple[str, str]], report: str) -> str:
+    """Lower-cased ``report`` without numbering and punctuation, sentences closed by `` .`` (R2Gen's rules)."""
+    for old, new in replacements:
+        report = report.replace(old, new)
+    return " . ".join(_clean_sentence(sentence) for sentence in report.strip().lower().split(". ")) + " ."
+
+
+def _clean_caption(caption: str) -> str:
+    """Lower-cased ``caption`` without punctuation, as VisualGPT's are; no full stop is added."""
+    return " ".join(_NO_WORD.sub("", _BETWEEN_WORDS.sub(" ", caption.lower())).split())
+
+
+# A data set's DataSpec names one of these, and a checkpoint's vocabulary keeps the name.
+CLEANERS: dict[str, Callable[[str], str]] = {
+    name: functools.partial(_clean_with, replacements) for name, replacements in _REPLACEMENTS.items()
+} | {"coco": _clean_caption}
 
 
 def clean_report(report: str, cleaner: str) -> str:
-    """Lower-cased ``report`` without numbering and punctuation, sentences closed by `` .`` (R2Gen's rules).
-
-    A caption ("coco") is lower-cased and loses its punctuation, as VisualGPT's captions do; no full stop is added.
-    """
-    _require_cleaner(cleaner)
-    if cleaner == CAPTION_CLEANER:
-        return " ".join(_NO_WORD.sub("", _BETWEEN_WORDS.sub(" ", report.lower())).split())
-    for old, new in _REPLACEMENTS[cleaner]:
-        report = report.replace(old, new)
-    return " . ".join(_clean_sentence(sentence) for sentence in report.strip().lower().split(". ")) + " ."
+    """``report`` as the rules called ``cleaner`` (a key of CLEANERS) clean it; InputError for an unknown name."""
+    if cleaner not in CLEANERS:
+        raise InputError(f"cleaner {cleaner!r} is unknown; choose one of {', '.join(CLEANERS)}")
+    return CLEANERS[cleaner](report)
 
 
 class Tokenizer:
@@ -60,7 +65,7 @@ class Tokenizer:
     special_ids = (BOS, EOS, PAD)
 
     def __init__(self, tokens: Sequence[str], cleaner: str):
-        _require_cleaner(cleaner)
+        clean_report("", cleaner)  # an unknown cleaner is refused here
         self.cleaner = cleaner
         self.idx2token = dict(enumerate(tokens, start=1))
         self.token2idx = {token: index for index, token in self.idx2token.items()}

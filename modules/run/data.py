@@ -12,7 +12,7 @@ from torch import nn
 from modules.config import Config
 from modules.data.annotations import Annotation, Study
 from modules.data.captions import first_of_each_image
-from modules.data.datasets import MAX_VIEWS, EpochLoader, ReportDataset, build_loader
+from modules.data.datasets import EpochLoader, ReportDataset, build_loader
 from modules.data.detection_features import DetectionFeatures
 from modules.data.feature_cache import FeatureCache
 from modules.data.images import eval_transform, train_transform
@@ -100,7 +100,7 @@ def build_dataset(
         transform,
         max_seq_length=config.max_seq_length,
         views=config.views,
-        max_views=1 if config.detection_features else MAX_VIEWS[config.dataset_name],
+        max_views=1 if config.detection_features else config.dataset.max_views,
         seed=config.seed,
         neighbours=neighbours,
         num_neighbours=config.num_neighbours if data.strategy == "mochi" else 1,

@@ -4,9 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
-from modules.config import RADIOLOGY, Config
+from modules.config import Config
 from modules.data.annotations import Annotation, Study
-from modules.data.datasets import MAX_VIEWS
 from modules.data.feature_cache import FeatureCache, build_feature_cache
 from modules.data.image_cache import ImageCache, build_image_cache
 from modules.data.images import ImageFolder, Transform, eval_transform
@@ -33,7 +32,7 @@ def shard_source(
     num_neighbours: int,
 ) -> ShardImages:
     """The images of a split in --shards; with ``negatives`` those of the hard negatives must be there too."""
-    if config.dataset_name not in RADIOLOGY:
+    if config.captioning:
         raise InputError(
             f"--shards {config.shards}: a record of --dataset_name {config.dataset_name} makes several "
             "samples, for which shards are not made; give --image_dir"
@@ -81,7 +80,7 @@ def feature_source(
 
 def _paths(config: Config, studies: Iterable[Study], negatives: bool) -> list[str]:
     """Every image that samples of ``studies`` show, once."""
-    views = None if config.views == "separate" else MAX_VIEWS[config.dataset_name]
+    views = None if config.views == "separate" else config.dataset.max_views
     paths: dict[str, None] = {}
     for study in studies:
         paths |= dict.fromkeys(study.image_paths[:views] + (study.negative_image_paths if negatives else ()))

@@ -23,14 +23,14 @@ def build_tokenizer(config: Config, reports: Sequence[str], *, on_gpt2: bool) ->
         )
     if wants_bpe:
         folder = find_gpt2(config.gpt2_path)
-        found = BpeTokenizer.from_folder(folder, config.dataset_name)
+        found = BpeTokenizer.from_folder(folder, config.dataset.cleaner)
         if found is not None:
             return found
         lacking = f"--gpt2_path {config.gpt2_path}: no BPE files (vocab.json and merges.txt, or tokenizer.json) there"
         if config.tokenizer == "bpe":
             raise InputError(f"{lacking}; add them, or give --tokenizer word")
         logger.warning("%s: the vocabulary is the words of the training reports", lacking)
-    return Tokenizer.from_reports(reports, config.threshold, config.dataset_name)
+    return Tokenizer.from_reports(reports, config.threshold, config.dataset.cleaner)
 
 
 def gpt2_options(config: Config, tokenizer: AnyTokenizer, *, pretrained: bool) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from PIL import Image
 
 from models import Backbone
 from modules.data.bpe_tokenizer import tokenizer_from_state
-from modules.data.datasets import MAX_VIEWS
 from modules.data.images import eval_transform, open_image
 from modules.flags import resolve_config
 from modules.inference.prediction import Reporter
@@ -56,7 +55,7 @@ def load_reporter(path: str, given: Mapping[str, Any]) -> Reporter:
         device=device,
         precision=config.precision,
         transform=eval_transform(size=config.image_size, mean=extractor.mean, std=extractor.std),
-        num_views=1 if config.views == "separate" else MAX_VIEWS[config.dataset_name],
+        num_views=1 if config.views == "separate" else config.dataset.max_views,
         decoding=compose.decoding_options(config),
     )
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from modules.config import DATASETS
 from modules.data.annotations import Annotation, read_annotation
 from modules.data.captions import split_captions
+from modules.data.dataset_specs import DATASETS
 from modules.data.tokenizers import clean_report
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--dataset_name",
         default="iu_xray",
-        choices=DATASETS,
+        choices=tuple(DATASETS),
         help="cleaning rules by which texts count as identical, each is read once; coco: every caption is a record; "
         "default %(default)s",
     )
@@ -99,7 +99,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--out {arguments.out}: no permission to write in {parent}")
 
 
-def distinct_reports(annotation: Annotation, dataset_name: str) -> list[str]:
+def distinct_reports(annotation: Annotation, cleaner: str) -> list[str]:
     """The training reports; of those with the same cleaned text the first.
 
     So none of the texts held out is trained on, and none is learned by heart for being there a hundred times.
@@ -107,7 +107,7 @@ def distinct_reports(annotation: Annotation, dataset_name: str) -> list[str]:
     reports = (" ".join(study.report.split()) for study in annotation.splits["train"])
     first: dict[str, str] = {}
     for report in reports:
-        first.setdefault(clean_report(report, dataset_name), report)
+        first.setdefault(clean_report(report, cleaner), report)
     return list(first.values())
 
 
@@ -158,7 +158,9 @@ def adapt(arguments: argparse.Namespace, annotation: Annotation) -> None:
         device=device,
         seed=arguments.seed,
     )
-    texts, held_out = hold_out(model.read(distinct_reports(annotation, arguments.dataset_name)), arguments.seed)
+    texts, held_out = hold_out(
+        model.read(distinct_reports(annotation, DATASETS[arguments.dataset_name].cleaner)), arguments.seed
+    )
     print(
         f"{len(annotation.splits['train']):,} training reports, {len(texts) + len(held_out):,} different ones with "
         f"words it knows: {len(texts):,} to train on, {len(held_out):,} held out"
@@ -200,7 +202,7 @@ def main() -> None:
     check(arguments)
     start = time.monotonic()
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
-    if arguments.dataset_name == "coco":
+    if DATASETS[arguments.dataset_name].captions:
         annotation = split_captions(annotation)
     with explained("lower --batch_size or --max_length"):
         adapt(arguments, annotation)

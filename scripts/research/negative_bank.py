@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.config import RADIOLOGY
 from modules.data.bpe_tokenizer import tokenizer_from_state
 from modules.data.datasets import ReportDataset
 from modules.flags import resolve_config
@@ -86,7 +85,7 @@ class Inspection:
         self.dataset.check_files(self.dataset.read_image)
         self.loader = compose.build_split_loader(config, self.dataset, self.device, shuffle=False)
         self.anchor, self.negative = sample_pairs(self.dataset, neighbours)
-        self.labels = self._labels() if config.dataset_name in RADIOLOGY else None
+        self.labels = self._labels() if config.dataset.clinical else None
         synthetic = " (synthetic data)" if data.annotation.synthetic else ""
         self.name = f"{config.model_name} on {config.dataset_name}{synthetic}, trained with {content['strategy']}"
         self.described = {

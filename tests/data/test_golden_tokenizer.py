@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from modules.data.annotations import read_annotation
-from modules.data.tokenizers import CLEANERS, Tokenizer, clean_report
+from modules.data.tokenizers import Tokenizer, clean_report
 from modules.runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def iu_xray():
     return read_annotation(IU_XRAY)
 
 
-@pytest.mark.parametrize("cleaner", CLEANERS)
+@pytest.mark.parametrize("cleaner", ["iu_xray", "mimic_cxr"])
 def test_tricky_and_real_reports(cleaner):
     facts = FACTS[cleaner]
     tokenizer = Tokenizer(facts["all_tokens"], cleaner)
@@ -50,7 +50,7 @@ def test_tricky_and_real_reports(cleaner):
         assert tokenizer.decode(case["ids"][1:]) == case["decoded"]
 
 
-@pytest.mark.parametrize("cleaner", CLEANERS)
+@pytest.mark.parametrize("cleaner", ["iu_xray", "mimic_cxr"])
 def test_vocabulary_facts(cleaner):
     facts = FACTS[cleaner]
     tokenizer = Tokenizer(facts["all_tokens"], cleaner)
@@ -59,7 +59,7 @@ def test_vocabulary_facts(cleaner):
     assert (tokenizer.token2idx["<unk>"], tokenizer.token2idx["."]) == (facts["unk_id"], facts["dot_id"])
 
 
-@pytest.mark.parametrize("cleaner", CLEANERS)
+@pytest.mark.parametrize("cleaner", ["iu_xray", "mimic_cxr"])
 def test_every_id_of_iu_xray(iu_xray, cleaner):
     facts = FACTS[cleaner]
     train = [study.report for study in iu_xray.splits["train"]]

@@ -31,6 +31,7 @@ MODEL_ROOMS = ("layers", "decoding")  # what a backbone is made of
 FLAG_FILES = ("config", "flags", "presets", "config_checks")
 # Where the rooms declare their settings, of which modules/config.py puts a Config together.
 SETTINGS_FILES = (
+    "modules.data.dataset_specs",
     "modules.data.settings",
     "modules.decoding.options",
     "modules.ithn.settings",
@@ -52,6 +53,7 @@ LIGHT = (
     "modules.config",
     "modules.flags",
     "modules.data.annotations",
+    "modules.data.dataset_specs",
     "modules.data.tokenizers",
 )
 HEAVY_PACKAGES = {"torch", "torchvision", "timm", "transformers", "sklearn", "scipy", "pandas", "matplotlib"}

@@ -1,0 +1,83 @@
+"""What a researcher changes, done in a copy of the project by the places that the README names, and nothing else."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+# Runs commands of the project one after the other in one process, as importing torch takes longer than they do.
+RUN_ALL = """
+import json, runpy, sys
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
+
+
+class Project:
+    """A copy of the project that a test may change."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        for folder in ("modules", "models", "scripts"):
+            shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in ROOT.glob("*.py"):
+            shutil.copy(file, root)
+
+    def insert(self, file: str, text: str, *, after: str) -> None:
+        """Put ``text`` behind the one place of ``file`` where ``after`` stands."""
+        path = self.root / file
+        before = path.read_text(encoding="utf-8")
+        assert before.count(after) == 1, f"{file}: {after!r} stands there {before.count(after)} times"
+        path.write_text(before.replace(after, after + text), encoding="utf-8")
+
+    def run(self, *commands: list) -> str:
+        """What the commands (program, flag, value, ...) print; all of them must succeed."""
+        words = json.dumps([[str(word) for word in command] for command in commands])
+        done = subprocess.run(
+            [sys.executable, "-c", RUN_ALL, words], capture_output=True, text=True, cwd=self.root, timeout=280
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path / "project")
+
+
+def test_a_data_set(project, demo):
+    """One entry: known to the flags, checked, mined, trained on and scored, and named by the page and the record."""
+    project.insert(
+        "modules/data/dataset_specs.py",
+        '    "chest": DataSpec("mimic_cxr", max_views=1, preset={"max_seq_length": 17}),\n',
+        after="DATASETS: dict[str, DataSpec] = {\n",
+    )
+    data = ["--dataset_name", "chest", "--ann_path", demo / "annotation.json"]
+    images = ["--image_dir", demo / "images"]
+    mine = ["scripts/mine_hard_negatives.py", *data, "--text_encoder", "tfidf", "--out", "index.safetensors"]
+    train = ["main_train.py", *data, *images, *TINY, "--backbone", "r2gencmn", "--epochs", 1]
+    shown = project.run(
+        ["main_train.py", "--help"],
+        ["scripts/check_data.py", *data, *images, "--json", "check.json"],
+        mine,
+        [*train, "--save_dir", "run", "--negative_index", "index.safetensors"],
+    )
+    assert ",chest}" in shown.replace("{chest,", ",chest}")
+    assert json.loads((project.root / "check.json").read_text())["config"]["dataset_name"] == "chest"
+    results = json.loads((project.root / "run" / "results.json").read_text())
+    assert results["config"]["dataset_name"] == "chest" and results["test"]["model"]["BLEU_4"] is not None
+    assert "ce_rule_f1_micro_14_uncertain_negative" in results["test"]["model"]
+    assert "on chest" in (project.root / "run" / "report.html").read_text(encoding="utf-8")
+    with open(project.root / "records" / "chest.csv", newline="") as file:
+        assert len(list(csv.reader(file))) == 2
