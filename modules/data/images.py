@@ -1,5 +1,6 @@
 """Images from disk, DICOM too, to normalised tensors: all come in as 8 bits, and no path leaves the image folder."""
 
+import contextlib
 import os
 import stat
 import warnings
@@ -75,19 +76,24 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return open_image(path, max_pixels).convert("RGB")
 
 
-def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """As ``load_image``, but one channel stays one ("L"): resizing it costs a third and gives the same values."""
+def open_image(source: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
+    """As ``load_image``, but one channel stays one ("L"): resizing it costs a third and gives the same values.
+
+    ``source`` is a path or an open file; ``name`` is what errors call it, by default the path.
+    """
+    name = str(source) if name is None else name
     try:
-        with open(path, "rb") as file:
-            if not is_dicom(file.read(132)):
-                file.seek(0)
-                return decode_image(file, str(path), max_pixels)
-        image = load_dicom(path, max_pixels)
+        with contextlib.nullcontext(source) if hasattr(source, "read") else open(source, "rb") as file:
+            beginning = file.read(132)
+            file.seek(0)
+            if not is_dicom(beginning):
+                return decode_image(file, name, max_pixels)
+            image = load_dicom(file, max_pixels)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # broken files make the decoders raise almost anything
-        raise ImageError(f"image {str(path)!r} cannot be decoded: {error}") from error
-    _check_shape(path, image.size, max_pixels)
+        raise ImageError(f"image {name!r} cannot be decoded: {error}") from error
+    _check_shape(name, image.size, max_pixels)
     return image
 
 

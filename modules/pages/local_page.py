@@ -1,115 +1,227 @@
-"""The page of scripts/serve.py: drop images, read their report. It answers this machine alone and keeps nothing.
+"""The page of scripts/serve.py: drop images, read their report; it answers this machine alone and keeps nothing.
 
-What the browser sends lies in a private folder, in memory where the system has one, until it has been read; it is
-deleted then, and the folder when the server ends.
+Whoever opens the page must know the random token in its address, so another user of the machine cannot; a page of
+another site can neither read it (Origin and Host are checked on every route) nor send to it. Uploads are held in memory
+until they are read and are written nowhere.
 """
 
-import html
-import os
+import asyncio
+import hmac
+import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from modules.inference.prediction import WARNING
+from modules.pages.prediction_page import TEMPLATES, page_parts
+from modules.runtime.answering import AnswerFailed
 from modules.runtime.errors import InputError
 
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
 LOOPBACK = "127.0.0.1"
-TOGETHER, APART = "views of one study", "a study each"
-# The page's own files only: whatever the toolkit's templates name elsewhere stays unloaded.
-POLICY = (
-    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; "
-    "form-action 'self'; frame-ancestors 'self'; base-uri 'self'"
-)
+MAX_REQUEST = 256 * 2**20  # bytes of one request's files
+MAX_HELD = 2 * MAX_REQUEST  # bytes of all requests that are read or wait
+MAX_WAITING = 8  # requests, the one at work included
+MAX_FILES = 16
+MAX_HEAD = 2**16  # bytes of a request's first line
+SECONDS_TO_SEND = 60
+MAX_CONNECTIONS = 64
+MAX_NAME = 80
+TYPE = "application/octet-stream"  # not a form's, so another site cannot send it unasked
+
 HEADERS = {
-    "Content-Security-Policy": POLICY,
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
 }
 
-# Images' paths, whether they are one study, and the beam size, to the page that shows their reports.
-Write = Callable[[Sequence[Path], bool, int], str]
+# A request (names, together, beam_size) and its files' bytes to {"html": ...}; InputError and AnswerFailed are shown.
+Write = Callable[[dict[str, Any], list[bytes]], dict[str, Any]]
 
 
-def upload_folder() -> Path | None:
-    """Where uploads may lie: in memory; None where the system has no such place."""
-    shared = Path("/dev/shm")
-    return shared if os.access(shared, os.W_OK) else None
+class Refused(Exception):
+    """A request that is turned down with this status and reason."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
 
 
-def build_app(write: Write, *, checkpoint: str, beam_size: int, num_views: int) -> Any:
-    """The web application (FastAPI) around ``write``, for a server that listens on LOOPBACK."""
-    import gradio
-    from fastapi import FastAPI
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
+class LocalPage:
+    """The application (ASGI) for a server that listens on LOOPBACK at ``port``; ``write`` serves one request at a time.
 
-    app = FastAPI(openapi_url=None)
-    # A page elsewhere could let its own name point here and read the answers.
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[LOOPBACK, "localhost"])
+    ``token`` is the secret of the page's address. Requests beyond MAX_WAITING or MAX_HELD are refused at once (503).
+    """
 
-    @app.middleware("http")
-    async def closed(request, call_next):
-        response = await call_next(request)
-        response.headers.update(HEADERS)
-        return response
+    def __init__(self, write: Write, *, token: str, port: int, checkpoint: str, beam_size: int, num_views: int):
+        self._write, self._token = write, token
+        self._hosts = {f"{LOOPBACK}:{port}", f"localhost:{port}"}
+        self._page, policy = _render(checkpoint=checkpoint, beam_size=beam_size, num_views=num_views)
+        self._headers = HEADERS | {"Content-Security-Policy": policy}
+        self._held = self._waiting = 0
+        self._turn = asyncio.Lock()
 
-    blocks = build_blocks(write, checkpoint=checkpoint, beam_size=beam_size, num_views=num_views)
-    blocks.queue(default_concurrency_limit=1, max_size=20)  # one model, one report at a time
-    return gradio.mount_gradio_app(
-        app,
-        blocks,
-        path="/",
-        server_name=LOOPBACK,
-        show_error=True,
-        ssr_mode=False,
-        enable_monitoring=False,
-        footer_links=[],
-        max_file_size="200mb",
-    )
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.requests import ClientDisconnect, Request
+        from starlette.responses import JSONResponse
+
+        if scope["type"] != "http":  # no websockets
+            return
+        request = Request(scope, receive)
+        try:
+            response = await self._respond(request)
+        except Refused as refusal:
+            response = JSONResponse({"error": str(refusal)}, refusal.status)
+        except ClientDisconnect:
+            return
+        response.headers.update(self._headers)
+        await response(scope, receive, send)
+
+    async def _respond(self, request: "Request") -> "Response":
+        from starlette.responses import HTMLResponse, Response
+
+        self._check_sender(request)
+        token, _, route = request.url.path.lstrip("/").partition("/")
+        if not hmac.compare_digest(token.encode(), self._token.encode()):
+            raise Refused(404, "open the address that scripts/serve.py printed, with everything after the slash")
+        match request.method, route:
+            case "GET", "":
+                return HTMLResponse(self._page)
+            case "GET", "example.png":
+                return Response((TEMPLATES / "example.png").read_bytes(), media_type="image/png")
+            case "POST", "report":
+                return await self._report(request)
+        raise Refused(404, "there is no such page")
+
+    def _check_sender(self, request: "Request") -> None:
+        """Refused unless the browser was pointed at this address itself and, where it sends, by this very page."""
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if host not in self._hosts:
+            raise Refused(400, "open the printed address; through a tunnel, forward the same port number")
+        if origin is not None and origin != f"http://{host}":
+            raise Refused(403, "another site may not use this page")
+        if request.method == "POST" and origin is None:
+            raise Refused(403, "a report is written for this page only")
+        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise Refused(403, "another site may not use this page")
+
+    async def _report(self, request: "Request") -> "Response":
+        from starlette.responses import JSONResponse
+
+        length = _length(request)
+        if self._waiting >= MAX_WAITING or self._held + length > MAX_HELD:
+            raise Refused(503, "too many requests at once: try again in a moment")
+        self._waiting, self._held = self._waiting + 1, self._held + length
+        try:
+            asked, files = _parts(await _body(request, length))
+            async with self._turn:
+                answer = await asyncio.to_thread(self._write, asked, files)
+        except InputError as error:
+            raise Refused(422, str(error)) from error
+        except AnswerFailed as error:
+            raise Refused(504, str(error)) from error
+        finally:
+            self._waiting, self._held = self._waiting - 1, self._held - length
+        return JSONResponse(answer)
 
 
-def build_blocks(write: Write, *, checkpoint: str, beam_size: int, num_views: int) -> Any:
-    """What is on the page, from top to bottom, which is the order of the keyboard as well."""
-    import gradio
-
-    with gradio.Blocks(title="Report generation", analytics_enabled=False, delete_cache=(60, 600)) as blocks:
-        gradio.Markdown(f"# Report generation\n\nwritten by `{html.escape(checkpoint)}`\n\n**{WARNING}**")
-        files = gradio.File(label="Images: PNG, JPEG or DICOM", file_count="multiple", type="filepath")
-        with gradio.Row():
-            meaning = gradio.Radio(
-                [TOGETHER, APART],
-                value=TOGETHER if num_views > 1 else APART,
-                label="Several images are",
-                interactive=num_views > 1,
-            )
-            beams = gradio.Slider(1, 10, value=beam_size, step=1, label="Beams")
-        button = gradio.Button("Write the report", variant="primary")
-        result = gradio.HTML(label="Reports")
-        button.click(
-            lambda paths, chosen, width: answer(write, paths, chosen == TOGETHER, int(width)),
-            inputs=[files, meaning, beams],
-            outputs=[result, files],
-            api_visibility="private",
-        )
-    return blocks
+def _length(request: "Request") -> int:
+    """The number of bytes that are to come; Refused where that is not said, or too much."""
+    if request.headers.get("content-type") != TYPE:
+        raise Refused(415, f"a request for a report has the type {TYPE}")
+    text = request.headers.get("content-length", "")
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise Refused(411, "the request does not say how long it is")
+    if int(text) > MAX_REQUEST + MAX_HEAD:
+        raise Refused(413, f"the files have more than {MAX_REQUEST // 2**20} MiB together")
+    return int(text)
 
 
-def answer(write: Write, paths: Sequence[str] | None, together: bool, beam_size: int) -> tuple[str, None]:
-    """The reports as a frame of their own, and the emptied field of files, which are deleted whatever happens."""
-    import gradio
-
-    if not paths:
-        raise gradio.Error("Drop an image first.", print_exception=False)
-    files = [Path(path) for path in paths]
+async def _body(request: "Request", length: int) -> bytearray:
+    body = bytearray()
     try:
-        page = write(files, together, beam_size)
-    except InputError as error:
-        raise gradio.Error(" ".join(str(error).split()), print_exception=False) from error
-    finally:
-        for file in files:
-            file.unlink(missing_ok=True)
-    frame = (
-        f'<iframe title="Generated reports" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
-        'style="width: 100%; height: 75vh; border: 0"></iframe>'
+        async with asyncio.timeout(SECONDS_TO_SEND):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > length:
+                    raise Refused(400, "the request is longer than it said")
+    except TimeoutError as error:
+        raise Refused(408, f"the files took longer than {SECONDS_TO_SEND} s to arrive") from error
+    return body
+
+
+def _parts(body: bytearray) -> tuple[dict[str, Any], list[bytes]]:
+    """A request's first line, JSON with together, beam_size and the files' names and sizes, and the files behind it."""
+    end = body.find(b"\n", 0, MAX_HEAD)
+    try:
+        head = json.loads(body[: max(end, 0)])
+        names, sizes = head["names"], head["sizes"]
+        together, beam_size = head["together"], head["beam_size"]
+        fits = all(isinstance(name, str) for name in names) and all(type(size) is int and size >= 0 for size in sizes)
+        fits = fits and len(names) == len(sizes) and isinstance(together, bool) and type(beam_size) is int
+    except (ValueError, KeyError, TypeError, RecursionError):
+        fits = False
+    if not fits or end + 1 + sum(sizes) != len(body):
+        raise Refused(400, "the request is not one of this page")
+    if not 1 <= len(names) <= MAX_FILES:
+        raise Refused(422, f"1 to {MAX_FILES} images at a time, not {len(names)}")
+    if not 1 <= beam_size <= 10:
+        raise Refused(422, f"1 to 10 beams, not {beam_size}")
+    files, at = [], end + 1
+    for size in sizes:
+        files.append(bytes(body[at : at + size]))
+        at += size
+    return {"names": [shown_name(name) for name in names], "together": together, "beam_size": beam_size}, files
+
+
+def shown_name(name: str) -> str:
+    """A file's own name without folders, control characters or more than MAX_NAME characters."""
+    last = PurePosixPath(name.replace("\\", "/")).name
+    return "".join(character for character in last if character.isprintable())[:MAX_NAME] or "image"
+
+
+def _render(*, checkpoint: str, beam_size: int, num_views: int) -> tuple[str, str]:
+    """The page's text and its Content-Security-Policy."""
+    styles, scripts = ("prediction.css", "local.css"), ("prediction.js", "local.js")
+    template, parts, hashes = page_parts("local.html.j2", styles, scripts)
+    policy = (
+        f"default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; style-src {hashes['style']}; "
+        f"script-src {hashes['script']}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return frame, None
+    page = template.render(
+        **parts, checkpoint=checkpoint, beam_size=beam_size, num_views=num_views, warning=WARNING, max_files=MAX_FILES
+    )
+    return page, policy
+
+
+def listen(port: int) -> Any:
+    """A socket that listens on loopback; InputError where the port is taken."""
+    import socket
+
+    try:
+        return socket.create_server((LOOPBACK, port), backlog=2 * MAX_CONNECTIONS)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--port {port}: cannot be listened on ({error}); choose another, or 0") from error
+
+
+def run_server(page: LocalPage, sockets: Sequence[Any]) -> None:
+    """Serve ``page`` until the process is interrupted; connections beyond MAX_CONNECTIONS are refused at once (503)."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        page,
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=5,
+        lifespan="off",
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+    )
+    uvicorn.Server(config).run(sockets=list(sockets))

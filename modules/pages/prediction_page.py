@@ -24,7 +24,7 @@ from modules.runtime.records import write_private
 
 LONGEST_SIDE = 512  # pixels of an image in the page
 EVEN = 100  # an even share of attention, as the page's script has it
-_TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -61,28 +61,42 @@ def write_page(path: str | Path, studies: Sequence[PageStudy], *, title: str, ch
 
 def render_page(studies: Sequence[PageStudy], *, title: str, checkpoint: str) -> str:
     """The page's text."""
-    style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("prediction.css", "prediction.js"))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+    template, parts, hashes = page_parts("prediction.html.j2", ("prediction.css",), ("prediction.js",))
+    return template.render(
+        **parts,
+        hashes=hashes,
+        title=title,
+        checkpoint=checkpoint,
+        warning=WARNING,
+        studies=[_shown(study) for study in studies],
+    )
+
+
+def render_studies(studies: Sequence[PageStudy]) -> str:
+    """The studies alone, as the page of scripts/serve.py takes them in."""
+    return _environment().get_template("studies.html.j2").render(studies=[_shown(study) for study in studies])
+
+
+def page_parts(
+    template: str, styles: Sequence[str], scripts: Sequence[str]
+) -> tuple[jinja2.Template, dict[str, Markup], dict[str, str]]:
+    """A template, its ``style`` and ``script`` from files, and for each the source that a security policy names."""
+    parts = {
+        name: Markup("\n".join((TEMPLATES / file).read_text(encoding="utf-8") for file in files))
+        for name, files in (("style", styles), ("script", scripts))
+    }
+    digests = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in parts.items()}
+    return _environment().get_template(template), parts, {name: f"'sha256-{text}'" for name, text in digests.items()}
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("prediction.html.j2").render(
-        title=title,
-        checkpoint=checkpoint,
-        warning=WARNING,
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_sha256(style),
-        script_hash=_sha256(script),
-        studies=[_shown(study) for study in studies],
-    )
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _shown(study: PageStudy) -> dict[str, Any]:

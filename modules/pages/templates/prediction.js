@@ -1,7 +1,7 @@
 
 "use strict";
 // Draws the attention of the word or sentence that is pointed at, or has the focus, over the study's views.
-for (const article of document.querySelectorAll("article")) {
+function showAttention(article) {
   const source = article.querySelector(".maps");
   const maps = source ? JSON.parse(source.textContent) : null;
   const canvases = [...article.querySelectorAll("canvas")];
@@ -65,3 +65,4 @@ for (const article of document.querySelectorAll("article")) {
     next.focus();
   });
 }
+for (const article of document.querySelectorAll("article")) showAttention(article);

@@ -1,0 +1,51 @@
+"""What the process behind scripts/serve.py does: loads a checkpoint once, then writes reports for images in memory."""
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from modules.runtime.errors import InputError
+
+SIMILAR = 3  # training reports shown below a report
+
+
+Write = Callable[[Mapping[str, Any], list[bytes]], dict[str, Any]]
+
+
+def report_writer(path: str, given: Mapping[str, Any], index_path: str | None) -> tuple[Write, dict[str, int]]:
+    """A function (request, files) -> {"html": ...} with the model in checkpoint ``path``, and what the page must know.
+
+    A request has ``names`` of its files, ``together`` (they are views of one study) and ``beam_size``.
+    InputError as in load_reporter.
+    """
+    from modules.data.images import open_image
+    from modules.inference.report_index import ReportIndex
+    from modules.pages.prediction_page import PageStudy, render_studies
+    from modules.run.reporter import load_reporter
+
+    predictor = load_reporter(path, given)
+    index = None
+    if index_path:
+        index = ReportIndex.load(index_path)
+        index.check(index_path, predictor.extractor_sha256(), predictor.backbone.image_dim)
+
+    def write(request: Mapping[str, Any], files: list[bytes]) -> dict[str, Any]:
+        decoding = dataclasses.replace(predictor.decoding, beam_size=request["beam_size"], group_size=1)
+        named = list(zip(request["names"], files, strict=True))
+        groups = [named] if request["together"] else [[one] for one in named]
+        studies = []
+        for group in groups:
+            if len(group) > predictor.num_views:
+                raise InputError(
+                    f"{len(group)} images for one study, but this model reads {predictor.num_views}: "
+                    "choose 'a study each', or fewer images"
+                )
+            images = [open_image(io.BytesIO(content), name=name) for name, content in group]
+            predictor.decoding = decoding
+            [report] = predictor.write([images], attention=predictor.shows_attention)
+            similar = index.nearest(report.pooled, SIMILAR) if index is not None else ()
+            studies.append(PageStudy.of(", ".join(name for name, _ in group), images, report, similar))
+        return {"html": render_studies(studies)}
+
+    return write, {"num_views": predictor.num_views, "beam_size": predictor.decoding.beam_size}
