@@ -95,20 +95,13 @@ class Server:
         if method == "POST":
             told |= {"Origin": self.origin, "Content-Type": TYPE, "Content-Length": len(body)}
         told |= {name.replace("_", "-"): value for name, value in headers.items()}
-        lines = [
-            f"{method} {route} HTTP/1.1",
-            *(f"{name}: {value}" for name, value in told.items() if value is not None),
-        ]
+        lines = [f"{name}: {value}" for name, value in told.items() if value is not None]
         with socket.create_connection(("127.0.0.1", int(self.port)), timeout=60) as connection:
             connection.sendall("\r\n".join([f"{method} {route} HTTP/1.1", *lines, "", ""]).encode() + body)
             reply = b"".join(iter(lambda: connection.recv(65536), b""))
         head, _, rest = reply.partition(b"\r\n\r\n")
         first, *others = head.decode().split("\r\n")
-        return (
-            int(first.split()[1]),
-            {key.lower(): value for key, value in (line.split(": ", 1) for line in others)},
-            rest,
-        )
+        return int(first.split()[1]), dict(line.lower().split(": ", 1) for line in others), rest
 
 
 def request(images: list[Path], together: bool = True, beam_size: int = 2, **head) -> bytes:
