@@ -12,7 +12,7 @@ from modules.flags import parse_flags
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.launch import launched, process_number, start_processes
-from modules.runtime.stopping import Stop
+from modules.runtime.stopping import GracefulShutdown
 
 
 def main() -> int:
@@ -24,11 +24,11 @@ def main() -> int:
     device, count = given.get("device", "auto"), given.get("n_gpu", 1)
     if count > 1 and not launched():
         return start_processes(count, device=device)
-    with Stop(leads=process_number() == 0) as stop:
+    with GracefulShutdown(leads=process_number() == 0) as shutdown:
         from modules.run.testing import run_testing
         from modules.runtime.distributed import processes
 
-        with processes(device, stop):
+        with processes(device, shutdown):
             run_testing(given, ignored)
     return 0
 

@@ -10,7 +10,7 @@ from modules.flags import parse_flags, resolve_config
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.launch import launched, process_number, start_processes
-from modules.runtime.stopping import Stop
+from modules.runtime.stopping import GracefulShutdown
 
 
 def main() -> int:
@@ -25,12 +25,12 @@ def main() -> int:
         raise InputError(f"--max_restarts {restarts}: needs --resume auto, so that a new start goes on")
     if (count > 1 or restarts) and not launched():
         return start_processes(max(1, count), device=device, max_restarts=restarts)
-    with Stop(leads=process_number() == 0) as stop:
+    with GracefulShutdown(leads=process_number() == 0) as shutdown:
         from modules.run.training import run_training
         from modules.runtime.distributed import processes
 
-        with processes(device, stop):
-            run_training(given, ignored, stop)
+        with processes(device, shutdown):
+            run_training(given, ignored, shutdown)
     return 0
 
 

@@ -142,7 +142,7 @@ def _work(argv: list[str], progress: Progress, before: Callable[[], None] | None
     from modules.flags import parse_flags
     from modules.run import training
     from modules.runtime.errors import run_entry_point
-    from modules.runtime.stopping import Stop
+    from modules.runtime.stopping import GracefulShutdown
     from modules.training.trainer import Trainer
 
     step = Trainer._step
@@ -160,8 +160,8 @@ def _work(argv: list[str], progress: Progress, before: Callable[[], None] | None
 
     def work() -> None:
         given, ignored = parse_flags(argv, "main_train.py", "")
-        with Stop() as stop:
-            training.run_training(given, ignored, stop)
+        with GracefulShutdown() as shutdown:
+            training.run_training(given, ignored, shutdown)
 
     try:
         run_entry_point(work)

@@ -71,7 +71,7 @@ def one_process(number: int, count: int, arguments: argparse.Namespace, folder: 
         step.optimizer.zero_grad(set_to_none=True)
 
     def apart() -> None:
-        with distributed.apart(parallel):
+        with distributed.no_gradient_sync(parallel):
             whole()
 
     works = {STEP: whole, APART: apart, ALONE: lambda: dist.all_reduce(gradients)}

@@ -79,7 +79,7 @@ def image_features(config: Config, data, device, mirrored: bool) -> list:
     import torch
 
     from modules.run import build as compose
-    from modules.runtime.progress import Bar
+    from modules.runtime.run_log import Bar
 
     extractor = compose.build_extractor(config, device, pretrained=True).to(device).eval()
     dataset = compose.build_dataset(config, data, "train", augment=False, extractor=extractor)

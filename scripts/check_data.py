@@ -86,7 +86,7 @@ def check_annotation(config: Config, findings: Findings) -> Annotation | None:
     annotation = findings.attempt(
         "annotation cannot be read",
         config.ann_path,
-        lambda: read_annotation(config.ann_path, note=findings.problems.append),
+        lambda: read_annotation(config.ann_path, on_problem=findings.problems.append),
     )
     if annotation is None:
         return None
@@ -137,7 +137,7 @@ def check_images(config: Config, annotation: Annotation, findings: Findings, has
     from modules.data.images import ImageFolder
     from modules.prepare.data_statistics import in_several_splits
     from modules.prepare.image_survey import survey_images
-    from modules.runtime.progress import Bar
+    from modules.runtime.run_log import Bar
 
     folder = findings.attempt(
         "image_dir cannot be read",
@@ -181,7 +181,7 @@ def check_images(config: Config, annotation: Annotation, findings: Findings, has
 def check_detections(config: Config, annotation: Annotation, findings: Findings) -> None:
     """The detection features of every image: there, and of one width."""
     from modules.data.detection_features import detections_of
-    from modules.runtime.progress import Bar
+    from modules.runtime.run_log import Bar
 
     file = config.detection_features
     reader = findings.attempt(
@@ -251,7 +251,7 @@ def check_labels(config: Config, annotation: Annotation, findings: Findings) -> 
     table = findings.attempt(
         "labels cannot be read",
         path,
-        lambda: read_labels(path, classes, config.label_columns, note=findings.problems.append),
+        lambda: read_labels(path, classes, config.label_columns, on_problem=findings.problems.append),
     )
     if table is None:
         return

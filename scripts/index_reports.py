@@ -49,7 +49,7 @@ def main() -> None:
     from modules.data.images import ImageFolder
     from modules.inference.report_index import ReportIndex
     from modules.run.reporter import load_reporter
-    from modules.runtime.progress import Bar
+    from modules.runtime.run_log import Bar
 
     folder = ImageFolder(arguments.image_dir)
     reporter = load_reporter(arguments.load, given_flags(arguments, RUNNING) | {"guidance": 0.0})

@@ -82,8 +82,8 @@ def main() -> None:
     from modules.data.images import ImageFolder
     from modules.data.shard_writer import Packing, write_split
     from modules.data.shards import MANIFEST, Manifest, neighbours_sha256, require_library
-    from modules.runtime.progress import Bar
     from modules.runtime.records import private_folder, write_private
+    from modules.runtime.run_log import Bar
 
     require_library()
     neighbours = read_neighbours(annotation, arguments.negative_index, arguments.num_neighbours)

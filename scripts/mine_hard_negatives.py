@@ -156,10 +156,10 @@ def embed(arguments: argparse.Namespace, texts: list[str], device: str) -> tuple
 
     if arguments.text_encoder in ENCODERS:
         encoder = ENCODERS[arguments.text_encoder](arguments.seed)
-        return encoder.encode(texts, progress=distributed.is_first()), encoder.describe()
-    if arguments.text_encoder == "tfidf" and arguments.pooling != "mean" and distributed.is_first():
+        return encoder.encode(texts, progress=distributed.is_main_process()), encoder.describe()
+    if arguments.text_encoder == "tfidf" and arguments.pooling != "mean" and distributed.is_main_process():
         print(f"note: --pooling {arguments.pooling} does nothing with --text_encoder tfidf, which has no tokens")
-    with distributed.first_goes_ahead():
+    with distributed.main_process_first():
         encoder = build_text_encoder(
             arguments.text_encoder,
             pooling=arguments.pooling,
@@ -167,7 +167,7 @@ def embed(arguments: argparse.Namespace, texts: list[str], device: str) -> tuple
             device=device,
             batch_size=arguments.batch_size,
         )
-    shown = distributed.is_first()
+    shown = distributed.is_main_process()
     if isinstance(encoder, TfidfEncoder):
         return encoder.encode(texts, progress=shown), encoder.describe()
     cache = None if arguments.cache == "none" else Path(arguments.cache or arguments.out.parent / "embeddings")
@@ -188,7 +188,7 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
     studies = group_ids(study.study_id for study in train)
     labels = None
     if arguments.exclude_same_labels:
-        labels = group_ids(row.tobytes() for row in labels_by_rules(reports, progress=distributed.is_first()))
+        labels = group_ids(row.tobytes() for row in labels_by_rules(reports, progress=distributed.is_main_process()))
     vectors, encoder = embed(arguments, list(dict.fromkeys(reports)), device)
     neighbours, similarity = mine_neighbours(
         vectors,
@@ -199,7 +199,7 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
         label_group=labels,
         device=device,
         memory_mb=arguments.memory_mb,
-        progress=distributed.is_first(),
+        progress=distributed.is_main_process(),
     )
     metadata = {
         "ann_path": annotation.path,
@@ -268,14 +268,14 @@ def print_examples(index, reports: list[str], wanted: int) -> None:
 
 def mine_and_write(arguments: argparse.Namespace) -> None:
     """Read, embed and search, in every process; write and report, in the first."""
-    from modules.runtime.distributed import is_first
+    from modules.runtime.distributed import is_main_process
 
     start = time.monotonic()
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
     if DATASETS[arguments.dataset_name].captions:
         annotation = split_captions(annotation)
     index = mine(arguments, annotation)
-    if not is_first():
+    if not is_main_process():
         return
     index.save(arguments.out)
     print_statistics(index)

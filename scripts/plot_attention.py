@@ -84,8 +84,8 @@ def main() -> int:
     from modules.pages.attention_figures import attention_figure
     from modules.pages.prediction_page import PageStudy, write_page
     from modules.run.reporter import StudyReader, load_reporter
-    from modules.runtime.progress import Bar
     from modules.runtime.records import private_folder, write_private
+    from modules.runtime.run_log import Bar
 
     print(WARNING, file=sys.stderr)
     folder = private_folder(arguments.out)

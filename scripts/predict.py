@@ -81,7 +81,7 @@ def main() -> int:
     from modules.inference.prediction import WARNING
     from modules.pages.prediction_page import PageStudy, write_page
     from modules.run.reporter import StudyReader, load_reporter
-    from modules.runtime.progress import Bar
+    from modules.runtime.run_log import Bar
 
     print(WARNING, file=sys.stderr)
     reporter = load_reporter(arguments.load, given_flags(arguments, DECODING))

@@ -17,7 +17,7 @@ from modules.flags import Parser
 from modules.prepare.coco import read_captions, read_karpathy
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import write_annotation
-from modules.runtime.progress import Bar
+from modules.runtime.run_log import Bar
 
 PUBLISHED = {"train": 113287, "val": 5000, "test": 5000}
 

@@ -119,7 +119,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def extract_reports(source: Path, images: list[MimicImage], section: str) -> dict[str, str]:
     """Study id -> the section of its report; studies without one are left out."""
-    from modules.runtime.progress import Bar
+    from modules.runtime.run_log import Bar
 
     studies = list({image.study_id: image for image in images}.values())
     found = {}
@@ -134,7 +134,7 @@ def extract_reports(source: Path, images: list[MimicImage], section: str) -> dic
 
 def place_images(arguments: argparse.Namespace, images: list[MimicImage]) -> tuple[list[MimicImage], str]:
     """The images that could be had, and the ending of their files in the output folder."""
-    from modules.runtime.progress import Bar
+    from modules.runtime.run_log import Bar
 
     tree = find_tree(arguments.images)
     suffix = find_suffix(tree, images)

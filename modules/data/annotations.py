@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from modules.runtime.errors import InputError, Problem, stop_at
+from modules.runtime.errors import InputError, Problem, raise_problem
 from modules.runtime.input_files import open_regular
 
 SPLITS = ("train", "val", "test")
@@ -40,11 +40,11 @@ class Annotation:
 
 
 def read_annotation(
-    path: str | Path, required_splits: tuple[str, ...] = SPLITS, note: Callable[[Problem], None] = stop_at
+    path: str | Path, required_splits: tuple[str, ...] = SPLITS, on_problem: Callable[[Problem], None] = raise_problem
 ) -> Annotation:
     """Read and check annotation.json: {"train": [...], "val": [...], "test": [...]} of records with id, report (or
-    captions) and image_path. InputError names file, split, record and field of the first mistake. Given another
-    ``note``, it is called with every mistake in splits and records, and those records are left out of what is returned.
+    captions) and image_path. InputError names file, split, record and field of the first mistake. Another
+    ``on_problem`` is called with every mistake in splits and records; the result lacks those records.
     """
     content, data = _read_json(path)
     if not isinstance(data, dict):
@@ -55,9 +55,9 @@ def read_annotation(
     for split in SPLITS:
         if split not in data and split not in required_splits:
             continue
-        splits[split] = _read_split(path, data, split, first_seen, note)
+        splits[split] = _read_split(path, data, split, first_seen, on_problem)
         if not splits[split] and split in required_splits and data.get(split) == []:
-            note(
+            on_problem(
                 Problem(
                     "split is empty",
                     f"{path}: split '{split}' is empty, it needs at least one record",
@@ -111,7 +111,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _read_split(path, data: dict, split: str, first_seen: dict[str, str], note) -> tuple[Study, ...]:
+def _read_split(path, data: dict, split: str, first_seen: dict[str, str], on_problem) -> tuple[Study, ...]:
     rows = data.get(split)
     if not isinstance(rows, list):
         problem = (
@@ -119,11 +119,11 @@ def _read_split(path, data: dict, split: str, first_seen: dict[str, str], note) 
             if split in data
             else f"is missing; expected the keys {', '.join(SPLITS)}"
         )
-        note(Problem("split is no list", f"{path}: split '{split}' {problem}", str(path), split))
+        on_problem(Problem("split is no list", f"{path}: split '{split}' {problem}", str(path), split))
         return ()
     studies = []
     for row, item in enumerate(rows):
-        record = _Record(str(path), split, row, item, note)
+        record = _Record(str(path), split, row, item, on_problem)
         study = _read_study(record) if isinstance(item, dict) else None
         if not isinstance(item, dict):
             record.refuse(
@@ -133,7 +133,7 @@ def _read_split(path, data: dict, split: str, first_seen: dict[str, str], note) 
             other = first_seen[record.id]
             problem = "appears twice" if other == split else f"is in split '{other}' too"
             kind = "id appears twice" if other == split else "id is in two splits"
-            note(
+            on_problem(
                 Problem(
                     kind,
                     f"{path}: split '{split}', id {_shown(record.id)} {problem}; ids must be unique",
@@ -158,14 +158,14 @@ class _Record:
     split: str
     row: int
     item: object
-    note: Callable[[Problem], None]
+    on_problem: Callable[[Problem], None]
     id: str = ""
     sound: bool = True
 
     def refuse(self, field: str, kind: str, problem: str) -> None:
         self.sound = False
         where = f"{self.path}: split '{self.split}', record {self.row}" + (f", id {_shown(self.id)}" if self.id else "")
-        self.note(Problem(kind, f"{where}: {problem}", self.path, self.split, self.id, field))
+        self.on_problem(Problem(kind, f"{where}: {problem}", self.path, self.split, self.id, field))
 
 
 def _read_study(record: _Record) -> Study | None:

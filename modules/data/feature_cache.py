@@ -70,11 +70,11 @@ def build_feature_cache(
     file = folder / f"features-{key}.npy"
     rows = {path: row for row, path in enumerate(paths)}
     shape = (extractor.patches_per_view, extractor.width)
-    if not distributed.from_first(file.is_file()):
+    if not distributed.broadcast_object(file.is_file()):
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
             target = None
-            if distributed.is_first():
+            if distributed.is_main_process():
                 os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
                 target = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(len(paths), *shape))
             _compute(target, images, paths, shape, extractor, transform, device, batch_size, progress)
@@ -88,7 +88,7 @@ def build_feature_cache(
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
-        distributed.from_first(None)
+        distributed.broadcast_object(None)
         if not file.is_file():
             raise InputError(
                 f"--feature_cache {folder}: the first process wrote {file.name} and this machine does not "

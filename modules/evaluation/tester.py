@@ -154,7 +154,7 @@ class Tester:
         if found is not None:
             scores = dict(self.score(found))
             scores["nll"] = mean_nll(found)
-        scores = distributed.from_first(scores)
+        scores = distributed.broadcast_object(scores)
         return {tagged(name, self.score_tag): value for name, value in scores.items()}, found
 
 

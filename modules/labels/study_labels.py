@@ -15,7 +15,7 @@ from modules.labels.array_pickle import read_pickled_arrays
 from modules.labels.labeler import label_reports
 from modules.labels.rules import CLASSES
 from modules.labels.tables import parse_labels, read_table
-from modules.runtime.errors import InputError, Problem, stop_at
+from modules.runtime.errors import InputError, Problem, raise_problem
 from modules.runtime.input_files import open_regular
 
 NO_FINDING = "No Finding"
@@ -92,13 +92,16 @@ def class_order(text: str, flag: str) -> tuple[str, ...]:
 
 
 def read_labels(
-    path: str | Path, classes: Sequence[str] = CLASSES, columns: str = "", note: Callable[[Problem], None] = stop_at
+    path: str | Path,
+    classes: Sequence[str] = CLASSES,
+    columns: str = "",
+    on_problem: Callable[[Problem], None] = raise_problem,
 ) -> LabelTable:
     """Read a CSV file (an id column and the 14 classes by name) or a pickled dictionary of id -> 14 numbers.
 
     The labels come in the order of ``classes``, whatever the file's. A pickle's columns have no names: ``columns``
-    (see ``class_order``) must say what they are. InputError for a file that does not fit; given another ``note``, rows
-    that do not fit are noted and left out.
+    (see ``class_order``) must say what they are. InputError for a file that does not fit; another ``on_problem`` is
+    called with every row that does not fit, and the result lacks those rows.
     """
     try:
         with open_regular(path) as file:
@@ -118,14 +121,14 @@ def read_labels(
     own, labels = class_order(columns, "label_columns") if is_pickle else CLASSES, {}
     by_name = [own.index(name) for name in classes]
     read = _pickled_labels if is_pickle else _csv_labels
-    for key, values in read(path, note).items():
+    for key, values in read(path, on_problem).items():
         labels[key] = values[by_name]
     return LabelTable(str(path), labels, sha256)
 
 
-def _csv_labels(path: str | Path, note: Callable[[Problem], None]) -> dict[str, np.ndarray]:
+def _csv_labels(path: str | Path, on_problem: Callable[[Problem], None]) -> dict[str, np.ndarray]:
     """In the order of CLASSES."""
-    table = read_table(path, note=note)
+    table = read_table(path, on_problem=on_problem)
     columns = [column.strip().lower() for column in table.columns]
     id_column = next((columns.index(name) for name in ID_COLUMNS if name in columns), None)
     if id_column is None:
@@ -133,22 +136,24 @@ def _csv_labels(path: str | Path, note: Callable[[Problem], None]) -> dict[str, 
             f"{path}: no column {', '.join(ID_COLUMNS)} with the ids of the studies; the columns are "
             f"{', '.join(table.columns)}"
         )
-    values = np.array([[label in (1, -1) for label in row] for row in parse_labels(table, note)], np.float32)
+    values = np.array([[label in (1, -1) for label in row] for row in parse_labels(table, on_problem)], np.float32)
     labels: dict[str, np.ndarray] = {}
     for number, (row, value) in enumerate(zip(table.rows, values, strict=True), start=1):
         key = row[id_column]
         if key in labels:
-            note(Problem("id appears twice", f"{path}: row {number}: id {key!r} appears twice", str(path), id=key))
+            on_problem(
+                Problem("id appears twice", f"{path}: row {number}: id {key!r} appears twice", str(path), id=key)
+            )
         labels[key] = value
     return labels
 
 
-def _pickled_labels(path: str | Path, note: Callable[[Problem], None]) -> dict[str, np.ndarray]:
+def _pickled_labels(path: str | Path, on_problem: Callable[[Problem], None]) -> dict[str, np.ndarray]:
     """In the order of the file."""
     labels = {}
     for key, values in read_pickled_arrays(path).items():
         if values.shape != (len(CLASSES),):
-            note(
+            on_problem(
                 Problem(
                     "labels of another shape",
                     f"{path}: {key!r:.80} has an array of shape {values.shape}, expected {len(CLASSES)} labels",
@@ -157,7 +162,7 @@ def _pickled_labels(path: str | Path, note: Callable[[Problem], None]) -> dict[s
                 )
             )
         elif not np.isin(values[~np.isnan(values)], (0, 1, -1)).all():
-            note(
+            on_problem(
                 Problem(
                     "cell is no label", f"{path}: {key!r:.80} has a label other than 1, 0, -1 or nan", str(path), id=key
                 )

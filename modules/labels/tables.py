@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.labels.rules import CLASSES
-from modules.runtime.errors import InputError, Problem, stop_at
+from modules.runtime.errors import InputError, Problem, raise_problem
 from modules.runtime.records import write_private
 
 REPORT_COLUMNS = ("report", "reports", "findings", "report impression")  # the last is CheXbert's
@@ -34,11 +34,13 @@ class Table:
     rows: list[list[str]]
 
 
-def read_table(path: str | Path, headerless: bool = False, note: Callable[[Problem], None] = stop_at) -> Table:
+def read_table(
+    path: str | Path, headerless: bool = False, on_problem: Callable[[Problem], None] = raise_problem
+) -> Table:
     """Read a CSV file (UTF-8, with or without a byte order mark); every row must have as many cells as the first.
 
     With ``headerless``, a one-column file that begins with a sentence, or with an empty report, has no header. Given
-    another ``note``, rows of another length are noted and left out.
+    another ``on_problem``, rows of another length are noted and left out.
     """
     path = str(path)
     try:
@@ -60,7 +62,7 @@ def read_table(path: str | Path, headerless: bool = False, note: Callable[[Probl
         if len(line) == len(columns):
             rows.append(line)
         else:
-            note(
+            on_problem(
                 Problem(
                     "row of another length",
                     f"{path}: row {number} has {len(line)} cells where the header has {len(columns)}",
@@ -92,10 +94,10 @@ def class_columns(table: Table) -> dict[str, int]:
     return found
 
 
-def parse_labels(table: Table, note: Callable[[Problem], None] = stop_at) -> list[list[int | None]]:
+def parse_labels(table: Table, on_problem: Callable[[Problem], None] = raise_problem) -> list[list[int | None]]:
     """Return N rows of 14 labels in CLASSES order; all classes must be there and every cell 1, 0, -1 or empty.
 
-    Given another ``note``, cells that are no labels are noted and count as not mentioned.
+    Given another ``on_problem``, cells that are no labels are noted and count as not mentioned.
     """
     columns = class_columns(table)
     missing = [name for name in CLASSES if name not in columns]
@@ -106,7 +108,7 @@ def parse_labels(table: Table, note: Callable[[Problem], None] = stop_at) -> lis
         cells = [row[columns[name]].strip().lower() for name in CLASSES]
         for name, cell in zip(CLASSES, cells, strict=True):
             if cell not in _LABELS:
-                note(
+                on_problem(
                     Problem(
                         "cell is no label",
                         f"{table.path}: row {number}: {name} is {cell!r}; 1, 0, -1 or nothing is a label",

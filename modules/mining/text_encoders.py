@@ -121,13 +121,13 @@ class TransformerEncoder:
         order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
         width = self._model.config.hidden_size
         vectors = np.empty((len(texts), width), dtype=np.float32)
-        cache_dir = cache_dir if distributed.is_first() else None
+        cache_dir = cache_dir if distributed.is_main_process() else None
         with EmbeddingCache(cache_dir, key=[self.describe(), texts], shape=vectors.shape) as cache:
             done = len(cache.rows)
             if done < len(texts):
                 done -= done % self._batch_size  # whole batches, so that a resumed run computes the same numbers
-            done = distributed.from_first(done)
-            vectors[order[:done]] = distributed.rows_from_first(cache.rows[:done], (done, width))
+            done = distributed.broadcast_object(done)
+            vectors[order[:done]] = distributed.broadcast_rows(cache.rows[:done], (done, width))
             cache.keep(done)
             with tqdm(total=len(texts), initial=done, desc="embed", unit="text", disable=not progress) as bar:
                 for start in range(done, len(texts), self._batch_size * distributed.world_size()):

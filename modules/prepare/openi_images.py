@@ -9,8 +9,8 @@ from modules.prepare.archives import is_archive, read_files
 from modules.prepare.image_placing import Placing, place_all
 from modules.prepare.openi import kaggle_name
 from modules.runtime.errors import InputError
-from modules.runtime.progress import Bar
 from modules.runtime.records import write_private
+from modules.runtime.run_log import Bar
 
 MAX_PNG = 128 * 2**20  # bytes; the collection's largest have some ten million
 

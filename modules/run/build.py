@@ -162,7 +162,7 @@ def build_objective(
     if isinstance(data.features, DetectionFeatures):
         extractor: nn.Module = DetectionExtractor(*data.features.shape)
     else:
-        with distributed.first_goes_ahead():
+        with distributed.main_process_first():
             extractor = build_extractor(config, device, pretrained=pretrained)
     backbone = build_backbone(config, extractor, data.tokenizer, pretrained=pretrained)
     objective = kind(

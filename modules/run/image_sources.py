@@ -13,8 +13,8 @@ from modules.data.shards import Manifest, ShardImages, check_manifest, neighbour
 from modules.layers.visual_extractor import VisualExtractor
 from modules.mining.index import HardNegativeIndex
 from modules.runtime.errors import InputError
-from modules.runtime.progress import Bar
 from modules.runtime.records import private_folder
+from modules.runtime.run_log import Bar
 
 
 def image_folder(config: Config) -> ImageFolder:

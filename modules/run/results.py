@@ -32,8 +32,8 @@ from modules.run.scoring import RULE, Scored, Scoring, class_tables
 from modules.runtime import distributed
 from modules.runtime.environment import file_sha256, provenance
 from modules.runtime.errors import InputError
-from modules.runtime.progress import Bar
 from modules.runtime.records import append_record, write_report_tables, write_results
+from modules.runtime.run_log import Bar
 from modules.training.checkpoint_folder import OF_A_TEST, set_aside
 
 logger = logging.getLogger("ithn")

@@ -277,5 +277,5 @@ def bring_best(trainer: Trainer, source: Source, folder: CheckpointFolder) -> No
     if not found.is_file():
         logger.warning("no %s beside --resume: epochs to come choose the best model anew", BEST)
         trainer.best = Best()
-    elif distributed.is_first() and not ((folder.path / BEST).is_file() and found.samefile(folder.path / BEST)):
+    elif distributed.is_main_process() and not ((folder.path / BEST).is_file() and found.samefile(folder.path / BEST)):
         folder.keep_as_best(found)

@@ -13,16 +13,18 @@ from modules.run.results import test_and_write
 from modules.run.resuming import own_settings, require_same_network
 from modules.run.scoring import Scoring
 from modules.run.training import build_tester
-from modules.runtime.distributed import is_first
+from modules.runtime.distributed import is_main_process
 from modules.runtime.records import private_folder
 from modules.runtime.run_log import start_log
-from modules.runtime.shortages import explained
+from modules.runtime.shortages import explain_out_of_memory
 from modules.training.checkpoint import FORMAT, load_checkpoint
 
 
 def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     """Test the checkpoint ``given["load"]``: ours brings settings and vocabulary, a published one needs the flags."""
-    with explained("lower --batch_size, --beam_size or --num_workers, or use --precision bfloat16 or float16"):
+    with explain_out_of_memory(
+        "lower --batch_size, --beam_size or --num_workers, or use --precision bfloat16 or float16"
+    ):
         _test(given, ignored)
 
 
@@ -49,14 +51,14 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     compose.load_weights(objective, content["state_dict"], path)
     compose.cache_features(config, data, objective.backbone.visual_extractor, device)
     dataset = compose.build_dataset(config, data, "test", augment=False, extractor=objective.backbone.visual_extractor)
-    if config.on_bad_image == "stop" and is_first():
+    if config.on_bad_image == "stop" and is_main_process():
         dataset.check_files(dataset.read_image)
     loader = compose.build_split_loader(config, dataset, device, shuffle=False)
     history = _history(content, Path(path).parent) if ours else []
     with (
         contextlib.closing(loader),
         compose.training_studies(config, data, objective.backbone.visual_extractor, device) as guide,
-        Scoring(config, device, (dataset,)) if is_first() else contextlib.nullcontext() as scoring,
+        Scoring(config, device, (dataset,)) if is_main_process() else contextlib.nullcontext() as scoring,
     ):
         tester = build_tester(config, data.tokenizer, objective, device, scoring, guide)
         test_and_write(

@@ -23,13 +23,12 @@ from modules.run.hard_negatives import asks_for_ithn, idle_line
 from modules.run.results import test_and_write
 from modules.run.scoring import Scoring
 from modules.runtime import distributed
-from modules.runtime.distributed import is_first
+from modules.runtime.distributed import is_main_process
 from modules.runtime.environment import provenance
-from modules.runtime.progress import Bar
 from modules.runtime.records import private_folder
-from modules.runtime.run_log import start_log
-from modules.runtime.shortages import explained
-from modules.runtime.stopping import Stop, Stopped
+from modules.runtime.run_log import Bar, start_log
+from modules.runtime.shortages import explain_out_of_memory
+from modules.runtime.stopping import GracefulShutdown, Stopped
 from modules.training.checkpoint import load_checkpoint
 from modules.training.checkpoint_folder import BEST, CheckpointFolder
 from modules.training.optimizers import build_optimizer, build_scheduler, learning_rate_factor
@@ -43,14 +42,14 @@ NEED_LESS_MEMORY = (
 )
 
 
-def run_training(given: Mapping[str, Any], ignored: Sequence[str], stop: Stop | None = None) -> None:
+def run_training(given: Mapping[str, Any], ignored: Sequence[str], shutdown: GracefulShutdown | None = None) -> None:
     """Train as the flags ``given`` say, or go on from --resume with its settings beneath them; then test.
 
-    Where ``stop`` raises Stopped, everything reached so far is saved first.
+    Where ``shutdown`` raises Stopped, everything reached so far is saved first.
     """
-    stop = stop or Stop()
+    shutdown = shutdown or GracefulShutdown()
     folder = CheckpointFolder(private_folder(resuming.save_dir(given)))
-    with folder.locked() if is_first() else contextlib.nullcontext():
+    with folder.locked() if is_main_process() else contextlib.nullcontext():
         source = resuming.find_source(given, folder)
         start = None if source else starting.find_start(given, folder)
         config = resolve_config(
@@ -62,8 +61,8 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], stop: Stop | 
         private_folder(config.record_dir)  # rather now than after hours of work
         _begin(given, ignored, folder, source)
         try:
-            with explained(NEED_LESS_MEMORY):
-                _train_and_test(config, source, start, folder, stop, frozenset(given))
+            with explain_out_of_memory(NEED_LESS_MEMORY):
+                _train_and_test(config, source, start, folder, shutdown, frozenset(given))
         except Stopped as stopped:
             logger.info("ended by %s; go on with --resume auto --save_dir %s", stopped.name, folder.path)
             raise
@@ -74,9 +73,9 @@ def _begin(
 ) -> None:
     """Make room in the folder, and say what begins."""
     goes_on = source is not None and source.path.parent.resolve() == folder.path.resolve()
-    aside = folder.move_aside() if is_first() and not goes_on else None
+    aside = folder.move_aside() if is_main_process() and not goes_on else None
     start_log(folder.path / "train.log")
-    if is_first():
+    if is_main_process():
         folder.sweep()
     for line in ignored:
         logger.info("%s", line)
@@ -99,7 +98,7 @@ def _train_and_test(
     source: resuming.Source | None,
     start: starting.Start | None,
     folder: CheckpointFolder,
-    stop: Stop,
+    shutdown: GracefulShutdown,
     given: frozenset[str],
 ) -> None:
     """``given`` are the names of the flags that were given."""
@@ -121,7 +120,7 @@ def _train_and_test(
         resuming.restore_extractor(objective, source)
     compose.cache_features(config, data, objective.backbone.visual_extractor, device)
     datasets = _datasets(config, data, objective)
-    with distributed.first_goes_ahead():
+    with distributed.main_process_first():
         starting.equip(config, data, objective, datasets["train"], folder.path)
     logger.info(
         "%s on %s: %d training, %d validation and %d test samples, vocabulary %d, %s",
@@ -140,13 +139,15 @@ def _train_and_test(
         for loader in loaders.values():
             opened.callback(loader.close)
         scoring = (
-            opened.enter_context(Scoring(config, device, (datasets["val"], datasets["test"]))) if is_first() else None
+            opened.enter_context(Scoring(config, device, (datasets["val"], datasets["test"])))
+            if is_main_process()
+            else None
         )
         guide = opened.enter_context(
             compose.training_studies(config, data, objective.backbone.visual_extractor, device)
         )
         tester = build_tester(config, data.tokenizer, objective, device, scoring, guide)
-        trainer = _trainer(config, data, objective, device, loaders, tester, folder, stop)
+        trainer = _trainer(config, data, objective, device, loaders, tester, folder, shutdown)
         if source is not None:
             resuming.restore(trainer, objective, source, config, data)
             resuming.bring_best(trainer, source, folder)
@@ -164,9 +165,9 @@ def _train_and_test(
             )
             return
         best = folder.path / BEST
-        if is_first():
+        if is_main_process():
             compose.load_weights(objective, load_checkpoint(best)["state_dict"], str(best))
-        distributed.weights_from_first(objective)
+        distributed.broadcast_weights(objective)
         test_and_write(
             config,
             data,
@@ -212,7 +213,7 @@ def _datasets(config: Config, data: compose.Data, objective: Objective) -> dict[
         )
         for split in ("train", "val", "test")
     }
-    if config.on_bad_image == "stop" and is_first():
+    if config.on_bad_image == "stop" and is_main_process():
         for dataset in datasets.values():
             dataset.check_files(dataset.read_image)
     return datasets
@@ -251,7 +252,7 @@ def _trainer(
     loaders: Mapping[str, Any],
     tester: Tester,
     folder: CheckpointFolder,
-    stop: Stop,
+    shutdown: GracefulShutdown,
 ) -> Trainer:
     factor = learning_rate_factor(config.scale_lr, distributed.world_size())
     optimizer = build_optimizer(
@@ -281,10 +282,12 @@ def _trainer(
         scheduler=scheduler,
         loader=loaders["train"],
         validate=lambda epoch: tester.evaluate(loaders["val"], f"validation {epoch}")[0],
-        save=_saver(config, data, device, folder) if is_first() else lambda trainer, improved: None,
-        on_epoch=epoch_writer(folder.path, tensorboard=config.tensorboard) if is_first() else lambda history: None,
+        save=_saver(config, data, device, folder) if is_main_process() else lambda trainer, improved: None,
+        on_epoch=epoch_writer(folder.path, tensorboard=config.tensorboard)
+        if is_main_process()
+        else lambda history: None,
         progress=Bar,
-        stop=stop,
+        shutdown=shutdown,
         device=device,
         precision=config.precision,
         epochs=config.epochs,

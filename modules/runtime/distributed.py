@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from modules.runtime.errors import InputError, error_line
 from modules.runtime.launch import launched
-from modules.runtime.stopping import Stop
+from modules.runtime.stopping import GracefulShutdown
 
 # The longest that processes wait for one another: the first one scores a validation split alone.
 TIMEOUT = timedelta(hours=1)
@@ -46,18 +46,18 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes, scores and speaks."""
     return rank() == 0
 
 
 @contextlib.contextmanager
-def processes(device: str, stop: Stop | None = None) -> Iterator[None]:
+def processes(device: str, shutdown: GracefulShutdown | None = None) -> Iterator[None]:
     """Join the processes that were launched together, NCCL between GPUs and gloo between CPUs; leave them at the end.
 
-    ``device`` as in --device. Inside, a mistake of the user (InputError) is said once, however many processes meet
-    it, and ends this process with code 2; the loss of another process is one line and code 1, or none where ``stop``
-    has noted a signal, which ended that one too.
+    ``device`` as in --device. Inside, a user's mistake (InputError) is printed once, however many processes meet it,
+    and ends this process with code 2. The loss of another process is one line and code 1, or no line where
+    ``shutdown`` has received a signal, which ended that process too.
     """
     if not launched():
         yield
@@ -80,8 +80,8 @@ def processes(device: str, stop: Stop | None = None) -> Iterator[None]:
         reason = re.sub(r"^\[[^]]*\] ?", "", " ".join(str(error).split()))
         if count == 1 or not any(part in reason.lower() for part in _LOST):
             raise
-        if stop is not None and stop.number is not None:
-            _leave(128 + stop.number)
+        if shutdown is not None and shutdown.number is not None:
+            _leave(128 + shutdown.number)
         _say_once(store, f"error: process {own} of {count} lost the connection to another and stops: {reason[:80]}")
         _leave(1)
     dist.destroy_process_group()
@@ -148,35 +148,35 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return total
 
 
-def from_first(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """What the first process passes as ``value`` (anything JSON can hold); the others' is not looked at."""
     if not is_distributed():
         return value
-    content = _encoded(value) if is_first() else torch.empty(0, dtype=torch.uint8)
+    content = _encoded(value) if is_main_process() else torch.empty(0, dtype=torch.uint8)
     length = torch.tensor([len(content)])
     dist.broadcast(length, 0)
-    content = content if is_first() else torch.empty(int(length), dtype=torch.uint8)
+    content = content if is_main_process() else torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(content, 0)
     return _decoded(content)
 
 
-def rows_from_first(rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def broadcast_rows(rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The first process's float32 ``rows``, which have that ``shape``; the others' are not looked at."""
     if not is_distributed():
         return rows
-    found = torch.from_numpy(rows).clone() if is_first() else torch.empty(shape)
+    found = torch.from_numpy(rows).clone() if is_main_process() else torch.empty(shape)
     dist.broadcast(found, 0)
     return found.numpy()
 
 
 @contextlib.contextmanager
-def first_goes_ahead() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """A block that the others enter when the first process has left it: what it fetched is in the cache then."""
-    if not is_first():
-        from_first(None)
+    if not is_main_process():
+        broadcast_object(None)
     yield
-    if is_first():
-        from_first(None)
+    if is_main_process():
+        broadcast_object(None)
 
 
 def gather_batches(texts: Sequence[Any], rows: Sequence[Tensor]) -> tuple[list[Any], list[Tensor]] | None:
@@ -212,7 +212,7 @@ def _gather_bytes(own: Tensor) -> list[Tensor] | None:
     lengths = gather(torch.tensor([len(own)])).tolist()
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: len(own)] = own
-    parts = [torch.empty_like(padded) for _ in lengths] if is_first() else None
+    parts = [torch.empty_like(padded) for _ in lengths] if is_main_process() else None
     dist.gather(padded, parts, 0)
     return None if parts is None else [part[:length].clone() for part, length in zip(parts, lengths, strict=True)]
 
@@ -233,7 +233,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
     """
     if not is_distributed():
         return module
-    weights_from_first(module)
+    broadcast_weights(module)
     device, wrapper = next(module.parameters()).device, nn.parallel.DistributedDataParallel
     # Broadcasting before every forward pass would send the memory of the previous epoch's negatives along.
     name = (
@@ -249,7 +249,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
     )
 
 
-def apart(parallel: nn.Module) -> contextlib.AbstractContextManager:
+def no_gradient_sync(parallel: nn.Module) -> contextlib.AbstractContextManager:
     """A block whose gradients each process adds up by itself, to be brought together with those that follow it."""
     return parallel.no_sync() if is_distributed() else contextlib.nullcontext()
 
@@ -271,8 +271,28 @@ def average_running_statistics(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def weights_from_first(module: nn.Module) -> None:
+def broadcast_weights(module: nn.Module) -> None:
     """Give all processes the first one's parameters and buffers."""
     if is_distributed():
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.data, 0)
+
+
+# ---- the state of the random generators, which a checkpoint keeps; with several processes they are seeded by key
+
+
+def rng_state() -> dict[str, Any]:
+    """State of torch's generators on every device; augmentation and order are keyed by epoch and need none."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def restore_rng_state(state: Mapping[str, Any]) -> None:
+    """Set torch's generators to a kept state; GPU states are skipped where the number of GPUs has changed."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_by(*key: int) -> None:
+    """Seed torch's generators on every device by ``key`` alone."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))

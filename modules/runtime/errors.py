@@ -24,7 +24,7 @@ class Problem:
     field: str = ""
 
 
-def stop_at(problem: Problem) -> None:
+def raise_problem(problem: Problem) -> None:
     """Raise the problem as InputError: what a reader does with the first one, unless it is told to note them all."""
     raise InputError(problem.message)
 

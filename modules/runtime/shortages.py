@@ -10,7 +10,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
-def explained(remedy: str) -> Iterator[None]:
+def explain_out_of_memory(remedy: str) -> Iterator[None]:
     """Turn errors inside the block that say that memory (torch's, Python's) or a disk is full into an InputError.
 
     For memory the line ends with ``remedy``, the flags that need less.

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as requests: a run ends at the next moment at which what it would save is whole."""
+"""SIGTERM and SIGINT end a run as soon as what it would save is consistent."""
 
 import contextlib
 import multiprocessing
@@ -7,36 +7,36 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-# A destructor or a callback that the signal happened to meet swallows the exception: it is raised again after this.
+# An exception raised inside a destructor or callback is swallowed: raise it again after this time.
 SECONDS_TO_TRY_AGAIN = 5.0
 
 
 class Stopped(SystemExit):
-    """A signal has ended the run: the exit code is 128 + its number, 143 for SIGTERM and 130 for SIGINT."""
+    """A signal ended the run; exit code 128 + its number, 143 for SIGTERM and 130 for SIGINT."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
         self.name = signal.Signals(number).name
 
 
-class Stop:
-    """Within ``with Stop() as stop``, SIGTERM and SIGINT raise Stopped, at once or at the end of a ``held`` block.
+class GracefulShutdown:
+    """Context in which SIGTERM and SIGINT raise Stopped: immediately, or at the end of a ``deferred`` block.
 
-    A SIGINT after the first signal leaves at once with 130 and saves nothing; further SIGTERMs change nothing. Only
-    entry points enter it; the handlers that were there before come back afterwards. Elsewhere a ``Stop()`` that was
-    never entered stands for a run that no signal can reach.
+    A SIGINT after the first signal exits immediately with 130 and saves nothing; further SIGTERMs are ignored. Only
+    entry points enter the context; the previous handlers are restored on exit. Elsewhere, an instance that was never
+    entered serves runs that handle no signals.
 
-    Of several processes one ``leads``: the others take note of a signal and go on, because the leader may still need
-    their part of a step before it can save; they end when it has left.
+    With several processes only the one that ``leads`` raises: the others record the signal and continue, because the
+    leader may need their part of the current step before it can save; they end when it has exited.
     """
 
     def __init__(self, leads: bool = True) -> None:
         self.number: int | None = None
         self._leads = leads
-        self._held, self._accepted = 0, False
+        self._deferred, self._accepted = 0, False
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "GracefulShutdown":
         for number, handler in (
             (signal.SIGTERM, self._arrived),
             (signal.SIGINT, self._arrived),
@@ -55,30 +55,30 @@ class Stop:
             self.number = number
             self.check()
         elif number == signal.SIGINT:
-            os.write(2, b"interrupted again: leaving at once; the last checkpoint is as it was\n")
+            os.write(2, b"interrupted again: exiting now; the last checkpoint is unchanged\n")
             for child in multiprocessing.active_children():
                 child.kill()
             os._exit(128 + signal.SIGINT)
 
     def check(self) -> None:
-        """Raise Stopped where a signal has come, unless a ``held`` block runs or somebody has accepted it."""
-        if self.number is not None and self._leads and not self._held and not self._accepted:
+        """Raise Stopped if a signal has been received, outside ``deferred`` blocks and before ``accept``."""
+        if self.number is not None and self._leads and not self._deferred and not self._accepted:
             if self._before:
                 signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_TRY_AGAIN)
             raise Stopped(self.number)
 
     def accept(self) -> None:
-        """The run is ending as it was asked to: Stopped is not raised again."""
+        """The run is already ending: do not raise Stopped again."""
         self._accepted = True
         if self._before:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """A block that a signal does not break off: Stopped is raised at its end."""
-        self._held += 1
+    def deferred(self) -> Iterator[None]:
+        """Context that a signal does not interrupt: Stopped is raised at its end."""
+        self._deferred += 1
         try:
             yield
         finally:
-            self._held -= 1
+            self._deferred -= 1
         self.check()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from modules.evaluation.tester import autocast
 from modules.runtime import distributed
+from modules.runtime.distributed import restore_rng_state, rng_state, seed_by
 from modules.runtime.errors import InputError
-from modules.runtime.random_state import restore_rng_state, rng_state, seed_by
-from modules.runtime.stopping import Stop, Stopped
+from modules.runtime.stopping import GracefulShutdown, Stopped
 from modules.training.running_means import RunningMeans
 from modules.training.step_guard import StepGuard
 from modules.training.training_state import Best, Position
@@ -34,8 +34,8 @@ class Trainer:
     ``objective(batch, epoch, token_count=, share=)`` returns a dictionary with "loss" and the terms to log;
     ``validate(epoch)`` returns metrics of the validation split; ``save(trainer, improved)`` writes a checkpoint, which
     needs ``state_dict()``; ``on_epoch(history)`` draws curves. ``epoch`` counts from 1. ``checkpoint_steps`` is the
-    number of optimiser steps between checkpoints within an epoch, 0 for none. Where ``stop`` raises Stopped, what was
-    reached is saved and the exception goes on. Of several processes each draws its random numbers by ``seed``, step
+    number of optimiser steps between checkpoints within an epoch, 0 for none. When ``shutdown`` raises Stopped, the
+    state is saved and the exception propagates. Of several processes each draws its random numbers by ``seed``, step
     and rank, so that a checkpoint needs no generator's state of any.
     """
 
@@ -50,7 +50,7 @@ class Trainer:
         save: Callable[["Trainer", bool], None],
         on_epoch: Callable[[list[dict]], None],
         progress: Callable[..., Any],
-        stop: Stop,
+        shutdown: GracefulShutdown,
         device: torch.device,
         precision: str,
         epochs: int,
@@ -68,7 +68,7 @@ class Trainer:
     ):
         self.objective, self.optimizer, self.scheduler, self.loader = objective, optimizer, scheduler, loader
         self.validate, self.save, self.on_epoch, self.progress = validate, save, on_epoch, progress
-        self.stop, self.device, self.precision = stop, device, precision
+        self.shutdown, self.device, self.precision = shutdown, device, precision
         self.epochs, self.early_stop, self.save_period, self.log_period = epochs, early_stop, save_period, log_period
         self.monitor_metric, self.monitor_mode, self.start_eval_epoch = monitor_metric, monitor_mode, start_eval_epoch
         self.checkpoint_steps, self.grad_accumulation = checkpoint_steps, grad_accumulation
@@ -88,7 +88,7 @@ class Trainer:
             while not self._finished():
                 self._epoch()
         except Stopped as stopped:
-            self.stop.accept()
+            self.shutdown.accept()
             self._save_unsaved()
             logger.info(
                 "%s: stopped in epoch %d after step %d of it; everything up to there is saved",
@@ -142,7 +142,7 @@ class Trainer:
             # Sampling draws: a checkpoint made while validation runs must begin it anew.
             self._rng_before_validation = rng_state()
             scores = self.validate(self.position.epoch)
-        with self.stop.held():
+        with self.shutdown.deferred():
             self._rng_before_validation = None
             self._end_epoch(scores, before + time.monotonic() - started)
         self.on_epoch(self.history)
@@ -153,7 +153,7 @@ class Trainer:
         self.loader.set_epoch(position.epoch, position.samples)
         bar = self.progress(self.loader, f"epoch {position.epoch}/{self.epochs}", position.batches)
         for group in self._groups(bar):
-            with self.stop.held():
+            with self.shutdown.deferred():
                 self._step(group)
                 position.batches, position.steps = position.batches + len(group), position.steps + 1
                 position.samples += sum(len(batch.sample_index) for batch in group) * distributed.world_size()
@@ -162,7 +162,7 @@ class Trainer:
                     distributed.average_running_statistics(self.objective)
                     self._save(improved=False)
                 self._log_step(bar)
-        with self.stop.held():
+        with self.shutdown.deferred():
             self.guard.read()
             distributed.average_running_statistics(self.objective)
             position.trained, position.seconds = True, seconds()
@@ -208,7 +208,7 @@ class Trainer:
         token_count = distributed.all_reduce_sum(sum(batch.positive.token_mask[:, 1:].sum() for batch in group))
         for number, batch in enumerate(group, start=1):
             # Only the last backward pass of a step brings the processes' gradients together.
-            with contextlib.nullcontext() if number == len(group) else distributed.apart(self.parallel):
+            with contextlib.nullcontext() if number == len(group) else distributed.no_gradient_sync(self.parallel):
                 with autocast(self.device, self.precision):
                     terms = self.parallel(
                         batch.to(self.device), self.position.epoch, token_count=token_count, share=1.0 / len(group)
@@ -261,7 +261,7 @@ class Trainer:
         self._saved = dataclasses.replace(self.position)
 
     def _save_unsaved(self) -> None:
-        with self.stop.held():
+        with self.shutdown.deferred():
             if self._saved != self.position:
                 self._save(improved=False)
 

@@ -113,7 +113,7 @@ def distinct_reports(annotation: Annotation, cleaner: str) -> list[str]:
 
 def show_progress(items: Iterable, name: str) -> Iterable:
     """The batches of an epoch behind a bar."""
-    from modules.runtime.progress import Bar
+    from modules.runtime.run_log import Bar
 
     return Bar(items, name)
 
@@ -196,7 +196,7 @@ def adapt(arguments: argparse.Namespace, annotation: Annotation) -> None:
 
 def main() -> None:
     """Check, read, adapt."""
-    from modules.runtime.shortages import explained
+    from modules.runtime.shortages import explain_out_of_memory
 
     arguments = build_parser().parse_args()
     check(arguments)
@@ -204,7 +204,7 @@ def main() -> None:
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
     if DATASETS[arguments.dataset_name].captions:
         annotation = split_captions(annotation)
-    with explained("lower --batch_size or --max_length"):
+    with explain_out_of_memory("lower --batch_size or --max_length"):
         adapt(arguments, annotation)
     print(f"wrote {arguments.out} in {time.monotonic() - start:.0f} s: as private as the reports, not to be shared")
 

@@ -102,13 +102,13 @@ def main() -> None:
 
     from modules.runtime.environment import file_sha256, provenance
     from modules.runtime.records import private_folder, write_private, write_results
-    from modules.runtime.shortages import explained
+    from modules.runtime.shortages import explain_out_of_memory
     from scripts.research.negative_bank import Inspection
     from scripts.research.negative_tables import figure, to_markdown
 
     folder = private_folder(arguments.out)
     grid = sorted(set(arguments.lambdas))
-    with explained("lower --samples or --batch_size"):
+    with explain_out_of_memory("lower --samples or --batch_size"):
         inspection = Inspection(arguments.load, given_flags(arguments, OVERRIDES), arguments.samples)
         epochs = [
             {"checkpoint": checkpoint_name(path), "checkpoint_sha256": file_sha256(path)} | inspection.look(path, grid)

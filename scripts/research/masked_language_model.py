@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modules.data.sample_order import EpochBatchSampler, keyed_generator
 from modules.mining.text_encoders import LOCAL, load_pretrained, longest_input, weights_sha256
+from modules.runtime.distributed import seed_by
 from modules.runtime.errors import InputError
-from modules.runtime.random_state import seed_by
 from scripts.research.masked_words import WordMasking
 
 HELD_OUT_SHARE = 0.05

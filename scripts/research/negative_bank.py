@@ -19,7 +19,7 @@ from modules.run import build as compose
 from modules.run.resuming import own_settings
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
-from modules.runtime.progress import Bar
+from modules.runtime.run_log import Bar
 from modules.training.checkpoint import FORMAT, load_checkpoint
 from scripts.research.negative_positions import (
     SYNTHESISED,

@@ -80,7 +80,7 @@ def rows(path: str, given: dict[str, Any]) -> list[tuple[str, ...]]:
     from modules.flags import resolve_config
     from modules.run import build as compose
     from modules.run.resuming import own_settings
-    from modules.runtime.progress import Bar
+    from modules.runtime.run_log import Bar
     from modules.training.checkpoint import load_checkpoint
 
     content = load_checkpoint(path)

@@ -57,7 +57,7 @@ def pooled_features(config: Config, data, device) -> dict:
     import torch
 
     from modules.run import build as compose
-    from modules.runtime.progress import Bar
+    from modules.runtime.run_log import Bar
 
     extractor = compose.build_extractor(config, device, pretrained=True).to(device).eval()
     compose.cache_features(config, data, extractor, device)
@@ -122,8 +122,8 @@ def main() -> None:
     from modules.labels.study_labels import read_labels
     from modules.run import build as compose
     from modules.runtime.environment import provenance
-    from modules.runtime.progress import Bar
     from modules.runtime.records import write_results
+    from modules.runtime.run_log import Bar
 
     device = compose.prepare_device(config)
     data = compose.read_data(config)

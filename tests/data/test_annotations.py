@@ -138,7 +138,7 @@ def test_all_mistakes_are_noted_where_that_is_asked_for(tmp_path):
     data["val"] = {}
     data["test"][0]["neg_report"] = "x"
     found = []
-    annotation = read_annotation(write(tmp_path, data), note=found.append)
+    annotation = read_annotation(write(tmp_path, data), on_problem=found.append)
     assert [(problem.split, problem.id, problem.field, problem.kind) for problem in found] == [
         ("train", "b", "split", "split contradicts its list"),
         ("train", "b", "image_path", "image path leaves image_dir"),

@@ -11,8 +11,8 @@ from modules.data.feature_cache import build_feature_cache
 from modules.data.images import ImageFolder, eval_transform
 from modules.layers.visual_extractor import VisualExtractor
 from modules.runtime.errors import InputError
-from modules.runtime.progress import Bar
 from modules.runtime.records import private_folder
+from modules.runtime.run_log import Bar
 from tests.gloo_support import run_together
 
 

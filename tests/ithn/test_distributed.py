@@ -42,7 +42,7 @@ def whole_batch():
 def two_epochs() -> dict:
     """Losses and gradients of the second epoch on this process's rows, and what the first one left behind."""
     objective, share = build(), len(LENGTHS) // distributed.world_size()
-    if not distributed.is_first():  # the first process's weights count
+    if not distributed.is_main_process():  # the first process's weights count
         nn.init.zeros_(objective.backbone.logit.weight)
     parallel = distributed.data_parallel(objective)
     batch = rows_of(whole_batch(), slice(distributed.rank() * share, (distributed.rank() + 1) * share))
@@ -145,16 +145,16 @@ def travelled() -> dict:
     texts = [{"ids": [f"é{number}"]} for number in range(5)][rank::world]
     rows = [torch.full((2 if number < 4 else 1, 3), number, dtype=torch.float64) for number in range(5)][rank::world]
     gathered, few = distributed.gather_batches(texts, rows), distributed.gather_batches(texts[:1], rows[:1])
-    values = distributed.from_first({"BLEU": 0.1, "METEOR": None} if rank == 0 else None)
-    with distributed.first_goes_ahead():
+    values = distributed.broadcast_object({"BLEU": 0.1, "METEOR": None} if rank == 0 else None)
+    with distributed.main_process_first():
         pass
-    table = distributed.rows_from_first(np.ones((2, 3), np.float32) if rank == 0 else None, (2, 3))
+    table = distributed.broadcast_rows(np.ones((2, 3), np.float32) if rank == 0 else None, (2, 3))
     layer = nn.BatchNorm1d(2)
     layer.running_mean.fill_(rank)
     distributed.average_running_statistics(layer)
     weights = nn.Linear(1, 1)
     weights.weight.data.fill_(rank)
-    distributed.weights_from_first(weights)
+    distributed.broadcast_weights(weights)
     return {
         "ids": None if gathered is None else [text["ids"][0] for text in gathered[0]],
         "rows": None if gathered is None else torch.cat(gathered[1])[:, 0].tolist(),
@@ -200,4 +200,4 @@ def test_one_process_is_the_identity():
     module = nn.Linear(1, 1)
     assert (distributed.is_distributed(), distributed.rank(), distributed.world_size()) == (False, 0, 1)
     assert distributed.gather_with_gradient(x) is distributed.gather(x) is distributed.all_reduce_sum(x) is x
-    assert distributed.from_first(x) is x and distributed.data_parallel(module) is module
+    assert distributed.broadcast_object(x) is x and distributed.data_parallel(module) is module

@@ -15,7 +15,7 @@ class Scores:
     """Stands for modules.run.scoring.Scoring, in the process that scores."""
 
     def validation(self, found):
-        assert distributed.is_first()
+        assert distributed.is_main_process()
         return {"words": sum(map(len, found.generated)) / len(found.ids), "METEOR": None}
 
 
@@ -56,7 +56,7 @@ def evaluated(demo, method: str, views: str, guidance: float) -> dict:
     torch.rand(distributed.rank())  # what is drawn before must not matter
     with compose.training_studies(config, data, objective.backbone.visual_extractor, device) as guide:
         tester = build_tester(
-            config, data.tokenizer, objective, device, Scores() if distributed.is_first() else None, guide
+            config, data.tokenizer, objective, device, Scores() if distributed.is_main_process() else None, guide
         )
         scores, found = tester.evaluate(loader, "test")
     return {

@@ -11,7 +11,7 @@ import torch
 from modules.flags import parse_flags
 from modules.run.training import run_training
 from modules.runtime.errors import InputError
-from modules.runtime.stopping import Stop, Stopped
+from modules.runtime.stopping import GracefulShutdown, Stopped
 from modules.training.checkpoint import load_checkpoint
 from modules.training.checkpoint_folder import BEST, CURRENT, PREVIOUS
 from tests.conftest import TINY
@@ -43,7 +43,7 @@ FLAGS = [
 ]
 
 
-class StopAt(Stop):
+class StopAt(GracefulShutdown):
     """As if a signal had come at the end of the ``number``-th block that a signal does not break off."""
 
     def __init__(self, number):
@@ -64,10 +64,10 @@ def without_test(monkeypatch):
 
 @pytest.fixture
 def run(demo, demo_index, tmp_path, monkeypatch):
-    """``run(name, *flags, stop=)`` trains into the folder ``name`` and tests nothing; returns the folder."""
+    """``run(name, *flags, shutdown=)`` trains into the folder ``name`` and tests nothing; returns the folder."""
     without_test(monkeypatch)
 
-    def train(name, *flags, stop=None):
+    def train(name, *flags, shutdown=None):
         argv = [
             "--ann_path",
             demo / "annotation.json",
@@ -84,7 +84,7 @@ def run(demo, demo_index, tmp_path, monkeypatch):
             *flags,
         ]
         given, ignored = parse_flags([str(part) for part in argv], "main_train.py", "")
-        run_training(given, ignored, stop)
+        run_training(given, ignored, shutdown)
         return tmp_path / name
 
     return train
@@ -118,7 +118,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run):
     whole = run("whole")
     for blocks, workers in ((1, 0), (2, 2), (1, 2), (1, 0), (1, 0), (3, 2)):
         with pytest.raises(Stopped) as stopped:
-            run("part", "--num_workers", workers, "--resume", "auto", stop=StopAt(blocks))
+            run("part", "--num_workers", workers, "--resume", "auto", shutdown=StopAt(blocks))
         assert stopped.value.code == 143
     position = load_checkpoint(whole.with_name("part") / CURRENT)["position"]
     assert (position["epoch"], position["steps"], position["batches"]) == (2, 3, 6)
@@ -206,12 +206,12 @@ def test_a_finished_run_that_is_resumed_trains_no_more(run):
 
 def test_another_batch_size_goes_on_behind_the_samples_that_were_seen(run):
     with pytest.raises(Stopped):
-        run("part", stop=StopAt(2))
+        run("part", shutdown=StopAt(2))
     folder = run("part", "--resume", "auto", "--batch_size", 3, "--epochs", 1)
     # 14 samples, 8 of which had been seen in two steps of two batches of two; then a step of two batches of three.
     assert json.loads((folder / "history.json").read_text())[0]["train_steps"] == 2 + 1
     with pytest.raises(Stopped):
-        run("again", stop=StopAt(1))
+        run("again", shutdown=StopAt(1))
     for flags, reason in (
         (["--seed", 1], "--seed 1: the run of"),
         (["--views", "separate"], "--views separate: the run of"),
@@ -219,7 +219,7 @@ def test_another_batch_size_goes_on_behind_the_samples_that_were_seen(run):
         with pytest.raises(InputError, match=reason):
             run("again", "--resume", "auto", *flags)
     with pytest.raises(Stopped):
-        run("like", "--length_bucketing", "true", stop=StopAt(1))
+        run("like", "--length_bucketing", "true", shutdown=StopAt(1))
     with pytest.raises(InputError, match="--length_bucketing true: .* have 2 samples"):
         run("like", "--length_bucketing", "true", "--resume", "auto", "--batch_size", 1)
 
@@ -230,7 +230,7 @@ def test_shards_are_read_on_at_the_right_sample(run, demo, demo_index, tmp_path)
         make(tmp_path / name, demo, "--negative_index", demo_index, "--shard_mb", size)
     whole = run("whole", "--shards", tmp_path / "shards")
     with pytest.raises(Stopped):
-        run("part", "--shards", tmp_path / "shards", stop=StopAt(2))
+        run("part", "--shards", tmp_path / "shards", shutdown=StopAt(2))
     for flags, reason in (
         (["--shards", tmp_path / "others"], "others': --resume .* began with other shards"),
         (["--shards", ""], "--shards '': --resume .* in the middle of epoch 1, which began with"),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from modules.evaluation import tester
 from modules.runtime.errors import run_entry_point
-from modules.runtime.stopping import Stop, Stopped
+from modules.runtime.stopping import GracefulShutdown, Stopped
 from modules.training.checkpoint import load_checkpoint
 from modules.training.checkpoint_folder import CURRENT, CheckpointFolder
 from modules.training.trainer import Trainer
@@ -35,6 +36,9 @@ def forked(work) -> int:
 
             multiprocessing.util._exit_function()
             os._exit(left.code)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # not on into the other tests, in a second process
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert_nothing_left(pid)
     return code
@@ -56,7 +60,7 @@ def send(number: int) -> None:
 def test_a_signal_ends_the_block_and_the_handlers_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)]
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        with pytest.raises(Stopped) as stopped, Stop():
+        with pytest.raises(Stopped) as stopped, GracefulShutdown():
             send(number)
             pytest.fail("the signal was not raised")
         assert stopped.value.code == code
@@ -64,10 +68,10 @@ def test_a_signal_ends_the_block_and_the_handlers_come_back():
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_a_held_block_runs_to_its_end():
+def test_a_deferred_block_runs_to_its_end():
     reached = []
-    with pytest.raises(Stopped), Stop() as stop:
-        with stop.held():
+    with pytest.raises(Stopped), GracefulShutdown() as shutdown:
+        with shutdown.deferred():
             send(signal.SIGTERM)
             reached.append("inside")
         reached.append("behind")
@@ -75,12 +79,12 @@ def test_a_held_block_runs_to_its_end():
 
 
 def test_further_sigterms_change_nothing():
-    with Stop() as stop:
-        with pytest.raises(Stopped), stop.held():
+    with GracefulShutdown() as shutdown:
+        with pytest.raises(Stopped), shutdown.deferred():
             send(signal.SIGTERM)
-        stop.accept()
+        shutdown.accept()
         send(signal.SIGTERM)
-        with stop.held():
+        with shutdown.deferred():
             send(signal.SIGTERM)
 
 
@@ -91,7 +95,7 @@ def test_an_exception_that_a_destructor_swallowed_is_raised_again(monkeypatch):
 
     monkeypatch.setattr("modules.runtime.stopping.SECONDS_TO_TRY_AGAIN", 0.5)
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
-    with pytest.raises(Stopped), Stop():
+    with pytest.raises(Stopped), GracefulShutdown():
         Swallows()
         time.sleep(30)
         pytest.fail("the signal was lost")
@@ -99,7 +103,7 @@ def test_an_exception_that_a_destructor_swallowed_is_raised_again(monkeypatch):
 
 def test_a_second_sigint_leaves_at_once_even_where_the_first_must_wait():
     def work():
-        with Stop() as stop, stop.held():
+        with GracefulShutdown() as shutdown, shutdown.deferred():
             send(signal.SIGINT)
             send(signal.SIGINT)
             time.sleep(30)

@@ -101,9 +101,9 @@ def own_weights(path):
 LINEAR = torch.nn.Linear(2, 2).state_dict()
 READERS = {
     "annotation.json": (annotation, read_annotation),
-    "noted.json": (annotation, lambda path: read_annotation(path, note=lambda problem: None)),
+    "noted.json": (annotation, lambda path: read_annotation(path, on_problem=lambda problem: None)),
     "labels.csv": (csv_labels, read_labels),
-    "noted.csv": (csv_labels, lambda path: read_labels(path, note=lambda problem: None)),
+    "noted.csv": (csv_labels, lambda path: read_labels(path, on_problem=lambda problem: None)),
     **{
         f"labels{number}.pickle": (
             lambda _, number=number: pickle.dumps({"a": np.ones(14), "b": np.zeros(14)}, number),

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from modules.runtime.errors import InputError
-from modules.runtime.shortages import explained
+from modules.runtime.shortages import explain_out_of_memory
 from modules.training.checkpoint import load_checkpoint
 from modules.training.trainer import Trainer
 
 
 def raises(error):
-    with pytest.raises(InputError) as raised, explained("lower --batch_size"):
+    with pytest.raises(InputError) as raised, explain_out_of_memory("lower --batch_size"):
         raise error
     assert "\n" not in str(raised.value) and str(raised.value).endswith("lower --batch_size")
     return str(raised.value)
@@ -21,7 +21,10 @@ def test_the_gpu():
 
 
 def test_the_cpu_as_torch_says_it():
-    with pytest.raises(InputError, match="out of memory of this machine: lower"), explained("lower --batch_size"):
+    with (
+        pytest.raises(InputError, match="out of memory of this machine: lower"),
+        explain_out_of_memory("lower --batch_size"),
+    ):
         torch.empty(1 << 60)
 
 
@@ -36,14 +39,17 @@ def test_python_and_shared_memory():
 
 
 def test_a_full_disk_whoever_wrote_to_it():
-    with pytest.raises(InputError, match=r"file 'events.1' cannot be written: No space left"), explained(""):
+    with (
+        pytest.raises(InputError, match=r"file 'events.1' cannot be written: No space left"),
+        explain_out_of_memory(""),
+    ):
         raise OSError(28, "No space left on device", "events.1")
-    with pytest.raises(FileNotFoundError), explained(""):
+    with pytest.raises(FileNotFoundError), explain_out_of_memory(""):
         raise FileNotFoundError(2, "No such file or directory", "x")
 
 
 def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="a bug"), explained("lower --batch_size"):
+    with pytest.raises(RuntimeError, match="a bug"), explain_out_of_memory("lower --batch_size"):
         raise RuntimeError("a bug")
 
 

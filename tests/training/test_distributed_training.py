@@ -9,8 +9,8 @@ from torch import nn
 from modules.data.sample_order import EpochBatchSampler
 from modules.ithn.objective import Objective
 from modules.runtime import distributed
-from modules.runtime.progress import Bar
-from modules.runtime.stopping import Stop
+from modules.runtime.run_log import Bar
+from modules.runtime.stopping import GracefulShutdown
 from modules.training.optimizers import build_optimizer, build_scheduler
 from modules.training.trainer import Trainer
 from tests.gloo_support import run_together
@@ -96,13 +96,13 @@ def build(dropout: float = 0.0, epochs: int = 2, **options) -> Trainer:
         ),
         loader=Shares(),
         # Only the first process has scores to decide by.
-        validate=lambda epoch: distributed.from_first(
-            {name: values[epoch - 1] for name, values in scores.items()} if distributed.is_first() else None
+        validate=lambda epoch: distributed.broadcast_object(
+            {name: values[epoch - 1] for name, values in scores.items()} if distributed.is_main_process() else None
         ),
         save=lambda trainer, improved: None,
         on_epoch=lambda history: None,
         progress=Bar,
-        stop=Stop(),
+        shutdown=GracefulShutdown(),
         device=torch.device("cpu"),
         precision="float32",
         epochs=epochs,
@@ -178,7 +178,7 @@ def test_a_resumed_training_is_exact_and_each_process_draws_its_own(tmp_path):
 def bad_step() -> dict:
     """One process meets a loss that is not finite."""
     trainer = build(epochs=1, grad_accumulation=1)
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         trainer.loader.set_epoch(1)
         (_, sample), *_ = next(iter(trainer.loader.sampler))
         trainer.loader.batch.positive.images[sample] = float("nan")

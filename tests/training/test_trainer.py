@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from modules.runtime.errors import InputError
-from modules.runtime.progress import Bar
-from modules.runtime.stopping import Stop
+from modules.runtime.run_log import Bar
+from modules.runtime.stopping import GracefulShutdown
 from modules.training.optimizers import build_optimizer, build_scheduler
 from modules.training.trainer import Trainer
 from modules.training.training_state import Best
@@ -97,7 +97,7 @@ def trainer(batches, scores=(0.1,), **changes):
         save=lambda trainer, improved: saved.append((len(trainer.history), improved)),
         on_epoch=lambda history: None,
         progress=Bar,
-        stop=Stop(),
+        shutdown=GracefulShutdown(),
         device=torch.device("cpu"),
         precision="float32",
         **settings,
