@@ -21,12 +21,11 @@ from typing import BinaryIO
 
 import numpy as np
 import PIL
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from modules.data.images import ImageFolder, Transform, stored_shape
-from modules.data.loaders import ignore_interrupt
+from modules.data.loaders import GuardedLoader
 from modules.runtime.errors import InputError
 
 logger = logging.getLogger("ithn")
@@ -165,35 +164,15 @@ def _bring_up_to_date(
     )
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")  # mode 0600
     try:
-        with open(handle, "wb") as opened:
-            decoded = DataLoader(
-                _Decoded(new, images, transform),
-                batch_size=None,
-                num_workers=workers,
-                worker_init_fn=ignore_interrupt,
-                generator=torch.Generator(),
-            )
-            with _death_in_one_line(workers):
-                _write(opened, index, same, old_index, old_pixels, iter(decoded), progress)
+        loader = GuardedLoader(_Decoded(new, images, transform), batch_size=None, num_workers=workers)
+        with open(handle, "wb") as opened, contextlib.closing(iter(loader)) as decoded:
+            _write(opened, index, same, old_index, old_pixels, decoded, progress)
         os.replace(temporary, file)
     finally:
         Path(temporary).unlink(missing_ok=True)
     unreadable = int((index["planes"] == 0).sum())
     if unreadable:
         logger.warning("image cache: %d of %d images could not be read", unreadable, len(paths))
-
-
-@contextlib.contextmanager
-def _death_in_one_line(workers: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):  # torch's words for it; all else is an error of the code
-            raise
-        raise InputError(
-            "--image_cache: a process that decodes images was killed, as the system does when memory runs "
-            f"out: lower --num_workers (now {workers})"
-        ) from None
 
 
 def _most_bytes(images: ImageFolder, path: str, transform: Transform) -> int:

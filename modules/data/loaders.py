@@ -1,17 +1,20 @@
-"""Batches read by other processes, which may be killed or hang without taking the run with them."""
+"""DataLoader that turns a dead or hung worker into a one-line error."""
 
+import copy
+import itertools
 import logging
+import multiprocessing
+import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from types import FrameType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils import signal_handling
 
 from modules.data.batches import collate
 from modules.data.sample_order import EpochBatchSampler
@@ -19,35 +22,136 @@ from modules.runtime import distributed
 from modules.runtime.errors import InputError
 
 REPLACED_LIMIT = 0.01
-SECONDS_BETWEEN_LOOKS = 1.0  # at how long none of the processes that read has answered
-SECONDS_UNTIL_REAPED = 0.1
-# torch's first loader would set a handler for good that raises wherever the main process is when a worker dies, be it
-# in the middle of a step. torch has no switch for it; without the handler it looks every five seconds while it waits.
-signal_handling._SIGCHLD_handler_set = True
+SECONDS_BETWEEN_LOOKS = 0.2  # at the workers, while none of them answers
+_END = object()
 
 
-class EpochLoader(DataLoader):
-    """A DataLoader with ``set_epoch`` that ends within a minute, with one line, when a process that reads fails.
+class GuardedLoader:
+    """torch's DataLoader, made of ``dataset`` and its ``options``; a dead or hung worker is an InputError of one line.
 
-    A worker's InputError is raised in its own words. InputError too for a worker that was killed, for none that
-    answers within ``patience`` seconds (0: wait for ever), and where the samples of the epoch that stand in for
-    unreadable ones (``replaced``) are more than ``replaced_limit``, in one process or, at the end, in all together.
+    torch is asked for each batch in a thread, and this one waits for the thread. A wait inside torch may never end: for
+    the rest of a message whose sender was killed, or for a worker that hangs. A thread can be left waiting. In a thread
+    torch also leaves SIGCHLD alone: its handler would raise wherever the main thread is when a worker dies, such as in
+    the middle of a step. ``timeout``: seconds without an answer after which the workers count as hung; 0: never.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        num_workers: int = 0,
+        timeout: float = 0.0,
+        persistent_workers: bool = False,
+        **options: Any,
+    ):
+        self.dataset, self.num_workers, self.timeout = dataset, num_workers, timeout
+        self._persistent = persistent_workers and num_workers > 0
+        # A generator of its own: starting an epoch would otherwise draw from the global one and change what follows.
+        self._options = {"generator": torch.Generator(), "worker_init_fn": _ignore_interrupt, **options}
+        self._loader: DataLoader | None = None
+        self._started: list[BaseProcess] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of an epoch. InputError for a worker that was killed, and for none that answers in time."""
+        if self._loader is None:
+            self._loader = DataLoader(
+                self.dataset,
+                num_workers=self.num_workers,
+                persistent_workers=self._persistent,
+                multiprocessing_context=_recording_context(self._started) if self.num_workers else None,
+                **self._options,
+            )
+        if not self.num_workers:
+            yield from self._loader
+            return
+        requests, answers = queue.SimpleQueue(), queue.SimpleQueue()
+        # torch pins memory by the GPU of the thread that asks for the first batch.
+        gpu = torch.cuda.current_device() if self._options.get("pin_memory") and torch.cuda.is_available() else None
+        threading.Thread(target=_serve, args=(self._loader, gpu, requests, answers), daemon=True).start()
+        keep = False  # the workers, where this generator is left
+        try:
+            while True:
+                requests.put(True)
+                batch = self._wait(answers)
+                keep = self._persistent
+                if batch is _END:
+                    return
+                yield batch
+                keep = False
+        finally:
+            requests.put(False)
+            if not keep:
+                self.close()
+
+    def close(self) -> None:
+        """End the workers, whatever state they are in; the next iteration starts new ones."""
+        for process in self.workers:
+            process.kill()
+        for process in self.workers:
+            process.join()
+        self._started.clear()
+        self._loader = None  # torch keeps persistent workers by it
+
+    @property
+    def workers(self) -> list[BaseProcess]:
+        """The processes that read; some may have ended."""
+        return [process for process in self._started if process.pid is not None]
+
+    def _wait(self, answers: queue.SimpleQueue) -> Any:
+        """The thread's next answer; its error, or what became of the workers, is raised."""
+        since = time.monotonic()
+        while True:
+            try:
+                answer = answers.get(timeout=SECONDS_BETWEEN_LOOKS)
+            except queue.Empty:
+                self._require_life()
+                if self.timeout and time.monotonic() - since > self.timeout:
+                    raise InputError(
+                        f"no data-loading process has answered for {self.timeout:g} s: one hangs, or the storage of "
+                        "--image_dir does; give more time with --worker_timeout, or read in this process with "
+                        "--num_workers 0"
+                    ) from None
+                continue
+            if not isinstance(answer, Exception):
+                return answer
+            if isinstance(answer, (OSError, EOFError)):
+                for process in self.workers:  # its socket is gone a moment before it is
+                    process.join(0.2)
+            self._require_life()
+            raise answer
+
+    def _require_life(self) -> None:
+        """InputError where a worker ended badly."""
+        for process in self.workers:
+            if process.exitcode:
+                reason = _end(process.exitcode)
+                raise InputError(f"data-loading process {process.pid} {reason} (now {self.num_workers})") from None
+
+
+class EpochLoader(GuardedLoader):
+    """GuardedLoader of Batches with ``set_epoch``; a worker's InputError is raised in its own words.
+
+    InputError too where the samples of an epoch that stand in for unreadable ones (``replaced``) are more than
+    ``replaced_limit``, in one process or, at the end, in all together.
     """
 
     replaced = 0
     replaced_limit = REPLACED_LIMIT
-    patience = 0.0
-    _processes: Sequence[BaseProcess] = ()
-    _waiting_since: float | None = None
-    _hung = False
+
+    def __init__(self, dataset: Dataset, batch_sampler: EpochBatchSampler, **options: Any):
+        super().__init__(dataset, batch_sampler=batch_sampler, collate_fn=_collate_or_report, **options)
+        self.batch_sampler = batch_sampler
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
 
     def set_epoch(self, epoch: int, seen: int = 0) -> None:
         """See EpochBatchSampler.set_epoch."""
         self.batch_sampler.set_epoch(epoch, seen)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         self.replaced = 0
-        for batch in self._batches():
+        for batch in super().__iter__():
             if isinstance(batch, InputError):
                 # A new one: raising what a local variable holds ties it to this frame, and the workers with it,
                 # until the garbage collector comes by.
@@ -73,125 +177,77 @@ class EpochLoader(DataLoader):
                 f"more than {self.replaced_limit:.0%}; check --image_dir and the files"
             )
 
-    def close(self) -> None:
-        """End the processes that read, whatever state they are in; the next iteration starts new ones."""
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join()
-        self._processes, self._hung = (), False
-        self._iterator = None  # torch keeps persistent workers by it
 
-    def _batches(self) -> Iterator[Any]:
-        over = threading.Event()
-        if self._iterator is None:  # only persistent workers outlive an epoch
-            self._processes = ()
-        kept = bool(self._processes)
-        try:
-            if kept:
-                self._start_watch(over)
-            iterator = self._guarded(self._started)  # a kept worker may have died since the epoch before
-            if not kept:
-                self._start_watch(over)
-            while True:
-                try:
-                    batch = self._guarded(lambda: next(iterator))
-                except StopIteration:
-                    return
-                yield batch
-        finally:
-            over.set()
+class LimitedLoader:
+    """The first ``count`` batches of ``loader`` at each iteration."""
 
-    def _guarded(self, ask: Callable[[], Any]) -> Any:
-        """``ask()``, with the failure of a worker explained."""
-        try:
-            return self._answer(ask)
-        except (RuntimeError, OSError, EOFError) as error:
-            raise self._explained(error) from None
+    def __init__(self, loader: EpochLoader, count: int):
+        self.loader, self.count = loader, count
 
-    def _start_watch(self, over: threading.Event) -> None:
-        if self._processes and self.patience:
-            threading.Thread(target=self._watch, args=(over,), daemon=True).start()
+    def __len__(self) -> int:
+        return self.count
 
-    def _watch(self, over: threading.Event) -> None:
-        """Kill the workers where none has answered for too long: a batch is not only awaited, but fetched from one of
-        them, and no other end of that can be set.
-        """
-        while not over.wait(SECONDS_BETWEEN_LOOKS):
-            since = self._waiting_since
-            if since is not None and time.monotonic() - since > self.patience:
-                self._hung = True
-                for process in self._processes:
-                    process.kill()
-                return
-
-    def _answer(self, ask: Callable[[], Any]) -> Any:
-        """``ask()``, broken off where a worker dies: half a message of it would be waited for without end."""
-        if not self._processes or threading.current_thread() is not threading.main_thread():
-            return ask()
-        deaths = _Deaths(self._processes)
-        before = signal.signal(signal.SIGCHLD, deaths.told)
-        try:
-            deaths.heard = True
-            self._waiting_since = time.monotonic()
-            deaths.told()
-            return ask()
-        finally:
-            # First of all, and no call that a signal could break into: told of a second death, the handler would raise
-            # here, and never be taken away.
-            deaths.heard = False
-            self._waiting_since = None
-            signal.signal(signal.SIGCHLD, before)
-
-    def _started(self) -> Iterator[Any]:
-        iterator = super().__iter__()
-        self._processes = getattr(iterator, "_workers", ())
-        return iterator
-
-    def _explained(self, error: Exception) -> Exception:
-        """An InputError for a worker that is dead or hangs, else ``error`` itself; no worker is left."""
-        if isinstance(error, (ConnectionError, EOFError)):
-            for process in self._processes:  # its socket is gone a moment before it is
-                process.join(0.2)
-        dead, hung = next((process for process in self._processes if process.exitcode), None), self._hung
-        self.close()
-        if hung:
-            return InputError(
-                f"no data-loading process has answered for {self.patience:g} s: one hangs, or the storage of "
-                "--image_dir does; give more time with --worker_timeout, or read in this process with --num_workers 0"
-            )
-        if dead is not None:
-            return InputError(f"data-loading process {dead.pid} {_end(dead.exitcode)} (now {self.num_workers})")
-        return error
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self.loader), self.count)
 
 
-class _Deaths:
-    """A handler of SIGCHLD that raises ChildProcessError, while it is ``heard``, where one of ``processes`` failed."""
+def build_loader(
+    dataset: Dataset,
+    batch_size: int,
+    shuffle: bool,
+    num_workers: int = 0,
+    seed: int = 0,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    drop_last: bool = False,
+    pin_memory: bool = False,
+    prefetch_factor: int = 2,
+    persistent_workers: bool = True,
+    timeout: float = 0.0,
+    lengths: Sequence[int] | None = None,
+    shards: Sequence[Sequence[int]] | None = None,
+) -> EpochLoader:
+    """Loader of Batches in an order keyed by (``seed``, epoch); ``prefetch_factor`` counts batches per worker.
 
-    __slots__ = ("heard", "_processes")  # a plain store, where DataLoader's own attributes go through a method
-
-    def __init__(self, processes: Sequence[BaseProcess]) -> None:
-        self.heard, self._processes = False, processes
-
-    def told(self, _signal: int | None = None, interrupted: FrameType | None = None) -> None:
-        if not self.heard:
-            return
-        if _reaps(interrupted):
-            # Raised here, the exit code that the system has just given away, once, would be lost.
-            again = threading.Timer(SECONDS_UNTIL_REAPED, signal.pthread_kill, (threading.get_ident(), signal.SIGCHLD))
-            again.daemon = True
-            again.start()
-        elif any(process.exitcode for process in self._processes):
-            raise ChildProcessError("a data-loading process has died")
+    ``lengths`` (one per sample) has samples of similar length batched together, ``shards`` (the samples of each shard)
+    samples of one shard read together; see EpochBatchSampler. ``timeout``: see GuardedLoader.
+    """
+    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, drop_last, lengths, shards)
+    return EpochLoader(
+        dataset,
+        sampler,
+        num_workers=num_workers,
+        timeout=timeout,
+        persistent_workers=persistent_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor if num_workers else None,
+    )
 
 
-def _reaps(frame: FrameType | None) -> bool:
-    """Whether ``frame`` lies in multiprocessing's ``poll``, between asking for an exit code and keeping it."""
-    while frame is not None:
-        if frame.f_code.co_name == "poll" and frame.f_globals.get("__name__", "").startswith("multiprocessing.popen"):
-            return True
-        frame = frame.f_back
-    return False
+def _serve(loader: DataLoader, gpu: int | None, requests: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
+    """Answer each request with the next batch of an epoch, with _END behind the last one, or with the error."""
+    try:
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        batches = iter(loader)
+        while requests.get():
+            answers.put(next(batches, _END))
+    except Exception as error:
+        answers.put(error)
+
+
+def _recording_context(started: list[BaseProcess]) -> BaseContext:
+    """The usual way to make processes, adding each to ``started``: DataLoader does not hand out its workers."""
+    context = copy.copy(multiprocessing.get_context())
+    make = context.Process
+
+    def make_and_record(*arguments: Any, **keywords: Any) -> BaseProcess:
+        started.append(make(*arguments, **keywords))
+        return started[-1]
+
+    context.Process = make_and_record
+    return context
 
 
 def _end(code: int) -> str:
@@ -208,45 +264,6 @@ def _collate_or_report(samples):
     return samples[0] if isinstance(samples[0], InputError) else collate(samples)
 
 
-def ignore_interrupt(_worker: int) -> None:
-    """For worker processes: Ctrl-C reaches the whole group, and the main process decides what becomes of them."""
+def _ignore_interrupt(_worker: int) -> None:
+    # Ctrl-C reaches the whole process group, and the main process decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def build_loader(
-    dataset: Dataset,
-    batch_size: int,
-    shuffle: bool,
-    num_workers: int = 0,
-    seed: int = 0,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    drop_last: bool = False,
-    pin_memory: bool = False,
-    prefetch_factor: int = 2,
-    persistent_workers: bool = True,
-    patience: float = 0.0,
-    lengths: Sequence[int] | None = None,
-    shards: Sequence[Sequence[int]] | None = None,
-) -> EpochLoader:
-    """Loader of Batches in an order keyed by (``seed``, epoch); ``prefetch_factor`` counts batches per worker.
-
-    ``lengths`` (one per sample) has samples of like length batched together, ``shards`` (the samples of each file)
-    those that lie together read together; see EpochBatchSampler.
-    """
-    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, drop_last, lengths, shards)
-    loader = EpochLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_collate_or_report,
-        pin_memory=pin_memory,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        persistent_workers=persistent_workers and num_workers > 0,
-        worker_init_fn=ignore_interrupt,
-        # Its own generator: starting an epoch would otherwise draw from the global one and change what follows.
-        generator=torch.Generator(),
-    )
-    loader.patience = patience
-    return loader

@@ -1,7 +1,6 @@
 """A run's data: the annotation with what was derived from it, and its splits as data sets and loaders."""
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from modules.data.datasets import EpochLoader, ReportDataset, build_loader
 from modules.data.detection_features import DetectionFeatures
 from modules.data.feature_cache import FeatureCache
 from modules.data.images import eval_transform, train_transform
+from modules.data.loaders import LimitedLoader
 from modules.labels.study_labels import LabelTable
 from modules.layers.visual_extractor import VisualExtractor
 from modules.mining.index import HardNegativeIndex
@@ -123,7 +123,7 @@ def build_split_loader(config: Config, dataset: ReportDataset, device: torch.dev
         pin_memory=device.type == "cuda",
         persistent_workers=shuffle,
         drop_last=shuffle and config.drop_last,
-        patience=config.worker_timeout,
+        timeout=config.worker_timeout,
         lengths=dataset.token_counts() if shuffle and config.length_bucketing else None,
         shards=dataset.shards(),
     )
@@ -153,22 +153,9 @@ def training_studies(config: Config, data: Data, extractor: nn.Module, device: t
         config.seed,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
-        patience=config.worker_timeout,
+        timeout=config.worker_timeout,
         shards=dataset.shards(),
     )
     loader.replaced_limit = 1.0  # a share of so few says little; whole splits are held to theirs
     with contextlib.closing(loader):
-        yield FirstBatches(loader, -(-count // config.batch_size)) if config.shards else loader
-
-
-class FirstBatches:
-    """The first ``count`` batches of ``loader``, each time anew."""
-
-    def __init__(self, loader: EpochLoader, count: int):
-        self.loader, self.count = loader, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(iter(self.loader), self.count)
+        yield LimitedLoader(loader, -(-count // config.batch_size)) if config.shards else loader

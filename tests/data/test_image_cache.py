@@ -206,7 +206,7 @@ def _build_and_count(pictures, folder, counts):
 
 def test_a_process_that_decodes_and_is_killed_is_one_line(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache._Decoded, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(InputError, match=r"--image_cache: a process .* was killed, .* lower --num_workers \(now 2\)"):
+    with pytest.raises(InputError, match=r"data-loading process .* was killed, .* --num_workers \(now 2\)"):
         build(pictures, tmp_path / "cache", workers=2)
     assert not list((tmp_path / "cache").glob("*.tmp"))
 

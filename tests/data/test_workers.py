@@ -3,20 +3,16 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from modules.data import loaders
-from modules.data.loaders import build_loader
+from modules.data.loaders import GuardedLoader, LimitedLoader, build_loader
 from modules.runtime.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 OTHERS = set()  # processes that other tests keep
 
 
@@ -49,14 +45,19 @@ class Numbered(list):
     replaced = 0
 
 
-def made(act, monkeypatch, *, at=5, patience=30.0, **changes):
-    monkeypatch.setattr(loaders, "SECONDS_BETWEEN_LOOKS", 0.1)
+def made(act, monkeypatch, *, at=5, timeout=30.0, **changes):
     monkeypatch.setattr(loaders, "_collate_or_report", Numbered)
-    return build_loader(Numbers(at, act), 2, shuffle=False, num_workers=2, patience=patience, **changes)
+    return build_loader(Numbers(at, act), 2, shuffle=False, num_workers=2, timeout=timeout, **changes)
 
 
 def kill_self(number):
     os.kill(os.getpid(), number)
+
+
+def kill_and_wait(processes, number=signal.SIGKILL):
+    for process in processes:
+        os.kill(process.pid, number)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
 
 def assert_ends(loader, reason):
@@ -88,112 +89,36 @@ def test_a_worker_that_exits_is_named(monkeypatch):
     assert_ends(made(lambda: os._exit(3), monkeypatch), "ended with exit code 3")
 
 
-@pytest.mark.parametrize("act", [lambda: kill_self(signal.SIGSTOP), lambda: time.sleep(600)], ids=["stopped", "hangs"])
-def test_a_worker_that_stalls_is_waited_for_no_longer_than_asked(monkeypatch, act):
-    assert_ends(made(act, monkeypatch, patience=2.0), "no data-loading process has answered for 2 s.*--worker_timeout")
-
-
-def test_two_deaths_at_once_lose_no_exit_code(monkeypatch):
-    """The second one is told while the first one's exit code, given once, is on its way."""
-    loader = made(lambda: None, monkeypatch)
-    batches, ask = iter(loader), os.waitpid
-    next(batches)
-
-    def told_of_another(pid, flags):
-        answer = ask(pid, flags)
-        if answer[0]:
-            signal.raise_signal(signal.SIGCHLD)
-        return answer
-
-    monkeypatch.setattr(os, "waitpid", told_of_another)
-    for process in loader._processes:
-        os.kill(process.pid, signal.SIGKILL)
-    for process in loader._processes:
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    with pytest.raises(InputError, match="was killed"):
-        list(batches)
-    assert not new_children()
-
-
-def test_a_death_that_is_told_while_another_exit_code_is_asked_for_is_seen_soon(monkeypatch):
-    """Nothing else would end a wait for the rest of the dead one's message."""
-    loader = made(lambda: None, monkeypatch, patience=0.0)
-    batches, ask, killed = iter(loader), os.waitpid, []
-    next(batches)
-    first, second = loader._processes
-
-    def told_of_the_other(pid, flags):
-        if not killed:
-            killed.append(second)
-            os.kill(second.pid, signal.SIGKILL)
-            os.waitid(os.P_PID, second.pid, os.WEXITED | os.WNOWAIT)
-        return ask(pid, flags)
-
-    def wait_on():
-        monkeypatch.setattr(os, "waitpid", told_of_the_other)
-        assert first.exitcode is None and killed
-        time.sleep(20)
-
-    with pytest.raises(ChildProcessError):
-        loader._answer(wait_on)
-    loader.close()
-    assert not new_children()
-
-
-def test_a_death_that_is_told_while_the_handler_is_taken_away_is_no_second_error(monkeypatch):
-    """Left in its place, it would raise in the middle of whatever the process does when its next child ends."""
-    loader = made(lambda: None, monkeypatch)
-    batches, set_handler, told = iter(loader), signal.signal, []
-    next(batches)
-
-    def tell(name):
-        told.append(name)
-        signal.raise_signal(signal.SIGCHLD)
-
-    class Told(type(loader)):
-        """Told wherever an attribute is stored, which torch's loaders do in a method."""
-
-        def __setattr__(self, name, value):
-            if not value:
-                tell(name)
-            super().__setattr__(name, value)
-
-    def told_before(number, handler):
-        if handler == signal.SIG_DFL:
-            tell("signal")
-        return set_handler(number, handler)
-
-    for process in loader._processes:
-        os.kill(process.pid, signal.SIGKILL)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    loader.__class__ = Told
-    monkeypatch.setattr(signal, "signal", told_before)
-    with pytest.raises(InputError, match="was killed"):
-        list(batches)
-    assert {"_waiting_since", "signal"} <= set(told) and signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
-
-
-def test_a_death_before_the_first_batch_is_asked_for_is_named(monkeypatch):
-    """torch hands the first batches out before it says which processes it has started."""
-    start = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._reset
-
-    def slowly(iterator, *arguments, **keywords):
-        start(iterator, *arguments, **keywords)
-        for process in iterator._workers:
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-
-    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_reset", slowly)
+def test_workers_that_die_at_once_are_named(monkeypatch):
+    """Before torch hands out the first batch, and so before it is known who started."""
     assert_ends(made(lambda: kill_self(signal.SIGKILL), monkeypatch, at=slice(0, 12)), "was killed")
 
 
-def test_another_loader_of_the_process_leaves_no_handler():
-    """torch sets its own with the first loader of a process."""
-    program = (
-        "import signal, modules.data.loaders\nfrom torch.utils.data import DataLoader\n"
-        "print(len(list(DataLoader(range(4), num_workers=1))), signal.getsignal(signal.SIGCHLD).name)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "4 SIG_DFL\n", done.stderr
+@pytest.mark.parametrize("act", [lambda: kill_self(signal.SIGSTOP), lambda: time.sleep(600)], ids=["stopped", "hangs"])
+def test_a_worker_that_stalls_is_waited_for_no_longer_than_asked(monkeypatch, act):
+    assert_ends(made(act, monkeypatch, timeout=2.0), "no data-loading process has answered for 2 s.*--worker_timeout")
+
+
+class Long(Dataset):
+    """Items that are longer than what a pipe takes in at once."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return bytes(2**20)
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_message_is_named():
+    """The rest of it never comes, and this process keeps the pipe open: reading it ends neither in time nor ever."""
+    loader = GuardedLoader(Long(), num_workers=1, batch_size=None, prefetch_factor=4)
+    batches = iter(loader)
+    assert len(next(batches)) == 2**20
+    time.sleep(1.0)  # the next message fills the pipe, and waits for a reader
+    kill_and_wait(loader.workers)
+    with pytest.raises(InputError, match="was killed"):
+        list(batches)
+    assert not new_children()
 
 
 def test_a_worker_that_stalls_while_a_batch_is_fetched_from_it_is_not_waited_for(monkeypatch):
@@ -201,9 +126,9 @@ def test_a_worker_that_stalls_while_a_batch_is_fetched_from_it_is_not_waited_for
     loader = made(lambda: None, monkeypatch)
     batches = iter(loader)
     next(batches)
-    loader.patience = 1.0
+    loader.timeout = 1.0
     time.sleep(0.5)
-    for process in loader._processes:
+    for process in loader.workers:
         os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(InputError, match="no data-loading process has answered for 1 s"):
         list(batches)
@@ -215,23 +140,40 @@ def test_a_worker_that_stalls_while_a_batch_is_fetched_from_it_is_not_waited_for
     [(signal.SIGKILL, "was killed"), (signal.SIGSTOP, "no data-loading process has answered for 2 s")],
 )
 def test_a_worker_that_fails_between_two_epochs_is_named_and_replaced(monkeypatch, number, reason):
-    """They are kept from one epoch to the next, and asked anew before the first batch."""
+    """They are kept from one epoch to the next, and asked again before the first batch."""
     loader = made(lambda: None, monkeypatch)
     assert len(list(loader)) == 6
-    loader.patience = 2.0
-    for process in loader._processes:
+    before = new_children()
+    loader.timeout = 2.0
+    for process in loader.workers:
         os.kill(process.pid, number)
     with pytest.raises(InputError, match=reason):
         list(loader)
     assert not new_children()
-    loader.patience = 30.0
-    assert len(list(loader)) == 6
+    loader.timeout = 30.0
+    assert len(list(loader)) == 6 and len(new_children() - before) == 2
     loader.close()
 
 
-def test_workers_that_end_with_their_epoch_are_no_failure(monkeypatch):
-    loader = made(lambda: None, monkeypatch, persistent_workers=False)
-    assert [len(list(loader)) for _ in range(2)] == [6, 6]
+def test_workers_are_kept_between_epochs_or_end_with_theirs(monkeypatch):
+    for persistent in (True, False):
+        loader = made(lambda: None, monkeypatch, persistent_workers=persistent)
+        assert len(list(loader)) == 6
+        kept = new_children()
+        assert len(kept) == (2 if persistent else 0)
+        assert len(list(loader)) == 6 and new_children() == kept
+        loader.close()
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_an_epoch_may_be_left_early(monkeypatch, persistent):
+    loader = made(lambda: None, monkeypatch, persistent_workers=persistent)
+    for _ in range(2):
+        assert [int(number) for batch in LimitedLoader(loader, 2) for number in batch] == [0, 1, 2, 3]
+        assert len(new_children()) == (2 if persistent else 0)
+    assert len(list(loader)) == 6
+    loader.close()
+    assert not new_children()
 
 
 def test_a_slow_worker_is_waited_for(monkeypatch):
@@ -259,16 +201,16 @@ def test_an_error_of_the_code_keeps_its_traceback(monkeypatch):
     loader = made(wrong, monkeypatch)
     with pytest.raises(RuntimeError, match="(?s)Traceback.*a bug"):
         list(loader)
+    assert not new_children()
 
 
 def test_no_death_breaks_into_a_step(monkeypatch):
-    """torch's own handler would raise wherever the main process happens to be."""
+    """torch sets a handler that would raise wherever the main thread is, if that thread asks for batches."""
     loader = made(lambda: None, monkeypatch)
     batches = iter(loader)
     next(batches)
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
-    loader._processes[0].kill()
-    loader._processes[0].join()
+    kill_and_wait(loader.workers)
     time.sleep(0.1)
     with pytest.raises(InputError, match="was killed"):
         list(batches)
