@@ -1,4 +1,4 @@
-"""Seconds from typing a command to its help, for every program, beside what Python and torch take to start.
+"""Seconds from typing a command to its help text, for every program, compared with starting Python and importing torch.
 
 python benchmarks/startup.py --out startup.json
 """
@@ -22,15 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = parser_of(__doc__, rounds=5)
-    parser.add_argument("--programs", nargs="+", help="default: main_*.py and scripts/*.py that have --help")
+    parser.add_argument("--programs", nargs="+", help="default: main_*.py and every command in scripts/")
     return parser
 
 
 def programs() -> list[str]:
     """Entry points with a command line, main_train.py first."""
     scripts = [
-        f"scripts/{path.name}"
-        for path in sorted((ROOT / "scripts").glob("*.py"))
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "scripts").rglob("*.py"))
         if "__main__" in path.read_text(encoding="utf-8")
     ]
     return ["main_train.py", "main_test.py", *scripts]

@@ -73,6 +73,28 @@ def build_parser() -> argparse.ArgumentParser:
         choices=tuple(DATASETS),
         help="cleaning rules by which texts count as identical; coco: every caption is a record; default %(default)s",
     )
+    _add_exclusions(parser)
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of --text_encoder random, and of the ties of labels; default %(default)s",
+    )
+    _add_resources(parser)
+    add(
+        "--examples",
+        type=int,
+        default=3,
+        metavar="E",
+        help="pairs to show: this prints report text to the terminal, 0 does not; default %(default)s",
+    )
+    return parser
+
+
+def _add_exclusions(parser: argparse.ArgumentParser) -> None:
+    """Flags for which reports may be each other's negatives."""
+    add = parser.add_argument
     either = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "{true,false}"}
     add("--include_same_study", **either, help="allow records of the same study as negatives")
     add(
@@ -81,17 +103,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="allow reports with the same cleaned text; both flags together are the literal rule: any other record",
     )
     add("--exclude_same_labels", **either, help="a negative must differ in one of the 14 labels by rules at least")
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="S",
-        help="of --text_encoder random, and of the ties of labels; default %(default)s",
-    )
+
+
+def _add_resources(parser: argparse.ArgumentParser) -> None:
+    """Flags for how the work is done, which change no result."""
+    add = parser.add_argument
     add(
         "--cache",
         metavar="DIR",
-        help="folder for embeddings, from which an interrupted run goes on, or none; default embeddings/ beside --out",
+        help="folder of embeddings, for interrupted runs to resume from, or none; default embeddings/ next to --out",
     )
     add("--batch_size", type=int, default=32, metavar="B", help="reports embedded at once; default %(default)s")
     add("--max_length", type=int, default=512, metavar="T", help="tokens read of a report; default %(default)s")
@@ -110,14 +130,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="M",
         help="MiB that the search takes beyond embeddings and result; default %(default)s",
     )
-    add(
-        "--examples",
-        type=int,
-        default=3,
-        metavar="E",
-        help="pairs to show: this prints report text to the terminal, 0 does not; default %(default)s",
-    )
-    return parser
 
 
 def check(arguments: argparse.Namespace) -> None:

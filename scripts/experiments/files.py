@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.flags import flags_of_training
+from modules.runtime.environment import ROOT
 from modules.runtime.errors import InputError
 
 DEFAULT_COLUMNS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr")
@@ -152,9 +153,9 @@ def read_datasets(path: str | Path) -> dict[str, DataSet]:
 def _step(where: str, item: Any) -> Step:
     item = _mapping(item, f"{where}, prepare", ("makes", "run", "model"))
     script, *arguments = shlex.split(_string(where, item, "run", "")) or [""]
-    # A table from elsewhere runs nothing but what this project does anyway.
-    if not re.fullmatch(r"scripts/\w+\.py", script):
-        raise InputError(f"{where}, prepare: run {script!r} must be a script of this project, scripts/NAME.py")
+    # A table from elsewhere may run the project's own commands only.
+    if not re.fullmatch(r"scripts/(\w+/)?\w+\.py", script) or not (ROOT / script).is_file():
+        raise InputError(f"{where}, prepare: run {script!r} is not a command of this project, scripts/NAME.py")
     return Step(_string(where, item, "makes", ""), script, tuple(arguments), _string(where, item, "model", ""))
 
 

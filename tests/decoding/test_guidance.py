@@ -218,76 +218,47 @@ def run(monkeypatch, module, *arguments):
     return module.main()
 
 
-def test_from_training_to_a_report_for_a_loose_image(demo, train, tmp_path, monkeypatch):
-    """The checkpoint's mean image is the one that the test was made with; it goes along to the shared folder."""
-    folder = train("--guidance", "1.5", "--save_dir", tmp_path / "guided")
-    content = load_checkpoint(folder / "model_best.pth")
-    assert content["mean_patches"].shape == (2, 512) and content["config"]["guidance"] == 1.5
-    written = (folder / "res.csv").read_text()
-    assert "decoded with guidance 1.5" in (folder / "report.html").read_text()
-
+def tested(checkpoint: Path, out: Path, *flags: str) -> str:
+    """res.csv as main_test.py writes it for ``checkpoint``."""
     from modules.flags import parse_flags
     from modules.run.testing import run_testing
 
-    run_testing(
-        *parse_flags(
-            [
-                "--load",
-                str(folder / "model_best.pth"),
-                "--save_dir",
-                str(tmp_path / "again"),
-                "--record_dir",
-                str(tmp_path / "records"),
-            ],
-            "main_test.py",
-            "",
-        )
-    )
-    assert (tmp_path / "again" / "res.csv").read_text() == written
-    run_testing(
-        *parse_flags(
-            [
-                "--load",
-                str(folder / "model_best.pth"),
-                "--save_dir",
-                str(tmp_path / "plain"),
-                "--guidance",
-                "0",
-                "--record_dir",
-                str(tmp_path / "records"),
-            ],
-            "main_test.py",
-            "",
-        )
-    )
-    assert (tmp_path / "plain" / "res.csv").read_text() != written
+    argv = ["--load", str(checkpoint), "--save_dir", str(out), "--record_dir", str(out), *flags]
+    run_testing(*parse_flags(argv, "main_test.py", ""))
+    return (out / "res.csv").read_text()
 
-    for study in json.loads((demo / "annotation.json").read_text())["test"]:
+
+def predicted(monkeypatch, checkpoint: Path, demo: Path, folder: Path) -> list[str]:
+    """Reports of predict.py for the demo's test studies, a folder of images each, in the annotation's order."""
+    studies = json.loads((demo / "annotation.json").read_text())["test"]
+    for study in studies:
         for number, path in enumerate(study["image_path"]):
-            place = tmp_path / "studies" / study["id"] / f"{number}.png"
+            place = folder / "studies" / study["id"] / f"{number}.png"
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(demo / "images" / path, place)
-    run(monkeypatch, export, folder / "model_best.pth", "--out", tmp_path / "shared")
+    out = folder / "out.json"
+    run(monkeypatch, predict, "--load", checkpoint, "--group", "folder", "--json", out, folder / "studies")
+    reports = {Path(row["id"]).name: row["report"] for row in json.loads(out.read_text())["reports"]}
+    return [reports[study["id"]] for study in studies]
+
+
+def test_from_training_to_a_report_for_a_loose_image(demo, train, tmp_path, monkeypatch):
+    """The checkpoint holds the mean image that it was tested with, and the shared folder does too."""
+    folder = train("--guidance", "1.5", "--save_dir", tmp_path / "guided")
+    best = folder / "model_best.pth"
+    content = load_checkpoint(best)
+    assert content["mean_patches"].shape == (2, 512) and content["config"]["guidance"] == 1.5
+    written = (folder / "res.csv").read_text()
+    assert "decoded with guidance 1.5" in (folder / "report.html").read_text()
+    assert tested(best, tmp_path / "again") == written
+    assert tested(best, tmp_path / "plain", "--guidance", "0") != written
+
+    run(monkeypatch, export, best, "--out", tmp_path / "shared")
     run(monkeypatch, export, tmp_path / "shared", "--out", tmp_path / "back.pth")
-    for checkpoint in (folder / "model_best.pth", tmp_path / "back.pth"):
-        run(
-            monkeypatch,
-            predict,
-            "--load",
-            checkpoint,
-            "--group",
-            "folder",
-            "--json",
-            tmp_path / "out.json",
-            tmp_path / "studies",
-        )
-        reports = {
-            Path(row["id"]).name: row["report"] for row in json.loads((tmp_path / "out.json").read_text())["reports"]
-        }
-        (tmp_path / "out.json").unlink()
-        rows = [line.split(",")[0] for line in written.splitlines()]
-        tested = [study["id"] for study in json.loads((demo / "annotation.json").read_text())["test"]]
-        assert [reports[name] for name in tested] == rows[-len(tested) :]
+    rows = [line.split(",")[0] for line in written.splitlines()]
+    for name, checkpoint in (("own", best), ("back", tmp_path / "back.pth")):
+        reports = predicted(monkeypatch, checkpoint, demo, tmp_path / name)
+        assert reports == rows[-len(reports) :]
 
     damaged = dict(content, mean_patches=content["mean_patches"][:, :3])
     write_checkpoint(tmp_path / "damaged.pth", damaged)

@@ -178,7 +178,7 @@ def test_flags_of_the_table_come_before_those_of_the_row_that_another_goes_on_fr
 
 def test_data_sets_run_nothing_but_scripts_of_the_project(tmp_path):
     path = tmp_path / "datasets.json"
-    for command in ("/bin/sh -c x", "scripts/../../x.py", ""):
+    for command in ("/bin/sh -c x", "scripts/../../x.py", "scripts/../main_train.py", "scripts/absent.py", ""):
         path.write_text(json.dumps({"d": {"prepare": [{"makes": "x", "run": command}]}}))
-        with pytest.raises(InputError, match="must be a script of this project"):
+        with pytest.raises(InputError, match="is not a command of this project"):
             read_datasets(path)

@@ -145,6 +145,11 @@ def test_coding_from_open_is_files_and_from_a_table(tmp_path):
         read_coding(tmp_path / "other.csv")
 
 
+def make_phantom(annotation: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
+    command = ["scripts/research/make_phantom.py", "--annotation", annotation, "--out", out, "--size", "64", *more]
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+
+
 def test_the_benchmark_keeps_reports_and_splits_and_repeats_itself(tmp_path):
     studies = [
         ("CXR1_IM-0001", "train", "The heart is enlarged."),
@@ -152,58 +157,31 @@ def test_the_benchmark_keeps_reports_and_splits_and_repeats_itself(tmp_path):
         ("CXR3_IM-0003", "test", "Left pleural effusion."),
     ]
     annotation = {
-        split: [
-            {"id": name, "report": report, "image_path": ["a.png"], "split": own}
-            for name, own, report in studies
-            if own == split
-        ]
-        for split in ("train", "val", "test")
+        split: [{"id": name, "report": report, "image_path": ["a.png"], "split": split}]
+        for name, split, report in studies
     }
     (tmp_path / "annotation.json").write_text(json.dumps(annotation))
     (tmp_path / "coding.csv").write_text("mesh_major,images\nCardiomegaly/severe,CXR1_IM-0001-1001\n")
 
     def make(out: str, *more: str) -> dict[str, str]:
-        command = [
-            sys.executable,
-            "scripts/research/make_phantom.py",
-            "--annotation",
-            str(tmp_path / "annotation.json"),
-            "--out",
-            str(tmp_path / out),
-            "--size",
-            "64",
-            *more,
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        coding = ("--coding", str(tmp_path / "coding.csv"))
+        done = make_phantom(tmp_path / "annotation.json", tmp_path / out, *coding, *more)
         assert done.returncode == 0, done.stderr
-        return {
-            str(path.relative_to(tmp_path / out)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in (tmp_path / out).rglob("*")
-            if path.is_file()
-        }
+        files = [path for path in (tmp_path / out).rglob("*") if path.is_file()]
+        return {str(path.relative_to(tmp_path / out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-    coding = ("--coding", str(tmp_path / "coding.csv"))
-    first = make("a", *coding, "--workers", "1")
-    (tmp_path / "empty.json").write_text('{"train": [], "val": [], "test": []}')
-    refused = subprocess.run(
-        [
-            sys.executable,
-            "scripts/research/make_phantom.py",
-            "--annotation",
-            tmp_path / "empty.json",
-            "--out",
-            tmp_path / "none",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert refused.returncode == 2 and "empty.json: split train would be empty" in refused.stderr
-    assert not (tmp_path / "none").exists()
-    assert make("b", *coding, "--workers", "2") == first and len(first) == 4 + 6
-    assert make("c", *coding, "--seed", "1") != first
+    first = make("a", "--workers", "1")
+    assert make("b", "--workers", "2") == first and len(first) == 4 + 6
+    assert make("c", "--seed", "1") != first
     drawn = read_annotation(tmp_path / "a" / "annotation.json")
     assert [(study.id, study.split, study.report) for split in drawn.splits.values() for study in split] == studies
     assert drawn.synthetic and "PHANTOM" in (tmp_path / "a" / "README.txt").read_text().splitlines()[0]
     rows = (tmp_path / "a" / "findings.csv").read_text().splitlines()
     assert rows[1] == "CXR1_IM-0001,Cardiomegaly,,,,,severe" and rows[3].startswith("CXR3_IM-0003,Pleural Effusion")
+
+
+def test_an_empty_annotation_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "empty.json").write_text('{"train": [], "val": [], "test": []}')
+    refused = make_phantom(tmp_path / "empty.json", tmp_path / "none")
+    assert refused.returncode == 2 and "empty.json: split train would be empty" in refused.stderr
+    assert not (tmp_path / "none").exists()
