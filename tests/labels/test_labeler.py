@@ -4,7 +4,6 @@ import csv
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +75,75 @@ SENTENCES = [
     ("The mediastinum is widened.", {"Enlarged Cardiomediastinum": 1}),
     ("The cardiomediastinal silhouette is stable since June.", {"Enlarged Cardiomediastinum": -1}),
     ("The cardiomediastinal silhouette is stable and normal for age.", {"Enlarged Cardiomediastinum": 0}),
+    ("HEART: Normal size.", {"Cardiomegaly": 0}),
+    ("The cardiac shadow is enlarged.", {"Cardiomegaly": 1}),
+    ("The cardiomediastinum is normal.", {"Enlarged Cardiomediastinum": 0}),
+    ("The heart is possibly enlarged.", {"Cardiomegaly": -1}),
+    ("Mild congestive heart failure.", {"Edema": 1, "Cardiomegaly": -1}),  # as the CheXpert labeler: in doubt
+    ("No CHF.", {"Edema": 0}),
+    # What has not changed is there, and so is what has not gone.
+    ("No increase in the right effusion.", {"Pleural Effusion": 1}),
+    ("There has been no progression of the left pneumothorax.", {"Pneumothorax": 1}),
+    ("Without appreciable growth of the lingular mass.", {"Lung Lesion": 1}),
+    ("No change in effusion, atelectasis or edema.", {"Pleural Effusion": 1, "Atelectasis": 1, "Edema": 1}),
+    ("No recurrence of the effusion.", {"Pleural Effusion": 0}),
+    ("No enlargement of the heart.", {"Cardiomegaly": 0}),
+    ("No new consolidation.", {"Consolidation": 0}),
+    ("The consolidation has not resolved.", {"Consolidation": 1}),
+    ("No evidence of clearing of the infiltrate.", {"Lung Opacity": 1}),
+    ("The atelectasis does not seem to have cleared.", {"Atelectasis": 1}),
+    ("The effusion has partly resolved.", {"Pleural Effusion": 1}),
+    ("The absence of a pneumothorax cannot be confirmed.", {"Pneumothorax": -1}),
+    # Gone.
+    ("The pneumothorax has since disappeared.", {"Pneumothorax": 0}),
+    ("Clearing of the left basal consolidation.", {"Consolidation": 0}),
+    ("Incomplete clearing of the left basal consolidation.", {"Consolidation": 1}),
+    ("The feeding tube has been withdrawn.", {"Support Devices": 0}),
+    ("The feeding tube has been withdrawn by 4 cm.", {"Support Devices": 1}),
+    ("Status post chest tube removal.", {"Support Devices": 0}),
+    ("A pneumothorax can no longer be seen.", {"Pneumothorax": 0}),
+    ("An opacity seen in June is not visible today.", {"Lung Opacity": 0}),
+    ("A mass not seen previously is present.", {"Lung Lesion": 1}),
+    ("There was an effusion in June. Now there is none.", {"Pleural Effusion": 0}),
+    ("There was an effusion; it has resolved, but there is edema.", {"Pleural Effusion": 0, "Edema": 1}),
+    # Two statements in one sentence.
+    ("No fracture, mild edema.", {"Fracture": 0, "Edema": 1}),
+    ("No fracture, mild edema, or effusion.", {"Fracture": 0, "Edema": 0, "Pleural Effusion": 0}),
+    ("No edema with a moderate left effusion.", {"Edema": 0, "Pleural Effusion": 1}),
+    ("No edema, left chest tube in place.", {"Edema": 0, "Support Devices": 1}),
+    ("No edema yet a right effusion.", {"Edema": 0, "Pleural Effusion": 1}),
+    ("No edema small left effusion.", {"Edema": 0, "Pleural Effusion": 1}),  # as cleaned texts have it
+    ("No edema - right effusion - no fracture", {"Edema": 0, "Pleural Effusion": 1, "Fracture": 0}),
+    ("No fracture; edema; or effusion.", {"Fracture": 0, "Edema": 0, "Pleural Effusion": 0}),
+    ("Effusion - absent. Edema (none). Fracture: no.", {"Pleural Effusion": 0, "Edema": 0, "Fracture": 0}),
+    ("TUBES AND LINES: None.", {"Support Devices": 0}),
+    ("No pneumothorax after placement of a right PICC.", {"Pneumothorax": 0, "Support Devices": 1}),
+    ("Moderate right but no left effusion.", {"Pleural Effusion": 1}),
+    ("A left, but not a right, effusion.", {"Pleural Effusion": 1}),
+    ("No left but a small right effusion.", {"Pleural Effusion": 1}),
+    # Doubt.
+    ("?Left pneumothorax.", {"Pneumothorax": -1}),
+    ("Hazy right base, ? consolidation.", {"Lung Opacity": 1, "Consolidation": -1}),
+    ("A fracture must be ruled out.", {"Fracture": -1}),
+    ("This is thought to be atelectasis.", {"Atelectasis": -1}),
+    ("The pattern suggests edema.", {"Edema": -1}),
+    ("No finding to suggest edema.", {"Edema": 0}),
+    ("This raises the possibility of a nodule.", {"Lung Lesion": -1}),
+    ("A left effusion is doubtful.", {"Pleural Effusion": -1}),
+    ("Edema is favored over infection.", {"Edema": -1, "Pneumonia": -1}),
+    ("Infection could also look like this.", {"Pneumonia": -1}),
+    ("Opacity: atelectasis, pneumonia, or both.", {"Lung Opacity": 1, "Atelectasis": -1, "Pneumonia": -1}),
+    ("An acute or subacute fracture.", {"Fracture": 1}),
+    ("It is not possible to exclude an effusion.", {"Pleural Effusion": -1}),
+    # Spelling and abbreviations.
+    ("Small pleural effusoin and pnuemonia.", {"Pleural Effusion": 1, "Pneumonia": 1}),
+    ("Pneumonitis.", {}),
+    ("ETT in place, no PTX.", {"Support Devices": 1, "Pneumothorax": 0}),
+    ("w/o effusion", {"Pleural Effusion": 0}),
+    # Words of other meanings.
+    ("The fracture line is sharp.", {"Fracture": 1}),
+    ("A pleural scar.", {"Pleural Other": 1}),
+    ("History of pneumonia.", {"Pneumonia": 0}),  # as the CheXpert labeler
 ]
 
 
@@ -96,6 +164,10 @@ def test_sentence(sentence, expected):
         ("No granuloma.", 1),
         ("Lungs are clear and hyperinflated.", 1),
         ("Free air under the diaphragm.", None),
+        ("Peribronchial cuffing.", None),
+        ("Possible aspiration.", None),
+        ("Mild bronchitis.", None),
+        ("The trachea is deviated.", None),
         (" \n", None),  # a blank report does not say that all is well
         ("..", None),
     ],
@@ -133,6 +205,22 @@ def test_form_does_not_matter():
             {"Pneumothorax": 0, "Pleural Effusion": 1, "Edema": -1},
         ),
         ("Comparison shows a fracture.", {"Fracture": 1}),
+        ("Chief complaint: pneumonia. Fever. Findings: No edema.", {"Edema": 0}),
+        ("Reason for exam:\n\nQuestion of pneumonia\n\nThe effusion is gone.", {"Pleural Effusion": 0}),
+        ("Comparison: film with effusion.\nThe lungs show mild edema.", {"Edema": 1}),
+        ("71-year-old man with pneumonia. No edema.", {"Edema": 0}),
+        ("Rule out pneumonia. No edema.", {"Edema": 0}),
+        ("No fracture\nSmall effusion\nPICC in place", {"Fracture": 0, "Pleural Effusion": 1, "Support Devices": 1}),
+        ("There is no pleural\neffusion or focal\nPneumonia", {"Pleural Effusion": 0, "Pneumonia": 0}),
+        ("1) No fracture 2) Small effusion (3) Edema", {"Fracture": 0, "Pleural Effusion": 1, "Edema": 1}),
+        ("a) No fracture b) Small effusion", {"Fracture": 0, "Pleural Effusion": 1}),
+        ("\u2022 No fracture\u2022 Edema", {"Fracture": 0, "Edema": 1}),
+        ("No frac-\nture.", {"Fracture": 0}),
+        ("No fracture\u3002Small effusion\u2014stable.", {"Fracture": 0, "Pleural Effusion": 1}),
+        (
+            "No fracture,effusion ,or edema &amp; no mass.",
+            {"Fracture": 0, "Pleural Effusion": 0, "Edema": 0, "Lung Lesion": 0},
+        ),
     ],
 )
 def test_sections_and_lists(report, expected):
@@ -223,21 +311,6 @@ def test_label_reports_script_errors(tmp_path, content, message):
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_speed():
-    """Thousands of different reports per second: no sentence comes twice, so the cache of sentences does not help."""
-    findings = ("effusion", "pneumothorax", "consolidation", "edema", "rib fracture", "nodule")
-    reports = [
-        " ".join(
-            f"There is {article} {finding} of {size} mm at level {number} that may represent change."
-            for article, finding, size in zip(["no", "a"] * 3, findings, range(6), strict=True)
-        )
-        for number in range(400)
-    ]
-    start = time.process_time()
-    label_reports(reports)
-    assert len(reports) / (time.process_time() - start) > 1000  # measured: far more; a loaded machine may be slow
-
-
 @pytest.mark.skipif(not CHEXPERT.is_file(), reason="the CheXpert labeler's answers are not here")
 def test_agrees_with_the_chexpert_labeler():
     with open(CHEXPERT, newline="", encoding="utf-8") as file:
@@ -250,7 +323,7 @@ def test_agrees_with_the_chexpert_labeler():
         there, here = truth[:, columns] == value, ours[:, columns] == value
         return 2 * (there & here).sum() / (there.sum() + here.sum())
 
-    assert f1(1) > 0.97 and f1(0) > 0.99 and f1(-1) > 0.92
+    assert f1(1) > 0.98 and f1(0) > 0.9965 and f1(-1) > 0.93
     for column, name in enumerate(CLASSES):
         if (truth[:, column] == 1).sum() >= 20:
             assert f1(1, column) > 0.9, name
