@@ -185,7 +185,7 @@ install_packages() {
         # uv does not read pip's settings; an index that the user gave to pip is meant for every installer.
         pip_index=${PIP_INDEX_URL:-$("$venv/bin/python" -m pip config get global.index-url 2>/dev/null || true)}
         if [[ -n $pip_index && -z ${UV_INDEX_URL:-} ]]; then export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$pip_index}; fi
-        if "$uv" pip install --python "$venv/bin/python" "${arguments[@]}"; then return; fi
+        if "$uv" pip install --compile-bytecode --python "$venv/bin/python" "${arguments[@]}"; then return; fi
         note "uv could not install the packages; trying pip"
     fi
     "$venv/bin/python" -m pip install --disable-pip-version-check "${arguments[@]}"
