@@ -56,22 +56,12 @@ def _objective(rng: random.Random):
     """R2GenCMN on stored features, with a strategy and options drawn at random."""
     import torch
 
-    from models import build_model
+    from models.r2gencmn import R2GenCMN, Settings
     from modules.data.detection_features import DetectionExtractor
     from modules.ithn.objective import Objective
 
-    backbone = build_model(
-        "r2gencmn",
-        visual_extractor=DetectionExtractor(4, WIDTH),
-        num_ids=WORDS,
-        d_model=16,
-        d_ff=16,
-        num_heads=2,
-        num_layers=1,
-        cmm_size=16,
-        cmm_dim=16,
-        topk=4,
-    )
+    settings = Settings(d_model=16, d_ff=16, num_heads=2, num_layers=1, cmm_size=16, cmm_dim=16, topk=4)
+    backbone = R2GenCMN(visual_extractor=DetectionExtractor(4, WIDTH), num_ids=WORDS, settings=settings)
     strategy = rng.choice(("ithn", "mochi", "prior", "unconstrained", "contrastive"))
     variant = rng.choice(("paper", "released"))
     clamped = (strategy, variant) == ("ithn", "paper") and rng.random() < 0.5

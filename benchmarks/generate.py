@@ -55,7 +55,8 @@ def build_search(
     import torch
     from torch import nn
 
-    from models import VisualFeatures, build_model
+    from models import backbone_class, settings_class
+    from models.base import VisualFeatures
     from modules.decoding.options import DecodingOptions
     from modules.evaluation.tester import autocast
 
@@ -63,7 +64,8 @@ def build_search(
         width = 2048
 
     torch.manual_seed(0)
-    model = build_model(arguments.model_name, visual_extractor=NoExtractor(), num_ids=arguments.vocab_size + 1)
+    kind, settings = backbone_class(arguments.model_name), settings_class(arguments.model_name)()
+    model = kind(visual_extractor=NoExtractor(), num_ids=arguments.vocab_size + 1, settings=settings)
     model.to(device).eval().requires_grad_(False)
     patches = torch.randn(case["batch_size"], arguments.patches, 2048, device=device)
     features = VisualFeatures(patches, None, patches.mean(dim=1))

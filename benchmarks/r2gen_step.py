@@ -44,7 +44,9 @@ def build_works(arguments: argparse.Namespace, device: str) -> dict[str, Callabl
     import torch
     from torch import nn
 
-    from models import VisualFeatures, build_model
+    from models import backbone_class, settings_class
+    from models.base import VisualFeatures
+    from models.r2gen import R2Gen, Settings
     from modules.decoding.options import DecodingOptions
 
     class NoExtractor(nn.Module):
@@ -58,29 +60,15 @@ def build_works(arguments: argparse.Namespace, device: str) -> dict[str, Callabl
     decoding = DecodingOptions(beam_size=arguments.beam_size, max_seq_length=arguments.max_seq_length)
     works: dict[str, Callable[[], object]] = {}
     for name in NAMES:
+        sizes = {"d_model": arguments.d_model, "d_ff": arguments.d_model, "num_layers": arguments.num_layers}
         own = {"rm_d_model": arguments.d_model} if name == "r2gen" else {"cmm_dim": arguments.d_model}
-        model = build_model(
-            name,
-            visual_extractor=NoExtractor(),
-            num_ids=arguments.vocab_size + 1,
-            d_model=arguments.d_model,
-            d_ff=arguments.d_model,
-            num_layers=arguments.num_layers,
-            **own,
-        )
+        settings = settings_class(name)(**sizes | own)
+        kind = backbone_class(name)
+        model = kind(visual_extractor=NoExtractor(), num_ids=arguments.vocab_size + 1, settings=settings)
         add_model_works(works, name, model.to(device), features, tokens, decoding)
-    memory = (
-        build_model(
-            "r2gen",
-            visual_extractor=NoExtractor(),
-            num_ids=1,
-            d_model=arguments.d_model,
-            rm_d_model=arguments.d_model,
-            num_layers=1,
-        )
-        .encoder_decoder.model.rm.to(device)
-        .eval()
-    )
+    settings = Settings(d_model=arguments.d_model, rm_d_model=arguments.d_model, num_layers=1)
+    small = R2Gen(visual_extractor=NoExtractor(), num_ids=1, settings=settings)
+    memory = small.encoder_decoder.model.rm.to(device).eval()
     x = torch.randn(*shape, arguments.d_model, device=device, requires_grad=True)
     add_passes(works, "memory by hand", lambda: memory(x))
     add_passes(works, "memory by autograd", lambda: memory_by_autograd(memory, x))

@@ -106,7 +106,7 @@ def build_step(arguments: argparse.Namespace, device: str, case: dict[str, Any])
     """The objective as modules/run/build.py builds it, with published sizes and random weights and data."""
     import torch
 
-    from models import build_model
+    from models import backbone_class, settings_class
     from modules.ithn.objective import Objective
     from modules.layers.visual_extractor import VisualExtractor
     from modules.training.optimizers import build_optimizer
@@ -116,7 +116,8 @@ def build_step(arguments: argparse.Namespace, device: str, case: dict[str, Any])
         extractor = given_features(arguments.patches)
     else:
         extractor = VisualExtractor(arguments.visual_extractor, channels_last=True, image_size=arguments.image_size)
-    model = build_model(arguments.model_name, visual_extractor=extractor, num_ids=arguments.vocab_size + 1)
+    kind, settings = backbone_class(arguments.model_name), settings_class(arguments.model_name)()
+    model = kind(visual_extractor=extractor, num_ids=arguments.vocab_size + 1, settings=settings)
     objective = Objective(model, strategy=case["strategy"]).to(device).train()
     if case["compile"]:
         objective.compile()
@@ -206,7 +207,7 @@ def loss_module_alone(step: Step, num_ids: int) -> Callable[[], object]:
     """The objective on a backbone that returns what is given, forward and backward."""
     import torch
 
-    from models import Output
+    from models.base import Output
 
     objective, batch = step.objective, step.batch
     rows, length = batch.positive.tokens.shape

@@ -1,21 +1,40 @@
-"""The backbones by name."""
+"""The backbones by name, one per file; a run imports only the one that it uses.
 
-from typing import Any
+To add one, write a file with a subclass of models.base.Backbone and its ``Settings``, and enter the class here: flags,
+defaults, presets and checkpoints derive from the file.
+"""
 
-from models.base import Backbone, Output, VisualFeatures
-from models.r2gen import R2Gen
-from models.r2gencmn import R2GenCMN
-from models.visualgpt import VisualGPT
-from models.xpronet import XProNet
+import importlib
+from typing import TYPE_CHECKING
 
-MODELS: dict[str, type[Backbone]] = {"r2gen": R2Gen, "r2gencmn": R2GenCMN, "xpronet": XProNet, "visualgpt": VisualGPT}
+from modules.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from models.base import Backbone, BackboneSettings
+
+MODELS = {
+    "r2gen": "models.r2gen.R2Gen",
+    "r2gencmn": "models.r2gencmn.R2GenCMN",
+    "xpronet": "models.xpronet.XProNet",
+    "visualgpt": "models.visualgpt.VisualGPT",
+}
 
 
-def build_model(name: str, **options: Any) -> Backbone:
-    """Make the backbone ``name`` with its constructor's keyword arguments; ValueError where there is no such name."""
+def location(name: str) -> tuple[str, str]:
+    """Module and class of the backbone ``name``; InputError where there is no such name."""
     if name not in MODELS:
-        raise ValueError(f"model_name {name!r}: expected one of {', '.join(MODELS)}")
-    return MODELS[name](**options)
+        raise InputError(f"--model_name {name}: must be one of {', '.join(MODELS)}")
+    module, _, kind = MODELS[name].rpartition(".")
+    return module, kind
 
 
-__all__ = ["MODELS", "Backbone", "Output", "VisualFeatures", "build_model"]
+def backbone_class(name: str) -> "type[Backbone]":
+    """The backbone ``name``, imported when it is asked for; InputError where there is no such name."""
+    module, kind = location(name)
+    return getattr(importlib.import_module(module), kind)
+
+
+def settings_class(name: str) -> "type[BackboneSettings]":
+    """The dataclass ``Settings`` of the backbone's file; InputError where there is no such name."""
+    module, _ = location(name)
+    return importlib.import_module(module).Settings

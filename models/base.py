@@ -1,11 +1,11 @@
-"""What every backbone promises to the objective, the trainer and the tester.
+"""What every backbone promises to the objective, the trainer and the tester, and the settings that all of them have.
 
-Shapes: B samples, N views, S visual tokens (all views, view 0 first), C visual width, T decoder inputs,
-D decoder width, V words (ids 1..V, so V+1 logits), L generated tokens.
+Shapes: B samples, N views, S visual tokens (of all views, view 0 first), C visual width, T decoder inputs, D decoder
+width, V words (ids 1..V, hence V+1 logits), L generated tokens.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,37 @@ from torch import Tensor, nn
 from modules.decoding.guidance import Guided
 from modules.decoding.options import DecodingOptions
 from modules.decoding.search import Decoded, DecodingSession, Search, decode
+from modules.runtime.settings import check_value, setting
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    """The sizes that backbones share; InputError for a value out of bounds.
+
+    A backbone's file derives ``Settings`` from this class. Each field is a flag; ``shapes=True`` marks one that decides
+    the shapes of the weights, ``train_only=True`` one without effect in main_test.py, ``file=True`` one that names a
+    file, which stays behind when weights are exported.
+    """
+
+    d_model: int = setting(512, "backbone", "width of the transformer", low=1, shapes=True)
+    d_ff: int = setting(512, "backbone", "hidden width of the feed-forward layers", low=1, shapes=True)
+    num_heads: int = setting(8, "backbone", "attention heads", low=1, shapes=True)
+    num_layers: int = setting(3, "backbone", "layers of encoder and decoder, each", low=1, shapes=True)
+    dropout: float = setting(0.1, "backbone", "dropout of the transformer", low=0.0, high=0.999, train_only=True)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            check_value(item.name, getattr(self, item.name), item.metadata)
+
+    @property
+    def reads_reference_labels(self) -> bool:
+        """Whether reports are generated from labels of the reference reports, which leak them."""
+        return False
 
 
 @dataclass
 class VisualFeatures:
-    """What the visual extractor saw in a batch of studies; it may be cached and passed in instead of images."""
+    """What the visual extractor saw in a batch of studies; may be cached and passed in place of images."""
 
     patches: Tensor  # (B, S, C)
     patch_mask: Tensor | None  # (B, S) bool, True = patch of a present view; None = every view is present
@@ -40,19 +66,21 @@ class Output:
 
 
 class Backbone(nn.Module):
-    """A report generator: subclasses set ``image_dim`` and ``report_dim``, define ``forward`` and ``session``.
+    """A report generator, built with ``visual_extractor``, ``num_ids`` (V+1) and ``settings``.
 
-    ``mean_patches`` (S, C) are the patches of the mean training image, which decoding with guidance needs.
+    Subclasses set ``image_dim`` and ``report_dim`` and define ``forward`` and ``session``. ``mean_patches`` (S, C) are
+    the patches of the mean training image, which guided decoding needs.
     """
 
     image_dim: int  # C, the width of Output.image_features
     report_dim: int  # D, the width of Output.report_features
-    vocabulary_entry: str = "encoder_decoder.logit.weight"  # state-dict entry with a row for every token id
+    vocabulary_entry: str = ""  # state-dict entry with a row for every token id: its length is the vocabulary's
     pad_id: int = 0  # the token that fills up the shorter of two joined batches
-    # Names of the settings that the constructor takes beside visual_extractor and num_ids; each is a flag.
-    flags: tuple[str, ...] = ("d_model", "d_ff", "num_heads", "num_layers", "dropout", "drop_prob_lm", "use_bn")
     any_length: bool = True  # whether an exported step can take reports of any length
     needs_labels: bool = False  # whether training needs the 14 labels of every study
+    tokenizer_kind: str = "word"  # what --tokenizer auto means: words, or byte pairs ("bpe") where --gpt2_path has them
+    # Further constructor arguments that modules/run/backbones.py supplies, by its table RESOURCES.
+    resources: tuple[str, ...] = ()
     visual_extractor: nn.Module
     mean_patches: Tensor | None = None
 
@@ -69,10 +97,10 @@ class Backbone(nn.Module):
         """Log-probabilities of the next token at every position under teacher forcing.
 
         ``images`` (B, N, 3, H, W) may be None where ``features`` are given. ``tokens`` (B, T) are the decoder's
-        inputs, bos to the last word: the shift against the targets is the caller's. ``view_mask`` (B, N) bool,
-        None = all views present; kept on the CPU it costs no device synchronisation. Only the first
-        ``supervised_rows`` rows (None = all) have log-probabilities and enter the auxiliary losses: the others are
-        hard negatives, of which only the features are wanted.
+        inputs, from begin to the last word: the caller shifts them against the targets. ``view_mask`` (B, N) bool,
+        None = all views present; a mask on the CPU costs no device synchronisation. ``labels`` (B, 14) are given where
+        ``needs_labels``. Only the first ``supervised_rows`` rows (None = all) have log-probabilities and enter the
+        auxiliary losses: the others are hard negatives, of which only the features are used.
         """
         raise NotImplementedError
 
@@ -100,7 +128,7 @@ class Backbone(nn.Module):
         features: VisualFeatures | None = None,
         decoding: DecodingOptions,
     ) -> Decoded:
-        """All returned hypotheses with their scores; ``generate`` takes the best."""
+        """All hypotheses that are returned, with their scores; ``generate`` takes the likeliest."""
         features = self.extract(images, view_mask, features)
         session = self.session(features, labels, decoding)
         if decoding.guidance:
@@ -108,11 +136,11 @@ class Backbone(nn.Module):
         return decode(session, len(features.patches), features.patches.device, decoding, self.beam_search(decoding))
 
     def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> DecodingSession:
-        """The decoder at the first word of reports on studies with ``features`` and, if given, ``labels``."""
+        """A decoder of reports on studies with ``features`` and, where given, ``labels`` (B, 14), at its first step."""
         raise NotImplementedError
 
     def beam_search(self, decoding: DecodingOptions) -> type[Search] | None:
-        """The beam search that this backbone's codes have; None: the R2Gen family's."""
+        """The beam search of this backbone's published code; None: the R2Gen family's."""
         return None
 
     def mean_study(self, features: VisualFeatures) -> VisualFeatures:
@@ -120,56 +148,56 @@ class Backbone(nn.Module):
         assert self.mean_patches is not None
         rows, count = features.patches.shape[:2]
         mean = self.mean_patches.to(features.patches)
-        if len(mean) < count:  # more views than any training study had: they look like the first
+        if len(mean) < count:  # more views than any training study had: repeat the known ones
             mean = mean.repeat(-(-count // len(mean)), 1)
         patches, there = mean[:count].expand(rows, -1, -1), features.patch_mask
         if there is None:
             return VisualFeatures(patches, None, patches.mean(1, dtype=features.pooled.dtype))
-        patches = patches * there.unsqueeze(-1)  # what is absent is 0 there too
+        patches = patches * there.unsqueeze(-1)  # absent views stay 0
         pooled = patches.sum(1, dtype=features.pooled.dtype) / there.sum(1, keepdim=True)
         return VisualFeatures(patches, there, pooled)
 
     def extract(
         self, images: Tensor | None, view_mask: Tensor | None = None, features: VisualFeatures | None = None
     ) -> VisualFeatures:
-        """The visual features of ``images``, unless they are given."""
+        """The visual features of ``images`` (B, N, 3, H, W), unless ``features`` are given."""
         if features is not None:
             return features
         return VisualFeatures(*self.visual_extractor(images, view_mask))
 
     def encode(self, features: VisualFeatures) -> tuple[Tensor, ...]:
-        """All that ``next_words`` needs of the studies, B rows in each tensor; here it is the patches themselves.
+        """What ``next_words`` needs of the studies, B rows in each tensor; here the patches (B, S, C) themselves.
 
-        The two are the programs that scripts/export.py writes. Every view of ``features`` is present.
+        ``encode`` and ``next_words`` are the programs that scripts/export.py writes. Every view must be present.
         """
         return (features.patches,)
 
     @property
     def encoded_dim(self) -> int:
-        """Width of the first tensor of ``encode``, (B, S, width) or (B, levels, S, width)."""
+        """Width of the first tensor of ``encode``: (B, S, width) or (B, levels, S, width)."""
         return self.image_dim if type(self).encode is Backbone.encode else self.report_dim
 
     def next_words(self, tokens: Tensor, *encoded: Tensor) -> Tensor:
-        """Log-probabilities (B, T, V+1) of the next token at every position of ``tokens`` (B, T), in evaluation."""
+        """Log-probabilities (B, T, V+1) of the next token at every position of ``tokens`` (B, T), outside training."""
         (patches,) = encoded
         return self(None, tokens, features=VisualFeatures(patches, None, patches.mean(dim=1))).log_probs
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """The output layer alone: (B, T, D) last hidden states -> (B, T, V+1) log-probabilities."""
-        return self.encoder_decoder.log_probs(hidden)
+        raise NotImplementedError
 
     def cross_attention(self) -> list[nn.Module]:
-        """The modules that attend to the visual tokens, first decoder layer first; none: nothing can be shown.
+        """The modules that attend to the visual tokens, first decoder layer first; empty where none can be shown.
 
-        Each has ``weights``, which gives the attention weights (B, heads, T, S) behind a call of the same arguments.
+        Each has a method ``weights`` with the arguments of ``forward``, which returns its weights (B, heads, T, S).
         """
         return []
 
     def adopt(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The entries to load for those of a published file, or of ours: the same, unless some mean nothing here."""
+        """The entries to load, given those of a file; a backbone may replace constants of published files."""
         return state
 
     def check_missing(self, names: list[str]) -> None:
-        """ValueError for loaded weights that lack ``names``, unless this backbone can do without them."""
+        """ValueError where the loaded weights lack the entries ``names``, unless the backbone works without them."""
         if names:
             raise ValueError(f"{len(names)} entries are missing, the first is {names[0]}")

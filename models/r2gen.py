@@ -1,26 +1,62 @@
 """R2Gen: a memory-driven transformer for radiology report generation (Chen et al., EMNLP 2020, arXiv 2010.16056).
 
-Shapes: B studies, S visual tokens of all views, T decoder inputs, K hypotheses per study, d = d_model, V words,
-s memory slots, m = s * d the width of the memory after a token.
+Shapes: B studies, T decoder inputs, K hypotheses per study, d = d_model, s memory slots, m = s * d the width of the
+memory after a token.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Backbone, Output, VisualFeatures
-from modules.decoding.cache import DecodingCache
+from models.base import VisualFeatures
+from models.transformer_base import EncoderDecoder, Session, Transformer, TransformerBackbone, TransformerSettings
 from modules.decoding.options import DecodingOptions
 from modules.layers.relational_memory import RelationalMemory
-from modules.layers.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
-from modules.layers.transformer_norms import normalise
-from modules.layers.transformer_patches import PatchEmbedding
+from modules.layers.transformer import PatchEmbedding, normalise
+from modules.runtime.errors import InputError
+from modules.runtime.settings import setting
+
+# The published run scripts; everything else keeps its default.
+PRESETS = {
+    "*": {
+        "batch_size": 16,
+        "lr_ve": 5e-5,
+        "lr_ed": 1e-4,
+        "lr_scheduler": "StepLR",
+        "step_size": 50,
+        "gamma": 0.1,
+        "epochs": 100,
+        "adam_betas": (0.9, 0.999),
+        "adam_eps": 1e-8,
+        "amsgrad": True,
+        "weight_decay": 5e-5,
+        "clip_value": 0.1,
+        "seed": 9223,
+        "views": "paired",
+    },
+    "mimic_cxr": {"epochs": 30, "step_size": 1, "gamma": 0.8, "seed": 456789},
+}
+
+
+@dataclass(frozen=True)
+class Settings(TransformerSettings):
+    """R2Gen's settings; InputError where they do not go together."""
+
+    rm_num_slots: int = setting(3, "R2Gen", "slots of the relational memory", low=1, shapes=True)
+    rm_num_heads: int = setting(8, "R2Gen", "attention heads of the relational memory", low=1, shapes=True)
+    rm_d_model: int = setting(512, "R2Gen", "width of the relational memory; must equal --d_model", low=1, shapes=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rm_d_model != self.d_model:
+            raise InputError(f"--rm_d_model {self.rm_d_model}: must equal --d_model {self.d_model}")
 
 
 class LayerNorm(nn.Module):
-    """gamma * normalise(x) + beta: the family's norm under this model's names."""
+    """gamma * normalise(x) + beta, with R2Gen's names for the parameters."""
 
     def __init__(self, d_model: int):
         super().__init__()
@@ -28,11 +64,12 @@ class LayerNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
         return normalise(x, self.gamma, self.beta)
 
 
 class ConditionalLayerNorm(LayerNorm):
-    """Layer norm whose scale and shift are changed by the memory at the same position."""
+    """Layer norm whose scale and shift depend on the memory at the same position."""
 
     def __init__(self, d_model: int, memory_dim: int):
         super().__init__(d_model)
@@ -41,169 +78,66 @@ class ConditionalLayerNorm(LayerNorm):
         for linear in (self.mlp_gamma[0], self.mlp_gamma[2], self.mlp_beta[0], self.mlp_beta[2]):
             nn.init.constant_(linear.bias, 0.1)
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """``x`` (B, T, d), ``memory`` (B, T, m)."""
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
+        """``x`` (B, T, d) and ``memory`` (B, T, m) -> (B, T, d)."""
         scale, shift = self.gamma + self.mlp_gamma(memory), self.beta + self.mlp_beta(memory)
         return torch.addcmul(shift, scale, normalise(x, torch.ones_like(self.gamma), torch.zeros_like(self.beta)))
 
 
-class Transformer(nn.Module):
-    """Encoder, memory-conditioned decoder, embeddings and relational memory."""
+class RelationalNetwork(EncoderDecoder):
+    """The encoder-decoder whose decoder norms depend on a memory of the words so far."""
 
-    def __init__(
-        self,
-        num_ids: int,
-        *,
-        d_model: int,
-        d_ff: int,
-        num_heads: int,
-        num_layers: int,
-        dropout: float,
-        rm_num_slots: int,
-        rm_num_heads: int,
-    ):
+    def __init__(self, image_dim: int, num_ids: int, settings: Settings):
         super().__init__()
-        conditional = partial(ConditionalLayerNorm, memory_dim=rm_num_slots * d_model)
-        self.encoder = Encoder(d_model, num_heads, d_ff, num_layers, dropout, LayerNorm)
-        self.decoder = Decoder(d_model, num_heads, d_ff, num_layers, dropout, conditional, LayerNorm)
-        self.tgt_embed = nn.Sequential(TokenEmbedding(num_ids, d_model), PositionalEncoding(d_model, dropout))
-        self.rm = RelationalMemory(d_model, rm_num_slots, rm_num_heads)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-
-
-class EncoderDecoder(nn.Module):
-    """Patch features and tokens to hidden states."""
-
-    def __init__(
-        self, image_dim: int, num_ids: int, *, d_model: int, drop_prob_lm: float, use_bn: int, **transformer: float
-    ):
-        super().__init__()
-        self.att_embed = PatchEmbedding(image_dim, d_model, drop_prob_lm, use_bn)
-        self.model = Transformer(num_ids, d_model=d_model, **transformer)
+        d_model, slots = settings.d_model, settings.rm_num_slots
+        self.att_embed = PatchEmbedding(image_dim, d_model, settings.drop_prob_lm, settings.use_bn)
+        self.model = Transformer(
+            num_ids,
+            settings,
+            norm=LayerNorm,
+            decoder_norm=partial(ConditionalLayerNorm, memory_dim=slots * d_model),
+            visual_positions=False,
+            rm=RelationalMemory(d_model, slots, settings.rm_num_heads),
+        )
         self.logit = nn.Linear(d_model, num_ids)
 
-    def encode(self, features: VisualFeatures) -> Tensor:
-        """Encoder output (B, S, d); visual tokens have no positions."""
-        return self.model.encoder(self.att_embed(features.patches, features.patch_mask), features.attention_mask)
-
-    def embed(self, tokens: Tensor, position: int | None = None) -> Tensor:
-        """Decoder input (B, T, d)."""
-        return self.model.tgt_embed[1](self.model.tgt_embed[0](tokens), position)
-
-    def memory(self, tokens: Tensor) -> Tensor:
+    def condition(self, tokens: Tensor) -> tuple[Tensor]:
         """The memory after each token, (B, T, m); in training its input has a dropout mask of its own, as published."""
-        return self.model.rm(self.embed(tokens))
-
-    def decode(self, tokens: Tensor, encoded: Tensor, mask: Tensor | None) -> Tensor:
-        """Hidden states (B, T, d) under teacher forcing; ``mask`` (B, 1, 1, S) or None is that of the patches."""
-        decoder = self.model.decoder
-        return decoder(
-            self.embed(tokens),
-            decoder.source_keys_values(encoded),
-            decoder_mask(tokens),
-            mask,
-            condition=(self.memory(tokens),),
-        )
-
-    def log_probs(self, hidden: Tensor) -> Tensor:
-        """(B, T, d) -> (B, T, V+1) in float32."""
-        return F.log_softmax(self.logit(hidden), dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return (self.model.rm(self.embed(tokens, None)[0]),)
 
 
-class R2Gen(Backbone):
-    """The published model; ``num_ids`` = V+1 rows of embedding and logits, ``visual_extractor`` has ``width`` C."""
+class R2Gen(TransformerBackbone):
+    """The published model; ``num_ids`` = V+1 rows of embedding and logits, ``visual_extractor`` has ``width``."""
 
-    any_length = False  # the memory goes through the words one by one, and a program holds every step of a loop
-    flags = (*Backbone.flags, "rm_num_slots", "rm_num_heads", "rm_d_model")
+    any_length = False  # the memory loops over the words, and an exported program is unrolled
 
-    def __init__(
-        self,
-        *,
-        visual_extractor: nn.Module,
-        num_ids: int,
-        d_model: int = 512,
-        d_ff: int = 512,
-        num_heads: int = 8,
-        num_layers: int = 3,
-        dropout: float = 0.1,
-        drop_prob_lm: float = 0.5,
-        use_bn: int = 0,
-        rm_num_slots: int = 3,
-        rm_num_heads: int = 8,
-        rm_d_model: int = 512,
-    ):
-        super().__init__()
-        if rm_d_model != d_model:
-            raise ValueError(f"rm_d_model {rm_d_model}: must equal d_model {d_model}")
-        self.visual_extractor = visual_extractor
-        self.image_dim = visual_extractor.width
-        self.report_dim = d_model
-        self.encoder_decoder = EncoderDecoder(
-            self.image_dim,
-            num_ids,
-            d_model=d_model,
-            d_ff=d_ff,
-            num_heads=num_heads,
-            num_layers=num_layers,
-            dropout=dropout,
-            drop_prob_lm=drop_prob_lm,
-            use_bn=use_bn,
-            rm_num_slots=rm_num_slots,
-            rm_num_heads=rm_num_heads,
-        )
+    def __init__(self, *, visual_extractor: Any, num_ids: int, settings: Settings):
+        super().__init__(visual_extractor, settings)
+        self.encoder_decoder = RelationalNetwork(self.image_dim, num_ids, settings)
 
-    def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None) -> Output:
-        features = self.extract(images, view_mask, features)
-        network = self.encoder_decoder
-        hidden = network.decode(tokens, network.encode(features), features.attention_mask)
-        return Output(network.log_probs(hidden[:supervised_rows]), features.pooled, hidden)
-
-    def encode(self, features: VisualFeatures) -> tuple[Tensor, ...]:
-        """The encoder's output (B, S, d)."""
-        return (self.encoder_decoder.encode(features),)
-
-    def next_words(self, tokens: Tensor, *encoded: Tensor) -> Tensor:
-        network = self.encoder_decoder
-        return network.log_probs(network.decode(tokens, *encoded, None))
-
-    def cross_attention(self) -> list[nn.Module]:
-        return [layer.src_attn for layer in self.encoder_decoder.model.decoder.layers]
-
-    def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> "Session":
-        return Session(self.encoder_decoder, features, decoding)
+    def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> Session:
+        return RelationalSession(self.encoder_decoder, features, None, decoding)
 
 
-class Session:
-    """A batch of studies being decoded: encoder output, keys and values of the past, each hypothesis's memory."""
+class RelationalSession(Session):
+    """A batch of studies being decoded, with the relational memory of every hypothesis."""
 
-    def __init__(self, network: EncoderDecoder, features: VisualFeatures, decoding: DecodingOptions):
-        self.network = network
-        self.sources = network.model.decoder.source_keys_values(network.encode(features))
-        self.source_mask = features.attention_mask
-        self.cache = DecodingCache(len(self.sources), decoding.max_seq_length, decoding.num_hypotheses)
+    def __init__(self, network: EncoderDecoder, features: VisualFeatures, memory: None, decoding: DecodingOptions):
+        super().__init__(network, features, memory, decoding)
         self.weights = network.model.rm.weights().transposed()
-        self.memory: Tensor | None = None  # (B, K, m) after the newest tokens
+        self.slots: Tensor | None = None  # (B, K, m) after the newest tokens
 
-    def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
-        """Log-probabilities (B, K, V+1) after ``tokens`` (B, K), which continue hypotheses ``parents`` (B, K).
-
-        A study's hypotheses stand side by side as query positions, so that they share its keys without a copy.
-        """
-        mask = self.cache.advance(tokens, parents)
-        x = self.network.embed(tokens, self.cache.position)
-        past = self.memory
-        if parents is not None:
+    def condition(self, x: Tensor, parents: Tensor | None) -> tuple[Tensor]:
+        """The memory (B, K, m) after the newest words ``x`` (B, K, d), each continuing the memory of its parent."""
+        past = self.slots
+        if past is not None and parents is not None:
             past = past.gather(1, parents.unsqueeze(-1).expand(-1, -1, past.size(-1)))
-        memory = self.network.model.rm.step(x.flatten(0, 1), None if past is None else past.flatten(0, 1), self.weights)
-        self.memory = memory.unflatten(0, tokens.shape)
-        hidden = self.network.model.decoder(x, self.sources, mask, self.source_mask, self.cache.layers, (self.memory,))
-        return self.network.log_probs(hidden)
+        past = None if past is None else past.flatten(0, 1)
+        slots = self.network.model.rm.step(x.flatten(0, 1), past, self.weights).unflatten(0, x.shape[:2])
+        self.slots = slots
+        return (slots,)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the studies ``rows`` (int64 indices) only."""
-        self.sources = [(keys[rows], values[rows]) for keys, values in self.sources]
-        self.source_mask = None if self.source_mask is None else self.source_mask[rows]
-        self.memory = self.memory[rows]
-        self.cache.keep(rows)
+        """Keep only the studies ``rows`` (int64 indices)."""
+        super().keep(rows)
+        self.slots = None if self.slots is None else self.slots[rows]

@@ -8,88 +8,135 @@ here, 0 becomes begin at the first position and the end id elsewhere, and the en
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Backbone, Output, VisualFeatures
+from models.base import Backbone, BackboneSettings, Output, VisualFeatures
 from models.visualgpt_decoder import LanguageModel
 from models.visualgpt_encoder import LevelEncoder
 from modules.decoding.cache import DecodingCache
 from modules.decoding.options import DecodingOptions
-from modules.decoding.standard import StandardBeamSearch
+from modules.decoding.search import StandardBeamSearch
+from modules.runtime.errors import InputError
+from modules.runtime.settings import setting
 
-COMPATIBILITY = ("off", "published")
+# The published training script; everything else keeps its default.
+PRESETS = {
+    "*": {
+        "gpt2_path": "gpt2",
+        "d_model": 768,
+        "num_heads": 12,
+        "gpt2_layers": 12,
+        "num_layers": 3,
+        "d_ff": 2048,
+        "tau": 0.2,
+        "batch_size": 25,
+        "grad_accumulation": 2,
+        "drop_last": True,
+        "optim": "AdamW",
+        "lr_ve": 1e-4,
+        "lr_ed": 1e-4,
+        "adam_betas": (0.9, 0.999),
+        "adam_eps": 1e-8,
+        "amsgrad": False,
+        "weight_decay": 0.01,
+        "lr_scheduler": "constant",
+        "clip_norm": 1.0,
+        "epochs": 100,
+        "beam_size": 5,
+        "seed": 42,
+    },
+    "coco": {"collapse_repeats": True},
+}
+
+
+@dataclass(frozen=True)
+class Settings(BackboneSettings):
+    """VisualGPT's settings; InputError where they do not go together."""
+
+    gpt2_path: str = setting(
+        "",
+        "VisualGPT",
+        "pretrained GPT-2: a local folder, or a hub id such as gpt2, which is downloaded once; an empty name trains "
+        "from random weights",
+        file=True,
+    )
+    gpt2_layers: int = setting(
+        12,
+        "VisualGPT",
+        "layers of the decoder; --num_layers are the encoder's, --d_model and --num_heads go for both, --d_ff for the "
+        "encoder",
+        low=1,
+        shapes=True,
+    )
+    gpt2_positions: int = setting(
+        1024, "VisualGPT", "longest text that the decoder has positions for", low=1, shapes=True
+    )
+    tau: float = setting(0.2, "VisualGPT", "threshold of the self-resurrecting activation unit", low=0.0, high=1.0)
+    visualgpt_compat: str = setting(
+        "off",
+        "VisualGPT",
+        "published: reproduce the published code's accidents (docs/VISUALGPT.md)",
+        choices=("off", "published"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_model % self.num_heads:
+            raise InputError(f"--d_model {self.d_model}: must be a multiple of --num_heads {self.num_heads}")
 
 
 class VisualGPT(Backbone):
     """The published model for visual tokens of any kind; ``num_ids`` rows of embedding and logits.
 
     ``begin_id``, ``end_id`` and ``pad_token`` are the language model's own ids (all 0: a vocabulary without them).
-    ``gpt2`` are weights of a GPT-2 by its names below ``transformer.``; None draws all at random. ``num_layers`` are
-    the encoder's, ``tau`` is the threshold of the gates. ``visualgpt_compat`` "published" brings two accidents of the
-    published code back: its visual mask (LevelEncoder), and every ``pad_token`` taken for padding, a word or not.
-    ValueError for options that do not go together.
+    ``gpt2`` are weights of a GPT-2 by its names below ``transformer.``; None draws all at random. ``context`` is the
+    size of a constant in the published files. ``visualgpt_compat`` "published" reproduces two accidents of the
+    published code: its visual mask (LevelEncoder), and every ``pad_token`` taken for padding, a word or not. ValueError
+    for ids or weights that do not fit.
     """
 
     vocabulary_entry = "decoder.transformer.wte.weight"
-    flags = (
-        "d_model",
-        "d_ff",
-        "num_heads",
-        "num_layers",
-        "dropout",
-        "gpt2_layers",
-        "gpt2_positions",
-        "tau",
-        "visualgpt_compat",
-    )
+    tokenizer_kind = "bpe"
+    resources = ("gpt2",)
 
     def __init__(
         self,
         *,
-        visual_extractor: nn.Module,
+        visual_extractor: Any,
         num_ids: int,
+        settings: Settings,
         begin_id: int = 0,
         end_id: int = 0,
         pad_token: int = 0,
         gpt2: Mapping[str, Tensor] | None = None,
-        d_model: int = 768,
-        d_ff: int = 2048,
-        num_heads: int = 12,
-        num_layers: int = 3,
-        dropout: float = 0.1,
-        gpt2_layers: int = 12,
-        gpt2_positions: int = 1024,
         context: int = 60,
-        tau: float = 0.2,
-        visualgpt_compat: str = "off",
     ):
         super().__init__()
-        if d_model % num_heads:
-            raise ValueError(f"d_model {d_model}: must be a multiple of num_heads {num_heads}")
-        if visualgpt_compat not in COMPATIBILITY:
-            raise ValueError(f"visualgpt_compat {visualgpt_compat!r}: expected one of {', '.join(COMPATIBILITY)}")
         if not all(0 <= index < num_ids for index in (begin_id, end_id, pad_token)):
             raise ValueError(f"special ids {begin_id}, {end_id}, {pad_token}: must be below num_ids {num_ids}")
         self.visual_extractor = visual_extractor
-        self.image_dim, self.report_dim = visual_extractor.width, d_model
+        self.image_dim, self.report_dim = visual_extractor.width, settings.d_model
         self.begin_id, self.end_id, self.pad_token = begin_id, end_id, pad_token
         self.register_buffer("exchanged", torch.tensor([0, end_id]), persistent=False)
-        published = visualgpt_compat == "published"
+        published = settings.visualgpt_compat == "published"
         self.masks_pad_token = published and pad_token not in (begin_id, end_id)
-        self.encoder = LevelEncoder(self.image_dim, d_model, num_heads, d_ff, num_layers, dropout, published)
+        sizes = {"d_model": settings.d_model, "num_heads": settings.num_heads, "dropout": settings.dropout}
+        self.encoder = LevelEncoder(
+            self.image_dim, d_ff=settings.d_ff, num_layers=settings.num_layers, published=published, **sizes
+        )
         self.decoder = LanguageModel(
             num_ids,
-            num_positions=gpt2_positions,
-            num_layers=gpt2_layers,
-            d_model=d_model,
-            num_heads=num_heads,
-            num_levels=num_layers,
+            num_positions=settings.gpt2_positions,
+            num_layers=settings.gpt2_layers,
+            num_levels=settings.num_layers,
             context=context,
-            dropout=dropout,
-            tau=tau,
+            tau=settings.tau,
+            **sizes,
         )
         self._initialise(gpt2)
 

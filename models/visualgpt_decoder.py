@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.layers.transformer import attend, dropout, split_heads
-from modules.layers.transformer_norms import TorchLayerNorm
+from modules.layers.transformer import TorchLayerNorm, attend, dropout, split_heads
 
 CROSS_ATTENTION_DROPOUT = 0.2
 

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.layers.transformer import dropout, split_heads
-from modules.layers.transformer_norms import TorchLayerNorm
+from modules.layers.transformer import TorchLayerNorm, dropout, split_heads
 
 
 class UnusedLinear(nn.Linear):

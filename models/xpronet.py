@@ -1,23 +1,107 @@
 """XProNet: a cross-modal network that reads prototypes of a study's labels (Wang et al., ECCV 2022, arXiv 2207.04818).
 
-Shapes: B studies, S visual tokens of all views, T decoder inputs, K hypotheses per study, d = d_model, C classes,
-M = C * num_protype prototypes (class c in rows c * num_protype onwards).
+Shapes: B studies, T tokens or visual tokens, d = d_model, h heads of width w, C classes, M = C * num_protype prototypes
+(class c in rows c * num_protype onwards).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Backbone, Output, VisualFeatures
-from modules.decoding.cache import DecodingCache
+from models.base import Output, VisualFeatures
+from models.transformer_base import EncoderDecoder, Session, Transformer, TransformerBackbone, TransformerSettings
 from modules.decoding.options import DecodingOptions
 from modules.layers.prototypes import PrototypeResponse, label_contrastive_loss, prototypes_of, with_no_finding
-from modules.layers.transformer import Decoder, Encoder, PositionalEncoding, TokenEmbedding, decoder_mask
-from modules.layers.transformer_patches import PatchEmbedding
+from modules.layers.transformer import PatchEmbedding
+from modules.runtime.errors import InputError
+from modules.runtime.settings import setting
 
-LABEL_SOURCES = ("predicted", "reference")
+# The published run scripts; everything else keeps its default.
+PRESETS = {
+    "*": {
+        "batch_size": 16,
+        "lr_ve": 1e-3,
+        "lr_ed": 2e-3,
+        "lr_scheduler": "StepLR",
+        "step_size": 10,
+        "gamma": 0.8,
+        "epochs": 30,
+        "topk": 15,
+        "num_protype": 20,
+        "num_cluster": 14,
+        "d_img_ebd": 2048,
+        "d_txt_ebd": 768,
+        "cluster_order": "chexbert",
+        "weight_img_con_loss": 1.0,
+        "weight_txt_con_loss": 0.1,
+        "flip": False,
+        "drop_last": True,
+        "views": "paired",
+        "seed": 7580,
+    },
+    "mimic_cxr": {"lr_ve": 5e-5, "lr_ed": 1e-4, "step_size": 3, "cluster_order": "mimic_cxr"},
+}
+
+
+@dataclass(frozen=True)
+class Settings(TransformerSettings):
+    """XProNet's settings; InputError where they do not go together."""
+
+    topk: int = setting(32, "backbone", "memory rows (XProNet: prototypes) that a query reads", low=1)
+    init_protypes_path: str = setting(
+        "data/iu_xray/init_protypes_512.pt",
+        "XProNet",
+        "initial prototypes, written by scripts/build_prototypes.py or published; an empty name draws them at random",
+        train_only=True,
+        file=True,
+    )
+    num_cluster: int = setting(20, "XProNet", "classes that have prototypes; the labels have 14", low=1, shapes=True)
+    num_protype: int = setting(10, "XProNet", "prototypes of each class", low=1, shapes=True)
+    d_img_ebd: int = setting(512, "XProNet", "width of a prototype's image part", low=1, shapes=True)
+    d_txt_ebd: int = setting(768, "XProNet", "width of a prototype's text part", low=0, shapes=True)
+    weight_img_con_loss: float = setting(
+        1.0, "XProNet", "weight of the images' contrastive loss", low=0.0, train_only=True
+    )
+    weight_txt_con_loss: float = setting(
+        1.0, "XProNet", "weight of the reports' contrastive loss", low=0.0, train_only=True
+    )
+    img_con_margin: float = setting(
+        0.4, "XProNet", "cosine above which unlike images are pushed apart", low=-1.0, high=1.0, train_only=True
+    )
+    txt_con_margin: float = setting(
+        0.4, "XProNet", "cosine above which unlike reports are pushed apart", low=-1.0, high=1.0, train_only=True
+    )
+    xpronet_labels: str = setting(
+        "predicted",
+        "XProNet",
+        "labels that generation uses: predicted from the image (each with a probability above 0.5, No Finding where "
+        "there is none); or reference: those of --label_path, as published, which come from the reference report and "
+        "leak it",
+        choices=("predicted", "reference"),
+    )
+    label_loss_weight: float = setting(
+        1.0, "XProNet", "weight of the binary cross entropy that trains the predicted labels", low=0.0, train_only=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        prototypes = self.num_cluster * self.num_protype
+        if self.topk > prototypes:
+            raise InputError(
+                f"--topk {self.topk}: --num_cluster {self.num_cluster} times --num_protype {self.num_protype} are only "
+                f"{prototypes} prototypes"
+            )
+        if self.xpronet_labels == "predicted" and not self.label_loss_weight:
+            raise InputError(
+                "--label_loss_weight 0 trains no predicted labels: give it a weight, or --xpronet_labels reference"
+            )
+
+    @property
+    def reads_reference_labels(self) -> bool:
+        return self.xpronet_labels == "reference"
 
 
 @dataclass
@@ -29,275 +113,135 @@ class Prototypes:
     selected: Tensor  # (B, M) bool
 
 
-class Transformer(nn.Module):
-    """Encoder, decoder, embeddings and the text's fusion; ``cmn`` is the caller's, registered again as published."""
+class PrototypeNetwork(EncoderDecoder):
+    """The encoder-decoder whose visual tokens and words read prototypes; a linear layer fuses the response."""
 
-    def __init__(
-        self,
-        num_ids: int,
-        *,
-        d_model: int,
-        d_ff: int,
-        num_heads: int,
-        num_layers: int,
-        dropout: float,
-        cmn: PrototypeResponse,
-    ):
+    def __init__(self, image_dim: int, num_ids: int, settings: Settings):
         super().__init__()
-        self.encoder = Encoder(d_model, num_heads, d_ff, num_layers, dropout)
-        self.decoder = Decoder(d_model, num_heads, d_ff, num_layers, dropout)
-        self.src_embed = nn.Sequential(PositionalEncoding(d_model, dropout))
-        self.tgt_embed = nn.Sequential(TokenEmbedding(num_ids, d_model), PositionalEncoding(d_model, dropout))
-        self.cmn = cmn
-        self.fuse_feature = nn.Linear(2 * d_model, d_model)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-
-
-class EncoderDecoder(nn.Module):
-    """Patch features and tokens to hidden states; both read the prototypes, and a linear layer fuses the response."""
-
-    def __init__(
-        self,
-        image_dim: int,
-        num_ids: int,
-        *,
-        num_prototypes: int,
-        prototype_dim: int,
-        d_model: int,
-        d_ff: int,
-        num_heads: int,
-        num_layers: int,
-        dropout: float,
-        drop_prob_lm: float,
-        use_bn: int,
-        topk: int,
-    ):
-        super().__init__()
-        self.protypes = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_prototypes, prototype_dim)))
-        self.att_embed = PatchEmbedding(image_dim, d_model, drop_prob_lm, use_bn)
+        d_model, prototype_dim = settings.d_model, settings.d_img_ebd + settings.d_txt_ebd
+        prototypes = torch.empty(settings.num_cluster * settings.num_protype, prototype_dim)
+        self.protypes = nn.Parameter(nn.init.xavier_uniform_(prototypes))
+        self.att_embed = PatchEmbedding(image_dim, d_model, settings.drop_prob_lm, settings.use_bn)
         self.dim_reduction = nn.Linear(prototype_dim, d_model)
         self.fuse_feature = nn.Linear(2 * d_model, d_model)
-        self.cmn = PrototypeResponse(d_model, num_heads, topk)
-        self.model = Transformer(
-            num_ids,
-            d_model=d_model,
-            d_ff=d_ff,
-            num_heads=num_heads,
-            num_layers=num_layers,
-            dropout=dropout,
-            cmn=self.cmn,
-        )
+        self.cmn = PrototypeResponse(d_model, settings.num_heads, settings.topk)
+        self.model = Transformer(num_ids, settings, cmn=self.cmn, fuse_feature=nn.Linear(2 * d_model, d_model))
         self.logit = nn.Linear(d_model, num_ids)
 
-    def prototypes(self, labels: Tensor) -> Prototypes:
+    def memory(self, labels: Tensor | None) -> Prototypes:
         """The prototypes for studies with multi-hot ``labels`` (B, C), each row with a positive."""
+        assert labels is not None
         keys, values = self.cmn.keys_values(self.dim_reduction(self.protypes))
         return Prototypes(keys, values, prototypes_of(labels, len(self.protypes)))
 
-    def encode(self, features: VisualFeatures, prototypes: Prototypes) -> tuple[Tensor, Tensor]:
-        """Encoder output and response, (B, S, d) each: prototypes are read before positions are added."""
-        x = self.att_embed(features.patches, features.patch_mask)
-        response = self.cmn(x, prototypes.keys, prototypes.values, prototypes.selected)
-        fused = self.fuse_feature(torch.cat([x, response], dim=-1))
-        return self.model.encoder(self.model.src_embed[0](fused), features.attention_mask), response
-
-    def embed(self, tokens: Tensor, prototypes: Prototypes, position: int | None = None) -> tuple[Tensor, Tensor]:
-        """Decoder input and response, (B, T, d) each: prototypes are read after positions are added."""
-        x = self.model.tgt_embed[1](self.model.tgt_embed[0](tokens), position)
-        response = self.cmn(x, prototypes.keys, prototypes.values, prototypes.selected)
-        return self.model.fuse_feature(torch.cat([x, response], dim=-1)), response
-
-    def decode(
-        self, tokens: Tensor, encoded: Tensor, prototypes: Prototypes, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states and response, (B, T, d) each, under teacher forcing; ``mask`` (B, 1, 1, S) or None."""
-        x, response = self.embed(tokens, prototypes)
-        decoder = self.model.decoder
-        return decoder(x, decoder.source_keys_values(encoded), decoder_mask(tokens), mask), response
-
-    def log_probs(self, hidden: Tensor) -> Tensor:
-        """(B, T, d) -> (B, T, V+1) in float32."""
-        return F.log_softmax(self.logit(hidden), dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # The shared response module stands in published files under two names; one of them is enough.
-        names = (prefix + "cmn.", prefix + "model.cmn.")
-        for own, other in (names, names[::-1]):
-            for key in [key for key in state_dict if key.startswith(own)]:
-                state_dict.setdefault(other + key.removeprefix(own), state_dict[key])
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def read(self, x: Tensor, memory: Any, *, words: bool) -> tuple[Tensor, Tensor]:
+        """``x`` (B, T, d) fused with the prototypes' response to it, and the response."""
+        response = self.cmn(x, memory.keys, memory.values, memory.selected)
+        fuse = self.model.fuse_feature if words else self.fuse_feature
+        return fuse(torch.cat([x, response], dim=-1)), response
 
 
-class XProNet(Backbone):
-    """The published model and, beside it, a classification head that predicts the labels from the image.
+class XProNet(TransformerBackbone):
+    """The published model and a classification head that predicts the labels from the image.
 
-    ``num_ids`` = V+1 rows of embedding and logits, ``visual_extractor`` has ``width``. ``num_cluster`` classes have
-    ``num_protype`` prototypes each; ``no_finding`` is the class of a study without a positive label.
-    ``init_prototypes`` (M, d_img_ebd + d_txt_ebd) starts the prototypes, None draws them. ``weight_img_con_loss``,
-    ``weight_txt_con_loss`` and ``label_loss_weight`` (binary cross entropy of the head) weigh the auxiliary losses.
+    ``num_ids`` = V+1 rows of embedding and logits, ``visual_extractor`` has ``width``; ``no_finding`` is the class of a
+    study without a positive label. ``init_prototypes`` (M, d_img_ebd + d_txt_ebd) starts the prototypes, None draws
+    them.
 
-    In training the given labels choose the prototypes. In generation they are the head's, a probability above one
-    half being positive: the given ones come from the reference report, and are used only where ``xpronet_labels`` is
-    "reference", as the published code does. ValueError for options that do not go together.
+    In training the given labels choose the prototypes. In generation the head's do, a probability above one half being
+    positive: the given ones come from the reference report, and are used only where ``xpronet_labels`` is "reference",
+    as the published code does. ValueError for a ``no_finding`` that is no class.
     """
 
     needs_labels = True
-
-    flags = (
-        *Backbone.flags,
-        "topk",
-        "num_cluster",
-        "num_protype",
-        "d_img_ebd",
-        "d_txt_ebd",
-        "weight_img_con_loss",
-        "weight_txt_con_loss",
-        "img_con_margin",
-        "txt_con_margin",
-        "xpronet_labels",
-        "label_loss_weight",
-    )
+    resources = ("prototypes",)
 
     def __init__(
         self,
         *,
-        visual_extractor: nn.Module,
+        visual_extractor: Any,
         num_ids: int,
+        settings: Settings,
         no_finding: int,
-        num_cluster: int = 14,
-        num_protype: int = 20,
-        d_img_ebd: int = 2048,
-        d_txt_ebd: int = 768,
-        topk: int = 15,
         init_prototypes: Tensor | None = None,
-        xpronet_labels: str = "predicted",
-        weight_img_con_loss: float = 1.0,
-        weight_txt_con_loss: float = 1.0,
-        img_con_margin: float = 0.4,
-        txt_con_margin: float = 0.4,
-        label_loss_weight: float = 1.0,
-        d_model: int = 512,
-        d_ff: int = 512,
-        num_heads: int = 8,
-        num_layers: int = 3,
-        dropout: float = 0.1,
-        drop_prob_lm: float = 0.5,
-        use_bn: int = 0,
     ):
-        super().__init__()
-        num_prototypes, prototype_dim = num_cluster * num_protype, d_img_ebd + d_txt_ebd
-        if topk > num_prototypes:
-            raise ValueError(
-                f"topk {topk}: num_cluster {num_cluster} times num_protype {num_protype} are only "
-                f"{num_prototypes} prototypes"
-            )
-        if xpronet_labels == "predicted" and not label_loss_weight:
-            raise ValueError(
-                "label_loss_weight 0 trains no predicted labels: give it a weight, or --xpronet_labels reference"
-            )
-        if not 0 <= no_finding < num_cluster:
-            raise ValueError(f"no_finding {no_finding}: must be one of the {num_cluster} clusters, from 0")
-        if xpronet_labels not in LABEL_SOURCES:
-            raise ValueError(f"xpronet_labels {xpronet_labels!r}: expected one of {', '.join(LABEL_SOURCES)}")
-        self.visual_extractor = visual_extractor
-        self.image_dim = visual_extractor.width
-        self.report_dim = d_model
-        self.no_finding, self.xpronet_labels = no_finding, xpronet_labels
-        self.weight_img_con_loss, self.img_con_margin = weight_img_con_loss, img_con_margin
-        self.weight_txt_con_loss, self.txt_con_margin = weight_txt_con_loss, txt_con_margin
-        self.label_loss_weight = label_loss_weight
-        self.encoder_decoder = EncoderDecoder(
-            self.image_dim,
-            num_ids,
-            num_prototypes=num_prototypes,
-            prototype_dim=prototype_dim,
-            d_model=d_model,
-            d_ff=d_ff,
-            num_heads=num_heads,
-            num_layers=num_layers,
-            dropout=dropout,
-            drop_prob_lm=drop_prob_lm,
-            use_bn=use_bn,
-            topk=topk,
-        )
-        self.label_head = nn.Linear(self.image_dim, num_cluster)
+        super().__init__(visual_extractor, settings)
+        if not 0 <= no_finding < settings.num_cluster:
+            raise ValueError(f"no_finding {no_finding}: must be one of the {settings.num_cluster} clusters, from 0")
+        self.settings, self.no_finding = settings, no_finding
+        self.encoder_decoder = PrototypeNetwork(self.image_dim, num_ids, settings)
+        self.label_head = nn.Linear(self.image_dim, settings.num_cluster)
         if init_prototypes is not None:
             with torch.no_grad():
                 self.encoder_decoder.protypes.copy_(init_prototypes)
 
     def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None) -> Output:
-        """As in the contract; without ``labels``, which training needs, those that the head predicts are used."""
+        """As in the contract; without ``labels`` (B, C), which training needs, the head's are used."""
         if labels is None and self.training:
             raise ValueError("XProNet is trained with labels: every study needs a row of them")
         features = self.extract(images, view_mask, features)
         logits = self.label_head(features.pooled)  # (B, C)
         used = self._complete(logits > 0 if labels is None else labels)
         network = self.encoder_decoder
-        prototypes = network.prototypes(used)
+        prototypes = network.memory(used)
         encoded, image_response = network.encode(features, prototypes)
         hidden, text_response = network.decode(tokens, encoded, prototypes, features.attention_mask)
         auxiliary = {}
         rows = len(tokens) if supervised_rows is None else supervised_rows
         if labels is not None and rows:
-            auxiliary = self._auxiliary(
-                used[:rows],
-                logits[:rows],
-                mean_over_tokens(
-                    image_response[:rows], None if features.patch_mask is None else features.patch_mask[:rows]
-                ),
-                mean_over_tokens(text_response[:rows], own_columns(tokens[:rows])),
-            )
+            mask = None if features.patch_mask is None else features.patch_mask[:rows]
+            seen = mean_over_tokens(image_response[:rows], mask)
+            told = mean_over_tokens(text_response[:rows], own_columns(tokens[:rows]))
+            auxiliary = self._auxiliary(used[:rows], logits[:rows], seen, told)
         return Output(network.log_probs(hidden[:supervised_rows]), features.pooled, hidden, auxiliary)
 
-    def encode(self, features: VisualFeatures) -> tuple[Tensor, ...]:
-        """The encoder's output (B, S, d) and the labels (B, C) that the head predicts."""
-        labels = self._complete(self.label_head(features.pooled) > 0)
-        return self.encoder_decoder.encode(features, self.encoder_decoder.prototypes(labels))[0], labels
-
-    def next_words(self, tokens: Tensor, *encoded: Tensor) -> Tensor:
-        network, (states, labels) = self.encoder_decoder, encoded
-        return network.log_probs(network.decode(tokens, states, network.prototypes(labels), None)[0])
+    def labels_to_read(self, features: VisualFeatures, labels: Tensor | None) -> Tensor:
+        """(B, C): ``labels``, or where there are none those that the head predicts; each row with a positive."""
+        return self._complete(self.label_head(features.pooled) > 0 if labels is None else labels)
 
     def _complete(self, labels: Tensor) -> Tensor:
         return with_no_finding(labels.to(self.label_head.weight.dtype), self.no_finding)
 
-    def _auxiliary(
-        self, labels: Tensor, logits: Tensor, image_response: Tensor, text_response: Tensor
-    ) -> dict[str, Tensor]:
-        """Weighted losses of the responses (B, d) and of the head's logits (B, C)."""
-        losses = {}
-        if self.weight_img_con_loss:
-            loss = label_contrastive_loss(image_response, labels, self.img_con_margin)
-            losses["img_con"] = self.weight_img_con_loss * loss
-        if self.weight_txt_con_loss:
-            loss = label_contrastive_loss(text_response, labels, self.txt_con_margin)
-            losses["txt_con"] = self.weight_txt_con_loss * loss
-        if self.label_loss_weight:
+    def _auxiliary(self, labels: Tensor, logits: Tensor, seen: Tensor, told: Tensor) -> dict[str, Tensor]:
+        """Weighted losses of the responses to image and report (B, d), and of the head's logits (B, C)."""
+        settings, losses = self.settings, {}
+        if settings.weight_img_con_loss:
+            loss = label_contrastive_loss(seen, labels, settings.img_con_margin)
+            losses["img_con"] = settings.weight_img_con_loss * loss
+        if settings.weight_txt_con_loss:
+            loss = label_contrastive_loss(told, labels, settings.txt_con_margin)
+            losses["txt_con"] = settings.weight_txt_con_loss * loss
+        if settings.label_loss_weight:
             loss = F.binary_cross_entropy_with_logits(logits.to(labels.dtype), labels)
-            losses["label"] = self.label_loss_weight * loss
+            losses["label"] = settings.label_loss_weight * loss
         return losses
 
-    def cross_attention(self) -> list[nn.Module]:
-        return [layer.src_attn for layer in self.encoder_decoder.model.decoder.layers]
-
-    def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> "Session":
+    def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> Session:
         """Prototypes are chosen by the labels that the image predicts, or by the given ones with "reference"."""
-        if self.xpronet_labels == "predicted":
-            labels = self.label_head(features.pooled) > 0
+        if not self.settings.reads_reference_labels:
+            labels = None
         elif labels is None:
             raise ValueError("xpronet_labels 'reference': generation needs the labels of every study")
-        return Session(self.encoder_decoder, features, self._complete(labels), decoding)
+        memory = self.encoder_decoder.memory(self.labels_to_read(features, labels))
+        return PrototypeSession(self.encoder_decoder, features, memory, decoding)
 
     def check_missing(self, names: list[str]) -> None:
         without_head = [name for name in names if not name.startswith("label_head.")]
         super().check_missing(without_head)
-        if len(names) > len(without_head) and self.xpronet_labels == "predicted":
+        if len(names) > len(without_head) and not self.settings.reads_reference_labels:
             raise ValueError(
-                "it has no label head, as the published ones, so labels cannot be predicted from images: "
+                "it has no label head, as published files do, so labels cannot be predicted from images: "
                 "give --xpronet_labels reference and --label_path"
             )
+
+
+class PrototypeSession(Session):
+    """A batch of studies being decoded, each with its own prototypes."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only the studies ``rows`` (int64 indices)."""
+        super().keep(rows)
+        self.memory.selected = self.memory.selected[rows]
 
 
 def mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -312,38 +256,9 @@ def mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
 def own_columns(tokens: Tensor) -> Tensor:
     """(1, T) bool: columns up to the last word of any row of ``tokens`` (B, T).
 
-    The published text loss averages over padding as well, but not over that which came by joining a batch with its
-    hard negatives.
+    The published text loss averages over a batch's own padding too, but not over what joining it with its hard
+    negatives adds.
     """
     has_word = (tokens > 0).any(dim=0)
     has_word[0] = True
     return has_word.flip(0).cummax(dim=0).values.flip(0).unsqueeze(0)
-
-
-class Session:
-    """The decoder with everything that stays the same, or is kept, between two tokens of a batch of studies."""
-
-    def __init__(self, network: EncoderDecoder, features: VisualFeatures, labels: Tensor, decoding: DecodingOptions):
-        self.network = network
-        self.prototypes = network.prototypes(labels)
-        encoded, _ = network.encode(features, self.prototypes)
-        self.sources = network.model.decoder.source_keys_values(encoded)
-        self.source_mask = features.attention_mask
-        self.cache = DecodingCache(len(self.sources), decoding.max_seq_length, decoding.num_hypotheses)
-
-    def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
-        """Log-probabilities (B, K, V+1) after ``tokens`` (B, K), which continue hypotheses ``parents`` (B, K).
-
-        A study's hypotheses stand side by side as queries, so that they share its keys and prototypes without a copy.
-        """
-        mask = self.cache.advance(tokens, parents)
-        x, _ = self.network.embed(tokens, self.prototypes, self.cache.position)
-        hidden = self.network.model.decoder(x, self.sources, mask, self.source_mask, self.cache.layers)
-        return self.network.log_probs(hidden)
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with the studies ``rows`` (int64 indices) only."""
-        self.sources = [(keys[rows], values[rows]) for keys, values in self.sources]
-        self.source_mask = None if self.source_mask is None else self.source_mask[rows]
-        self.prototypes.selected = self.prototypes.selected[rows]
-        self.cache.keep(rows)

@@ -5,7 +5,10 @@ and are built from a Config with ``part_of(config, OptimSettings)``; what belong
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
+from models import MODELS
+from models.settings import declared_settings
 from modules.config_checks import check_together
 from modules.data.dataset_specs import DATASETS, DataSpec
 from modules.decoding.options import DecodingOptions
@@ -27,58 +30,41 @@ MONITORED = (
     *CLINICAL_MONITORED,
 )
 REWARDS = ("CIDEr", "BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "clinical_f1")
-# Flags that move files about or say where to compute: another value gives the same results.
-NOT_DECIDING = frozenset(
-    (
-        "ann_path",
-        "image_dir",
-        "follow_links",
-        "num_workers",
-        "device",
-        "resume",
-        "load",
-        "save_dir",
-        "record_dir",
-        "exp_name",
-        "save_period",
-        "keep_epochs",
-        "checkpoint_steps",
-        "log_period",
-        "tensorboard",
-        "report_samples",
-        "worker_timeout",
-        "image_cache",
-        "max_restarts",
-    )
-)
+BACKBONE_SETTINGS = tuple(declared_settings(name) for name in MODELS)
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """Where the data lies and how it is read."""
 
-    image_dir: str = setting("data/iu_xray/images/", "data", "folder that the image paths of the annotation start from")
+    image_dir: str = setting(
+        "data/iu_xray/images/", "data", "folder that the image paths of the annotation start from", effect=False
+    )
     detection_features: str = setting(
         "",
         "data",
         "HDF5 file of region features, <image id>_features (n, width) each, "
         "which the backbone is given instead of images",
+        exported=True,
     )
-    max_detections: int = setting(50, "data", "regions of an image that are read from --detection_features", low=1)
+    max_detections: int = setting(
+        50, "data", "regions of an image that are read from --detection_features", low=1, exported=True
+    )
     shards: str = setting(
         "",
         "data",
         "images in tar shards made by scripts/make_shards.py, instead of --image_dir: their "
         "folder, or an address that fsspec reads (https://, s3://)",
     )
-    follow_links: bool = setting(False, "data", "follow links below --image_dir that lead out of it")
-    ann_path: str = setting("data/iu_xray/annotation.json", "data", "annotation.json in R2Gen's schema")
+    follow_links: bool = setting(False, "data", "follow links below --image_dir that lead out of it", effect=False)
+    ann_path: str = setting("data/iu_xray/annotation.json", "data", "annotation.json in R2Gen's schema", effect=False)
     dataset_name: str = setting(
         "iu_xray",
         "data",
         "decides report cleaning, images per study, record file (modules/data/dataset_specs.py); "
         "coco: every caption is a sample, all captions of an image are references",
         choices=tuple(DATASETS),
+        exported=True,
     )
     views: str = setting(
         "paired",
@@ -86,30 +72,40 @@ class DataSettings:
         "paired: a study's views together (R2GenCMN); separate: each image is a "
         "sample with the study's report (the ITHN paper)",
         choices=("paired", "separate"),
+        exported=True,
     )
-    threshold: int = setting(3, "data", "a token enters the vocabulary from this training count on", low=1)
-    num_workers: int = setting(2, "data", "processes that read images", low=0)
+    threshold: int = setting(
+        3, "data", "a token enters the vocabulary from this training count on", low=1, exported=True
+    )
+    num_workers: int = setting(2, "data", "processes that read images", low=0, effect=False)
     worker_timeout: float = setting(
         50.0,
         "data",
         "seconds without an answer after which the processes that read images count as hung; 0: never",
         low=0.0,
+        effect=False,
     )
     batch_size: int = setting(16, "data", "samples per step, of each process", low=1)
-    drop_last: bool = setting(False, "data", "leave out an epoch's last, incomplete training batch, as XProNet does")
-    image_size: int = setting(224, "data", "side of the network's input in pixels", low=32)
-    flip: bool = setting(True, "data", "random horizontal flip in training, as in R2GenCMN; mirrors left and right")
+    drop_last: bool = setting(
+        False, "data", "leave out an epoch's last, incomplete training batch, as XProNet does", train_only=True
+    )
+    image_size: int = setting(224, "data", "side of the network's input in pixels", low=32, exported=True)
+    flip: bool = setting(
+        True, "data", "random horizontal flip in training, as in R2GenCMN; mirrors left and right", train_only=True
+    )
     image_cache: str = setting(
         "",
         "data",
         "folder for the images as resized bytes, made once, in one file per split that "
         "only its owner can read; saves decoding them in every epoch",
+        effect=False,
     )
     length_bucketing: bool = setting(
         False,
         "data",
         "training batches of reports of like length: less padding, but the "
         "contrastive loss then compares reports of like length",
+        train_only=True,
     )
     on_bad_image: str = setting(
         "stop",
@@ -123,10 +119,14 @@ class DataSettings:
 class NetworkSettings:
     """Which backbone is trained, and its sizes."""
 
-    model_name: str = setting("r2gencmn", "backbone", "backbone that writes the reports")
-    visual_extractor: str = setting("resnet101", "backbone", "torchvision or timm model that gives patch features")
-    visual_extractor_pretrained: bool = setting(True, "backbone", "start from ImageNet weights")
-    visual_extractor_weights: str = setting("", "backbone", "start the visual extractor from this file instead")
+    model_name: str = setting("r2gencmn", "backbone", f"the backbone: {', '.join(MODELS)}", exported=True)
+    visual_extractor: str = setting(
+        "resnet101", "backbone", "torchvision or timm model that gives patch features", exported=True
+    )
+    visual_extractor_pretrained: bool = setting(True, "backbone", "start from ImageNet weights", train_only=True)
+    visual_extractor_weights: str = setting(
+        "", "backbone", "start the visual extractor from this file instead", train_only=True
+    )
     freeze_visual_extractor: bool = setting(False, "backbone", "keep the visual extractor's weights as they are")
     feature_cache: str = setting(
         "",
@@ -140,23 +140,8 @@ class NetworkSettings:
         "joint: one call for all views; per_view: each view normalised by its "
         "own statistics, as the published code does",
         choices=("joint", "per_view"),
+        exported=True,
     )
-    d_model: int = setting(512, "backbone", "width of the transformer", low=1)
-    d_ff: int = setting(512, "backbone", "hidden width of the feed-forward layers", low=1)
-    num_heads: int = setting(8, "backbone", "attention heads", low=1)
-    num_layers: int = setting(3, "backbone", "layers of encoder and decoder, each", low=1)
-    dropout: float = setting(0.1, "backbone", "dropout of the transformer", low=0.0, high=0.999)
-    drop_prob_lm: float = setting(0.5, "backbone", "dropout after the patch embedding", low=0.0, high=0.999)
-    use_bn: int = setting(
-        0, "backbone", "batch normalisation of the patch embedding: 0 none, 1 before, 2 around", choices=(0, 1, 2)
-    )
-    topk: int = setting(32, "backbone", "memory rows that a query reads", low=1)
-    cmm_size: int = setting(2048, "backbone", "rows of the cross-modal memory", low=1)
-    cmm_dim: int = setting(512, "backbone", "width of the cross-modal memory; must equal --d_model", low=1)
-    rm_num_slots: int = setting(3, "backbone", "R2Gen: slots of the relational memory", low=1)
-    rm_num_heads: int = setting(8, "backbone", "R2Gen: attention heads of the relational memory", low=1)
-    rm_d_model: int = setting(512, "backbone", "R2Gen: width of the relational memory; must equal --d_model", low=1)
-
     tokenizer: str = setting(
         "auto",
         "backbone",
@@ -164,78 +149,27 @@ class NetworkSettings:
         "files in --gpt2_path; auto: bpe for a backbone that starts from a GPT-2 that has them, "
         "else word",
         choices=("auto", "word", "bpe"),
+        exported=True,
     )
-
-    # ---- VisualGPT
-    gpt2_path: str = setting(
-        "",
-        "VisualGPT",
-        "pretrained GPT-2: a local folder, or a hub id such as gpt2, which is "
-        "downloaded once; an empty name trains from random weights",
-    )
-    gpt2_layers: int = setting(
-        12,
-        "VisualGPT",
-        "layers of the decoder; --num_layers are the encoder's, --d_model and "
-        "--num_heads go for both, --d_ff for the encoder",
-        low=1,
-    )
-    gpt2_positions: int = setting(1024, "VisualGPT", "longest text that the decoder has positions for", low=1)
-    tau: float = setting(0.2, "VisualGPT", "threshold of the self-resurrecting activation unit", low=0.0, high=1.0)
-    visualgpt_compat: str = setting(
-        "off",
-        "VisualGPT",
-        "published: bring back the published code's accidents (docs/VISUALGPT.md)",
-        choices=("off", "published"),
-    )
-
-    # ---- XProNet
     label_path: str = setting(
         "data/iu_xray/labels.pickle",
-        "XProNet",
-        "labels of every study: a CSV file with columns "
+        "labels",
+        "labels of every study, for XProNet: a CSV file with columns "
         "id and the 14 classes (scripts/label_reports.py), or a pickled dictionary of arrays",
     )
     label_columns: str = setting(
         "",
-        "XProNet",
+        "labels",
         "order of a pickle's columns, which have no names: chexpert, chexbert "
         "(XProNet's IU X-Ray file), mimic_cxr (its MIMIC-CXR file) or 14 names separated by "
         "commas; a CSV file needs none",
     )
     cluster_order: str = setting(
         "chexpert",
-        "XProNet",
-        "order of the classes in the prototype matrix, likewise: "
-        "published prototypes and checkpoints follow the labels they were made with",
-    )
-    init_protypes_path: str = setting(
-        "data/iu_xray/init_protypes_512.pt",
-        "XProNet",
-        "initial prototypes, written by scripts/build_prototypes.py or published; an empty name draws them at random",
-    )
-    num_cluster: int = setting(20, "XProNet", "classes that have prototypes; the labels have 14", low=1)
-    num_protype: int = setting(10, "XProNet", "prototypes of each class", low=1)
-    d_img_ebd: int = setting(512, "XProNet", "width of a prototype's image part", low=1)
-    d_txt_ebd: int = setting(768, "XProNet", "width of a prototype's text part", low=0)
-    weight_img_con_loss: float = setting(1.0, "XProNet", "weight of the images' contrastive loss", low=0.0)
-    weight_txt_con_loss: float = setting(1.0, "XProNet", "weight of the reports' contrastive loss", low=0.0)
-    img_con_margin: float = setting(
-        0.4, "XProNet", "cosine above which unlike images are pushed apart", low=-1.0, high=1.0
-    )
-    txt_con_margin: float = setting(
-        0.4, "XProNet", "cosine above which unlike reports are pushed apart", low=-1.0, high=1.0
-    )
-    xpronet_labels: str = setting(
-        "predicted",
-        "XProNet",
-        "labels that generation goes by: predicted from the image (each "
-        "with a probability above 0.5, No Finding where there is none); or reference: those of "
-        "--label_path, as published, which come from the reference report and leak it",
-        choices=("predicted", "reference"),
-    )
-    label_loss_weight: float = setting(
-        1.0, "XProNet", "weight of the binary cross entropy that trains the predicted labels", low=0.0
+        "labels",
+        "order of the classes in a batch's labels and in XProNet's prototype matrix, named as for --label_columns: "
+        "published prototypes and checkpoints have the order of the labels that they were made with",
+        exported=True,
     )
 
 
@@ -361,7 +295,15 @@ class SelfCriticalSettings:
 
 # Dataclasses take up their bases from the last to the first: read upwards, this is the order of --help.
 @dataclass(frozen=True)
-class Config(SelfCriticalSettings, OptimSettings, DecodingOptions, ITHNSettings, NetworkSettings, DataSettings):
+class Config(
+    SelfCriticalSettings,
+    OptimSettings,
+    DecodingOptions,
+    ITHNSettings,
+    *BACKBONE_SETTINGS[::-1],
+    NetworkSettings,
+    DataSettings,
+):
     """The resolved settings of one run; construction validates them and raises InputError naming flag and value."""
 
     # ---- run
@@ -377,9 +319,13 @@ class Config(SelfCriticalSettings, OptimSettings, DecodingOptions, ITHNSettings,
         "run",
         "with several processes: times that all are started again from the last checkpoint when one fails",
         low=0,
+        effect=False,
+        train_only=True,
     )
-    sync_bn: bool = setting(False, "run", "batch normalisation by the statistics of all processes' samples")
-    device: str = setting("auto", "run", "auto, cpu, cuda or cuda:N")
+    sync_bn: bool = setting(
+        False, "run", "batch normalisation by the statistics of all processes' samples", train_only=True
+    )
+    device: str = setting("auto", "run", "auto, cpu, cuda or cuda:N", effect=False)
     precision: str = setting(
         "float32",
         "run",
@@ -388,7 +334,7 @@ class Config(SelfCriticalSettings, OptimSettings, DecodingOptions, ITHNSettings,
         choices=("float32", "float16", "bfloat16", "auto"),
     )
     tf32: bool = setting(False, "run", "float32 products of Ampere and later GPUs with the mantissa of TF32 (10 bits)")
-    compile: bool = setting(False, "run", "compile the objective with torch.compile")
+    compile: bool = setting(False, "run", "compile the objective with torch.compile", train_only=True)
     deterministic: bool = setting(False, "run", "deterministic kernels only: equal runs on one machine, slower")
     seed: int = setting(9233, "run", "seed of weights, order and augmentation", low=0, high=2**63 - 1)
     resume: str = setting(
@@ -396,30 +342,50 @@ class Config(SelfCriticalSettings, OptimSettings, DecodingOptions, ITHNSettings,
         "run",
         "go on from this checkpoint; auto: from the latest valid one in --save_dir, or from "
         "the start where there is none",
+        effect=False,
+        train_only=True,
     )
     load: str = setting(
         "",
         "run",
         "main_test.py: the checkpoint to test; main_train.py: the weights that a new run "
         "starts from; our own brings its settings along",
+        effect=False,
     )
 
     # ---- results
-    save_dir: str = setting("results/iu_xray", "results", "folder of checkpoints and results")
-    record_dir: str = setting("records/", "results", "folder of <dataset>.csv, one line per run")
-    exp_name: str = setting("", "results", "name of the run in records and report")
-    save_period: int = setting(1, "results", "epochs between checkpoints; the best model is always kept", low=1)
-    keep_epochs: bool = setting(False, "results", "keep the checkpoint of every epoch that is saved, as epoch_<n>.pth")
-    checkpoint_steps: int = setting(
-        0, "results", "optimiser steps between further checkpoints within an epoch; 0: none", low=0
+    save_dir: str = setting("results/iu_xray", "results", "folder of checkpoints and results", effect=False)
+    record_dir: str = setting("records/", "results", "folder of <dataset>.csv, one line per run", effect=False)
+    exp_name: str = setting("", "results", "name of the run in records and report", effect=False)
+    save_period: int = setting(
+        1, "results", "epochs between checkpoints; the best model is always kept", low=1, effect=False, train_only=True
     )
-    log_period: int = setting(1000, "results", "steps between lines in the log", low=1)
+    keep_epochs: bool = setting(
+        False,
+        "results",
+        "keep the checkpoint of every epoch that is saved, as epoch_<n>.pth",
+        effect=False,
+        train_only=True,
+    )
+    checkpoint_steps: int = setting(
+        0,
+        "results",
+        "optimiser steps between further checkpoints within an epoch; 0: none",
+        low=0,
+        effect=False,
+        train_only=True,
+    )
+    log_period: int = setting(1000, "results", "steps between lines in the log", low=1, effect=False, train_only=True)
     monitor_metric: str = setting(
         "BLEU_4", "results", "validation metric for choosing the best model", choices=MONITORED
     )
-    monitor_mode: str = setting("max", "results", "whether the metric should grow or fall", choices=("min", "max"))
-    early_stop: int = setting(50, "results", "stop after more than this many epochs without improvement", low=1)
-    start_eval_epoch: int = setting(0, "results", "no validation before this epoch", low=0)
+    monitor_mode: str = setting(
+        "max", "results", "whether the metric should grow or fall", choices=("min", "max"), train_only=True
+    )
+    early_stop: int = setting(
+        50, "results", "stop after more than this many epochs without improvement", low=1, train_only=True
+    )
+    start_eval_epoch: int = setting(0, "results", "no validation before this epoch", low=0, train_only=True)
     meteor: bool = setting(True, "results", "METEOR (needs Java); false leaves it out")
     clinical: bool = setting(True, "results", "clinical scores of labels by rules (radiology data sets only)")
     chexbert_path: str = setting("", "results", "chexbert.pth: clinical scores of CheXbert's labels too")
@@ -437,8 +403,10 @@ class Config(SelfCriticalSettings, OptimSettings, DecodingOptions, ITHNSettings,
     floors: bool = setting(
         True, "results", "score two training-free baselines: commonest report, nearest training image"
     )
-    tensorboard: bool = setting(True, "results", "write TensorBoard curves (numbers only) into --save_dir")
-    report_samples: int = setting(40, "results", "studies shown in report.html", low=0)
+    tensorboard: bool = setting(
+        True, "results", "write TensorBoard curves (numbers only) into --save_dir", effect=False, train_only=True
+    )
+    report_samples: int = setting(40, "results", "studies shown in report.html", low=0, effect=False)
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -471,3 +439,41 @@ class Config(SelfCriticalSettings, OptimSettings, DecodingOptions, ITHNSettings,
     def labels_by_rules(self) -> bool:
         """Whether reports are labelled by rules and scored clinically."""
         return self.clinical and self.dataset.clinical
+
+
+def settings_with(fact: str, value: Any = True) -> frozenset[str]:
+    """Names of the settings whose declaration says ``fact=value``."""
+    return frozenset(item.name for item in fields(Config) if item.metadata.get(fact) == value)
+
+
+def settings_of(*parts: Any) -> frozenset[str]:
+    """Names of the settings of dataclasses ``parts``."""
+    return frozenset(item.name for part in parts for item in fields(part))
+
+
+def _require_agreement() -> None:
+    """ValueError where two classes declare the same flag with different types, defaults or descriptions."""
+    seen: dict[str, tuple[str, Any]] = {}
+    for part in Config.__mro__[:-1]:
+        for item in fields(part):
+            if item.name not in part.__annotations__:  # inherited
+                continue
+            declaration = (item.type, item.default, dict(item.metadata))
+            where, first = seen.setdefault(item.name, (part.__module__, declaration))
+            if declaration != first:
+                raise ValueError(
+                    f"--{item.name} is declared in {where} and in {part.__module__} with another type, default or "
+                    "description: declare it alike or name it differently (a default of one backbone belongs in its "
+                    "PRESETS)"
+                )
+
+
+_require_agreement()
+# Another value gives the same results.
+NO_EFFECT_ON_RESULTS = settings_with("effect", False)
+# Without effect where a model is only tested.
+TRAIN_ONLY = settings_with("train_only") | settings_of(ITHNSettings, OptimSettings, SelfCriticalSettings)
+# Stored with exported weights: what decides their results, unless it names a file of this machine.
+EXPORTED = settings_with("exported") | (
+    settings_of(DecodingOptions, *BACKBONE_SETTINGS) - settings_with("train_only") - settings_with("file")
+)

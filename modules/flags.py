@@ -8,8 +8,10 @@ import typing
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from modules.config import Config
-from modules.presets import BACKBONES, preset
+from models import MODELS
+from models.settings import declared_presets
+from modules.config import TRAIN_ONLY, Config
+from modules.data.dataset_specs import DATASETS
 from modules.runtime.errors import InputError
 
 # Declared by R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN, but without effect on their results, or
@@ -52,48 +54,19 @@ ALIASES = {
     "head": "num_heads",
     "lr": "lr_ed",
 }
+# What --self_critical sets unless the flag is given, also over the settings of the weights that it starts from.
+SELF_CRITICAL = {"lr_ve": 1e-5, "lr_ed": 1e-5, "lr_scheduler": "constant", "monitor_metric": "CIDEr"}
 
-# Flags that act while a model is trained and leave a test of it alone.
-IDLE_IN_TESTS = frozenset(
-    item.name for item in dataclasses.fields(Config) if item.metadata["group"] == "optimisation"
-) | {
-    "compile",
-    "drop_last",
-    "early_stop",
-    "flip",
-    "keep_epochs",
-    "checkpoint_steps",
-    "length_bucketing",
-    "log_period",
-    "max_restarts",
-    "monitor_mode",
-    "resume",
-    "save_period",
-    "start_eval_epoch",
-    "sync_bn",
-    "tensorboard",
-    "visual_extractor_pretrained",
-}
-# With those that decide what is trained, and that a test writes into its results.
-OF_TRAINING = (
-    IDLE_IN_TESTS
-    | {
-        "dropout",
-        "drop_prob_lm",
-        "img_con_margin",
-        "init_protypes_path",
-        "label_loss_weight",
-        "txt_con_margin",
-        "visual_extractor_weights",
-        "weight_img_con_loss",
-        "weight_txt_con_loss",
-    }
-    | {
-        item.name
-        for item in dataclasses.fields(Config)
-        if item.metadata["group"] in ("ITHN", "beyond ITHN", "self-critical")
-    }
-)
+
+def preset(backbone: str, dataset_name: str) -> dict[str, Any]:
+    """Flag values by name that ``--backbone`` sets on a data set: those of the published run scripts."""
+    own, spec = declared_presets(backbone), DATASETS.get(dataset_name)
+    return {**own.get("*", {}), **(spec.preset if spec else {}), **own.get(dataset_name, {})}
+
+
+def stage_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of the flags ``given``: the ``settings`` of the weights, and over them the self-critical stage's."""
+    return {**settings, **(SELF_CRITICAL if given.get("self_critical") else {})}
 
 
 def boolean(text: str) -> bool:
@@ -146,9 +119,9 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--max-restarts", type=int, dest="max_restarts", help=argparse.SUPPRESS)
     groups["backbone"].add_argument(
         "--backbone",
-        choices=BACKBONES,
-        metavar="{" + ",".join(BACKBONES) + "}",
-        help="like --model_name, with that paper's published settings for --dataset_name beneath the flags given",
+        choices=tuple(MODELS),
+        metavar="{" + ",".join(MODELS) + "}",
+        help="like --model_name, with that paper's published settings for --dataset_name as defaults",
     )
     return parser
 
@@ -233,16 +206,14 @@ def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def idle_in_tests(given: Container[str]) -> str | None:
     """A line for main_test.py's log that names the flags ``given`` that do nothing there; None where all do."""
-    idle = [
-        f"--{item.name}" for item in dataclasses.fields(Config) if item.name in IDLE_IN_TESTS and item.name in given
-    ]
+    idle = [f"--{item.name}" for item in dataclasses.fields(Config) if item.name in TRAIN_ONLY and item.name in given]
     return f"ignored by main_test.py: {', '.join(idle)}" if idle else None
 
 
 def flags_of_training(words: Sequence[str]) -> list[str]:
     """The flags among the ``words`` of a command line that have nothing to act on where a model is only tested."""
     names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
-    return [f"--{name}" for name in names if ALIASES.get(name, name.replace("-", "_")) in OF_TRAINING]
+    return [f"--{name}" for name in names if ALIASES.get(name, name.replace("-", "_")) in TRAIN_ONLY]
 
 
 def _preset_notes(given: Mapping[str, Any]) -> list[str]:
@@ -254,7 +225,7 @@ def _preset_notes(given: Mapping[str, Any]) -> list[str]:
     )
     notes = [f"from the published settings of {backbone} on {dataset_name}: {shown}"]
     if given.get("resume") or given.get("load"):
-        notes.append("the settings that a checkpoint of ours brings along go before these")
+        notes.append("settings stored in the checkpoint override this preset")
     return notes
 
 

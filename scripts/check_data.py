@@ -245,7 +245,9 @@ def check_index(config: Config, annotation: Annotation, findings: Findings) -> N
 
 def check_labels(config: Config, annotation: Annotation, findings: Findings) -> None:
     """The label file, and that it has every study that needs a row."""
+    from models import settings_class
     from modules.labels.study_labels import class_order, read_labels
+    from modules.runtime.settings import part_of
 
     path, classes = config.label_path, class_order(config.cluster_order, "cluster_order")
     table = findings.attempt(
@@ -258,7 +260,8 @@ def check_labels(config: Config, annotation: Annotation, findings: Findings) -> 
     unlabelled = {
         split: [study for study in studies if table.find(study) is None] for split, studies in annotation.splits.items()
     }
-    needed = list(unlabelled) if config.xpronet_labels == "reference" else ["train"]
+    leaks = part_of(config, settings_class(config.model_name)).reads_reference_labels
+    needed = list(unlabelled) if leaks else ["train"]
     for study in (study for split in needed for study in unlabelled[split]):
         findings.problems.append(
             Problem(
@@ -297,7 +300,7 @@ def check_prototypes(config: Config, findings: Findings) -> None:
 
 def check(config: Config, hashed: bool) -> Findings:
     """All of it."""
-    from models import MODELS
+    from models import MODELS, backbone_class
 
     findings = Findings()
     annotation = check_annotation(config, findings)
@@ -308,7 +311,7 @@ def check(config: Config, hashed: bool) -> Findings:
         check_reports(config, samples, findings)
     if config.negative_index:
         check_index(config, samples, findings)
-    if config.model_name in MODELS and MODELS[config.model_name].needs_labels:
+    if config.model_name in MODELS and backbone_class(config.model_name).needs_labels:
         check_labels(config, annotation, findings)
         if config.init_protypes_path:
             check_prototypes(config, findings)

@@ -23,7 +23,7 @@ from modules.data.dataset_specs import DATASETS
 from modules.evaluation.score_names import FULL
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
-from scripts.experiments.plan import NOT_DECIDING, read_json
+from scripts.experiments.plan import NO_EFFECT_ON_RESULTS, read_json
 
 if TYPE_CHECKING:
     from modules.evaluation.report_statistics import ReportStatistics
@@ -206,7 +206,7 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
         by=by,
         count=len(first.generated),
         synthetic=any(folder.results.get("synthetic") for folder in folders),
-        settings=settings_that_differ(*configs, NOT_DECIDING | {"negative_index"}) if all(configs) else [],
+        settings=settings_that_differ(*configs, NO_EFFECT_ON_RESULTS | {"negative_index"}) if all(configs) else [],
         same=sum(a == b for a, b in zip(first.generated, second.generated, strict=True)),
         better=pairs(gains),
         worse=pairs(losses),

@@ -15,18 +15,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.config import Config
+from models import MODELS
+from modules.config import BACKBONE_SETTINGS, DataSettings, NetworkSettings, settings_of
+from modules.decoding.options import DecodingOptions
 from modules.flags import Parser, add_flags, resolve_config
-from modules.presets import BACKBONES
 from modules.run.study_arguments import given_flags
 from modules.runtime.environment import check_python, provenance
 from modules.runtime.errors import InputError, run_entry_point
 
-GROUPS = ("data", "backbone", "VisualGPT", "XProNet", "decoding")
 # A converted checkpoint has no mean training image to be guided by.
-FLAGS = tuple(
-    item.name for item in dataclasses.fields(Config) if item.metadata["group"] in GROUPS and item.name != "guidance"
-)
+FLAGS = settings_of(DataSettings, NetworkSettings, DecodingOptions, *BACKBONE_SETTINGS) - {"guidance"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--backbone",
         default=argparse.SUPPRESS,
-        choices=BACKBONES,
+        choices=tuple(MODELS),
         help="take that backbone's published settings; flags given beside it win",
     )
     add_flags(group, FLAGS)
@@ -107,7 +105,7 @@ def main() -> None:
     """Read one checkpoint, write the other."""
     check_python()
     arguments = build_parser().parse_args()
-    given = given_flags(arguments, (*FLAGS, "backbone"))
+    given = given_flags(arguments, FLAGS | {"backbone"})
     if arguments.to != "ours" and given:
         raise InputError(f"--{next(iter(given))} says how a published model was trained: it goes with --to ours only")
     if arguments.out.exists():

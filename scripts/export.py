@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from modules.config import EXPORTED
 from modules.flags import Parser
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
@@ -71,8 +72,8 @@ def to_folder(source: Path, out: Path, licence: str) -> None:
     if content.get("format") != FORMAT:
         raise InputError(f"{source}: not one of ours; scripts/convert_checkpoint.py --to ours makes one of it")
     own_settings(content, str(source))
-    write_shared(out, content, model_card(content, source.parent, licence))
-    if not same_weights(shared_tensors(read_shared(out)), shared_tensors(content)):
+    write_shared(out, content, model_card(content, source.parent, licence), EXPORTED)
+    if not same_weights(shared_tensors(read_shared(out, EXPORTED)), shared_tensors(content)):
         raise InputError(f"{out}: the weights do not read back as they were written; is the disk whole?")
 
 
@@ -88,7 +89,7 @@ def to_checkpoint(source: Path, out: Path) -> None:
     from modules.training.checkpoint import FORMAT
     from scripts.convert_checkpoint import write
 
-    shared = read_shared(source)
+    shared = read_shared(source, EXPORTED)
     tokenizer = tokenizer_from_state(shared["vocabulary"])
     config = resolve_config(shared["config"])
     device = compose.prepare_device(config)

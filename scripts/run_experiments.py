@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models import MODELS
 from modules.flags import Parser
 from modules.runtime.environment import ROOT
 from modules.runtime.errors import InputError, run_entry_point
@@ -64,9 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def available_models() -> list[str]:
-    """Backbones that --model_name may name; importing them takes seconds."""
-    from models import MODELS
-
+    """Backbones that --model_name may name."""
     return list(MODELS)
 
 

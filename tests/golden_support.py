@@ -1,5 +1,6 @@
 """Reading of golden vectors: the folder layout of GOLDEN_DIR, and the seeded rules that stand in for large files."""
 
+import dataclasses
 import json
 import os
 import zlib
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from models.settings import declared_presets, declared_settings
 from modules.layers.visual_extractor import IMAGENET_MEAN, IMAGENET_STD
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -33,6 +35,12 @@ class Golden:
         """(B, N, 3, 224, 224) normalised images; N = 1 where the reference had no view axis."""
         images = normalised_images(self.arrays[name].numpy())
         return images if images.dim() == 5 else images.unsqueeze(1)
+
+
+def published_settings(name: str) -> dict:
+    """The settings of the backbone ``name`` that its published run script gives, by name."""
+    own = {item.name for item in dataclasses.fields(declared_settings(name))}
+    return {key: value for key, value in declared_presets(name)["*"].items() if key in own}
 
 
 def read_golden(*folder: str) -> Golden:

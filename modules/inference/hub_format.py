@@ -4,7 +4,7 @@ Neither holds optimiser state, paths of this machine, ids or reports; the vocabu
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +17,6 @@ from modules.training.checkpoint import require_mean_patches
 
 WEIGHTS, SETTINGS, VOCABULARY, CARD = "model.safetensors", "config.json", "vocabulary.json", "README.md"
 FORMAT = "ithn-shared-1"
-# Settings that decide what the weights compute; everything else is of a run or of a machine.
-SHARED = (
-    "dataset_name",
-    "views",
-    "max_seq_length",
-    "threshold",
-    "image_size",
-    "model_name",
-    "visual_extractor",
-    "batch_norm",
-    "d_model",
-    "d_ff",
-    "num_heads",
-    "num_layers",
-    "use_bn",
-    "topk",
-    "cmm_size",
-    "cmm_dim",
-    "rm_num_slots",
-    "rm_num_heads",
-    "rm_d_model",
-    "tokenizer",
-    "gpt2_layers",
-    "gpt2_positions",
-    "tau",
-    "visualgpt_compat",
-    "cluster_order",
-    "num_cluster",
-    "num_protype",
-    "d_img_ebd",
-    "d_txt_ebd",
-    "xpronet_labels",
-    "detection_features",
-    "max_detections",
-    "sample_method",
-    "beam_size",
-    "group_size",
-    "diversity_lambda",
-    "temperature",
-    "collapse_repeats",
-    "block_trigrams",
-    "guidance",
-)
 MEAN = "mean_patches"  # of the training split, of models trained with guidance
 _OURS_ALONE = ("label_head.",)  # XProNet's labels predicted from the image
 _HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
@@ -84,19 +41,17 @@ def published_weights(state: Mapping[str, Tensor], *, heads: bool) -> dict[str, 
     )
 
 
-def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a checkpoint's settings that goes with its weights."""
-    return {name: config[name] for name in SHARED if name in config}
-
-
 def shared_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of a checkpoint and, where it was trained with guidance, its mean training image."""
     mean = content.get(MEAN)
     return dict(content["state_dict"]) | ({} if mean is None else {MEAN: mean})
 
 
-def write_shared(folder: Path, content: Mapping[str, Any], card: str) -> None:
-    """Write a checkpoint of ours as weights, settings, vocabulary and card; InputError where the folder has a model."""
+def write_shared(folder: Path, content: Mapping[str, Any], card: str, names: Collection[str]) -> None:
+    """Write a checkpoint as weights, settings (those in ``names``), vocabulary and card.
+
+    InputError where the folder has a model.
+    """
     from safetensors.torch import save
 
     if (folder / WEIGHTS).exists():
@@ -109,17 +64,17 @@ def write_shared(folder: Path, content: Mapping[str, Any], card: str) -> None:
         "format": FORMAT,
         "strategy": content["strategy"],
         "epoch": content["epoch"],
-        **shared_settings(content["config"]),
+        **{name: value for name, value in content["config"].items() if name in names},
     }
     write_private(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
     write_private(folder / VOCABULARY, json.dumps(content["vocabulary"], ensure_ascii=False) + "\n")
     write_private(folder / CARD, card)
 
 
-def read_shared(folder: Path) -> dict[str, Any]:
+def read_shared(folder: Path, names: Collection[str]) -> dict[str, Any]:
     """What ``write_shared`` wrote: state_dict, mean_patches, config, vocabulary, strategy, epoch.
 
-    InputError for anything else.
+    Of the settings only those in ``names``. InputError for anything else.
     """
     from safetensors.torch import load_file
 
@@ -137,7 +92,7 @@ def read_shared(folder: Path) -> dict[str, Any]:
     return {
         "state_dict": weights,
         **own,
-        "config": shared_settings(settings),
+        "config": {name: value for name, value in settings.items() if name in names},
         "vocabulary": vocabulary,
         "strategy": settings["strategy"],
         "epoch": settings["epoch"],

@@ -2,13 +2,14 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from models import MODELS, Backbone, build_model
+from models import backbone_class, settings_class
+from models.base import Backbone, BackboneSettings
 from modules.config import Config
 from modules.data.annotations import read_annotation
 from modules.data.captions import split_captions
@@ -91,14 +92,14 @@ def read_data(
         annotation = split_captions(annotation)
     if tokenizer is None:
         reports = [study.report for study in annotation.splits["train"]]
-        tokenizer = build_tokenizer(config, reports, on_gpt2="gpt2_layers" in _backbone_class(config).flags)
+        tokenizer = build_tokenizer(config, reports, kind=backbone_class(config.model_name).tokenizer_kind)
     if config.beam_size > tokenizer.num_ids:
         raise InputError(f"--beam_size {config.beam_size}: at most the {tokenizer.num_ids} token ids of the vocabulary")
     strategy, index = "off", None
     if trained_with is None:
         strategy, index = hard_negatives(config, annotation, asked=asked_for_ithn)
     labels = None
-    if _backbone_class(config).needs_labels and (trained_with is None or score_tag(config)):
+    if backbone_class(config.model_name).needs_labels and (trained_with is None or score_tag(config)):
         labels = read_labels(config.label_path, _clusters(config), config.label_columns)
         if trained_with is None:
             labels.of(annotation.splits["train"])  # a study without labels: rather found now than after the features
@@ -120,16 +121,14 @@ def read_data(
     )
 
 
-def _backbone_class(config: Config) -> type[Backbone]:
-    if config.model_name not in MODELS:
-        raise InputError(f"--model_name {config.model_name}: must be one of {', '.join(MODELS)}")
-    return MODELS[config.model_name]
+def backbone_settings(config: Config) -> BackboneSettings:
+    """The settings of the backbone that --model_name names."""
+    return part_of(config, settings_class(config.model_name))
 
 
 def score_tag(config: Config) -> str:
     """What the names of scores carry where generation is given labels of the reference reports; else nothing."""
-    leaks = "xpronet_labels" in _backbone_class(config).flags and config.xpronet_labels == "reference"
-    return "reference_labels" if leaks else ""
+    return "reference_labels" if backbone_settings(config).reads_reference_labels else ""
 
 
 def _clusters(config: Config) -> tuple[str, ...]:
@@ -188,7 +187,7 @@ def build_objective(
 
 def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer, *, pretrained: bool) -> Backbone:
     """The backbone that --model_name names, with the flags that it asks for; InputError where they do not fit."""
-    kind = _backbone_class(config)
+    kind = backbone_class(config.model_name)
     if config.guidance and not (
         kind.session is not Backbone.session and kind.search is Backbone.search and kind.generate is Backbone.generate
     ):
@@ -196,19 +195,20 @@ def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer
             f"--guidance {config.guidance:g}: --model_name {config.model_name} writes reports by a "
             "generate() of its own, not by a session() that can be guided"
         )
-    options = {name: getattr(config, name) for name in kind.flags}
-    if "num_protype" in kind.flags:
-        options |= _prototypes(config, pretrained)
-    if "gpt2_layers" in kind.flags:
-        options |= gpt2_options(config, tokenizer, pretrained=pretrained)
+    options: dict[str, Any] = {}
+    for resource in kind.resources:
+        options |= RESOURCES[resource](config, tokenizer, pretrained)
+    settings = backbone_settings(config)
     try:
-        return build_model(config.model_name, visual_extractor=extractor, num_ids=tokenizer.num_ids, **options)
+        return kind(visual_extractor=extractor, num_ids=tokenizer.num_ids, settings=settings, **options)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"--{error}") from error
 
 
-def _prototypes(config: Config, pretrained: bool) -> dict[str, Any]:
-    """The labels' clusters by name, and the prototypes to start from unless a checkpoint brings them."""
+def _prototypes(config: Config, tokenizer: AnyTokenizer, pretrained: bool) -> dict[str, Any]:
+    """The class of normal studies, and the initial prototypes unless a checkpoint provides them."""
     classes = _clusters(config)
     if config.num_cluster != len(classes):
         raise InputError(
@@ -225,6 +225,13 @@ def _prototypes(config: Config, pretrained: bool) -> dict[str, Any]:
             d_txt_ebd=config.d_txt_ebd,
         )
     return {"no_finding": classes.index(NO_FINDING), "init_prototypes": initial}
+
+
+# What a backbone may ask for in ``resources``: constructor arguments that are made of files or of the vocabulary.
+RESOURCES: dict[str, Callable[[Config, AnyTokenizer, bool], dict[str, Any]]] = {
+    "prototypes": _prototypes,
+    "gpt2": gpt2_options,
+}
 
 
 def decoding_options(config: Config) -> DecodingOptions:

@@ -14,9 +14,9 @@ AnyTokenizer = Tokenizer | BpeTokenizer
 logger = logging.getLogger("ithn")
 
 
-def build_tokenizer(config: Config, reports: Sequence[str], *, on_gpt2: bool) -> AnyTokenizer:
-    """The tokeniser that --tokenizer names; ``on_gpt2`` says whether the backbone can start from --gpt2_path."""
-    wants_bpe = config.tokenizer == "bpe" or (config.tokenizer == "auto" and on_gpt2 and config.gpt2_path)
+def build_tokenizer(config: Config, reports: Sequence[str], *, kind: str) -> AnyTokenizer:
+    """The tokeniser that --tokenizer names; auto is the backbone's ``kind``, bpe only where --gpt2_path is given."""
+    wants_bpe = config.tokenizer == "bpe" or (config.tokenizer == "auto" and kind == "bpe" and config.gpt2_path)
     if wants_bpe and not config.gpt2_path:
         raise InputError(
             "--tokenizer bpe: give the folder or hub id with GPT-2's vocab.json and merges.txt as --gpt2_path"
@@ -33,7 +33,7 @@ def build_tokenizer(config: Config, reports: Sequence[str], *, on_gpt2: bool) ->
     return Tokenizer.from_reports(reports, config.threshold, config.dataset.cleaner)
 
 
-def gpt2_options(config: Config, tokenizer: AnyTokenizer, *, pretrained: bool) -> dict[str, Any]:
+def gpt2_options(config: Config, tokenizer: AnyTokenizer, pretrained: bool) -> dict[str, Any]:
     """Special ids, and the weights of --gpt2_path unless a checkpoint brings them."""
     if config.max_seq_length > config.gpt2_positions:
         raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from models import Backbone
+from models.base import Backbone
 from modules.data.bpe_tokenizer import tokenizer_from_state
 from modules.data.images import eval_transform, open_image
 from modules.flags import resolve_config

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models import MODELS
-from modules.config import NOT_DECIDING, Config
+from models import backbone_class, settings_class
+from modules.config import NO_EFFECT_ON_RESULTS, Config
 from modules.data.captions import first_of_each_image
 from modules.data.datasets import ReportDataset
 from modules.data.tokenizers import Tokenizer
@@ -140,10 +140,10 @@ def test_and_write(
 
 def input_files(config: Config) -> dict[str, str]:
     """SHA-256 of the files that a training with these settings starts from, by the flags that name them."""
-    backbone = MODELS[config.model_name]
+    own = dataclasses.fields(settings_class(config.model_name))
     paths = {
-        "label_path": config.label_path if backbone.needs_labels else "",
-        "init_protypes_path": config.init_protypes_path if "num_protype" in backbone.flags else "",
+        "label_path": config.label_path if backbone_class(config.model_name).needs_labels else "",
+        **{item.name: getattr(config, item.name) for item in own if item.metadata.get("file")},
         "visual_extractor_weights": config.visual_extractor_weights,
     }
     return {name: digest for name, path in paths.items() if (digest := file_sha256(path))}
@@ -160,7 +160,7 @@ def _keep_others(folder: Path, config: Config, checkpoint_sha256: str) -> None:
         content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         theirs = defaults | content["config"]
         same = content["provenance"]["checkpoint_sha256"] == checkpoint_sha256 and all(
-            theirs[name] == ours[name] for name in ours.keys() - NOT_DECIDING
+            theirs[name] == ours[name] for name in ours.keys() - NO_EFFECT_ON_RESULTS
         )
     except (OSError, ValueError, KeyError, TypeError):
         same = False

@@ -1,5 +1,6 @@
 """Which checkpoint a training goes on from, whether it fits the flags and the data, and putting everything back."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from models import MODELS
+from models.settings import declared_settings
 from modules.config import Config
 from modules.data.bpe_tokenizer import BpeTokenizer, tokenizer_from_state
 from modules.flags import resolve_config
@@ -44,26 +46,6 @@ KEPT = (
 )
 # Flags that decide which samples are still to come in an epoch that was begun.
 KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing")
-
-# Flags of backbones that their weights are made for.
-NETWORK = (
-    "d_model",
-    "d_ff",
-    "num_heads",
-    "num_layers",
-    "use_bn",
-    "cmm_size",
-    "cmm_dim",
-    "rm_num_slots",
-    "rm_num_heads",
-    "rm_d_model",
-    "gpt2_layers",
-    "gpt2_positions",
-    "num_cluster",
-    "num_protype",
-    "d_img_ebd",
-    "d_txt_ebd",
-)
 
 
 @dataclass
@@ -119,11 +101,12 @@ def own_settings(content: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 def require_same_network(given: Mapping[str, Any], saved: Mapping[str, Any], path: str) -> None:
     """InputError for a flag ``given`` that asks for another network than that of a checkpoint's ``saved`` settings."""
-    used = getattr(MODELS.get(saved.get("model_name")), "flags", ())
+    model = saved.get("model_name")
+    sizes = dataclasses.fields(declared_settings(model)) if model in MODELS else ()
     named = [
         "model_name",
         *([] if saved.get("detection_features") else ["visual_extractor"]),
-        *(name for name in NETWORK if name in used),
+        *(item.name for item in sizes if item.metadata.get("shapes")),
     ]
     for name in named:
         if name in given and given[name] != saved.get(name, given[name]):

@@ -1,6 +1,7 @@
 """The arguments of the programs that read a checkpoint and some images; light, so that --help comes at once."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from modules.inference.study_files import GROUPS
@@ -34,7 +35,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def given_flags(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, object]:
+def given_flags(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, object]:
     """Those of the flags ``names`` that were given, by name."""
     return {name: vars(arguments)[name] for name in names if name in arguments}
 

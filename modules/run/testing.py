@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modules.config import TRAIN_ONLY
 from modules.data.bpe_tokenizer import tokenizer_from_state
-from modules.flags import IDLE_IN_TESTS, idle_in_tests, resolve_config
+from modules.flags import idle_in_tests, resolve_config
 from modules.run import build as compose
 from modules.run.results import test_and_write
 from modules.run.resuming import own_settings, require_same_network
@@ -36,7 +37,7 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     if ours:
         require_same_network(given, content["config"], path)
         # The results say how the model was trained, not what its test was told of training.
-        given = {name: value for name, value in given.items() if name not in IDLE_IN_TESTS}
+        given = {name: value for name, value in given.items() if name not in TRAIN_ONLY}
     config = resolve_config(given, settings)
     folder = private_folder(config.save_dir)
     private_folder(config.record_dir)  # rather now than after hours of work

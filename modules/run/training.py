@@ -12,9 +12,8 @@ from modules.config import Config
 from modules.data.tokenizers import Tokenizer, clean_report
 from modules.evaluation.score_names import tagged
 from modules.evaluation.tester import Tester
-from modules.flags import resolve_config
+from modules.flags import resolve_config, stage_settings
 from modules.ithn.objective import Objective
-from modules.presets import stage_settings
 from modules.run import build as compose
 from modules.run import initial_weights as starting
 from modules.run import resuming

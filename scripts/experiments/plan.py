@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.config import NOT_DECIDING, Config
-from modules.flags import parse_flags, resolve_config
-from modules.presets import stage_settings
+from modules.config import NO_EFFECT_ON_RESULTS, Config
+from modules.flags import parse_flags, resolve_config, stage_settings
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
 from scripts.experiments.files import DataSet, Row, Table
@@ -230,7 +229,7 @@ def _with_index(run: Run, index: Index) -> Run:
 def _settings(config: Mapping[str, Any], annotation_sha256: str) -> dict[str, Any]:
     """The settings that decide the results; those that ``config`` lacks, being older, have their default."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    known = {name: config.get(name, default) for name, default in defaults.items() if name not in NOT_DECIDING}
+    known = {name: config.get(name, default) for name, default in defaults.items() if name not in NO_EFFECT_ON_RESULTS}
     known["negative_index"] = Path(known["negative_index"]).name if known["ithn"] != "off" else ""
     known["feature_cache"] = bool(known["feature_cache"])  # a cache alters the samples, its folder nothing
     # As JSON gives it back: tuples become lists.

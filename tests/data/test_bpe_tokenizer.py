@@ -7,7 +7,7 @@ import h5py
 import pytest
 import torch
 
-from models.visualgpt import VisualGPT
+from models.visualgpt import Settings, VisualGPT
 from modules.config import Config
 from modules.data.bpe_tokenizer import BpeTokenizer, tokenizer_from_state
 from modules.data.detection_features import DetectionExtractor
@@ -227,12 +227,10 @@ def test_a_published_file_is_tested_on_detection_features(demo, folder, bpe, tmp
     model = VisualGPT(
         visual_extractor=DetectionExtractor(6, 10),
         num_ids=bpe.num_ids,
-        d_ff=24,
-        num_layers=3,
+        settings=Settings(d_ff=24, num_layers=3, **SIZES),
         begin_id=bpe.special_ids[0],
         end_id=bpe.special_ids[1],
         pad_token=bpe.special_ids[2],
-        **SIZES,
     )
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     state["module.decoder.transformer.h.0.attn.running_keys"] = torch.zeros(10, 2, 3, 8)

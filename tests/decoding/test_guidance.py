@@ -20,7 +20,7 @@ from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint, write_checkpoint
 from scripts import export, predict
 from tests.decoding.test_search import Language, Session, plain_beam_search
-from tests.run.test_plugin import OWN_FLAGS, BagOfPatches, build
+from tests.run.test_plugin import OWN_FLAGS, build
 
 
 class Fixed:
@@ -270,7 +270,7 @@ def test_what_cannot_be_guided_is_told(trained, demo, demo_index, monkeypatch):
     assert load_checkpoint(trained / "model_best.pth")["mean_patches"] is None
     with pytest.raises(InputError, match="--guidance 1: .* has no mean training image: trained without"):
         run(monkeypatch, predict, "--load", trained / "model_best.pth", "--guidance", "1", demo / "images")
-    monkeypatch.setitem(MODELS, "bag", BagOfPatches)
+    monkeypatch.setitem(MODELS, "bag", "tests.bag_of_patches.BagOfPatches")
     with pytest.raises(InputError, match=r"--guidance 1: --model_name bag writes reports by a generate\(\) of its own"):
         build(demo, demo_index, "--model_name", "bag", "--guidance", "1")
     with pytest.raises(InputError, match="--guidance -1"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import build_model
+from models.r2gencmn import R2GenCMN, Settings
 from modules.data.batches import Batch, Pair
 from modules.ithn.losses import contrastive_loss, cosine_loss, modified_scores, normalise
 from modules.ithn.objective import Objective
@@ -51,12 +51,9 @@ def make(golden) -> Callable[..., Objective]:
     def build(**options) -> Objective:
         extractor = VisualExtractor(golden.options["visual_extractor"])
         load_visual(extractor, golden.config["visual_seed"])
-        backbone = build_model(
-            "r2gencmn",
-            visual_extractor=extractor,
-            num_ids=golden.config["vocab_size"] + 1,
-            **{name: golden.options[name] for name in OPTIONS},
-        )
+        settings = Settings(**{name: golden.options[name] for name in OPTIONS})
+        num_ids = golden.config["vocab_size"] + 1
+        backbone = R2GenCMN(visual_extractor=extractor, num_ids=num_ids, settings=settings)
         visual = {name: value for name, value in backbone.state_dict().items() if name.startswith("visual_extractor.")}
         objective = Objective(backbone, embedding_dim=golden.arrays["pos_img_embeds"].shape[1], **options)
         assert objective.load_published(golden.state | visual) == []

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from modules.layers import cross_modal_memory as memory
 from modules.layers.cross_modal_memory import largest, topk_attention
-from modules.layers.transformer import PositionalEncoding, decoder_mask, dropout
-from modules.layers.transformer_norms import LayerNorm, normalise
+from modules.layers.transformer import LayerNorm, PositionalEncoding, decoder_mask, dropout, normalise
 
 torch.set_num_threads(1)
 

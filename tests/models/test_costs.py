@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_model
+from models.r2gencmn import R2GenCMN, Settings
 from modules.data.batches import Batch, Pair
 from modules.decoding.options import DecodingOptions
 from modules.ithn.objective import Objective
@@ -82,7 +82,7 @@ def batch(shape, negatives):
 
 def objective(extractor, strategy):
     torch.manual_seed(0)
-    model = build_model("r2gencmn", visual_extractor=extractor, num_ids=WORDS, **SIZES)
+    model = R2GenCMN(visual_extractor=extractor, num_ids=WORDS, settings=Settings(**SIZES))
     return Objective(model, strategy=strategy, embedding_dim=8).train()
 
 

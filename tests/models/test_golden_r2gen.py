@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import VisualFeatures, build_model
-from models.r2gen import R2Gen
+from models.base import VisualFeatures
+from models.r2gen import R2Gen, Settings
 from modules.decoding.options import DecodingOptions
 from modules.layers.visual_extractor import VisualExtractor
 from tests.golden_support import Golden, load_visual, read_golden
@@ -21,12 +21,8 @@ MEMORY_OPTIONS = ("rm_num_slots", "rm_num_heads", "rm_d_model")
 def build(golden: Golden) -> R2Gen:
     extractor = VisualExtractor(golden.options["visual_extractor"])
     load_visual(extractor, golden.config["visual_seed"])
-    model = build_model(
-        "r2gen",
-        visual_extractor=extractor,
-        num_ids=golden.config["vocab_size"] + 1,
-        **{name: golden.options[name] for name in OPTIONS + MEMORY_OPTIONS},
-    )
+    settings = Settings(**{name: golden.options[name] for name in OPTIONS + MEMORY_OPTIONS})
+    model = R2Gen(visual_extractor=extractor, num_ids=golden.config["vocab_size"] + 1, settings=settings)
     visual = {name: value for name, value in model.state_dict().items() if name.startswith("visual_extractor.")}
     model.load_state_dict(golden.state | visual)  # strict: the stored file has no position tables
     return model.eval()
@@ -164,7 +160,7 @@ def test_greedy(model, golden, features, block_trigrams):
 def test_full_size_names_shapes_and_order():
     published = json.loads((Path(__file__).resolve().parents[1] / "golden" / "state_dict_r2gen.json").read_text())
     with torch.device("meta"):
-        model = R2Gen(visual_extractor=VisualExtractor("resnet101"), num_ids=761)
+        model = R2Gen(visual_extractor=VisualExtractor("resnet101"), num_ids=761, settings=Settings())
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     assert shapes == published["shapes"]
     assert [name for name, _ in model.named_parameters()] == published["parameter_order"]

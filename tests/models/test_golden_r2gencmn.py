@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import VisualFeatures, build_model
-from models.r2gencmn import R2GenCMN
+from models.base import VisualFeatures
+from models.r2gencmn import R2GenCMN, Settings
 from modules.decoding.options import DecodingOptions
 from modules.layers.visual_extractor import VisualExtractor
 from tests.golden_support import Golden, load_visual, read_golden, visual_tensor
@@ -22,12 +22,8 @@ MEMORY_OPTIONS = ("topk", "cmm_size", "cmm_dim")
 def build(golden: Golden) -> R2GenCMN:
     extractor = VisualExtractor(golden.options["visual_extractor"])
     load_visual(extractor, golden.config["visual_seed"])
-    model = build_model(
-        "r2gencmn",
-        visual_extractor=extractor,
-        num_ids=golden.config["vocab_size"] + 1,
-        **{name: golden.options[name] for name in OPTIONS + MEMORY_OPTIONS},
-    )
+    settings = Settings(**{name: golden.options[name] for name in OPTIONS + MEMORY_OPTIONS})
+    model = R2GenCMN(visual_extractor=extractor, num_ids=golden.config["vocab_size"] + 1, settings=settings)
     visual = {name: value for name, value in model.state_dict().items() if name.startswith("visual_extractor.")}
     model.load_state_dict(golden.state | visual)  # strict: the stored file has no position tables
     return model.eval()
@@ -191,7 +187,7 @@ def test_memory_loads_from_either_of_its_names(model, golden):
 def test_full_size_names_shapes_and_order():
     published = json.loads((Path(__file__).resolve().parents[1] / "golden" / "state_dict_r2gencmn.json").read_text())
     with torch.device("meta"):
-        model = R2GenCMN(visual_extractor=VisualExtractor("resnet101"), num_ids=761)
+        model = R2GenCMN(visual_extractor=VisualExtractor("resnet101"), num_ids=761, settings=Settings())
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     assert shapes == published["shapes"]
     assert [name for name, _ in model.named_parameters()] == published["parameter_order"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import VisualFeatures, build_model
-from models.visualgpt import VisualGPT
+from models.base import VisualFeatures
+from models.visualgpt import Settings, VisualGPT
 from modules.decoding.options import DecodingOptions
-from tests.golden_support import Golden, read_golden
+from tests.golden_support import Golden, published_settings, read_golden
 
 torch.set_num_threads(1)
 
@@ -25,22 +25,24 @@ class GivenFeatures(nn.Module):
 
 def build(golden: Golden) -> VisualGPT:
     config = golden.config
-    model = build_model(
-        "visualgpt",
-        visual_extractor=GivenFeatures(config["d_in"]),
-        num_ids=config["V"],
-        begin_id=config["bos"],
-        end_id=config["eos"],
-        pad_token=config["pad"],
+    settings = Settings(
         d_model=config["d_model"],
         d_ff=config["enc_d_ff"],
         num_heads=config["heads"],
         num_layers=config["enc_layers"],
         gpt2_layers=config["n_layer"],
         gpt2_positions=config["n_positions"],
-        context=config["n_ctx"],
         tau=config["tau"],
         visualgpt_compat="published",
+    )
+    model = VisualGPT(
+        visual_extractor=GivenFeatures(config["d_in"]),
+        num_ids=config["V"],
+        settings=settings,
+        begin_id=config["bos"],
+        end_id=config["eos"],
+        pad_token=config["pad"],
+        context=config["n_ctx"],
     )
     model.load_state_dict(golden.state)  # strict: every name of the published file has its place
     return model.eval()
@@ -139,7 +141,9 @@ def test_beam_search(model, golden, features, beam_size):
 def test_full_size_names_shapes_and_order():
     published = json.loads((Path(__file__).resolve().parents[1] / "golden" / "state_dict_visualgpt.json").read_text())
     with torch.device("meta"):
-        model = VisualGPT(visual_extractor=GivenFeatures(2048), num_ids=50257)
+        model = VisualGPT(
+            visual_extractor=GivenFeatures(2048), num_ids=50257, settings=Settings(**published_settings("visualgpt"))
+        )
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     assert shapes == published["shapes"]
     assert [name for name, _ in model.named_parameters()] == published["parameter_order"]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import VisualFeatures, build_model
-from models.xpronet import XProNet
+from models.base import VisualFeatures
+from models.xpronet import Settings, XProNet
 from modules.decoding.options import DecodingOptions
 from modules.layers.prototypes import label_contrastive_loss
 from modules.layers.visual_extractor import VisualExtractor
-from tests.golden_support import GOLDEN_DIR, Golden, load_visual, read_golden
+from tests.golden_support import GOLDEN_DIR, Golden, load_visual, published_settings, read_golden
 
 torch.set_num_threads(1)
 OPTIONS = (
@@ -41,14 +41,10 @@ TIGHT = 2e-5
 def build(golden: Golden) -> XProNet:
     extractor = VisualExtractor(golden.options["visual_extractor"])
     load_visual(extractor, golden.config["visual_seed"])
-    model = build_model(
-        "xpronet",
-        visual_extractor=extractor,
-        num_ids=golden.config["vocab_size"] + 1,
-        no_finding=0,
-        xpronet_labels="reference",
-        label_loss_weight=0.0,
-        **{name: golden.options[name] for name in OPTIONS},
+    given = {name: golden.options[name] for name in OPTIONS}
+    settings = Settings(xpronet_labels="reference", label_loss_weight=0.0, **given)
+    model = XProNet(
+        visual_extractor=extractor, num_ids=golden.config["vocab_size"] + 1, settings=settings, no_finding=0
     )
     own = {
         name: value
@@ -211,7 +207,8 @@ def test_contrastive_loss(case):
 def test_full_size_names_shapes_and_order():
     published = json.loads((Path(__file__).resolve().parents[1] / "golden" / "state_dict_xpronet.json").read_text())
     with torch.device("meta"):
-        model = XProNet(visual_extractor=VisualExtractor("resnet101"), num_ids=761, no_finding=0)
+        settings = Settings(**published_settings("xpronet"))
+        model = XProNet(visual_extractor=VisualExtractor("resnet101"), num_ids=761, settings=settings, no_finding=0)
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     head = {"label_head.weight": [14, 2048], "label_head.bias": [14]}
     assert shapes == published["shapes"] | head

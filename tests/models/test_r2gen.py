@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import VisualFeatures, build_model
-from models.r2gen import ConditionalLayerNorm, R2Gen, Session
+from models.base import VisualFeatures
+from models.r2gen import ConditionalLayerNorm, R2Gen, Settings
 from modules.decoding.cache import COMPACTION_INTERVAL
 from modules.decoding.options import DecodingOptions
 from modules.layers.relational_memory import Recurrence, RelationalMemory
@@ -28,7 +28,7 @@ def tiny(**options) -> R2Gen:
     # Heads of the memory and of the transformer differ, so that one cannot stand in for the other.
     sizes = {"d_model": 16, "d_ff": 24, "num_heads": 2, "num_layers": 2, "rm_num_heads": 4, "rm_d_model": 16}
     torch.manual_seed(0)
-    return build_model("r2gen", visual_extractor=FakeExtractor(), num_ids=11, **sizes | options).eval()
+    return R2Gen(visual_extractor=FakeExtractor(), num_ids=11, settings=Settings(**sizes | options)).eval()
 
 
 def given(batch: int = 3, patches: int = 8, mask: Tensor | None = None) -> VisualFeatures:
@@ -148,7 +148,7 @@ def test_conditional_norm_is_that_of_the_paper():
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = R2Gen(visual_extractor=FakeExtractor(), num_ids=50, d_model=64, d_ff=64, rm_d_model=64)
+    model = R2Gen(visual_extractor=FakeExtractor(), num_ids=50, settings=Settings(d_model=64, d_ff=64, rm_d_model=64))
     network = model.encoder_decoder
     norm = network.model.decoder.layers[0].sublayer[0].norm
     for weight in (network.model.tgt_embed[0].lut.weight, network.model.rm.U.weight, norm.mlp_beta[0].weight):
@@ -226,7 +226,7 @@ def test_teacher_forcing_equals_decoding_step_by_step():
     tokens = torch.tensor([[0, 4, 2, 9, 1], [0, 3, 3, 1, 5], [0, 7, 6, 2, 8]])
     with torch.no_grad():
         expected = model(None, tokens, features=given()).log_probs
-        session = Session(model.encoder_decoder, given(), DecodingOptions(sample_method="greedy"))
+        session = model.session(given(), None, DecodingOptions(sample_method="greedy"))
         steps = [session.step(tokens[:, step : step + 1], None) for step in range(5)]
     torch.testing.assert_close(torch.cat(steps, dim=1), expected)
 
@@ -236,7 +236,7 @@ def test_a_beam_takes_the_memory_of_the_one_it_continues():
     paths = torch.tensor([[0, 4, 7, 2], [0, 4, 1, 9], [0, 5, 3, 3]])  # what the three beams have read in the end
     with torch.no_grad():
         expected = model(None, paths, features=given(batch=1)).log_probs[:, -1]
-        session = Session(model.encoder_decoder, given(batch=1), DecodingOptions())
+        session = model.session(given(batch=1), None, DecodingOptions())
         session.step(torch.tensor([[0]]), None)
         session.step(torch.tensor([[5, 4, 8]]), torch.tensor([[0, 0, 0]]))
         session.step(torch.tensor([[7, 3, 1]]), torch.tensor([[1, 0, 1]]))
@@ -258,7 +258,7 @@ def test_studies_are_decoded_as_if_alone():
 def test_cost_of_a_decoding_step_stays_flat():
     model = tiny(d_model=64, d_ff=64, rm_d_model=64)
     with torch.no_grad():
-        session = Session(model.encoder_decoder, given(), DecodingOptions(max_seq_length=60))
+        session = model.session(given(), None, DecodingOptions(max_seq_length=60))
         tokens, parents, costs = torch.zeros(3, 1, dtype=torch.long), None, []
         for _ in range(60):
             with FlopCounterMode(display=False) as counter:

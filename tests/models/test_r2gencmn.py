@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import VisualFeatures, build_model
-from models.r2gencmn import R2GenCMN, Session
+from models import backbone_class
+from models.base import VisualFeatures
+from models.r2gencmn import R2GenCMN, Settings
 from modules.decoding.cache import COMPACTION_INTERVAL
 from modules.decoding.options import DecodingOptions
 
@@ -22,7 +23,7 @@ class FakeExtractor(nn.Module):
 def tiny(**options) -> R2GenCMN:
     sizes = {"d_model": 16, "d_ff": 24, "num_heads": 2, "num_layers": 2, "topk": 4, "cmm_size": 64, "cmm_dim": 16}
     torch.manual_seed(0)
-    return build_model("r2gencmn", visual_extractor=FakeExtractor(), num_ids=11, **sizes | options).eval()
+    return R2GenCMN(visual_extractor=FakeExtractor(), num_ids=11, settings=Settings(**sizes | options)).eval()
 
 
 def given(batch: int = 3, patches: int = 8, mask: torch.Tensor | None = None) -> VisualFeatures:
@@ -80,7 +81,8 @@ def test_attention_drops_out_whatever_the_dropout_option_says():
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = R2GenCMN(visual_extractor=FakeExtractor(), num_ids=50, d_model=64, d_ff=64, cmm_size=512, cmm_dim=64)
+    settings = Settings(d_model=64, d_ff=64, cmm_size=512, cmm_dim=64)
+    model = R2GenCMN(visual_extractor=FakeExtractor(), num_ids=50, settings=settings)
     network = model.encoder_decoder
     assert network.memory_matrix.std().item() == pytest.approx(1 / 64, rel=0.03)
     for weight in (network.model.tgt_embed[0].lut.weight, network.cmn.linears[0].weight):
@@ -98,7 +100,7 @@ def test_sizes_that_cannot_be_are_refused(wrong):
 
 def test_the_model_is_refused_by_an_unknown_name():
     with pytest.raises(ValueError, match="r2gencmn"):
-        build_model("r2gen2", visual_extractor=FakeExtractor(), num_ids=3)
+        backbone_class("r2gen2")
 
 
 def test_the_memory_is_projected_once_per_pass_whatever_the_batch():
@@ -116,7 +118,7 @@ def test_the_memory_is_projected_once_per_pass_whatever_the_batch():
 def test_cost_of_a_decoding_step_stays_flat():
     model = tiny(d_model=64, d_ff=64, cmm_dim=64)
     with torch.no_grad():
-        session = Session(model.encoder_decoder, given(), DecodingOptions(max_seq_length=60))
+        session = model.session(given(), None, DecodingOptions(max_seq_length=60))
         tokens, parents, costs = torch.zeros(3, 1, dtype=torch.long), None, []
         for _ in range(60):
             with FlopCounterMode(display=False) as counter:
@@ -134,7 +136,7 @@ def test_teacher_forcing_equals_decoding_step_by_step():
     tokens = torch.tensor([[0, 4, 2, 9, 1], [0, 3, 3, 1, 5], [0, 7, 6, 2, 8]])
     with torch.no_grad():
         expected = model(None, tokens, features=given()).log_probs
-        session = Session(model.encoder_decoder, given(), DecodingOptions(sample_method="greedy"))
+        session = model.session(given(), None, DecodingOptions(sample_method="greedy"))
         steps = [session.step(tokens[:, step : step + 1], None) for step in range(5)]
     torch.testing.assert_close(torch.cat(steps, dim=1), expected)
 

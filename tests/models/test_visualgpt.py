@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import VisualFeatures, build_model, visualgpt_decoder, visualgpt_encoder
-from models.visualgpt import Session, VisualGPT
+from models import visualgpt_decoder, visualgpt_encoder
+from models.base import VisualFeatures
+from models.visualgpt import Settings, VisualGPT
 from models.visualgpt_decoder import resurrecting_gates
 from modules.decoding.cache import COMPACTION_INTERVAL
 from modules.decoding.options import DecodingOptions
-from modules.decoding.search import decode
-from modules.decoding.standard import StandardBeamSearch
+from modules.decoding.search import StandardBeamSearch, decode
 from modules.inference.attention import recorded_attention
 from modules.ithn.objective import Objective
 from modules.runtime.errors import InputError
@@ -31,8 +31,10 @@ class FakeExtractor(nn.Module):
 def tiny(**options) -> VisualGPT:
     sizes = {"d_model": 16, "d_ff": 24, "num_heads": 2, "num_layers": 3, "gpt2_layers": 2, "gpt2_positions": 64}
     special = {"begin_id": BEGIN, "end_id": END, "pad_token": PADDING}
+    more = {name: options.pop(name) for name in ("begin_id", "end_id", "pad_token", "gpt2") if name in options}
     torch.manual_seed(0)
-    return build_model("visualgpt", visual_extractor=FakeExtractor(), num_ids=11, **sizes | special | options).eval()
+    settings = Settings(**sizes | options)
+    return VisualGPT(visual_extractor=FakeExtractor(), num_ids=11, settings=settings, **special | more).eval()
 
 
 def given(batch: int = 3, patches: int = 8, mask: torch.Tensor | None = None) -> VisualFeatures:
@@ -143,7 +145,7 @@ def test_teacher_forcing_equals_decoding_step_by_step():
     model, tokens = tiny(), torch.tensor([[0, 4, 2, 9, 1], [0, 3, 3, 1, 5], [0, 7, 6, 2, 8]])
     with torch.no_grad():
         expected = model(None, tokens, features=given()).log_probs
-        session = Session(model, given(), DecodingOptions(sample_method="greedy"))
+        session = model.session(given(), None, DecodingOptions(sample_method="greedy"))
         steps = [session.step(tokens[:, step : step + 1], None) for step in range(5)]
     torch.testing.assert_close(torch.cat(steps, dim=1), expected)
 
@@ -151,7 +153,7 @@ def test_teacher_forcing_equals_decoding_step_by_step():
 def test_cost_of_a_decoding_step_stays_flat():
     model = tiny(d_model=64)
     with torch.no_grad():
-        session = Session(model, given(), DecodingOptions(max_seq_length=60))
+        session = model.session(given(), None, DecodingOptions(max_seq_length=60))
         tokens, parents, costs = torch.zeros(3, 1, dtype=torch.long), None, []
         for _ in range(60):
             with FlopCounterMode(display=False) as counter:
@@ -258,7 +260,7 @@ def test_initialisation_with_and_without_gpt2():
     ("wrong", "reason"),
     [
         ({"num_heads": 3}, "num_heads 3"),
-        ({"visualgpt_compat": "on"}, "visualgpt_compat 'on'"),
+        ({"visualgpt_compat": "on"}, "visualgpt_compat on"),
         ({"end_id": 11}, "below num_ids 11"),
         ({"gpt2": {"wte.weight": torch.zeros(2, 2)}}, "wte.weight"),
         ({"gpt2": {"h.7.ln_1.bias": torch.zeros(16)}}, "h.7.ln_1.bias"),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.xpronet import XProNet, own_columns
+from models.xpronet import Settings, XProNet, own_columns
 from modules.config import Config
 from modules.data.tokenizers import Tokenizer
 from modules.decoding.options import DecodingOptions
@@ -52,9 +52,10 @@ def build(seed=0, **changes):
         "d_ff": 8,
         "num_heads": 2,
         "num_layers": 2,
-        "no_finding": 4,
     }
-    model = XProNet(visual_extractor=Extractor(), num_ids=WORDS, **options | changes)
+    no_finding = changes.pop("no_finding", 4)
+    settings = Settings(**options | changes)
+    model = XProNet(visual_extractor=Extractor(), num_ids=WORDS, settings=settings, no_finding=no_finding)
     # Small random weights tell the same report for every image: sharpen the words.
     nn.init.normal_(model.encoder_decoder.logit.weight, std=2.0)
     return model.eval()

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from models import MODELS, Backbone, Output
+from models import MODELS
 from modules.flags import parse_flags, resolve_config
 from modules.ithn.objective import Objective
 from modules.run import build as compose
@@ -125,72 +123,15 @@ def test_every_backbone_with_every_strategy(demo, demo_index, tmp_path, backbone
     assert torch.equal(generate(fresh, config, batch), reports)
 
 
-# ---- a backbone of one's own: what README's "Add a backbone" shows
-
-
-class BagOfPatches(Backbone):
-    """Words from the mean patch and the word before: the least that writes reports."""
-
-    flags = ("d_model",)
-    vocabulary_entry = "logit.weight"
-
-    def __init__(self, *, visual_extractor: nn.Module, num_ids: int, d_model: int):
-        super().__init__()
-        self.visual_extractor = visual_extractor
-        self.image_dim, self.report_dim = visual_extractor.width, d_model
-        self.look = nn.Linear(visual_extractor.width, d_model)
-        self.words = nn.Embedding(num_ids, d_model)
-        self.logit = nn.Linear(d_model, num_ids)
-
-    def hidden(self, tokens, pooled):
-        return torch.tanh(self.words(tokens) + self.look(pooled).unsqueeze(1))  # (B, T, d)
-
-    def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None):
-        features = self.extract(images, view_mask, features)
-        hidden = self.hidden(tokens, features.pooled)
-        return Output(self.logit(hidden[:supervised_rows]).log_softmax(-1), features.pooled, hidden)
-
-    @torch.no_grad()
-    def generate(self, images, *, view_mask=None, labels=None, features=None, decoding):
-        features = self.extract(images, view_mask, features)
-        token = torch.zeros(len(features.pooled), 1, dtype=torch.long, device=features.pooled.device)
-        report = []
-        for _ in range(decoding.max_seq_length):
-            following = self.logit(self.hidden(token, features.pooled)).argmax(-1)
-            # 0 is begin, end and padding at once: a report that has ended stays at its end.
-            token = torch.where((token == 0) & (len(report) > 0), 0, following)
-            report.append(token)
-        return torch.cat(report, dim=1)
-
-
-class LabelledPatches(BagOfPatches):
-    """The same, learning from labels what a study shows; it has no prototypes, as another one has."""
-
-    needs_labels = True
-
-    def __init__(self, *, visual_extractor: nn.Module, num_ids: int, d_model: int):
-        super().__init__(visual_extractor=visual_extractor, num_ids=num_ids, d_model=d_model)
-        self.head = nn.Linear(visual_extractor.width, 14)
-
-    def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None):
-        output = super().forward(
-            images, tokens, view_mask=view_mask, features=features, supervised_rows=supervised_rows
-        )
-        if labels is not None:
-            logits = self.head(output.image_features[:supervised_rows])
-            output.auxiliary["shown"] = F.binary_cross_entropy_with_logits(logits, labels[:supervised_rows])
-        return output
-
-
 def test_a_backbone_of_ones_own_gets_labels(train, demo_index, demo_labels, monkeypatch):
-    monkeypatch.setitem(MODELS, "labelled", LabelledPatches)
+    monkeypatch.setitem(MODELS, "labelled", "tests.bag_of_patches.LabelledPatches")
     folder = train("--model_name", "labelled", "--negative_index", demo_index, "--label_path", demo_labels)
     assert json.loads((folder / "history.json").read_text())[0]["train_shown"] > 0
 
 
 @pytest.mark.parametrize("strategy", ["ithn", "mochi"])
 def test_a_backbone_of_ones_own_gets_ithn(train, demo_index, monkeypatch, strategy):
-    monkeypatch.setitem(MODELS, "bag", BagOfPatches)
+    monkeypatch.setitem(MODELS, "bag", "tests.bag_of_patches.BagOfPatches")
     folder = train(
         "--model_name",
         "bag",

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modules.flags import parse_flags, resolve_config
-from modules.presets import preset
+from modules.flags import parse_flags, preset, resolve_config
 from modules.runtime.errors import InputError
 from scripts.experiments.files import choose, read_datasets, read_table
 from scripts.experiments.plan import MISSING, UNAVAILABLE, plan

@@ -24,7 +24,7 @@ from scripts.experiments.plan import (
     CUT,
     DONE,
     MISSING,
-    NOT_DECIDING,
+    NO_EFFECT_ON_RESULTS,
     SCORING,
     UNAVAILABLE,
     UNTESTED,
@@ -349,10 +349,10 @@ def test_a_dry_run_finds_what_a_run_would_end_at(files, monkeypatch, more, part)
 
 
 def test_every_flag_that_is_not_compared_exists():
-    assert {field.name for field in dataclasses.fields(Config)} >= NOT_DECIDING
+    assert {field.name for field in dataclasses.fields(Config)} >= NO_EFFECT_ON_RESULTS
 
 
 def test_flags_of_results_train_nothing_anew_unless_they_choose_the_model():
     flags = {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "results"}
     choosing = {"monitor_metric", "monitor_mode", "early_stop", "start_eval_epoch"}
-    assert flags == choosing | SCORING | NOT_DECIDING & flags
+    assert flags == choosing | SCORING | NO_EFFECT_ON_RESULTS & flags

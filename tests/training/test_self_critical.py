@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import MODELS, Backbone, Output, VisualFeatures
+from models import MODELS
+from models.base import Backbone, Output, VisualFeatures
 from modules.data.batches import Batch, Pair
 from modules.flags import parse_flags, resolve_config
 from modules.run import build as compose
