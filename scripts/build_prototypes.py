@@ -1,13 +1,14 @@
 """Make XProNet's initial prototypes: k-means over the training set's image and report features, label by label.
 
-A study's feature is the mean of its patches, of all views, beside its report's embedding. The training studies of each
-of the 14 classes are clustered on their own; as published, half of a class's prototypes come from mirrored images.
-Report embeddings are scaled to the root mean square of the image features, beside which unit vectors would not count.
+A study's feature is the mean over its patches (of all views), concatenated with its report's embedding. The training
+studies of each of the 14 classes are clustered separately; as published, half of a class's prototypes come from
+mirrored images. Report embeddings are scaled to the root mean square of the image features, which would otherwise
+outweigh them.
 
   python scripts/build_prototypes.py --label_path labels.csv --out data/iu_xray/init_prototypes.safetensors
   python scripts/build_prototypes.py ... --text_encoder tfidf            needs no weights of a text encoder
 
-main_train.py takes the file by --init_protypes_path; the other flags that go with it are printed at the end.
+Pass the file to main_train.py as --init_protypes_path; the other flags it needs are printed at the end.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, is_safetensors
 
-# Flags that mean what they mean in main_train.py.
+# Flags with the meaning they have in main_train.py.
 SHARED = (
     "ann_path",
     "image_dir",
@@ -121,32 +122,6 @@ def text_features(arguments: argparse.Namespace, reports: list[str], device: str
     return np.asarray(vectors, np.float32)[[rows[text] for text in reports]], encoder.describe()
 
 
-def cluster(arguments: argparse.Namespace, sides: list, texts, labels) -> tuple:
-    """(C * num_protype, width) prototypes, the scale of the text part, and the classes with too few members."""
-    import numpy as np
-
-    from modules.prepare.prototype_clusters import cluster_by_label, mean_square
-
-    scale = (mean_square(sides[0]) / max(mean_square(texts), 1e-12)) ** 0.5
-    shares = [arguments.num_protype]
-    if len(sides) == 2:
-        shares = [arguments.num_protype - arguments.num_protype // 2, arguments.num_protype // 2]
-    parts, short = [], {}
-    for number, (images, num) in enumerate(zip(sides, shares, strict=True)):
-        features = np.concatenate([images, scale * texts], axis=1)
-        centres, found = cluster_by_label(
-            features,
-            labels,
-            num,
-            classes=CLASSES,
-            seed=arguments.seed + number,
-            description=("k-means", "k-means, mirrored")[number],
-        )
-        parts.append(centres)
-        short |= {name: {"different_members": count, "needed": num} for name, count in found.items()}
-    return np.concatenate(parts, axis=1).reshape(len(CLASSES) * arguments.num_protype, -1), scale, short
-
-
 def check(arguments: argparse.Namespace) -> None:
     """InputError for values out of range, and where --out would replace another file than an earlier output."""
     for flag in ("num_protype", "tfidf_width", "max_length"):
@@ -156,19 +131,16 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--num_protype {arguments.num_protype}: one cannot be halved; add --mirrored false")
     names = ("ann_path", "label_path", "visual_extractor_weights", "text_encoder")
     check_outputs(
-        [Output("--out", arguments.out, "file of prototypes of ours", is_safetensors("ithn-prototypes"))],
+        [Output("--out", arguments.out, "prototypes file of this project", is_safetensors("ithn-prototypes"))],
         [(f"--{name}", getattr(arguments, name)) for name in names],
     )
 
 
-def describe(arguments: argparse.Namespace, widths: dict[str, int], short: dict[str, dict]) -> None:
-    """Name the classes with too few members, and the flags that the file asks for."""
-    for name, found in short.items():
-        others = "copies with noise" if found["different_members"] else "drawn around the mean of all studies"
-        print(
-            f"{name}: {found['different_members']} different members for {found['needed']} prototypes; the others "
-            f"are {others}"
-        )
+def describe(arguments: argparse.Namespace, widths: dict[str, int], too_few: dict[str, tuple[int, int]]) -> None:
+    """Print the classes with too few members, and the flags that go with the file."""
+    for name, (count, needed) in too_few.items():
+        others = "copies with noise" if count else "drawn around the mean of all studies"
+        print(f"{name}: {count} different members for {needed} prototypes; the others are {others}")
     flags = {
         "init_protypes_path": arguments.out,
         "num_cluster": len(CLASSES),
@@ -188,6 +160,7 @@ def main() -> None:
 
     from modules.data.prototype_files import save_prototypes
     from modules.labels.study_labels import NO_FINDING, read_labels
+    from modules.prepare.prototype_clusters import make_prototypes
     from modules.run import build as compose
     from modules.runtime.environment import provenance
 
@@ -199,20 +172,22 @@ def main() -> None:
     labels[labels.sum(axis=1) == 0, CLASSES.index(NO_FINDING)] = 1
     texts, encoder = text_features(arguments, [" ".join(study.report.split()) for study in studies], str(device))
     sides = image_features(config, data, device, arguments.mirrored)
-    prototypes, scale, short = cluster(arguments, sides, texts, labels)
+    found = make_prototypes(sides, texts, labels, CLASSES, num=arguments.num_protype, seed=arguments.seed)
     widths = {"d_img_ebd": sides[0].shape[1], "d_txt_ebd": texts.shape[1]}
     save_prototypes(
         arguments.out,
-        torch.from_numpy(prototypes),
+        torch.from_numpy(found.prototypes),
         CLASSES,
         {
             "flags": {
                 name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
             },
             **widths,
-            "text_scale": scale,
+            "text_scale": found.text_scale,
             "text_encoder": encoder,
-            "too_few": short,
+            "too_few": {
+                name: {"different_members": count, "needed": num} for name, (count, num) in found.too_few.items()
+            },
             "members": dict(zip(CLASSES, map(int, labels.sum(axis=0)), strict=True)),
             "annotation_sha256": data.annotation.sha256,
             "train_sha256": data.annotation.train_sha256,
@@ -221,7 +196,7 @@ def main() -> None:
             **provenance(str(device)),
         },
     )
-    describe(arguments, widths, short)
+    describe(arguments, widths, found.too_few)
 
 
 if __name__ == "__main__":

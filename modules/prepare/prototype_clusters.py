@@ -1,13 +1,54 @@
-"""k-means inside each label's group of the training set: XProNet's initial prototypes."""
+"""XProNet's initial prototypes: k-means over the training studies of each label.
+
+Shapes: N studies, C classes, W feature width.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-# Above so many members k-means reads them in batches; the whole group would be gone over dozens of times.
+# Above this many members, mini-batch k-means: the full algorithm passes over all of them dozens of times.
 MOST_AT_ONCE = 20_000
 COPY_NOISE = 0.1  # of each feature's standard deviation
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Prototypes (C * num, W_image + W_text), the factor of the text features, and the classes with too few members.
+
+    ``too_few`` maps a class to (number of different members, number needed).
+    """
+
+    prototypes: np.ndarray
+    text_scale: float
+    too_few: dict[str, tuple[int, int]]
+
+
+def make_prototypes(
+    sides: Sequence[np.ndarray], texts: np.ndarray, labels: np.ndarray, classes: Sequence[str], *, num: int, seed: int
+) -> Prototypes:
+    """``num`` prototypes per class from image features (N, W_image) and report features (N, W_text).
+
+    With two ``sides``, the features of the images and of their mirror images, each gives half of the prototypes.
+    Report features are scaled to the root mean square of the image features. ``labels`` (N, C) are multi-hot.
+    """
+    scale = (_mean_square(sides[0]) / max(_mean_square(texts), 1e-12)) ** 0.5
+    shares = [num] if len(sides) == 1 else [num - num // 2, num // 2]
+    parts, too_few = [], {}
+    for number, (images, share) in enumerate(zip(sides, shares, strict=True)):
+        centres, found = cluster_by_label(
+            np.concatenate([images, scale * texts], axis=1),
+            labels,
+            share,
+            classes=classes,
+            seed=seed + number,
+            description=("k-means", "k-means, mirrored")[number],
+        )
+        parts.append(centres)
+        too_few |= {name: (count, share) for name, count in found.items()}
+    return Prototypes(np.concatenate(parts, axis=1).reshape(len(classes) * num, -1), scale, too_few)
 
 
 def cluster_by_label(
@@ -19,11 +60,11 @@ def cluster_by_label(
     seed: int,
     description: str = "k-means",
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Centres (C, num, W) of the members' features (N, W) for each of the C columns of multi-hot ``labels`` (N, C).
+    """k-means centres (C, num, W) of ``features`` (N, W), one clustering per column of multi-hot ``labels`` (N, C).
 
-    A class with fewer different members than ``num`` has a centre on each; the other rows are copies with noise, and
-    around the mean of all features where it has no member. Also returns, by class, how many different members those
-    with too few have.
+    A class with fewer different members than ``num`` has a centre on each member and noisy copies of them, or, without
+    any member, noise around the mean of all features. The second result is the number of different members of those
+    classes.
     """
     rng = np.random.default_rng(seed)
     spread = features.std(axis=0)
@@ -57,6 +98,6 @@ def _centres(members: np.ndarray, num: int, seed: int) -> np.ndarray:
     return kmeans.fit(members).cluster_centers_
 
 
-def mean_square(features: np.ndarray) -> float:
-    """Of all entries, in float64."""
+def _mean_square(features: np.ndarray) -> float:
+    """Mean of the squared entries, computed in float64."""
     return float(np.mean(np.square(features, dtype=np.float64)))
