@@ -59,8 +59,7 @@ class Evaluation:
     def meteor(self) -> None:
         """METEOR and each report's statistics of it, twice, by one process."""
         for references in (self.cut, self.whole):
-            self.metrics.meteor.score(references, self.generated)
-            self.metrics.meteor.report_statistics(references, self.generated)
+            self.metrics.meteor.per_report([[text] for text in references], self.generated)
 
     def labels(self) -> None:
         """The 14 classes of the references, in both forms, and of the generated reports."""
@@ -97,8 +96,8 @@ class Evaluation:
         return seconds
 
     def _now(self) -> float:
-        process = self.metrics.meteor.process_id
-        return now(self.clock, "cpu") + (processor_seconds(process) if self.clock == "cpu" and process else 0.0)
+        java = self.metrics.meteor.process
+        return now(self.clock, "cpu") + (processor_seconds(java.pid) if self.clock == "cpu" and java else 0.0)
 
 
 def processor_seconds(process: int) -> float:

@@ -12,24 +12,10 @@ from models.settings import declared_settings
 from modules.config_checks import check_together
 from modules.data.dataset_specs import DATASETS, DataSpec
 from modules.decoding.options import DecodingOptions
+from modules.evaluation.metric_table import MONITORED, REWARDS
+from modules.evaluation.settings import ScoringSettings
 from modules.runtime.settings import check_value, part_of, setting
 
-CLINICAL_MONITORED = tuple(f"ce_rule_f1_{average}_14_uncertain_negative" for average in ("micro", "macro", "example"))
-# What XProNet's released code chooses its best model by (Wang et al., 2022): this sum, under a name.
-XPRONET_SELECTION = {"BLEU_4": 1.0, "BLEU_1": 0.33, "METEOR": 0.67}
-MONITORED = (
-    "BLEU_1",
-    "BLEU_2",
-    "BLEU_3",
-    "BLEU_4",
-    "METEOR",
-    "ROUGE_L",
-    "CIDEr",
-    "nll",
-    "xpronet_selection",
-    *CLINICAL_MONITORED,
-)
-REWARDS = ("CIDEr", "BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "clinical_f1")
 BACKBONE_SETTINGS = tuple(declared_settings(name) for name in MODELS)
 
 
@@ -296,6 +282,7 @@ class SelfCriticalSettings:
 # Dataclasses take up their bases from the last to the first: read upwards, this is the order of --help.
 @dataclass(frozen=True)
 class Config(
+    ScoringSettings,
     SelfCriticalSettings,
     OptimSettings,
     DecodingOptions,
@@ -386,23 +373,6 @@ class Config(
         50, "results", "stop after more than this many epochs without improvement", low=1, train_only=True
     )
     start_eval_epoch: int = setting(0, "results", "no validation before this epoch", low=0, train_only=True)
-    meteor: bool = setting(True, "results", "METEOR (needs Java); false leaves it out")
-    clinical: bool = setting(True, "results", "clinical scores of labels by rules (radiology data sets only)")
-    chexbert_path: str = setting("", "results", "chexbert.pth: clinical scores of CheXbert's labels too")
-    chexbert_encoder: str = setting(
-        "bert-base-uncased",
-        "results",
-        "folder with config.json and vocab.txt of CheXbert's BERT, or a hub id to download them from",
-    )
-    bertscore_path: str = setting("", "results", "folder of a text encoder: BERTScore with it too")
-    bertscore_layer: int = setting(
-        0, "results", "hidden layer that BERTScore compares; 0: the published tool's for this architecture", low=0
-    )
-    radgraph_path: str = setting("", "results", "folder of a RadGraph model: RadGraph F1 too, by the package radgraph")
-    radgraph_python: str = setting("", "results", "the Python that has the package radgraph; default: this one")
-    floors: bool = setting(
-        True, "results", "score two training-free baselines: commonest report, nearest training image"
-    )
     tensorboard: bool = setting(
         True, "results", "write TensorBoard curves (numbers only) into --save_dir", effect=False, train_only=True
     )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from modules.evaluation.metric_table import NEED_JAVA, XPRONET_SUM
 from modules.runtime.errors import InputError
 
 
@@ -58,7 +59,7 @@ def _check_scores(config: Any) -> None:
         )
     if config.monitor_metric.startswith("ce_") and not config.labels_by_rules:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
-    if config.monitor_metric in ("METEOR", "xpronet_selection") and not config.meteor:
+    if config.monitor_metric in (*NEED_JAVA, XPRONET_SUM.name) and not config.meteor:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --meteor true")
 
 

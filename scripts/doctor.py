@@ -126,7 +126,7 @@ def meteor() -> tuple[str, str]:
 
     try:
         with Meteor() as scorer:
-            scorer.score(["the heart is normal"], ["the heart is large"])
+            scorer.per_report([["the heart is normal"]], ["the heart is large"])
         return OK, f"scores a pair ({find_java()})"
     except MeteorError as error:
         return NOTE, (

@@ -21,12 +21,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.config import EXPORTED
+from modules.evaluation.metric_table import METRIC_NAMES
 from modules.flags import Parser
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
 
 MODEL = "model"  # its scores' name in results.json
-SCORES = ("BLEU_1", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -113,18 +113,18 @@ def to_programs(source: Path, folder: Path, tolerance: float) -> None:
     import torch
 
     from modules.inference.torch_export import export_programs, largest_difference, write_programs
-    from modules.run.reporter import load_reporter
+    from modules.run.predictor import load_predictor
 
-    reporter = load_reporter(str(source), {"device": "cpu", "precision": "float32", "guidance": 0.0})
-    tokenizer, length = reporter.tokenizer, reporter.decoding.max_seq_length
-    sizes = {"num_views": reporter.num_views, "length": length, "num_ids": tokenizer.num_ids}
-    model = (reporter.backbone, reporter.transform)
+    predictor = load_predictor(str(source), {"device": "cpu", "precision": "float32", "guidance": 0.0})
+    tokenizer, length = predictor.tokenizer, predictor.decoding.max_seq_length
+    sizes = {"num_views": predictor.num_views, "length": length, "num_ids": tokenizer.num_ids}
+    model = (predictor.backbone, predictor.transform)
     about = {
         "torch": torch.__version__,
-        "image_size": reporter.transform.size,
-        "num_views": reporter.num_views,
+        "image_size": predictor.transform.size,
+        "num_views": predictor.num_views,
         "max_seq_length": length,
-        "any_length": reporter.backbone.any_length,
+        "any_length": predictor.backbone.any_length,
     }
     write_programs(folder, export_programs(*model, **sizes), about, tokenizer.state())
     difference = largest_difference(folder, *model, **sizes)
@@ -162,7 +162,7 @@ def model_card(content: dict, folder: Path, licence: str) -> str:
     if results.get("synthetic"):
         lines += ["Trained on synthetic images: it says nothing about patients.", ""]
     scores = results.get("test", {}).get(MODEL, {})
-    if known := [(name, scores[name]) for name in SCORES if isinstance(scores.get(name), float)]:
+    if known := [(name, scores[name]) for name in METRIC_NAMES if isinstance(scores.get(name), float)]:
         lines += [f"Test split, epoch {results.get('best_epoch')}, one run:", "", "| score | value |", "|---|---|"]
         lines += [f"| {name} | {value:.3f} |" for name, value in known]
     return "\n".join([*lines, ""])

@@ -48,17 +48,17 @@ def main() -> None:
 
     from modules.data.images import ImageFolder
     from modules.inference.report_index import ReportIndex
-    from modules.run.reporter import load_reporter
+    from modules.run.predictor import load_predictor
     from modules.runtime.run_log import Bar
 
     folder = ImageFolder(arguments.image_dir)
-    reporter = load_reporter(arguments.load, given_flags(arguments, RUNNING) | {"guidance": 0.0})
-    samples = [(paths, study.report) for study in studies for paths in views_of(study.image_paths, reporter.num_views)]
+    predictor = load_predictor(arguments.load, given_flags(arguments, RUNNING) | {"guidance": 0.0})
+    samples = [(paths, study.report) for study in studies for paths in views_of(study.image_paths, predictor.num_views)]
     features = []
     for start in Bar(range(0, len(samples), arguments.batch_size), "features of the training images"):
         batch = samples[start : start + arguments.batch_size]
-        features.append(reporter.pooled([[folder(path) for path in paths] for paths, _ in batch]))
-    ReportIndex.of(np.concatenate(features), [report for _, report in samples], reporter.extractor_sha256()).save(
+        features.append(predictor.pooled([[folder(path) for path in paths] for paths, _ in batch]))
+    ReportIndex.of(np.concatenate(features), [report for _, report in samples], predictor.extractor_sha256()).save(
         arguments.out
     )
     print(f"{len(samples)} training samples indexed in {arguments.out}")

@@ -83,22 +83,22 @@ def main() -> int:
     from modules.inference.prediction import WARNING
     from modules.pages.attention_figures import attention_figure
     from modules.pages.prediction_page import PageStudy, write_page
-    from modules.run.reporter import StudyReader, load_reporter
+    from modules.run.predictor import StudyReader, load_predictor
     from modules.runtime.records import private_folder, write_private
     from modules.runtime.run_log import Bar
 
     print(WARNING, file=sys.stderr)
     folder = private_folder(arguments.out)
-    reporter = load_reporter(arguments.load, given_flags(arguments, DECODING))
-    if not reporter.shows_attention:
+    predictor = load_predictor(arguments.load, given_flags(arguments, DECODING))
+    if not predictor.shows_attention:
         raise InputError(
             f"--load {arguments.load}: its backbone does not say which of its modules attend to the image "
             "(cross_attention in models/base.py)"
         )
-    reader = StudyReader(studies, reporter.num_views, arguments.batch_size)
+    reader = StudyReader(studies, predictor.num_views, arguments.batch_size)
     page, names = [], set()
     for batch in Bar(reader, "reports"):
-        written = reporter.write([images for _, images in batch], attention=True, layer=arguments.layer)
+        written = predictor.write([images for _, images in batch], attention=True, layer=arguments.layer)
         for (study, images), report in zip(batch, written, strict=True):
             page.append(PageStudy.of(study.name, images, report))
             if report.maps is None:

@@ -80,16 +80,16 @@ def main() -> int:
 
     from modules.inference.prediction import WARNING
     from modules.pages.prediction_page import PageStudy, write_page
-    from modules.run.reporter import StudyReader, load_reporter
+    from modules.run.predictor import StudyReader, load_predictor
     from modules.runtime.run_log import Bar
 
     print(WARNING, file=sys.stderr)
-    reporter = load_reporter(arguments.load, given_flags(arguments, DECODING))
-    reader = StudyReader(studies, reporter.num_views, arguments.batch_size)
+    predictor = load_predictor(arguments.load, given_flags(arguments, DECODING))
+    reader = StudyReader(studies, predictor.num_views, arguments.batch_size)
     rows, page = [], []
     for batch in Bar(reader, "reports"):
-        written = reporter.write(
-            [images for _, images in batch], attention=bool(arguments.html) and reporter.shows_attention
+        written = predictor.write(
+            [images for _, images in batch], attention=bool(arguments.html) and predictor.shows_attention
         )
         for (study, images), report in zip(batch, written, strict=True):
             rows.append(describe(study.name, [str(path) for path in study.paths[: len(images)]], report))
@@ -104,7 +104,7 @@ def main() -> int:
             {
                 "checkpoint": checkpoint_name(arguments.load),
                 "warning": WARNING,
-                "provenance": provenance(str(reporter.device)),
+                "provenance": provenance(str(predictor.device)),
             },
         )
     if arguments.csv:

@@ -9,7 +9,7 @@ nothing is run. Hard negatives are mined once per data set, where a row needs th
   python scripts/run_experiments.py my_rows.csv --dataset demo --seeds 1 2 --overrides "--epochs 2"
 
 The table is written to OUT/table.md, table.csv and table.tex: mean and standard deviation over seeds, intervals,
-significance against each row's baseline, floors, and the paper's figures. See docs/EXPERIMENT_TABLES.md.
+significance against each row's baseline, training-free baselines, the paper's figures (docs/EXPERIMENT_TABLES.md).
 """
 
 import argparse

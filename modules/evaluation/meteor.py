@@ -1,17 +1,33 @@
-"""METEOR 1.5 through the jar inside pycocoevalcap: one Java process that cannot hang, outlive or confuse a run."""
+"""METEOR 1.5 (Denkowski and Lavie, 2014), and COCO's Penn Treebank tokeniser: pycocoevalcap's two Java programs.
 
+Whatever Java does (extra, missing or wrong lines, death, silence), the caller gets a MeteorError with the reason.
+pycocoevalcap's own wrappers ask for a java on the PATH, write into the package's folder and can hang for ever.
+
+Shapes: N reports, R sets of reports.
+"""
+
+import contextlib
 import os
-import selectors
+import queue
 import shutil
 import subprocess
-import time
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 
-# A score line's statistics depend on its two texts only, so validation's repeated pairs are asked for once.
+import numpy as np
+
+from modules.runtime.errors import InputError
+
+# The numbers of a line depend on its texts only, so pairs that validations repeat are asked for once.
 _CACHE_LIMIT = 20_000
-SECONDS_TO_END = 5.0  # for a process that has closed its output
 # These change what the command line says (heap, language) or make the runtime print on its own.
-JAVA_VARIABLES = ("_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS")
+_JAVA_VARIABLES = ("_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS")
+# Asked last: its answer, the lengths 2 and 3 first, shows that answers match the questions line by line.
+_CHECK_QUESTION, _CHECK_LENGTHS = "SCORE ||| alpha beta gamma ||| alpha beta", (2, 3)
+# METEOR 1.5, English, task "rank": weights of exact, stem, synonym and paraphrase matches, and its parameters.
+_STAGE_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+TOKENISER = "Penn Treebank (Stanford CoreNLP 3.4.1, lower-cased, without punctuation)"
 
 
 class MeteorError(RuntimeError):
@@ -30,47 +46,19 @@ def find_java() -> str:
     return str(JAVA)
 
 
-def _jar() -> str:
-    import pycocoevalcap
-
-    return os.path.join(next(iter(pycocoevalcap.__path__)), "meteor", "meteor-1.5.jar")
-
-
-def _one_line(text: str) -> str:
-    """Remove what the jar's line protocol would read as structure: ``|||`` and every kind of line break."""
-    return " ".join(text.replace("|||", " ").split())
-
-
-def _questions(references: Sequence[str | Sequence[str]], hypotheses: Sequence[str]) -> list[str]:
-    listed = [[texts] if isinstance(texts, str) else texts for texts in references]
-    return [
-        " ||| ".join(["SCORE", *map(_one_line, texts), _one_line(hypothesis)])
-        for texts, hypothesis in zip(listed, hypotheses, strict=True)
-    ]
-
-
-def _end_of(process: subprocess.Popen) -> str:
-    """How a process that has closed its output came to its end."""
-    try:
-        return f"ended (exit code {process.wait(SECONDS_TO_END)})"
-    except subprocess.TimeoutExpired:
-        return "closed its output and does not end"
-
-
 class Meteor:
-    """Corpus METEOR (Denkowski and Lavie, 2014; English, normalised), as pycocoevalcap computes it.
+    """One Java process, started by the first reports and kept for later ones; close it, or use a context manager.
 
-    The Java process starts with the first score and serves all later ones. ``timeout`` is the number of
-    seconds without any answer after which it counts as hung (loading its tables takes about 5).
-    ``starts`` counts the processes started. Use it as a context manager, or call ``close``.
+    ``timeout``: seconds without an answer after which it counts as hung (loading its tables takes about 5).
+    ``starts`` counts the processes started.
     """
 
-    def __init__(self, *, java: str | None = None, timeout: float = 50.0) -> None:
+    def __init__(self, *, java: str | None = None, timeout: float = 120.0) -> None:
         self.starts = 0
-        self._java = java
-        self._timeout = timeout
-        self._process: subprocess.Popen | None = None
-        self._statistics: dict[str, str] = {}  # by what the jar was asked
+        self._java, self._timeout = java, timeout
+        self.process: subprocess.Popen | None = None  # the running Java, if any
+        self._answers: queue.SimpleQueue = queue.SimpleQueue()  # lines, then None at the end of the output
+        self._known: dict[str, list[float]] = {}  # the jar's numbers by question
 
     def __enter__(self) -> "Meteor":
         return self
@@ -78,124 +66,179 @@ class Meteor:
     def __exit__(self, *_) -> None:
         self.close()
 
-    @property
-    def process_id(self) -> int | None:
-        """The Java process, None where none runs."""
-        return None if self._process is None else self._process.pid
-
     def close(self) -> None:
-        """End the Java process; a later score would start another one."""
-        process, self._process = self._process, None
+        """End the Java process; later reports would start another one."""
+        process, self.process = self.process, None
         if process is not None:
             process.kill()
             process.wait()
-            process.stdin.close()
-            process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError, ValueError):
+                    pipe.close()
 
-    def score(self, references: Sequence[str | Sequence[str]], hypotheses: Sequence[str]) -> float:
-        """Return the corpus score in [0, 1] of N hypotheses, each against the best of its references.
+    def per_report(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> np.ndarray:
+        """(N, 6) float64 for ``from_sums``, each report against the best of its references; MeteorError if it cannot.
 
-        MeteorError if it cannot.
+        After an error or an interrupt the process is gone: answers on their way would be taken for later ones.
         """
-        questions = _questions(references, hypotheses)
+        questions = [
+            " ||| ".join(["SCORE", *map(_one_line, texts), _one_line(hypothesis)])
+            for texts, hypothesis in zip(references, hypotheses, strict=True)
+        ]
+        if len(self._known) > _CACHE_LIMIT:
+            self._known.clear()
+        new = [question for question in dict.fromkeys(questions) if question not in self._known]
         try:
-            self._request_statistics(questions)
-            evaluation = "EVAL" + "".join(f" ||| {self._statistics[question]}" for question in questions)
-            # The jar answers with one score for each hypothesis, then with the score of all of them.
-            answer = self._exchange([evaluation], len(questions) + 1)[-1]
-            return float(answer)
-        except ValueError:
-            self.close()
-            raise MeteorError(f"METEOR answered {answer[:60]!r} where a score was expected") from None
+            if new:
+                self._known.update(zip(new, self._ask(new), strict=True))
         except BaseException:
-            # Also on an interrupt: answers still under way would be taken for those of the next call.
             self.close()
             raise
+        return weighted_counts(np.array([self._known[question] for question in questions]))
 
-    def report_statistics(self, references: Sequence[str | Sequence[str]], hypotheses: Sequence[str]) -> list[str]:
-        """Return the jar's numbers for each report of the latest ``score``, as lines for report_statistics."""
-        return [self._statistics[question] for question in _questions(references, hypotheses)]
+    def _ask(self, questions: list[str]) -> list[list[float]]:
+        """The 23 numbers that the jar answers to each question."""
+        process = self._running()
+        if not self._answers.empty():
+            raise MeteorError("java printed a line that was not asked for")
+        lines = [*questions, _CHECK_QUESTION]
+        threading.Thread(target=_write, args=(process, lines), daemon=True).start()
+        found = [self._next_numbers(process, number, len(lines)) for number in range(len(lines))]
+        if tuple(found.pop()[:2]) != _CHECK_LENGTHS:
+            raise MeteorError(
+                "java's answers do not match the questions: it printed more or fewer lines than asked for"
+            )
+        return found
 
-    def _request_statistics(self, questions: list[str]) -> None:
-        if len(self._statistics) > _CACHE_LIMIT:
-            self._statistics.clear()
-        wanted = [question for question in dict.fromkeys(questions) if question not in self._statistics]
-        if not wanted:
-            return
-        answers = self._exchange(wanted, len(wanted))
-        for question, answer in zip(wanted, answers, strict=True):
-            if answer.startswith("Error"):
-                raise MeteorError(f"METEOR refused a pair of reports: {answer[:80]}")
-            self._statistics[question] = answer
+    def _next_numbers(self, process: subprocess.Popen, number: int, wanted: int) -> list[float]:
+        try:
+            line = self._answers.get(timeout=self._timeout)
+        except queue.Empty:
+            raise MeteorError(
+                f"java gave no answer for {self._timeout:g} s (after {number} of {wanted}); see --meteor_timeout"
+            ) from None
+        if line is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            how = "closed its output" if process.returncode is None else f"ended (exit code {process.returncode})"
+            raise MeteorError(f"java {how} after {number} of {wanted} answers")
+        with contextlib.suppress(ValueError):
+            numbers = [float(part) for part in line.split()]
+            if len(numbers) == 23 and np.isfinite(numbers).all():
+                return numbers
+        # Quoted, unless it repeats a question, which holds reports.
+        shown = "" if "|||" in line else f": {' '.join(line.split())[:60]!r}"
+        raise MeteorError(f"java's answer {number + 1} of {wanted} is not 23 numbers{shown}")
 
     def _running(self) -> subprocess.Popen:
-        if self._process is not None:
-            return self._process
-        command = [
-            self._java or find_java(),
-            "-Xmx1G",
-            "-XX:+UseSerialGC",
-            "-Duser.language=en",
-            "-Duser.country=US",
-            "-Dfile.encoding=UTF-8",
-            "-jar",
-            _jar(),
-            "-",
-            "-",
-            "-stdio",
-            "-l",
-            "en",
-            "-norm",
-        ]
-        environment = {name: value for name, value in os.environ.items() if name not in JAVA_VARIABLES}
-        self.starts += 1
-        try:
-            # A session of its own: Ctrl-C reaches the trainer alone, which then decides what to finish.
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                bufsize=0,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise MeteorError(f"java did not start: {error.strerror}: {command[0]}") from None
-        os.set_blocking(self._process.stdin.fileno(), False)
-        os.set_blocking(self._process.stdout.fileno(), False)
-        return self._process
+        if self.process is None:
+            import pycocoevalcap
 
-    def _exchange(self, lines: list[str], answers: int) -> list[str]:
-        """Send lines and collect answers at the same time, so that no full pipe can stop either side."""
-        process = self._running()
-        unsent = memoryview("".join(f"{line}\n" for line in lines).encode(errors="replace"))
-        received, count = bytearray(), 0
-        deadline = time.monotonic() + self._timeout
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdin, selectors.EVENT_WRITE)
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while count < answers:
-                ready = {key.fileobj for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
-                if process.stdout in ready:
-                    chunk = os.read(process.stdout.fileno(), 1 << 16)
-                    if not chunk:
-                        raise MeteorError(f"java {_end_of(process)} after {count} of {answers} answers")
-                    received += chunk
-                    count += chunk.count(b"\n")
-                    deadline = time.monotonic() + self._timeout
-                elif time.monotonic() >= deadline:
-                    raise MeteorError(f"java gave no answer for {self._timeout:g} s (after {count} of {answers})")
-                if process.stdin in ready:
-                    unsent = self._send(process, unsent)
-                    if not unsent:
-                        selector.unregister(process.stdin)
-        return received.decode(errors="replace").splitlines()
+            jar = os.path.join(next(iter(pycocoevalcap.__path__)), "meteor", "meteor-1.5.jar")
+            language = ("-Duser.language=en", "-Duser.country=US")  # else it writes decimal commas
+            command = [*_java(self._java), *language, "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm"]
+            self.starts += 1
+            try:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env=_environment(),
+                    encoding="utf-8",
+                    errors="replace",
+                    start_new_session=True,  # Ctrl-C reaches the trainer alone, which decides what to finish
+                )
+            except OSError as error:
+                raise MeteorError(f"java did not start: {error.strerror}: {command[0]}") from None
+            self._answers = queue.SimpleQueue()
+            threading.Thread(target=_read, args=(self.process, self._answers), daemon=True).start()
+        return self.process
 
-    @staticmethod
-    def _send(process: subprocess.Popen, unsent: memoryview) -> memoryview:
-        try:
-            return unsent[os.write(process.stdin.fileno(), unsent) :]
-        except BrokenPipeError:
-            # Gone: drop the rest, the end of its output says so with the exit code.
-            return unsent[:0]
+
+def _read(process: subprocess.Popen, answers: queue.SimpleQueue) -> None:
+    with contextlib.suppress(OSError, ValueError):  # closed in the middle of a line
+        for line in process.stdout:
+            answers.put(line)
+    answers.put(None)
+
+
+def _write(process: subprocess.Popen, lines: Iterable[str]) -> None:
+    with contextlib.suppress(OSError, ValueError):  # gone: the end of its output says so with the exit code
+        process.stdin.write("".join(f"{line}\n" for line in lines))
+        process.stdin.flush()
+
+
+def _one_line(text: str) -> str:
+    """Remove what the jar's line protocol would read as structure: ``|||`` and every kind of line break."""
+    return " ".join(text.replace("|||", " ").split())
+
+
+def _java(java: str | None) -> list[str]:
+    return [java or find_java(), "-Xmx1G", "-XX:+UseSerialGC", "-Dfile.encoding=UTF-8"]
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in _JAVA_VARIABLES}
+
+
+def weighted_counts(numbers: np.ndarray) -> np.ndarray:
+    """(N, 6) of the jar's numbers (N, 23): weighted lengths, weighted matches, chunks, matched words.
+
+    Lengths and matches are those of the hypothesis, then of the reference. A report equal to its reference has no
+    fragmentation, so its one chunk is not counted.
+    """
+    lengths, function_words = numbers[:, 0:2], numbers[:, 2:4]  # hypothesis, reference
+    stages = numbers[:, 4:20].reshape(-1, 4, 4)  # (N, stage, content words of hyp. and ref., function words of both)
+    chunks, matched = numbers[:, 20], numbers[:, 21:23]
+    weighted_lengths = _DELTA * (lengths - function_words) + (1 - _DELTA) * function_words
+    weighted_stages = _DELTA * stages[:, :, 0:2] + (1 - _DELTA) * stages[:, :, 2:4]
+    weighted_matches = np.einsum("s,nsc->nc", _STAGE_WEIGHTS, weighted_stages)
+    equal = (matched == lengths).all(axis=1) & (chunks == 1)
+    return np.column_stack([weighted_lengths, weighted_matches, np.where(equal, 0, chunks), matched.mean(axis=1)])
+
+
+def from_sums(sums: np.ndarray, count: int) -> np.ndarray:
+    """(R, 1) METEOR of the sums (R, 6): a weighted harmonic mean, less a penalty for fragmentation."""
+    length, reference_length, matches, reference_matches, chunks, matched = sums.T
+    some = matched > 0
+    precision = np.where(some, matches, 1) / np.where(some, length, 1)
+    recall = np.where(some, reference_matches, 1) / np.where(some, reference_length, 1)
+    mean = 1 / ((1 - _ALPHA) / precision + _ALPHA / recall)
+    penalty = _GAMMA * (chunks / np.where(some, matched, 1)) ** _BETA
+    return np.where(some, mean * (1 - penalty), 0.0)[:, None]
+
+
+def ptb_tokenise(texts: Sequence[str], *, java: str | None = None, timeout: float = 600.0) -> list[str]:
+    """The Penn Treebank tokens of each text, lower-cased, without punctuation, joined by single spaces.
+
+    One Java process reads them all (570,000 captions: 5 s on one core). InputError where it cannot: no Java, or no
+    answer in ``timeout`` seconds.
+    """
+    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
+    from pycocoevalcap.tokenizer.ptbtokenizer import __file__ as wrapper
+
+    if not texts:
+        return []
+    lines = [" ".join(text.split()) for text in texts]  # a text is a line, so line breaks in it become spaces
+    jar = os.path.join(os.path.dirname(wrapper), STANFORD_CORENLP_3_4_1_JAR)
+    options = ("edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8")
+    try:
+        done = subprocess.run(
+            [*_java(java), "-cp", jar, *options],
+            input="".join(f"{line}\n" for line in lines).encode(errors="replace"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=_environment(),
+            timeout=timeout,
+        )
+    except (MeteorError, OSError, subprocess.TimeoutExpired) as error:
+        raise InputError(f"COCO's scores need Java for the Penn Treebank tokeniser: {error}") from error
+    found = done.stdout.decode(errors="replace").split("\n")[:-1]
+    if done.returncode or len(found) != len(lines):
+        raise InputError(
+            "COCO's scores need the Penn Treebank tokeniser, and its Java process ended with exit code "
+            f"{done.returncode} after {len(found)} of {len(lines)} captions"
+        )
+    dropped = frozenset(PUNCTUATIONS)
+    return [" ".join(word for word in line.split() if word not in dropped) for line in found]

@@ -1,8 +1,8 @@
 """What each report adds to a run's scores: sums over reports give every corpus score, of the test split or a resample.
 
-A table has one row per report and is named after its scores: ``BLEU``, ``METEOR``, ``diversity``, ``nll``, one mean
-such as ``CIDEr`` (whose document frequencies stay those of all references), or the outcomes of labels,
-``ce_rule_uncertain_negative``. A name that ends in ``_full`` is about whole references. The numbers hold no text.
+A table has one row per report. Its name is that of a sentence metric (modules.evaluation.metric_table), ``diversity``,
+``nll``, a labeler's outcomes such as ``ce_rule_uncertain_negative``, or the one score that is the mean of its column. A
+name that ends in ``_full`` is about whole references. The numbers hold no text.
 
 Shapes: N reports, R resamples, k columns of a table.
 """
@@ -10,22 +10,21 @@ Shapes: N reports, R resamples, k columns of a table.
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from modules.evaluation.clinical_scores import CLASS_SETS, UNCERTAIN_POLICIES, outcomes, ratios
+from modules.evaluation.metric_table import SENTENCE_METRICS, SentenceMetric
 from modules.evaluation.score_names import FULL, tagged
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError
 from modules.runtime.records import write_private
 
 _TAG = "tag"
-# METEOR 1.5, English, task "rank" (Denkowski and Lavie, 2014): weights of exact, stem, synonym and paraphrase matches.
-_METEOR_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
-_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+_SENTENCE_METRICS = {metric.name: metric for metric in SENTENCE_METRICS}
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,8 @@ def scores_of_sums(sums: Mapping[str, np.ndarray], count: int) -> dict[str, np.n
     scores: dict[str, np.ndarray] = {}
     for name, total in sums.items():
         base, suffix = (name.removesuffix(FULL), FULL) if name.endswith(FULL) else (name, "")
-        if base == "BLEU":
-            found = {f"BLEU_{n}": values for n, values in enumerate(_bleu(total), start=1)}
-        elif base == "METEOR":
-            found = {base: _meteor(total)}
+        if base in _SENTENCE_METRICS:
+            found = _sentence_scores(_SENTENCE_METRICS[base], total, count)
         elif base == "diversity":
             found = {base: (total[:, :3] / np.maximum(total[:, 3:], 1)).prod(axis=1)}
         elif base == "nll":
@@ -77,6 +74,12 @@ def scores_of_sums(sums: Mapping[str, np.ndarray], count: int) -> dict[str, np.n
             found = {base: total[:, 0] / count}
         scores |= {f"{score}{suffix}": values for score, values in found.items()}
     return scores
+
+
+def _sentence_scores(metric: SentenceMetric, total: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    from_sums = getattr(metric.load(), "from_sums", None)
+    values = total / count if from_sums is None else from_sums(total, count)  # (R, scores)
+    return {score.name: values[:, column] for column, score in enumerate(metric.scores)}
 
 
 def join(parts: Sequence[ReportStatistics]) -> ReportStatistics:
@@ -105,7 +108,7 @@ def digest(ids: Sequence[str], references: Sequence[str]) -> str:
 
 
 def save_statistics(path: str | Path, systems: Mapping[str, ReportStatistics]) -> None:
-    """Write the statistics of several systems (the model, the floors) on one split as .npz, mode 0600."""
+    """Write the statistics of several systems (the model, the baselines) on one split as .npz, mode 0600."""
     first = next(iter(systems.values()))
     arrays = {
         f"{system}/{name}": table for system, statistics in systems.items() for name, table in statistics.tables.items()
@@ -138,35 +141,6 @@ def load_statistics(path: str | Path) -> dict[str, ReportStatistics]:
     }
 
 
-def bleu_table(parts: Iterable[Mapping]) -> np.ndarray:
-    """(N, 10) from the parts that pycocoevalcap's BleuScorer keeps: matches, n-grams (n = 1..4), both lengths."""
-    rows = []
-    for part in parts:
-        length = part["testlen"]
-        closest = min(part["reflen"], key=lambda reference: (abs(reference - length), reference))
-        rows.append([*part["correct"], *part["guess"], length, closest])
-    return np.array(rows, dtype=np.int32)
-
-
-def meteor_table(lines: Sequence[str]) -> np.ndarray:
-    """(N, 6) from the answers of METEOR's jar to SCORE: weighted lengths, weighted matches, chunks, matched words.
-
-    Lengths and matches are those of the hypothesis, then of the reference. A report equal to its reference has no
-    fragmentation, so its one chunk is not counted. ValueError for anything but 23 numbers a line.
-    """
-    counts = np.array([[float(number) for number in line.split()] for line in lines])
-    if counts.ndim != 2 or counts.shape[1] != 23:
-        raise ValueError(f"23 numbers a report expected, not an array of shape {counts.shape}")
-    lengths, function_words = counts[:, 0:2], counts[:, 2:4]  # hypothesis, reference
-    stages = counts[:, 4:20].reshape(-1, 4, 4)  # (N, stage, content words of hyp. and ref., function words of both)
-    chunks, matched = counts[:, 20], counts[:, 21:23]
-    weighted_lengths = _DELTA * (lengths - function_words) + (1 - _DELTA) * function_words
-    weighted_stages = _DELTA * stages[:, :, 0:2] + (1 - _DELTA) * stages[:, :, 2:4]
-    weighted_matches = np.einsum("s,nsc->nc", _METEOR_WEIGHTS, weighted_stages)
-    equal = (matched == lengths).all(axis=1) & (chunks == 1)
-    return np.column_stack([weighted_lengths, weighted_matches, np.where(equal, 0, chunks), matched.mean(axis=1)])
-
-
 def clinical_tables(references: np.ndarray, hypotheses: np.ndarray, labeler: str) -> dict[str, np.ndarray]:
     """(N, 42) of two (N, 14) label arrays, for each policy: true positives, false positives, false negatives."""
     tables = {}
@@ -175,25 +149,6 @@ def clinical_tables(references: np.ndarray, hypotheses: np.ndarray, labeler: str
         counts = (found.true_positive, found.false_positive, found.false_negative)
         tables[f"ce_{labeler}_uncertain_{policy}"] = np.concatenate(counts, axis=1)
     return tables
-
-
-def _bleu(total: np.ndarray) -> list[np.ndarray]:
-    """BLEU-1..4 (Papineni et al., 2002) of the sums (R, 10), with pycocoevalcap's guards against 0 / 0."""
-    correct, guessed, length, reference_length = total[:, 0:4], total[:, 4:8], total[:, 8], total[:, 9]
-    precision = np.cumprod((correct + 1e-15) / (guessed + 1e-9), axis=1)
-    ratio = (length + 1e-15) / (reference_length + 1e-9)
-    brevity = np.exp(np.minimum(0, 1 - 1 / ratio))
-    return [precision[:, n] ** (1 / (n + 1)) * brevity for n in range(4)]
-
-
-def _meteor(total: np.ndarray) -> np.ndarray:
-    """METEOR (Denkowski and Lavie, 2014) of the sums (R, 6): a weighted harmonic mean less a fragmentation penalty."""
-    length, reference_length, matches, reference_matches, chunks, matched = total.T
-    some = matched > 0
-    precision = np.where(some, matches, 1) / np.where(some, length, 1)
-    recall = np.where(some, reference_matches, 1) / np.where(some, reference_length, 1)
-    mean = 1 / ((1 - _ALPHA) / precision + _ALPHA / recall)
-    return np.where(some, mean * (1 - _GAMMA * (chunks / np.where(some, matched, 1)) ** _BETA), 0.0)
 
 
 def _is_clinical(name: str) -> bool:

@@ -72,7 +72,7 @@ class WrittenReport:
         ]
 
 
-class Reporter:
+class Predictor:
     """Writes reports with a trained ``backbone`` in evaluation mode; ``num_views`` is the most that it reads."""
 
     def __init__(

@@ -79,7 +79,7 @@ def write_report(
 ) -> None:
     """Write the page with mode 0600. InputError where it cannot be written.
 
-    ``scores``: the model's rows and the floors'. ``classes``: a labeler to its
+    ``scores``: the model's rows and the baselines'. ``classes``: a labeler to its
     modules.evaluation.clinical_scores.class_table.
     ``history``: see modules.pages.plots. ``variety``: a name ("generated",
     "references", ...) to its collapse_statistics. ``samples`` may be a generator: one study's images

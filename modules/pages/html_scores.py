@@ -1,15 +1,16 @@
 """The scores of the report page: headline figures, tables against both forms of the references, clinical tables."""
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from modules.evaluation.metric_table import CLINICAL_F1, METRIC_NAMES, SCORES, SENTENCE_METRICS, smaller_is_better
 from modules.evaluation.score_names import FULL
 
-_NAMES = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
-_CLINICAL_HEADLINE = "ce_rule_f1_micro_14_uncertain_negative_full"
-_HEADLINES = ("BLEU_4", "METEOR", "ROUGE_L", "CIDEr", _CLINICAL_HEADLINE)
+_CLINICAL_HEADLINE = CLINICAL_F1.format("micro") + FULL
+_HEADLINES = (*(metric.headline.name for metric in SENTENCE_METRICS), _CLINICAL_HEADLINE)
 REPORTS = {
     "": "References cut to the maximum length, as the R2Gen family scores (comparable with published figures)",
     FULL: "Full references (nothing cut, rare words kept)",
@@ -38,14 +39,14 @@ class ScoreRow:
     name: str
     split: str
     scores: Mapping[str, float | None]
-    is_floor: bool = False
+    is_baseline: bool = False
     tag: str = ""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def score_tiles(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
-    """The headline figures of the test split (else of the first row's), each beside the better floor's."""
-    models = [row for row in rows if not row.is_floor]
+    """The headline figures of the test split (else of the first row's), each with the better baseline's."""
+    models = [row for row in rows if not row.is_baseline]
     if not models:
         return []
     model = next((row for row in models if row.split == "test"), models[0])
@@ -54,13 +55,14 @@ def score_tiles(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
         if name == _CLINICAL_HEADLINE and name not in model.scores:
             continue
         value = model.scores.get(name)
-        floors = [
+        baselines = [
             (row.scores[name], row.name)
             for row in rows
-            if row.is_floor and row.split == model.split and row.scores.get(name) is not None
+            if row.is_baseline and row.split == model.split and row.scores.get(name) is not None
         ]
-        floor = max(floors, default=None)
-        above = None if floor is None or value is None else value > floor[0]
+        better = operator.lt if smaller_is_better(name) else operator.gt
+        baseline = (min if smaller_is_better(name) else max)(baselines, default=None)
+        above = None if baseline is None or value is None else better(value, baseline[0])
         shown = f"{_shown_name(name)} {model.tag}".rstrip()
         tiles.append(
             {
@@ -69,7 +71,7 @@ def score_tiles(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
                 "value": _shown(value),
                 "above": above,
                 "interval": _interval(model, name),
-                "floor": floor and (_shown(floor[0]), floor[1]),
+                "baseline": baseline and (_shown(baseline[0]), baseline[1]),
             }
         )
     return tiles
@@ -79,7 +81,7 @@ def score_tables(rows: Sequence[ScoreRow], references: Mapping[str, str] = REPOR
     """A table for each form of the references, then one for each labeler's clinical scores."""
     tables = []
     for suffix, caption in references.items():
-        names = [f"{name}{suffix}" for name in _NAMES]
+        names = [f"{name}{suffix}" for name in METRIC_NAMES]
         names += [
             name
             for row in rows
@@ -135,10 +137,10 @@ def _line(row: ScoreRow, names: Sequence[str], rows: Sequence[ScoreRow]) -> dict
             other.scores[name] for other in rows if other.split == row.split and other.scores.get(name) is not None
         ]
         value = row.scores.get(name)
-        best = len(rivals) > 1 and value is not None and value == (min(rivals) if name == "nll" else max(rivals))
+        best = len(rivals) > 1 and value is not None and value == (min if smaller_is_better(name) else max)(rivals)
         cells.append({"text": _shown(value), "best": best, "interval": _interval(row, name)})
     name = f"{row.name} ({row.tag})" if row.tag else row.name
-    return {"name": name, "split": row.split, "is_floor": row.is_floor, "cells": cells}
+    return {"name": name, "split": row.split, "is_baseline": row.is_baseline, "cells": cells}
 
 
 def _interval(row: ScoreRow, name: str) -> str:
@@ -148,12 +150,9 @@ def _interval(row: ScoreRow, name: str) -> str:
 
 def _shown_name(name: str) -> str:
     name = name.removesuffix(FULL)
-    names = {
-        "ROUGE_L": "ROUGE-L",
-        "CIDEr_train_idf": "CIDEr (training idf)",
-        _CLINICAL_HEADLINE.removesuffix(FULL): "Clinical F1 (rules)",
-    }
-    return names.get(name, name.replace("BLEU_", "BLEU-").replace("BERTScore_", "BERTScore "))
+    if name == _CLINICAL_HEADLINE.removesuffix(FULL):
+        return "Clinical F1 (rules)"
+    return SCORES[name].label if name in SCORES else name.replace("BERTScore_", "BERTScore ")
 
 
 def _shown(value: float | None) -> str:

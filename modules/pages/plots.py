@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from modules.evaluation.metric_table import SCORES, SENTENCE_METRICS, XPRONET_SUM, Score, SentenceMetric
+
 # Okabe and Ito's colours, told apart with any colour vision; the markers tell them apart in black and white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# What an objective logs beside its loss terms.
-_NOT_LOSSES = {"train_hardness", "train_steps", "train_temperature"}
+# What an objective or the trainer logs beside loss terms.
+_NOT_LOSSES = {"train_hardness", "train_steps", "train_skipped_steps", "train_temperature"}
 # The cosine with its own report should pull away from those with the two negatives.
 _SIMILARITIES = {
     "train_cos_positive": "its report",
@@ -21,6 +23,10 @@ _SIMILARITIES = {
     "train_cos_negative": "hard negative",
     "train_retrieval_accuracy": "retrieval accuracy",
 }
+_REWARDS = {"train_reward": "samples", "train_baseline": "baseline"}
+# Metrics with several scores get a panel each, the others share one.
+_SHARED = [metric for metric in SENTENCE_METRICS if len(metric.scores) == 1]
+_LABELS = {f"val_{score.name}": score.label for score in SCORES.values()}
 
 
 @dataclass(frozen=True)
@@ -31,21 +37,26 @@ class _Panel:
     logarithmic: bool = False
 
 
+def _score_panel(name: str, metrics: Sequence[SentenceMetric], *others: Score) -> _Panel:
+    """The validation scores of ``metrics``, and of ``others``; a tag in a key (val_<score>_<tag>) does not matter."""
+    starts = tuple(f"val_{score.name}" for score in (*(s for metric in metrics for s in metric.scores), *others))
+    labels = [metric.label for metric in metrics]
+    title = " and ".join(filter(None, (", ".join(labels[:-1]), labels[-1])))
+    return _Panel(name, f"{title} on validation", lambda key: key.startswith(starts))
+
+
 _PANELS = (
     _Panel(
         "loss",
         "Losses",
         lambda key: (
             key.startswith("val_nll")
-            or (key.startswith("train_") and key not in _NOT_LOSSES and key not in _SIMILARITIES)
+            or (key.startswith("train_") and key not in _NOT_LOSSES | _SIMILARITIES.keys() | _REWARDS.keys())
         ),
     ),
-    _Panel("bleu", "BLEU on validation", lambda key: key.startswith("val_BLEU_")),
-    _Panel(
-        "other_scores",
-        "METEOR, ROUGE-L and CIDEr on validation",
-        lambda key: key.startswith(("val_METEOR", "val_ROUGE_L", "val_CIDEr", "val_xpronet")),
-    ),
+    _Panel("reward", "Reward of the sampled reports", lambda key: key in _REWARDS),
+    *(_score_panel(metric.name.lower(), [metric]) for metric in SENTENCE_METRICS if metric not in _SHARED),
+    _score_panel("other_scores", _SHARED, XPRONET_SUM),
     _Panel(
         "clinical",
         "Clinical F1 on validation (14 classes, labels by rules)",
@@ -143,11 +154,8 @@ def _label(key: str) -> str:
         return f"{key.removeprefix('val_')} (validation)"
     if key.startswith("val_ce_rule_f1_"):
         return key.removeprefix("val_ce_rule_f1_").partition("_14_")[0]
-    if key.startswith("lr_"):
-        return {"lr_ve": "visual extractor", "lr_ed": "everything else"}.get(key, key)
-    if key in _SIMILARITIES:
-        return _SIMILARITIES[key]
-    return key.split("_", 1)[1].replace("ROUGE_L", "ROUGE-L").replace("BLEU_", "BLEU-")
+    known = {"lr_ve": "visual extractor", "lr_ed": "everything else"} | _SIMILARITIES | _REWARDS | _LABELS
+    return known.get(key, key.removeprefix("train_").removeprefix("val_"))
 
 
 def _png(figure) -> bytes:

@@ -85,6 +85,7 @@ def equip(config: Config, data: compose.Data, objective: Objective, dataset: Rep
         config.scst_reward,
         [list(texts[dataset.studies[row].study_id]) for row, _ in dataset.samples],
         frequencies=frequencies,
+        java_timeout=config.meteor_timeout,
     )
     objective.equip(
         reward=reward,

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from modules.config import CLINICAL_MONITORED, XPRONET_SELECTION, Config
+from modules.config import Config
 from modules.data.captions import captions_by_sample
 from modules.data.datasets import ReportDataset
 from modules.evaluation.bootstrap import intervals
 from modules.evaluation.clinical_scores import class_table, clinical_scores
 from modules.evaluation.diversity import ngram_counts
+from modules.evaluation.meteor import TOKENISER, ptb_tokenise
+from modules.evaluation.metric_table import CLINICAL_MONITORED, XPRONET_SELECTION, XPRONET_SUM
 from modules.evaluation.metrics import Metrics, measure
-from modules.evaluation.ptb import TOKENISER, PtbTokeniser, ptb_tokenise
 from modules.evaluation.report_statistics import ReportStatistics, clinical_tables, digest
 from modules.evaluation.score_names import FULL
 from modules.evaluation.tester import Predictions, mean_nll
@@ -25,12 +26,13 @@ RULE, CHEXBERT = "rule", "chexbert"
 
 @dataclass
 class Scored:
-    """What the reports of several systems (the model, the floors) came to, by system."""
+    """What the reports of several systems (the model, the baselines) came to, by system."""
 
     scores: dict[str, dict[str, float | None]] = field(default_factory=dict)
     intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     statistics: dict[str, ReportStatistics] = field(default_factory=dict)
     labels: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # labeler -> text -> (N, 14)
+    meteor_error: str | None = None  # why some system has no METEOR
 
 
 class Scoring:
@@ -41,12 +43,9 @@ class Scoring:
     """
 
     def __init__(self, config: Config, device: torch.device, datasets: Iterable[ReportDataset] = ()):
-        self.metrics = Metrics()
-        self.meteor_error: str | None = None  # why some system of the latest test has no METEOR
+        self.metrics = Metrics(timeout=config.meteor_timeout)
         self._captions = captions_by_sample(datasets) if config.captioning else None
-        self._ptb = PtbTokeniser()
-        if self._captions:
-            self._ptb.references(list(self._captions.values()))
+        self._tokenised = _tokenised(self._captions or {})
         self._config, self._device = config, device
         self._chexbert, self._encoders = None, []
         if config.chexbert_path:
@@ -86,11 +85,11 @@ class Scoring:
         """While training only what model selection and the curves need; the full references come with the test."""
         references = self._references(found)[""]
         scores = self.metrics.compute(references, self._words(found.generated), with_meteor=self._config.meteor)
-        if self._config.monitor_metric in CLINICAL_MONITORED:
+        if self._config.monitor_metric in [score.name for score in CLINICAL_MONITORED]:
             clinical = clinical_scores(label_reports(references), label_reports(found.generated), RULE)
-            scores |= {name: clinical[name] for name in CLINICAL_MONITORED}
-        if self._config.monitor_metric == "xpronet_selection" and scores["METEOR"] is not None:
-            scores["xpronet_selection"] = sum(weight * scores[name] for name, weight in XPRONET_SELECTION.items())
+            scores |= {score.name: clinical[score.name] for score in CLINICAL_MONITORED}
+        if self._config.monitor_metric == XPRONET_SUM.name and scores["METEOR"] is not None:
+            scores[XPRONET_SUM.name] = sum(weight * scores[name] for name, weight in XPRONET_SELECTION.items())
         return scores
 
     def test(self, found: Predictions, systems: Mapping[str, Sequence[str]], tags: Mapping[str, str]) -> Scored:
@@ -102,7 +101,6 @@ class Scoring:
         references = self._references(found)
         digests = [digest(found.ids, references[form if form in references else ""]) for form in ("", FULL)]
         scored = Scored(labels=self._labels(references, systems))
-        self.meteor_error = None
         for system, generated in systems.items():
             scores, tables = measure(
                 self.metrics,
@@ -111,7 +109,7 @@ class Scoring:
                 self._words(generated),
                 with_meteor=self._config.meteor,
             )
-            self.meteor_error = self.meteor_error or self.metrics.meteor_error
+            scored.meteor_error = scored.meteor_error or self.metrics.meteor_error
             if generated is found.generated:
                 scores["nll"], tables["nll"] = mean_nll(found), found.nll.numpy()
             tables["diversity"] = ngram_counts(generated)
@@ -134,7 +132,7 @@ class Scoring:
     def _references(self, found: Predictions) -> dict[str, Sequence[str] | Sequence[Sequence[str]]]:
         if self._captions is None:
             return {"": found.references, FULL: found.full_references}
-        return {"": self._ptb.references([self._captions[sample] for sample in found.ids])}
+        return {"": [self._tokenised[sample] for sample in found.ids]}
 
     def _words(self, generated: Sequence[str]) -> Sequence[str]:
         return generated if self._captions is None else ptb_tokenise(generated)
@@ -159,6 +157,12 @@ def class_tables(scored: Scored, system: str) -> dict[str, list[dict[str, Any]]]
     return {
         labeler: class_table(labels[f"references{FULL}"], labels[system]) for labeler, labels in scored.labels.items()
     }
+
+
+def _tokenised(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The tokens of every caption of each sample, all of them by one process."""
+    flat = iter(ptb_tokenise([text for texts in captions.values() for text in texts]))
+    return {sample: [next(flat) for _ in texts] for sample, texts in captions.items()}
 
 
 def _best(

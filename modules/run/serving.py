@@ -17,14 +17,14 @@ def report_writer(path: str, given: Mapping[str, Any], index_path: str | None) -
     """A function (request, files) -> {"html": ...} with the model in checkpoint ``path``, and what the page must know.
 
     A request has ``names`` of its files, ``together`` (they are views of one study) and ``beam_size``.
-    InputError as in load_reporter.
+    InputError as in load_predictor.
     """
     from modules.data.images import open_image
     from modules.inference.report_index import ReportIndex
     from modules.pages.prediction_page import PageStudy, render_studies
-    from modules.run.reporter import load_reporter
+    from modules.run.predictor import load_predictor
 
-    predictor = load_reporter(path, given)
+    predictor = load_predictor(path, given)
     index = None
     if index_path:
         index = ReportIndex.load(index_path)

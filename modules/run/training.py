@@ -10,6 +10,7 @@ import torch
 
 from modules.config import Config
 from modules.data.tokenizers import Tokenizer, clean_report
+from modules.evaluation.metric_table import smaller_is_better
 from modules.evaluation.score_names import tagged
 from modules.evaluation.tester import Tester
 from modules.flags import resolve_config, stage_settings
@@ -292,7 +293,7 @@ def _trainer(
         epochs=config.epochs,
         early_stop=config.early_stop,
         monitor_metric=tagged(config.monitor_metric, compose.score_tag(config)),
-        monitor_mode="min" if config.monitor_metric == "nll" else config.monitor_mode,
+        monitor_mode="min" if smaller_is_better(config.monitor_metric) else config.monitor_mode,
         save_period=config.save_period,
         checkpoint_steps=config.checkpoint_steps,
         log_period=config.log_period,

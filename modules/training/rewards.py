@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-from pycocoevalcap.rouge.rouge import Rouge
 
+from modules.evaluation.cider import cider_scores, document_frequencies
 from modules.evaluation.meteor import Meteor, MeteorError
-from modules.evaluation.metrics import cider_scores, document_frequencies
-from modules.evaluation.report_statistics import ReportStatistics, clinical_tables, meteor_table, scores_of_sums
+from modules.evaluation.metric_table import SENTENCE_METRICS
+from modules.evaluation.report_statistics import ReportStatistics, clinical_tables, scores_of_sums
 from modules.labels.labeler import label_reports
 from modules.runtime.errors import InputError
 from modules.runtime.records import write_private
@@ -24,48 +23,39 @@ Frequencies = tuple[Counter, int]  # in how many studies each n-gram occurs, and
 class Reward:
     """``reward(samples, texts)`` scores each text against the references of its sample.
 
-    ``references`` are the cleaned texts of every training sample, by its index. ``name`` is CIDEr (CIDEr-D with
-    ``frequencies``), BLEU_1..BLEU_4 (of the single report, smoothed as pycocoevalcap does), ROUGE_L, METEOR (needs
-    Java) or clinical_f1 (F1 of the 14 rule-based labels against those of the first reference).
+    ``references`` are the cleaned texts of every training sample, by its index. ``name`` is one of
+    modules.evaluation.metric_table.REWARDS: a sentence metric of the single report (CIDEr is CIDEr-D with
+    ``frequencies``), or clinical_f1, the F1 of the 14 rule-based labels against those of the first reference.
+    ``java_timeout``: seconds without an answer after which METEOR's Java counts as hung.
     """
 
-    def __init__(self, name: str, references: References, *, frequencies: Frequencies | None = None):
+    def __init__(
+        self, name: str, references: References, *, frequencies: Frequencies | None = None, java_timeout: float = 120.0
+    ):
         self.name, self.references = name, references
-        self._score = _scorer(name, frequencies)
+        self._score = _scorer(name, frequencies, java_timeout)
 
     def __call__(self, samples: Sequence[int], texts: Sequence[str]) -> np.ndarray:
-        """(N,) float64."""
+        """(N,) float64. InputError where Java is needed and fails."""
         return self._score([list(self.references[sample]) for sample in samples], list(texts))
 
 
-def _scorer(name: str, frequencies: Frequencies | None) -> Callable[[list, list], np.ndarray]:
+def _scorer(name: str, frequencies: Frequencies | None, java_timeout: float) -> Callable[[list, list], np.ndarray]:
     if name == "CIDEr":
         return lambda references, texts: cider_scores(references, texts, *frequencies)
-    if name.startswith("BLEU_"):
-        return lambda references, texts: _bleu(references, texts, int(name[-1]))
-    if name == "METEOR":
-        meteor = Meteor()
-        return lambda references, texts: _meteor(meteor, references, texts)
-    return {"ROUGE_L": _rouge, "clinical_f1": _clinical_f1}[name]
+    if name == "clinical_f1":
+        return _clinical_f1
+    [metric] = [metric for metric in SENTENCE_METRICS if name in [score.name for score in metric.scores]]
+    per_report = Meteor(timeout=java_timeout).per_report if metric.needs_java else metric.load().per_report
 
+    def score(references: list[list[str]], texts: list[str]) -> np.ndarray:
+        try:
+            table = per_report(references, texts)
+        except MeteorError as error:
+            raise InputError(f"--scst_reward {name}: {error}; choose another reward, such as CIDEr") from error
+        return scores_of_sums({metric.name: table.astype(np.float64)}, 1)[name]
 
-def _bleu(references: list[list[str]], texts: list[str], order: int) -> np.ndarray:
-    scorer = BleuScorer(n=order)
-    for own, text in zip(references, texts, strict=True):
-        scorer += (text, own)
-    return np.array(scorer.compute_score(option="closest")[1][order - 1])
-
-
-def _rouge(references: list[list[str]], texts: list[str]) -> np.ndarray:
-    return Rouge().compute_score(dict(enumerate(references)), {i: [text] for i, text in enumerate(texts)})[1]
-
-
-def _meteor(meteor: Meteor, references: list[list[str]], texts: list[str]) -> np.ndarray:
-    try:
-        table = meteor_table(meteor.report_statistics(references, texts))
-    except (MeteorError, ValueError) as error:
-        raise InputError(f"--scst_reward METEOR: {error}; choose another reward, such as CIDEr") from error
-    return scores_of_sums({"METEOR": table}, 1)["METEOR"]
+    return score
 
 
 def _clinical_f1(references: list[list[str]], texts: list[str]) -> np.ndarray:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from modules.evaluation.metric_table import METRIC_NAMES, SENTENCE_SCORES
 from modules.flags import flags_of_training
 from modules.runtime.environment import ROOT
 from modules.runtime.errors import InputError
 
-DEFAULT_COLUMNS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr")
 DEFAULT_SEEDS = (7580, 9233, 1234)
 TABLE_KEYS = ("title", "note", "dataset", "folds", "text_encoder", "seeds", "columns", "baseline", "flags", "rows")
 ROW_KEYS = ("name", "label", "flags", "dataset", "seeds", "baseline", "trained_as", "starts_from", "published")
@@ -104,7 +104,7 @@ def read_table(path: str | Path) -> Table:
     rows = content.get("rows")
     if not isinstance(rows, list) or not rows:
         raise InputError(f'{where}: "rows" must be a list of one row or more, each with a name and flags')
-    columns = tuple(_column(where, item) for item in content.get("columns", DEFAULT_COLUMNS))
+    columns = tuple(_column(where, item) for item in content.get("columns", METRIC_NAMES))
     rows = tuple(_row(f"{where}, row {number}", item, content) for number, item in enumerate(rows, 1))
     _check_rows(where, rows)
     for key in ("starts_from", "trained_as"):  # what is tested may have been trained onwards
@@ -235,13 +235,19 @@ def _seeds(where: str, value: Any) -> tuple[int, ...]:
 
 def _column(where: str, item: Any) -> Column:
     if isinstance(item, str):
-        return Column(
-            item, item.replace("BLEU_", "B-").replace("ROUGE_L", "R-L").replace("METEOR", "M").replace("CIDEr", "C")
-        )
+        return Column(item, _heading(item))
     item = _mapping(item, f"{where}, columns", ("key", "label"))
     if "key" not in item:
         raise InputError(f'{where}, columns: {item} has no key, such as "BLEU_4"')
     return Column(item["key"], _string(where, item, "label", item["key"]))
+
+
+def _heading(key: str) -> str:
+    """A score's heading in a paper's table: B-4 of BLEU_4, B-4_full of BLEU_4_full."""
+    found = max(
+        (score for score in SENTENCE_SCORES if key.startswith(score.name)), key=lambda s: len(s.name), default=None
+    )
+    return key if found is None else (found.heading or found.label) + key.removeprefix(found.name)
 
 
 def _row(where: str, item: Any, table: Mapping[str, Any]) -> Row:

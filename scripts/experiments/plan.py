@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.config import NO_EFFECT_ON_RESULTS, Config
+from modules.evaluation.settings import ScoringSettings
 from modules.flags import parse_flags, resolve_config, stage_settings
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
@@ -21,19 +22,7 @@ START = "start_sha256"  # in RECORD: of the model that training started from
 DONE, CUT, MISSING, CHANGED, UNAVAILABLE = "done", "cut", "missing", "changed", "not available"
 UNTESTED = "to be tested again"  # trained as wanted, scored by other flags
 # Flags that act after training: the best model is tested again, not trained again.
-SCORING = frozenset(
-    (
-        "meteor",
-        "clinical",
-        "chexbert_path",
-        "chexbert_encoder",
-        "bertscore_path",
-        "bertscore_layer",
-        "radgraph_path",
-        "radgraph_python",
-        "floors",
-    )
-)
+SCORING = frozenset(item.name for item in dataclasses.fields(ScoringSettings))
 # Files that training starts from: what is in them counts, wherever they lie.
 INPUT_FILES = ("label_path", "init_protypes_path", "visual_extractor_weights")
 FILES = "files_sha256"

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-SMALL_IS_GOOD = ("nll",)
+from modules.evaluation.metric_table import smaller_is_better
+
 MARKS = ((0.01, "**"), (0.05, "*"))
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -46,7 +47,7 @@ class TableRow:
     cells: Mapping[str, Cell] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
     published_on: str = ""
-    is_floor: bool = False
+    is_baseline: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,12 @@ class ScoreTable:
 
     def best(self, group: str) -> dict[str, float]:
         """The best mean of each column among the group's trained rows, as it is printed; of nll it is the lowest."""
-        rows = [row for row in self.rows if row.group == group and not row.is_floor]
+        rows = [row for row in self.rows if row.group == group and not row.is_baseline]
         means = {key: [round(row.cells[key].mean, 3) for row in rows if key in row.cells] for key, _ in self.columns}
         # One row alone is no comparison.
-        return {key: (min if key in SMALL_IS_GOOD else max)(values) for key, values in means.items() if len(values) > 1}
+        return {
+            key: (min if smaller_is_better(key) else max)(values) for key, values in means.items() if len(values) > 1
+        }
 
 
 def to_markdown(table: ScoreTable) -> str:
@@ -141,7 +144,7 @@ def _lines(
     table: ScoreTable, row: TableRow, plus_minus: str, bold: Callable[[str], str]
 ) -> list[tuple[str, str, list[str]]]:
     """(method, source, cells) of a row: its scores, its intervals if any, the paper's figures if any."""
-    best = {} if row.is_floor else table.best(row.group)
+    best = {} if row.is_baseline else table.best(row.group)
     scores, intervals, published = [], [], []
     for key, _ in table.columns:
         cell = row.cells.get(key)

@@ -1,4 +1,4 @@
-"""Gathers the results of a table's runs: mean and spread over seeds, intervals, significance, floors, paper's own."""
+"""Gathers the results of a table's runs: mean and spread over seeds, intervals, significance, the paper's figures."""
 
 import difflib
 import re
@@ -23,7 +23,7 @@ FORMS = {"table.md": to_markdown, "table.csv": to_csv, "table.tex": to_latex}
 
 
 class Results:
-    """Scores and per-report statistics of a row's finished runs, by seed, for the model and the floors.
+    """Scores and per-report statistics of a row's finished runs, by seed, for the model and the baselines.
 
     ``folds`` runs of one seed, on a test set each, count as one on all of these; one that lacks a fold does not count.
     """
@@ -81,7 +81,7 @@ class Results:
 def check_columns(table: Table, runs: Sequence[Run]) -> None:
     """InputError for a column that no run could fill: no score is called so, nor has a finished run one."""
     from modules.evaluation.diversity import collapse_statistics
-    from modules.evaluation.metrics import METRIC_NAMES
+    from modules.evaluation.metric_table import METRIC_NAMES
 
     known = (*METRIC_NAMES, "nll", *collapse_statistics(["a report"]))
     pattern = re.compile(f"({'|'.join(known)}|(ce|BERTScore|RadGraph_F1)_.+)(_reference_labels)?(_full|_truncated)?")
@@ -123,7 +123,7 @@ def gather(table: Table, datasets: Mapping[str, DataSet], runs: Sequence[Run], f
                 cells = _with_significance(row, cells, found, results[row.baseline], notes)
             source = _source(row, [run for run in runs if run.row.whole == row.name], len(found.scores), failed)
             rows.append(TableRow(row.label, group, source, cells, row.published, _title(row.published_on, datasets)))
-        rows += _floors(own_rows, results, group)
+        rows += _training_free(own_rows, results, group)
     if folds > 1:
         notes.append(
             "The test sets of all folds are taken as one; CIDEr's document frequencies are those of each "
@@ -194,14 +194,15 @@ def _with_significance(
     }
 
 
-def _floors(rows: Sequence[Row], results: Mapping[str, Results], group: str) -> list[TableRow]:
+def _training_free(rows: Sequence[Row], results: Mapping[str, Results], group: str) -> list[TableRow]:
     """What needs no decoder, as the first finished row's runs have scored it."""
     for row in rows:
         found = results[row.name]
         names = [system for system in found.systems if system != MODEL]
         if names:
             return [
-                TableRow(f"Floor: {name}", group, f"of {row.label}", found.cells(name), is_floor=True) for name in names
+                TableRow(f"Baseline: {name}", group, f"of {row.label}", found.cells(name), is_baseline=True)
+                for name in names
             ]
     return []
 

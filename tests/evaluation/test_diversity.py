@@ -1,8 +1,9 @@
-"""Diversity by hand, the collapse detector's threshold, and the two floors."""
+"""Diversity by hand, the collapse detector's threshold, and the two training-free baselines."""
 
 import numpy as np
 import pytest
 
+from modules.evaluation.baselines import commonest_report_baseline, nearest_image_baseline
 from modules.evaluation.diversity import (
     collapse_statistics,
     collapse_warning,
@@ -11,7 +12,6 @@ from modules.evaluation.diversity import (
     ngram_counts,
     repetition,
 )
-from modules.evaluation.floors import commonest_report_floor, nearest_image_floor
 
 
 def test_repetition_counts_within_a_report_and_sums_over_reports():
@@ -65,12 +65,12 @@ def test_statistics_and_the_warning_at_one_half():
 
 
 def test_commonest_report_is_the_first_of_equals():
-    assert commonest_report_floor(["x", "b", "a", "a", "b"], 3) == ["b"] * 3
+    assert commonest_report_baseline(["x", "b", "a", "a", "b"], 3) == ["b"] * 3
 
 
 def test_nearest_image_is_by_direction_not_by_length_in_any_block_size():
     train = np.array([[1, 0], [0, 100], [3, 3.1], [0, 0]], dtype=np.float32)
     queries = np.array([[50, 1], [0.01, 0.5], [2, 2], [0, 0]], dtype=np.float32)
     for block_size in (1, 3, 1024):
-        found = nearest_image_floor(train, ["right", "up", "both", "none"], queries, block_size=block_size)
+        found = nearest_image_baseline(train, ["right", "up", "both", "none"], queries, block_size=block_size)
         assert found == ["right", "up", "both", "right"]  # no direction: the first

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from modules.evaluation import cider, meteor
 from modules.evaluation.meteor import Meteor, MeteorError, find_java
-from modules.evaluation.metrics import METRIC_NAMES, Metrics, measure
+from modules.evaluation.metric_table import METRIC_NAMES
+from modules.evaluation.metrics import Metrics, measure
 from modules.runtime.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,6 +50,11 @@ EXPECTED = {
 }
 
 
+def meteor_score(scorer, references, hypotheses):
+    table = scorer.per_report([[text] for text in references], hypotheses)
+    return float(meteor.from_sums(table.sum(axis=0, keepdims=True), len(table))[0, 0])
+
+
 @pytest.fixture(scope="module")
 def metrics():
     """One Java process for the module, in an environment that would make it write decimal commas and overflow."""
@@ -55,7 +62,7 @@ def metrics():
         patch.setenv("LC_ALL", "de_DE.UTF-8")
         patch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
         patch.setenv("_JAVA_OPTIONS", "-Duser.language=de -Duser.country=DE -Xmx16m")
-        with Metrics() as opened:
+        with Metrics(timeout=600) as opened:
             yield opened
 
 
@@ -67,12 +74,19 @@ def fake_java(folder: Path, body: str) -> str:
     return str(path)
 
 
-ANSWER_ALL = """
+# Two words of three are matched, in one chunk: the jar's own numbers for its check question.
+ANSWER = "2 3 0 0 2 2 " + "0 " * 14 + "1 2 2"
+ANSWER_ALL = f"""
 for line in sys.stdin:
-    score = line.startswith("SCORE")
-    sys.stdout.write(("0.5 " * 22 if score else "") + "0.5\\n" * (1 if score else line.count("|||") + 1))
-    sys.stdout.flush()
+    print({ANSWER!r}, flush=True)
 """
+# As the jar: the check question, and only that, has lengths 2 and 3.
+COUNT = f"""
+for number, line in enumerate(sys.stdin):
+    print({ANSWER!r} if 'alpha' in line else {ANSWER.replace("2 3", "9 9")!r}, flush=True)
+"""
+# precision 2 of 2, recall 2 of 3 weighted words, one chunk of two words.
+SCORE = (1 / (0.15 / 1 + 0.85 / (2 / 3))) * (1 - 0.6 * 0.5**0.2)
 
 
 def test_made_up_set_has_the_values_of_pycocoevalcap(metrics):
@@ -106,10 +120,11 @@ def test_one_process_serves_every_call_and_starts_with_the_first(metrics):
 
 def test_protocol_characters_and_line_breaks_change_no_score(metrics):
     spoilt = [text.replace(" . ", " ||| .\r\n \n") for text in HYPOTHESES]
-    assert metrics.meteor.score(REFERENCES, spoilt) == pytest.approx(EXPECTED["METEOR"], abs=1e-9)
+    assert meteor_score(metrics.meteor, REFERENCES, spoilt) == pytest.approx(EXPECTED["METEOR"], abs=1e-9)
     spoilt = [text.replace(" . ", " .\n|||\n ") for text in REFERENCES]
-    assert metrics.meteor.score(spoilt, HYPOTHESES) == pytest.approx(EXPECTED["METEOR"], abs=1e-9)
-    assert metrics.meteor.score(["lone \ud800 surrogate", "née"], ["lone \ud800 surrogate", "née"]) == 1.0
+    assert meteor_score(metrics.meteor, spoilt, HYPOTHESES) == pytest.approx(EXPECTED["METEOR"], abs=1e-9)
+    odd = ["lone \ud800 surrogate", "née"]
+    assert meteor_score(metrics.meteor, odd, odd) == 1.0
 
 
 def test_nothing_generated_scores_zero(metrics):
@@ -127,24 +142,18 @@ def test_full_and_cut_references_are_scored_under_their_own_names(metrics):
     assert set(tables) == {*names, *(f"{name}_full" for name in names)}
 
 
-def test_cider_with_the_training_corpus_as_document_frequencies():
-    corpus = ["effusion"] * 3 + ["clear", "normal"]
-    with Metrics(train_reports=corpus) as metrics:
-        scores = metrics.compute(["effusion", "clear"], ["effusion clear", "clear"], with_meteor=False)
+def test_cider_with_document_frequencies_of_another_corpus():
+    corpus = [["effusion"]] * 3 + [["clear"], ["normal"]]
+    references, hypotheses = [["effusion"], ["clear"]], ["effusion clear", "clear"]
 
     # The second pair agrees: cosine 1 of the one-word vectors, a quarter of 10 as longer n-grams are missing.
     # The first: hypothesis (idf_e, idf_c) against reference (idf_e, 0), one bigram too long: exp(-1 / (2 * 6^2)).
     def expected(idf_e, idf_c):
-        return (2.5 * idf_e / math.hypot(idf_e, idf_c) * math.exp(-1 / 72) + 2.5) / 2
+        return [2.5 * idf_e / math.hypot(idf_e, idf_c) * math.exp(-1 / 72), 2.5]
 
-    assert scores["CIDEr"] == pytest.approx(expected(math.log(2 / 1), math.log(2 / 1)), abs=1e-9)
-    assert scores["CIDEr_train_idf"] == pytest.approx(expected(math.log(5 / 3), math.log(5 / 1)), abs=1e-9)
-
-
-def test_train_corpus_equal_to_the_references_changes_nothing():
-    with Metrics(train_reports=REFERENCES) as metrics:
-        scores = metrics.compute(REFERENCES, HYPOTHESES, with_meteor=False)
-    assert scores["CIDEr_train_idf"] == pytest.approx(EXPECTED["CIDEr"], abs=1e-12)
+    found = cider.cider_scores(references, hypotheses, cider.document_frequencies(corpus), 5)
+    assert found == pytest.approx(expected(math.log(5 / 3), math.log(5 / 1)), abs=1e-9)
+    assert cider.per_report(references, hypotheses)[:, 0] == pytest.approx(expected(math.log(2), math.log(2)), abs=1e-9)
 
 
 def test_an_empty_split_is_the_users_mistake():
@@ -155,28 +164,59 @@ def test_an_empty_split_is_the_users_mistake():
 @pytest.mark.parametrize(
     ("body", "reason", "timeout"),
     [
-        ("sys.exit(3)", r"exit code 3\) after 0 of 4", 60),
+        ("sys.exit(3)", r"exit code 3\) after 0 of 5", 60),
         (
-            "sys.stdin.readline(); print('0.1', flush=True); os.kill(os.getpid(), signal.SIGKILL)",
+            f"sys.stdin.readline(); print({ANSWER!r}, flush=True); os.kill(os.getpid(), signal.SIGKILL)",
             "exit code -9.* after 1",
             60,
         ),
-        ("time.sleep(60)", "no answer for 0.5 s", 0.5),
-        ("os.close(1); time.sleep(60)", "closed its output and does not end after 0 of 4", 3),
-        ("print('0.1', flush=True); time.sleep(60)", r"no answer for 3 s \(after 1 of 4", 3),
-        ("for line in sys.stdin: print('Error: unknown', flush=True)", "refused", 60),
-        (ANSWER_ALL.replace("0.5", "0,5"), "'0,5' where a score", 60),
-        (ANSWER_ALL.replace("22", "21"), "23 numbers a report", 60),
+        ("time.sleep(60)", "no answer for 0.5 s.*--meteor_timeout", 0.5),
+        ("os.close(1); time.sleep(60)", "closed its output after 0 of 5", 60),
+        (f"print({ANSWER!r}, flush=True); time.sleep(60)", r"no answer for 3 s \(after 1 of 5", 3),
+        ("for line in sys.stdin: print('Error: unknown', flush=True)", "answer 1 of 5 is not 23 numbers: 'Error", 60),
+        ("for line in sys.stdin: print(line, end='', flush=True)", "answer 1 of 5 is not 23 numbers$", 60),
+        (ANSWER_ALL.replace("2 3", "2,0 3"), "not 23 numbers: '2,0", 60),
+        (ANSWER_ALL.replace("2 3", "nan 3"), "not 23 numbers", 60),
+        (ANSWER_ALL.replace("1 2 2", "1 2"), "not 23 numbers", 60),
+        ("print('Picked up a variable')" + ANSWER_ALL, "answer 1 of 5 is not 23 numbers: 'Picked up", 60),
+        (f"print({ANSWER.replace('2 3', '9 9')!r})\n" + COUNT, "more or fewer lines than asked", 60),
+        ("sys.stdin.readline()" + COUNT, "no answer for 3 s .after 4 of 5", 3),
     ],
-    ids=["exits", "killed", "hangs", "closes", "stalls", "refuses", "comma", "short"],
+    ids=[
+        "exits",
+        "killed",
+        "hangs",
+        "closes",
+        "stalls",
+        "refuses",
+        "echoes",
+        "comma",
+        "nan",
+        "short",
+        "greets",
+        "one-more",
+        "one-less",
+    ],
 )
 def test_a_java_that_fails_gives_none_and_a_reason_and_the_other_scores(tmp_path, body, reason, timeout):
     """Where the process has something to say, the timeout leaves it the time to start on a busy machine."""
     with Metrics(java=fake_java(tmp_path, body), timeout=timeout) as metrics:
         scores = metrics.compute(REFERENCES, HYPOTHESES)
         assert re.search(reason, metrics.meteor_error)
-        assert metrics.meteor._process is None
+        assert metrics.meteor.process is None
     assert scores == pytest.approx(EXPECTED | {"METEOR": None}, abs=1e-9)
+
+
+def test_a_line_after_the_last_answer_is_noticed_by_the_next_evaluation(tmp_path):
+    """Read as the answer to a later question it would shift all that follow."""
+    late = ANSWER_ALL + "    if 'alpha' in line: print('0 ' * 23, flush=True)"
+    with Metrics(java=fake_java(tmp_path, late), timeout=60) as metrics:
+        metrics.compute(REFERENCES, HYPOTHESES)
+        deadline = time.monotonic() + 60
+        while metrics.meteor._answers.empty() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert metrics.compute(HYPOTHESES, REFERENCES)["METEOR"] is None
+        assert "not asked for" in metrics.meteor_error
 
 
 def test_a_java_that_hangs_is_waited_for_once_in_an_evaluation_and_three_times_in_a_run(tmp_path):
@@ -190,16 +230,16 @@ def test_a_java_that_hangs_is_waited_for_once_in_an_evaluation_and_three_times_i
 
 def test_a_java_that_reads_nothing_cannot_block_the_writer(tmp_path):
     with Meteor(java=fake_java(tmp_path, "time.sleep(60)"), timeout=0.5) as meteor, pytest.raises(MeteorError):
-        meteor.score([f"{i} " * 100 for i in range(2000)], ["clear"] * 2000)
+        meteor.per_report([[f"{i} " * 100] for i in range(2000)], ["clear"] * 2000)
 
 
 def test_a_killed_java_is_replaced_at_the_next_evaluation(tmp_path):
     with Metrics(java=fake_java(tmp_path, ANSWER_ALL), timeout=60) as metrics:
-        assert metrics.compute(REFERENCES, HYPOTHESES)["METEOR"] == 0.5
-        os.kill(metrics.meteor._process.pid, signal.SIGKILL)
+        assert metrics.compute(REFERENCES, HYPOTHESES)["METEOR"] == pytest.approx(SCORE)
+        os.kill(metrics.meteor.process.pid, signal.SIGKILL)
         assert metrics.compute(REFERENCES, HYPOTHESES)["METEOR"] is None
         assert "exit code -9" in metrics.meteor_error
-        assert metrics.compute(REFERENCES, HYPOTHESES)["METEOR"] == 0.5
+        assert metrics.compute(REFERENCES, HYPOTHESES)["METEOR"] == pytest.approx(SCORE)
         assert metrics.meteor_error is None
 
 
@@ -210,9 +250,9 @@ def test_an_interrupt_in_the_middle_leaves_no_stale_answers(tmp_path):
         previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, 0.5)
         with pytest.raises(KeyboardInterrupt):
-            meteor.score([str(i) for i in range(400)], ["clear"] * 400)
+            meteor.per_report([[str(i)] for i in range(400)], ["clear"] * 400)
         signal.signal(signal.SIGALRM, previous)
-        assert meteor.score(REFERENCES, HYPOTHESES) == 0.5
+        assert meteor_score(meteor, REFERENCES, HYPOTHESES) == pytest.approx(SCORE)
         assert meteor.starts == 2
 
 
@@ -237,15 +277,15 @@ def test_the_packaged_java_is_used_where_the_path_has_none(tmp_path, monkeypatch
 def test_the_process_ends_with_the_context_and_with_a_killed_parent(tmp_path):
     java = fake_java(tmp_path, ANSWER_ALL)
     with Meteor(java=java, timeout=60) as meteor:
-        meteor.score(REFERENCES, HYPOTHESES)
-        child = meteor._process
+        meteor_score(meteor, REFERENCES, HYPOTHESES)
+        child = meteor.process
     assert child.returncode == -signal.SIGKILL
     program = f"""
         import os, signal
         from modules.evaluation.meteor import Meteor
         meteor = Meteor(java={java!r})
-        meteor.score(["a"], ["a"])
-        print(meteor._process.pid, flush=True)
+        meteor.per_report([["a"]], ["a"])
+        print(meteor.process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     parent = subprocess.run(

@@ -15,11 +15,11 @@ from PIL import Image
 
 from models import MODELS
 from modules.inference.attention import opacity, recorded_attention, shares, view_maps
-from modules.inference.prediction import Reporter, WrittenReport
+from modules.inference.prediction import Predictor, WrittenReport
 from modules.inference.study_files import find_studies
 from modules.layers.transformer import Attention
 from modules.pages.prediction_page import PageStudy, render_page
-from modules.run.reporter import load_reporter
+from modules.run.predictor import load_predictor
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint, write_checkpoint
 from scripts import plot_attention, predict
@@ -85,7 +85,7 @@ def test_log_probabilities_are_the_searches_own(demo, demo_labels, demo_index, n
     )
     from modules.run import build as compose
 
-    reporter = Reporter(
+    predictor = Predictor(
         objective.backbone,
         tokenizer=data.tokenizer,
         transform=loader.dataset.transform,
@@ -96,10 +96,10 @@ def test_log_probabilities_are_the_searches_own(demo, demo_labels, demo_index, n
     )
     images = [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32), np.uint8)) for seed in range(3)]
     monkeyed = loader.dataset.transform.__class__(32, None, False, (0.5,) * 3, (0.2,) * 3)
-    reporter.transform = monkeyed
-    written = reporter.write([images[:2], images[2:]], attention=True)  # the second study has one view
-    tensors, view_mask = reporter._tensors([images[:2], images[2:]])
-    found = objective.backbone.search(tensors, view_mask=view_mask, decoding=reporter.decoding)
+    predictor.transform = monkeyed
+    written = predictor.write([images[:2], images[2:]], attention=True)  # the second study has one view
+    tensors, view_mask = predictor._tensors([images[:2], images[2:]])
+    found = objective.backbone.search(tensors, view_mask=view_mask, decoding=predictor.decoding)
     for row, report in enumerate(written):
         log_probs = found.log_probs[row, 0].tolist()
         assert report.log_probs == pytest.approx(log_probs[: len(report.words)], abs=1e-4)
@@ -199,15 +199,15 @@ def test_what_cannot_predict_is_refused(trained, tmp_path):
     content = load_checkpoint(trained / "model_best.pth")
     torch.save({"state_dict": content["state_dict"]}, tmp_path / "published.pth")
     with pytest.raises(InputError, match="no vocabulary.*convert_checkpoint"):
-        load_reporter(str(tmp_path / "published.pth"), {})
+        load_predictor(str(tmp_path / "published.pth"), {})
     config = content["config"] | {"model_name": "xpronet", "xpronet_labels": "reference"}
     write_checkpoint(tmp_path / "leak.pth", content | {"config": config})
     with pytest.raises(InputError, match="--xpronet_labels predicted"):
-        load_reporter(str(tmp_path / "leak.pth"), {})
+        load_predictor(str(tmp_path / "leak.pth"), {})
     config = content["config"] | {"model_name": "visualgpt", "detection_features": str(tmp_path / "gone.hdf5")}
     write_checkpoint(tmp_path / "detections.pth", content | {"config": config})
     with pytest.raises(InputError, match="--detection_features, which a new image does not have"):
-        load_reporter(str(tmp_path / "detections.pth"), {})
+        load_predictor(str(tmp_path / "detections.pth"), {})
 
 
 @pytest.mark.parametrize("script", ["predict", "plot_attention", "serve"])
@@ -249,7 +249,7 @@ def test_files_that_training_read_may_be_gone(demo, trained, tmp_path, monkeypat
 def test_a_captioning_model_reads_one_image(demo, trained, tmp_path):
     content = load_checkpoint(trained / "model_best.pth")
     write_checkpoint(tmp_path / "coco.pth", content | {"config": content["config"] | {"dataset_name": "coco"}})
-    assert load_reporter(str(tmp_path / "coco.pth"), {}).num_views == 1
+    assert load_predictor(str(tmp_path / "coco.pth"), {}).num_views == 1
 
 
 def test_a_dicom_gives_the_report_of_its_pixels(demo, trained, tmp_path, monkeypatch, capsys):
@@ -284,9 +284,9 @@ def test_a_dicom_gives_the_report_of_its_pixels(demo, trained, tmp_path, monkeyp
 
 
 def test_flags_of_decoding_go_before_the_checkpoints(trained):
-    reporter = load_reporter(str(trained / "model_best.pth"), {"beam_size": 1, "max_seq_length": 5})
-    assert (reporter.decoding.beam_size, reporter.decoding.max_seq_length) == (1, 5)
-    assert load_reporter(str(trained / "model_best.pth"), {}).decoding.beam_size == 2
+    predictor = load_predictor(str(trained / "model_best.pth"), {"beam_size": 1, "max_seq_length": 5})
+    assert (predictor.decoding.beam_size, predictor.decoding.max_seq_length) == (1, 5)
+    assert load_predictor(str(trained / "model_best.pth"), {}).decoding.beam_size == 2
 
 
 @pytest.mark.parametrize("by", ["sentence", "word"])

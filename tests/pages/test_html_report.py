@@ -229,14 +229,14 @@ def test_synthetic_data_is_called_so_and_real_data_is_not(tmp_path):
     assert "ynthetic" not in "".join(page(tmp_path / "b.html", synthetic=False).texts)
 
 
-def test_a_model_below_a_floor_is_said_to_be(tmp_path):
+def test_a_model_below_a_baseline_is_said_to_be(tmp_path):
     model = ScoreRow("model", "test", {"BLEU_4": 0.2, "CIDEr": 0.1, "BLEU_4_full": 0.15, "METEOR": None})
     floor = ScoreRow("nearest", "test", {"BLEU_4": 0.125, "CIDEr": 0.3, "BLEU_4_full": 0.1, "METEOR": None}, True)
     other = ScoreRow("model", "val", {"BLEU_4": 0.9, "CIDEr": 0.9, "BLEU_4_full": 0.9, "METEOR": None})
     found = page(tmp_path / "report.html", scores=[other, model, floor], meteor_error="no java")
     text = " ".join("".join(found.texts).split())
-    assert "BLEU-4 test 0.200 above the better floor, 0.125 (nearest)" in text
-    assert "CIDEr test 0.100 not above the better floor, 0.300 (nearest)" in text
+    assert "BLEU-4 test 0.200 above the better baseline, 0.125 (nearest)" in text
+    assert "CIDEr test 0.100 not above the better baseline, 0.300 (nearest)" in text
     assert "METEOR test – ROUGE-L" in text and "METEOR did not run: no java." in text
     assert "Full references" in text and "0.150" in text
     assert len(found.find("td", **{"class": "number best"})) == 3  # test BLEU-4, CIDEr, full BLEU-4
@@ -258,7 +258,7 @@ def test_intervals_and_clinical_scores_stand_in_tables_of_their_own(tmp_path):
     floor = ScoreRow("nearest", "test", {"BLEU_4": 0.1, key.format("micro"): 0.5}, True)
     found = page(tmp_path / "report.html", scores=[model, floor, ScoreRow("model", "val", {"BLEU_4": 0.25})])
     text = " ".join("".join(found.texts).split())
-    assert "Clinical F1 (rules) test 0.400 0.350 – 0.455 not above the better floor, 0.500 (nearest)" in text
+    assert "Clinical F1 (rules) test 0.400 0.350 – 0.455 not above the better baseline, 0.500 (nearest)" in text
     assert "0.200 0.100 – 0.300" in text.replace("0.2000.100", "0.200 0.100") and "Small: 95 % interval" in text
     captions = text.split("Clinical efficacy against full references: ")[1:]
     assert [line.split(",")[0] for line in captions] == ["labels by rules", "labels by CheXbert"]

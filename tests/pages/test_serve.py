@@ -18,7 +18,7 @@ from PIL import Image
 
 from modules.inference.report_index import ReportIndex
 from modules.pages.local_page import MAX_WAITING, TYPE
-from modules.run.reporter import load_reporter
+from modules.run.predictor import load_predictor
 from modules.runtime.answering import AnswerFailed, AnsweringProcess
 from modules.runtime.errors import InputError
 from scripts import index_reports
@@ -324,10 +324,10 @@ def test_nearest_reports(tmp_path):
 
 def test_an_image_finds_its_own_report(demo, trained, index):
     study = json.loads((demo / "annotation.json").read_text())["train"][0]
-    reporter = load_reporter(str(trained / "model_best.pth"), {})
-    pooled = reporter.pooled([[Image.open(demo / "images" / path) for path in study["image_path"][:2]]])[0]
+    predictor = load_predictor(str(trained / "model_best.pth"), {})
+    pooled = predictor.pooled([[Image.open(demo / "images" / path) for path in study["image_path"][:2]]])[0]
     loaded = ReportIndex.load(index)
-    loaded.check(str(index), reporter.extractor_sha256(), reporter.backbone.image_dim)
+    loaded.check(str(index), predictor.extractor_sha256(), predictor.backbone.image_dim)
     cosine, report = loaded.nearest(pooled, 1)[0]
     assert report == study["report"] and cosine == pytest.approx(1, abs=1e-5)
 

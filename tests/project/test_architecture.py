@@ -39,6 +39,7 @@ SETTINGS_FILES = (
     "modules.ithn.settings",
     "modules.training.settings",
     "modules.evaluation.settings",
+    "modules.evaluation.metric_table",
 )
 # Of layers and decoding, which are torch and nothing else.
 PURE_ROOMS = {"layers": {"torch", "torchvision", "timm", "safetensors"}, "decoding": {"torch"}}
@@ -52,6 +53,8 @@ LIGHT = (
     "modules.runtime.environment",
     "modules.runtime.settings",
     "modules.decoding.options",
+    "modules.evaluation.settings",
+    "modules.evaluation.metric_table",
     "modules.config",
     "modules.flags",
     "models",

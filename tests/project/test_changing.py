@@ -81,3 +81,44 @@ def test_a_data_set(project, demo):
     assert "on chest" in (project.root / "run" / "report.html").read_text(encoding="utf-8")
     with open(project.root / "records" / "chest.csv", newline="") as file:
         assert len(list(csv.reader(file))) == 2
+
+
+WORDS = '''"""How many words a report has."""
+
+import numpy as np
+
+
+def per_report(references, hypotheses):
+    """(N, 1) words of each of N reports."""
+    return np.array([[len(text.split())] for text in hypotheses])
+'''
+
+
+def test_a_sentence_metric(project, demo):
+    """A file and an entry: scored with its interval, monitored, on the page, plotted, recorded, and a table's column."""
+    (project.root / "modules" / "evaluation" / "words.py").write_text(WORDS)
+    project.insert(
+        "modules/evaluation/metric_table.py",
+        '    SentenceMetric("words", "words", (Score("words", "Words a report", "W", smaller_is_better=True),)),\n',
+        after="SENTENCE_METRICS = (\n",
+    )
+    flags = [*TINY, "--monitor_metric", "words", "--ann_path", demo / "annotation.json"]
+    flags = " ".join(map(str, [*flags, "--image_dir", demo / "images", "--record_dir", project.root / "records"]))
+    (project.root / "sets.json").write_text(json.dumps({"drawn": {"flags": flags}}))
+    row = {"name": "base", "flags": "--ithn off --epochs 1", "dataset": "drawn", "seeds": [1]}
+    (project.root / "table.json").write_text(json.dumps({"rows": [row]}))
+    shown = project.run(["scripts/run_experiments.py", "table.json", "--datasets", "sets.json", "--out", "runs"])
+    assert "| W |" in shown and "| B-4 |" in shown
+    run = project.root / "runs" / "base" / "seed1"
+    results = json.loads((run / "results.json").read_text())
+    scores, low_high = results["test"]["model"], results["intervals"]["model"]["words"]
+    assert low_high[0] <= scores["words"] <= low_high[1] and scores["words"] == scores["words_full"] > 0
+    assert scores["words"] == pytest.approx(results["variety"]["model"]["mean_length"])
+    [epoch] = json.loads((run / "history.json").read_text())
+    assert epoch["val_words"] > 0 and results["best_epoch"] == 1
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Words a report" in page
+    assert 'alt="Words a report, METEOR, ROUGE-L and CIDEr on validation, by epoch"' in page
+    with open(project.root / "records" / "iu_xray.csv", newline="") as file:
+        [line] = csv.DictReader(file)
+    assert float(line["test_words"]) == pytest.approx(scores["words"])

@@ -9,7 +9,7 @@ import pytest
 from modules.config import Config
 from modules.evaluation.report_statistics import load_statistics
 from modules.flags import parse_flags
-from modules.run.reporter import load_reporter
+from modules.run.predictor import load_predictor
 from modules.run.testing import run_testing
 from modules.run.training import run_training
 from modules.runtime.errors import InputError
@@ -163,7 +163,7 @@ def test_detections_take_the_place_of_images_in_every_backbone(train, coco, tmp_
         run_testing(*parse_flags(["--load", str(folder / "model_best.pth")], "main_test.py", ""))
         assert json.loads((folder / "results.json").read_text())["test"] == before
         with pytest.raises(InputError, match="trained with --detection_features, which a new image does not have"):
-            load_reporter(str(folder / "model_best.pth"), {})
+            load_predictor(str(folder / "model_best.pth"), {})
 
 
 def test_features_of_a_frozen_extractor_are_stored_once_per_image(train, tmp_path):

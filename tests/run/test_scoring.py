@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from modules.config import Config
+from modules.evaluation.meteor import MeteorError
 from modules.evaluation.score_names import tagged, untagged, with_aliases
 from modules.evaluation.tester import Predictions
 from modules.labels.labeler import CLASSES
@@ -44,15 +45,15 @@ def test_the_reason_for_a_missing_meteor_outlives_the_next_system(monkeypatch):
     with Scoring(Config(), torch.device("cpu")) as scoring:
         answers = iter([None, 0.5, 0.5])
 
-        def meteor(references, _):
-            value = next(answers)
-            scoring.metrics.meteor_error = "no answer" if value is None else None
-            return {"METEOR": value}, {} if value is None else {"METEOR": np.ones((len(references), 6))}
+        def per_report(references, _):
+            if next(answers) is None:
+                raise MeteorError("no answer")
+            return np.ones((len(references), 6))
 
-        monkeypatch.setattr(scoring.metrics, "_meteor", meteor)
+        monkeypatch.setattr(scoring.metrics.meteor, "per_report", per_report)
         scored = scoring.test(FOUND, {"model": GENERATED, "floor": ["no effusion ."] * 3}, {})
-    assert (scored.scores["model"]["METEOR"], scored.scores["floor"]["METEOR"]) == (None, 0.5)
-    assert scoring.meteor_error == "no answer"
+    assert (scored.scores["model"]["METEOR"], scored.scores["floor"]["METEOR"]) == (None, pytest.approx(0.4))
+    assert scored.meteor_error == "no answer"
 
 
 def test_clinical_scores_are_against_both_forms_of_the_references():

@@ -47,7 +47,7 @@ def test_table_has_spread_intervals_marks_floors_and_the_papers_figures(finished
     assert cell.p < 0.01 and base.cells["BLEU_4"].p is None
     assert ithn.published == {"BLEU_4": 0.5} and ithn.published_on == "IU X-Ray" and ithn.group == "tiny data"
     assert gpt.source == "not available: --model_name gpt" and not gpt.cells
-    assert floor.is_floor and floor.cells["BLEU_4"].mean == 0.02
+    assert floor.is_baseline and floor.cells["BLEU_4"].mean == 0.02
     paths = write(table, finished / "out")
     markdown, csv_text, latex = (path.read_text() for path in paths)
     assert f"**{cell.mean:.3f}** ± 0.001 \\*\\* |" in markdown and r"Base\_1" in markdown
@@ -133,7 +133,7 @@ def test_folds_are_one_test_set(folded):
     assert base.cells["BLEU_4"].mean == pytest.approx(mean + 0.0015) and base.source == "2 seeds"
     assert base.cells["BLEU_4"].sd == pytest.approx(0.001 / 2**0.5)
     assert ithn.cells["BLEU_4"].mean - base.cells["BLEU_4"].mean == pytest.approx(0.2) and ithn.cells["BLEU_4"].p < 0.01
-    assert floor.is_floor and {row.group for row in (base, ithn, floor)} == {
+    assert floor.is_baseline and {row.group for row in (base, ithn, floor)} == {
         "test reports of all together: fold one, fold two"
     }
     assert (base.label, ithn.label) == ("Base", "ithn")

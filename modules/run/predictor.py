@@ -1,4 +1,4 @@
-"""Composes a Reporter from a checkpoint alone: no annotation, no data set."""
+"""Composes a Predictor from a checkpoint alone: no annotation, no data set."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from models.base import Backbone
 from modules.data.bpe_tokenizer import tokenizer_from_state
 from modules.data.images import eval_transform, open_image
 from modules.flags import resolve_config
-from modules.inference.prediction import Reporter
+from modules.inference.prediction import Predictor
 from modules.inference.study_files import StudyFiles
 from modules.ithn.objective import Objective
 from modules.run import build as compose
@@ -22,7 +22,7 @@ from modules.training.checkpoint import FORMAT, load_checkpoint
 UNUSED = {"feature_cache": "", "resume": "", "ithn": "off", "ithn_variant": "paper", "strategy": "ithn"}
 
 
-def load_reporter(path: str, given: Mapping[str, Any]) -> Reporter:
+def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
     """The model in our checkpoint ``path``, with its own settings beneath the flags ``given``."""
     content = load_checkpoint(path)
     if content.get("format") != FORMAT:
@@ -49,7 +49,7 @@ def load_reporter(path: str, given: Mapping[str, Any]) -> Reporter:
     compose.load_weights(objective, content["state_dict"], path)
     if config.guidance:
         backbone.mean_patches = _mean_patches(content.get("mean_patches"), backbone, config.guidance, path)
-    return Reporter(
+    return Predictor(
         backbone,
         tokenizer=tokenizer,
         device=device,

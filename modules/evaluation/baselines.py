@@ -1,4 +1,4 @@
-"""Two floors that a trained model has to beat: generated reports that need no training, scored beside the model's.
+"""Two training-free baselines: the commonest training report, and the report of the nearest training image.
 
 Give the training reports in the form in which generated ones come (cleaned, cut to max_seq_length): both sides of
 the comparison are then cut alike.
@@ -11,13 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 
-def commonest_report_floor(train_reports: Sequence[str], num_images: int) -> list[str]:
+def commonest_report_baseline(train_reports: Sequence[str], num_images: int) -> list[str]:
     """Return the commonest training report (the first of equals) once for each of ``num_images`` images."""
     [(report, _)] = Counter(train_reports).most_common(1)
     return [report] * num_images
 
 
-def nearest_image_floor(
+def nearest_image_baseline(
     train_features: np.ndarray, train_reports: Sequence[str], features: np.ndarray, *, block_size: int = 1024
 ) -> list[str]:
     """Return, for each image, the report of the training image that looks most alike.

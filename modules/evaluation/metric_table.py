@@ -1,0 +1,81 @@
+"""The scores of generated texts in one table, from which flags, results, pages, curves, records and tables derive.
+
+A sentence metric is a file of this folder and its entry in SENTENCE_METRICS. The file defines
+
+    per_report(references, hypotheses)  (N, k) array: what each of N reports adds. References are N lists of texts,
+                                        hypotheses N texts, all split into words by single spaces.
+    from_sums(sums, count)              optional; (R, s) array: the s scores of R sets of ``count`` reports each, from
+                                        the sums (R, k) of their rows. Without it the scores are the columns' means.
+
+Intervals, paired tests and rewards follow from these two. Importing this module imports none of the metrics' files.
+"""
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from modules.evaluation.score_names import FULL
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of the results: its key, and how it is shown."""
+
+    name: str  # key in results.json
+    label: str  # on pages, curves and in messages
+    heading: str = ""  # in the column of a paper's table; the label where it is empty
+    smaller_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class SentenceMetric:
+    """What one file computes; the last of its scores is its headline."""
+
+    name: str  # of its table in statistics.npz
+    module: str  # the file in modules/evaluation
+    scores: tuple[Score, ...]
+    needs_java: bool = False
+
+    @property
+    def headline(self) -> Score:
+        """The score that stands for the metric where there is room for one."""
+        return self.scores[-1]
+
+    @property
+    def label(self) -> str:
+        """The metric's name on pages."""
+        return self.name if len(self.scores) > 1 else self.headline.label
+
+    def load(self) -> ModuleType:
+        """Import the metric's file."""
+        return importlib.import_module(f"modules.evaluation.{self.module}")
+
+
+SENTENCE_METRICS = (
+    SentenceMetric("BLEU", "bleu", tuple(Score(f"BLEU_{n}", f"BLEU-{n}", f"B-{n}") for n in (1, 2, 3, 4))),
+    SentenceMetric("METEOR", "meteor", (Score("METEOR", "METEOR", "M"),), needs_java=True),
+    SentenceMetric("ROUGE_L", "rouge", (Score("ROUGE_L", "ROUGE-L", "R-L"),)),
+    SentenceMetric("CIDEr", "cider", (Score("CIDEr", "CIDEr", "C"),)),
+)
+NLL = Score("nll", "nll", smaller_is_better=True)
+# What XProNet's released code chooses its best model by (Wang et al., 2022): this sum.
+XPRONET_SELECTION = {"BLEU_4": 1.0, "BLEU_1": 0.33, "METEOR": 0.67}
+XPRONET_SUM = Score("xpronet_selection", "XProNet's sum")
+CLINICAL_F1 = "ce_rule_f1_{}_14_uncertain_negative"
+CLINICAL_MONITORED = tuple(
+    Score(CLINICAL_F1.format(average), f"clinical F1, {average}") for average in ("micro", "macro", "example")
+)
+
+SENTENCE_SCORES = tuple(score for metric in SENTENCE_METRICS for score in metric.scores)
+SCORES = {score.name: score for score in (*SENTENCE_SCORES, NLL, XPRONET_SUM, *CLINICAL_MONITORED)}
+METRIC_NAMES = tuple(score.name for score in SENTENCE_SCORES)
+# What --monitor_metric and --scst_reward accept.
+MONITORED = tuple(SCORES)
+REWARDS = (*(score.name for score in SENTENCE_SCORES if not score.smaller_is_better), "clinical_f1")
+NEED_JAVA = frozenset(score.name for metric in SENTENCE_METRICS if metric.needs_java for score in metric.scores)
+
+
+def smaller_is_better(name: str) -> bool:
+    """Whether a smaller value of the score ``name`` (with or without _full) is better; unknown scores should grow."""
+    known = SCORES.get(name.removesuffix(FULL))
+    return known is not None and known.smaller_is_better

@@ -1,0 +1,109 @@
+"""report.html of a tested model: what modules.pages shows is gathered here from a run's parts."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from modules.config import Config
+from modules.data.datasets import ReportDataset
+from modules.evaluation.score_names import untagged
+from modules.pages.html_report import Sample, ScoreRow, write_report
+from modules.pages.html_scores import CAPTIONS, REPORTS
+from modules.run import build as compose
+from modules.run.image_sources import image_folder
+from modules.run.scoring import class_tables
+from modules.run.tested import MODEL, Tested
+from modules.run.training_free import COMMONEST
+from modules.runtime.errors import InputError
+
+
+def write_page(path: Path, tested: Tested, dataset: ReportDataset) -> None:
+    """Write the page; ``dataset`` is the test split, whose images it shows."""
+    config, data, tag = tested.config, tested.data, tested.tag
+    write_report(
+        path,
+        title=f"{config.exp_name or config.model_name} on {config.dataset_name}",
+        subtitle=f"{_method(config, data)}; {len(tested.found.ids)} test samples; best epoch {tested.best_epoch} of "
+        f"{len(tested.history)}",
+        synthetic=data.annotation.synthetic,
+        scores=_score_rows(tested),
+        classes=class_tables(tested.scored, MODEL),
+        meteor_error=tested.scored.meteor_error,
+        history=tested.history,
+        best_epoch=tested.best_epoch or None,
+        variety={
+            f"{name} ({tag})" if tag and name == MODEL else name: values
+            for name, values in tested.variety.items()
+            if name != COMMONEST  # one report, which does not vary
+        },
+        warnings=tested.warnings,
+        references=CAPTIONS if tested.captions else REPORTS,
+        tokenisation=tested.tokenisation,
+        samples=_samples(dataset, _image_reader(config, dataset), tested),
+        flags=dataclasses.asdict(config),
+        provenance=tested.provenance,
+    )
+
+
+def _score_rows(tested: Tested) -> list[ScoreRow]:
+    """The page's rows, with the tag in the row's name: a model then has the same columns as the baselines."""
+    rows, tag = [], tested.tag
+    for name, values in tested.scored.scores.items():
+        own_tag = tag if name == MODEL else ""
+        limits = {untagged(score, own_tag): found for score, found in tested.scored.intervals[name].items()}
+        rows.append(ScoreRow(name, "test", values, is_baseline=name != MODEL, tag=own_tag, intervals=limits))
+    if validation := tested.validation:
+        plain = {untagged(name, tag): value for name, value in validation.items()}
+        rows.append(ScoreRow(MODEL, "val", plain, tag=tag if plain.keys() != validation.keys() else ""))
+    return rows
+
+
+def _method(config: Config, data: compose.Data) -> str:
+    guided = f", decoded with guidance {config.guidance:g}" if config.guidance else ""
+    if data.trained_with == "unknown":
+        return f"a checkpoint of another program{guided}"
+    stage = f"self-critical with reward {config.scst_reward}, " if config.self_critical else ""
+    if data.trained_with == "off":
+        return f"{stage}plain backbone, no ITHN{guided}"
+    method = f"ITHN with strategy {data.trained_with} ({config.ithn_variant} variant), alpha {config.alpha:g}"
+    return f"{stage}{method}{guided}"
+
+
+def _image_reader(config: Config, dataset: ReportDataset) -> Callable[[str], Image.Image | None]:
+    """Reads an image; with detection features, where images need not be there, None for one that cannot be read."""
+    if config.shards:
+        return dataset.read_image
+    if not config.detection_features:
+        return image_folder(config)
+
+    def read(path: str) -> Image.Image | None:
+        try:
+            return image_folder(config)(path)
+        except InputError:
+            return None
+
+    return read
+
+
+def _samples(dataset: ReportDataset, read: Callable[[str], Image.Image | None], tested: Tested) -> Iterator[Sample]:
+    """--report_samples samples spread evenly over the split, with their images."""
+    found, total = tested.found, len(tested.found.ids)
+    count = min(tested.config.report_samples, total)
+    # By id: an unreadable image is replaced by another sample.
+    rows = {dataset.sample_id(index): sample for index, sample in enumerate(dataset.samples)}
+    for i in range(count):
+        index = i * total // count
+        row, view = rows[found.ids[index]]
+        study = dataset.studies[row]
+        chosen = [view] if dataset.separate else range(min(dataset.num_views, len(study.image_paths)))
+        images = [(image, study.views[v]) for v in chosen if (image := read(study.image_paths[v])) is not None]
+        yield Sample(
+            id=found.ids[index],
+            images=[image for image, _ in images],
+            views=[view for _, view in images],
+            reference=found.full_references[index],
+            generated=found.generated[index],
+            captions=tested.captions[index] if tested.captions else (),
+        )
