@@ -64,7 +64,7 @@ def _tolerance(text: str) -> float:
 
 def to_folder(source: Path, out: Path, licence: str) -> None:
     """Checkpoint -> folder, read back and held against the checkpoint."""
-    from modules.inference.hub_format import read_shared, same_weights, shared_tensors, write_shared
+    from modules.inference.hub_format import hub_tensors, read_hub_folder, same_weights, write_hub_folder
     from modules.run.resuming import own_settings
     from modules.training.checkpoint import FORMAT, load_checkpoint
 
@@ -72,8 +72,8 @@ def to_folder(source: Path, out: Path, licence: str) -> None:
     if content.get("format") != FORMAT:
         raise InputError(f"{source}: not one of ours; scripts/convert_checkpoint.py --to ours makes one of it")
     own_settings(content, str(source))
-    write_shared(out, content, model_card(content, source.parent, licence), EXPORTED)
-    if not same_weights(shared_tensors(read_shared(out, EXPORTED)), shared_tensors(content)):
+    write_hub_folder(out, content, model_card(content, source.parent, licence), EXPORTED)
+    if not same_weights(hub_tensors(read_hub_folder(out, EXPORTED)), hub_tensors(content)):
         raise InputError(f"{out}: the weights do not read back as they were written; is the disk whole?")
 
 
@@ -83,13 +83,13 @@ def to_checkpoint(source: Path, out: Path) -> None:
 
     from modules.data.bpe_tokenizer import tokenizer_from_state
     from modules.flags import resolve_config
-    from modules.inference.hub_format import read_shared
+    from modules.inference.hub_format import read_hub_folder
     from modules.ithn.objective import Objective
     from modules.run import build as compose
     from modules.training.checkpoint import FORMAT
     from scripts.convert_checkpoint import write
 
-    shared = read_shared(source, EXPORTED)
+    shared = read_hub_folder(source, EXPORTED)
     tokenizer = tokenizer_from_state(shared["vocabulary"])
     config = resolve_config(shared["config"])
     device = compose.prepare_device(config)

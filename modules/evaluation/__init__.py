@@ -1,4 +1,4 @@
-"""Scores of generated reports, their intervals and their training-free baselines.
+"""Scores of generated reports, their intervals and tests, and the training-free baselines.
 
-How scores are shown belongs in pages.
+Nothing is shown here: pages does that.
 """

@@ -1,7 +1,7 @@
 """Two training-free baselines: the commonest training report, and the report of the nearest training image.
 
-Give the training reports in the form in which generated ones come (cleaned, cut to max_seq_length): both sides of
-the comparison are then cut alike.
+Training reports are expected in the form of generated ones (cleaned, cut to max_seq_length), so that the comparison is
+fair.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 
 def commonest_report_baseline(train_reports: Sequence[str], num_images: int) -> list[str]:
-    """Return the commonest training report (the first of equals) once for each of ``num_images`` images."""
+    """The commonest training report (the first of equals), repeated for each of ``num_images`` images."""
     [(report, _)] = Counter(train_reports).most_common(1)
     return [report] * num_images
 
@@ -20,9 +20,9 @@ def commonest_report_baseline(train_reports: Sequence[str], num_images: int) -> 
 def nearest_image_baseline(
     train_features: np.ndarray, train_reports: Sequence[str], features: np.ndarray, *, block_size: int = 1024
 ) -> list[str]:
-    """Return, for each image, the report of the training image that looks most alike.
+    """For each of M images the report of the most similar training image.
 
-    ``train_features`` (N, C) and ``features`` (M, C) are pooled visual features; likeness is their cosine, and the
+    ``train_features`` (N, C) and ``features`` (M, C) are pooled visual features; similarity is their cosine, and the
     first of equals wins. Needs block_size * N float32 numbers at a time.
     """
     train_features = _normalise(train_features)  # (N, C)

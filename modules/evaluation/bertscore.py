@@ -16,7 +16,7 @@ from tqdm import tqdm
 from modules.runtime.errors import InputError
 
 NAMES = ("BERTScore_precision", "BERTScore_recall", "BERTScore_f1")
-# The layers whose scores agree best with people's, by architecture and depth, as the published tool takes them.
+# The published tool's default layers, whose scores agree best with human judgement, by architecture and depth.
 BEST_LAYERS = {
     ("bert", 12): 9,
     ("bert", 24): 18,
@@ -30,8 +30,8 @@ BEST_LAYERS = {
 class BertScore:
     """Scorer in evaluation mode, on the CPU until ``to`` moves it.
 
-    ``path`` is a folder with a transformers encoder and its tokeniser; ``layer`` the hidden layer that is compared, 0
-    for that of BEST_LAYERS. InputError where the folder cannot be read or the layer has to be named.
+    ``path`` is a folder with a transformers encoder and its tokeniser; ``layer`` is the hidden layer compared, 0
+    for the one in BEST_LAYERS. InputError where the folder cannot be read, or BEST_LAYERS has no such architecture.
     """
 
     def __init__(self, path: str, layer: int = 0, *, batch_size: int = 64) -> None:
@@ -42,7 +42,7 @@ class BertScore:
                 f"--bertscore_path {path}: a folder with an encoder's config.json, weights and tokeniser is needed"
             )
         try:
-            # Not said, trust_remote_code would be asked for in the terminal.
+            # Left out, transformers would ask about trust_remote_code in the terminal.
             options = {"local_files_only": True, "trust_remote_code": False}
             self._tokenizer = AutoTokenizer.from_pretrained(path, **options)
             self._model, report = AutoModel.from_pretrained(
@@ -69,13 +69,13 @@ class BertScore:
         self._batch_size = batch_size
 
     def to(self, device: torch.device | str) -> "BertScore":
-        """Move the encoder."""
+        """Move the encoder to ``device``; returns itself."""
         self._model.to(device)
         return self
 
     @torch.inference_mode()
     def score(self, references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return precision, recall and F1 of N pairs by NAMES, (N, 1) float64 each; 0 where a text is empty."""
+        """Precision, recall and F1 of N pairs by NAMES, (N, 1) float64 each; 0 where a text is empty."""
         order = sorted(range(len(references)), key=lambda row: -len(references[row]) - len(hypotheses[row]))
         scores = np.zeros((len(references), 3))
         with tqdm(total=len(order), desc="BERTScore", unit="report", leave=False, disable=None) as bar:
@@ -89,7 +89,7 @@ class BertScore:
         return {name: scores[:, [column]] for column, name in enumerate(NAMES)}
 
     def _embed(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit vectors (B, L, H), which of them are word pieces of the text or special, and which of the text."""
+        """Unit vectors (B, L, H); masks (B, L) of all word pieces, and of those that are not special tokens."""
         texts = [self._prefix + text.strip() if text.strip() else "" for text in texts]
         batch = self._tokenizer(
             texts,
@@ -113,9 +113,10 @@ def greedy_match(
     reference_seen: Tensor,
     reference_counted: Tensor,
 ) -> Tensor:
-    """Precision, recall and F1 (B, 3) of unit vectors (B, L, H) and (B, M, H): every piece takes its nearest.
+    """Precision, recall and F1 (B, 3) of unit vectors (B, L, H) and (B, M, H): every piece is matched with its nearest.
 
-    Special tokens may be taken (``seen``) but are not averaged over (``counted``), as in the published tool.
+    The masks are (B, L) and (B, M). Special tokens can be matched (``seen``) but are not averaged over (``counted``),
+    as in the published tool.
     """
     cosine = hypothesis @ reference.transpose(1, 2)  # (B, L, M)
     cosine = cosine.masked_fill(~(seen.unsqueeze(2) & reference_seen.unsqueeze(1)), -1.0)

@@ -1,9 +1,9 @@
 """Clinical efficacy: precision, recall and F1 of generated reports' labels against the references' labels.
 
-Every key says labeler, score, averaging, class set and what became of uncertain labels, for instance
+Every key names labeler, score, averaging, class set and how uncertain labels count, for instance
 ``ce_rule_f1_micro_14_uncertain_negative``: published figures differ in each of these.
 
-Shapes: N reports, C = 14 classes in the order of ``modules.labels.labeler.CLASSES``.
+Shapes: N reports, C = 14 classes in the order of ``modules.labels.rules.CLASSES``.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ UNCERTAIN_POLICIES = ("negative", "positive")
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What each label of each report came to, (N, C) bool; N rows resampled give every score of a resample."""
+    """The outcome of each label of each report, (N, C) bool: resampling the N rows gives all scores of a resample."""
 
     true_positive: np.ndarray
     false_positive: np.ndarray
@@ -28,9 +28,9 @@ class Outcomes:
 
 
 def outcomes(references: np.ndarray, hypotheses: np.ndarray, uncertain: str) -> Outcomes:
-    """Compare two (N, C) label arrays (1, 0, -1, NaN), with uncertain labels taken as ``negative`` or ``positive``.
+    """Compare two (N, C) label arrays (1, 0, -1, NaN), with uncertain labels (-1) as ``negative`` or ``positive``.
 
-    Not mentioned counts as negative.
+    Not mentioned (NaN) counts as negative. ValueError for arrays of different shapes or another ``uncertain``.
     """
     references, hypotheses = np.asarray(references), np.asarray(hypotheses)
     if references.shape != hypotheses.shape or references.ndim != 2:
@@ -42,11 +42,11 @@ def outcomes(references: np.ndarray, hypotheses: np.ndarray, uncertain: str) -> 
 
 
 def scores_of(result: Outcomes) -> dict[str, float]:
-    """Return precision, recall and F1 with micro, macro and example-based averaging, keyed ``f1_micro`` and so on.
+    """Precision, recall and F1 with micro, macro and example-based averaging, keyed ``f1_micro`` and so on.
 
-    Macro is the mean over classes, example the mean over reports. A ratio with nothing in its denominator is 0,
-    as in scikit-learn with ``zero_division=0``. So a class or report without any positive label scores 0, and even
-    perfect labels reach less than 1 where such exist: most of all example-based scores of the five classes.
+    Macro is the mean over classes, example the mean over reports. A ratio with denominator 0 is 0, as in
+    scikit-learn with ``zero_division=0``: a class or report without any positive label scores 0, so even perfect labels
+    can stay below 1, most of all in example-based scores of the five classes.
     """
     counts = (result.true_positive, result.false_positive, result.false_negative)
     sums = {
@@ -62,7 +62,7 @@ def scores_of(result: Outcomes) -> dict[str, float]:
 
 
 def clinical_scores(references: np.ndarray, hypotheses: np.ndarray, labeler: str = "rule") -> dict[str, float]:
-    """Return the 36 clinical scores of (N, 14) labels, in [0, 1], keyed ``ce_<labeler>_<score>_<averaging>_...``."""
+    """The 36 clinical scores of (N, 14) labels, in [0, 1], keyed ``ce_<labeler>_<score>_<averaging>_...``."""
     scores = {}
     for uncertain in UNCERTAIN_POLICIES:
         result = outcomes(references, hypotheses, uncertain)
@@ -77,7 +77,7 @@ def clinical_scores(references: np.ndarray, hypotheses: np.ndarray, labeler: str
 
 
 def class_table(references: np.ndarray, hypotheses: np.ndarray, uncertain: str = "negative") -> list[dict]:
-    """Return one row per class: class, precision, recall, f1, and the number of positives on either side."""
+    """One row per class: class, precision, recall, f1, and the number of positives on either side."""
     result = outcomes(references, hypotheses, uncertain)
     true_positive, false_positive, false_negative = (
         count.sum(axis=0) for count in (result.true_positive, result.false_positive, result.false_negative)
@@ -100,7 +100,7 @@ def _binary(labels: np.ndarray, uncertain: str) -> np.ndarray:
 
 
 def ratios(true_positive: np.ndarray, false_positive: np.ndarray, false_negative: np.ndarray) -> dict[str, np.ndarray]:
-    """Return precision, recall and F1 = 2 TP / (2 TP + FP + FN) of counts of any one shape, elementwise."""
+    """Elementwise precision, recall and F1 = 2 TP / (2 TP + FP + FN) of counts, all of one shape."""
     return {
         "precision": true_positive / np.maximum(true_positive + false_positive, 1),
         "recall": true_positive / np.maximum(true_positive + false_negative, 1),

@@ -1,16 +1,16 @@
-"""Has the model collapsed? How varied the generated reports are, as a set and within themselves."""
+"""Variety of generated reports, within each and between them: has the model collapsed?"""
 
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-# Above this share of one single report, the scores say little about the images.
+# Above this share of a single report, scores say little about the images.
 COLLAPSE_SHARE = 0.5
 
 
 def ngram_counts(reports: Sequence[str], sizes: Sequence[int] = (2, 3, 4)) -> np.ndarray:
-    """(N, 2 * len(sizes)) of N reports: how many different n-grams each has for every n, then how many in all."""
+    """(N, 2 * len(sizes)) int32: the number of different n-grams of each report for every n, then of all n-grams."""
     rows = []
     for report in reports:
         words = report.split()
@@ -49,9 +49,10 @@ def distinct(reports: Sequence[str], n: int) -> float | None:
 
 
 def collapse_statistics(reports: Sequence[str]) -> dict[str, float | int | None]:
-    """Describe N reports (at least one): how many differ, the commonest one's share, mean words, and n-gram variety.
+    """Describe N >= 1 reports: number of different ones, share of the commonest, mean length, and n-gram variety.
 
-    Texts are compared after white space is normalised; shares are of N; repetition_n is in percent, within reports.
+    Texts are compared with normalised white space; shares are fractions of N; repetition_n is in percent, within
+    reports.
     """
     counts = Counter(" ".join(report.split()) for report in reports)
     return {
@@ -67,7 +68,7 @@ def collapse_statistics(reports: Sequence[str]) -> dict[str, float | int | None]
 
 
 def collapse_warning(statistics: dict[str, float | int | None]) -> str | None:
-    """Return one line where at least half of two or more reports are one and the same text, else None."""
+    """One line where at least half of two or more reports are the same text, else None."""
     if statistics["num_reports"] < 2 or statistics["commonest_share"] < COLLAPSE_SHARE:
         return None
     return (

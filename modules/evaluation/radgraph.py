@@ -1,6 +1,6 @@
-"""RadGraph F1 (Jain et al., 2021; Delbrouck et al., 2022) by the package radgraph, in a Python of its own.
+"""RadGraph F1 (Jain et al., 2021; Delbrouck et al., 2022) by the package radgraph, in a separate Python.
 
-The package needs transformers below 5, which this project is above, so it runs as another process: make an
+The package needs transformers below 5, and this project a later one, so it runs as another process: make an
 environment with ``pip install radgraph "transformers<5"`` and name its Python.
 """
 
@@ -25,8 +25,8 @@ class RadGraph:
     """Scorer with the model in folder ``path``: config.json, vocabulary/ and weights.th, as the package unpacks them.
 
     The folder's name says which model it is (radgraph, radgraph-xl, modern-radgraph-xl, echograph). ``python`` is the
-    interpreter that has the package, "" for this one. The model is loaded once to see that it can be: InputError where
-    it cannot.
+    interpreter that has the package, "" for this one. InputError where the model cannot be loaded, which is tried at
+    once.
     """
 
     def __init__(self, path: str, python: str = "") -> None:
@@ -39,12 +39,12 @@ class RadGraph:
         self._run([])
 
     def to(self, device: object) -> "RadGraph":
-        """Choose where the next scores are computed."""
+        """Choose the device of the next scores; returns itself."""
         self._gpu = str(device).startswith("cuda")
         return self
 
     def score(self, references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return F1 of N pairs, (N, 1) float64 each, as RadGraph_F1_simple and so on; 0 where a text is empty."""
+        """F1 of N pairs by name (RadGraph_F1_simple, ...), (N, 1) float64 each; 0 where a text is empty. InputError."""
         pairs = list(zip(references, hypotheses, strict=True))
         rows = [row for row, pair in enumerate(pairs) if all(text.strip() for text in pair)]
         scores = np.zeros((len(pairs), len(LEVELS)))
@@ -56,7 +56,7 @@ class RadGraph:
         """The worker's answer: a row for each pair."""
         request = {"folder": str(self._path.absolute()), "gpu": self._gpu, "pairs": pairs}
         try:
-            # Isolated: beside the worker lie files of ours with the names of packages.
+            # Isolated (-I): the worker's folder has files with the names of packages.
             done = subprocess.run(
                 [self._python, "-I", str(_WORKER)],
                 input=json.dumps(request),

@@ -1,7 +1,7 @@
-"""Runs the package radgraph on pairs of reports; started by radgraph.py in the Python that has the package.
+"""Runs the package radgraph on pairs of reports; radgraph.py starts it in the Python that has the package.
 
 Standard input: JSON with the model's folder, whether to use the GPU, and pairs of a reference and a generated report.
-Standard output: JSON, for each pair the F1 of radgraph's three levels. Nothing of this project is imported here.
+Standard output: JSON, the F1 of each pair at radgraph's three levels. Imports nothing of this project.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ def main() -> None:
     """Answer one request."""
     request = json.load(sys.stdin)
     folder = Path(request["folder"])
-    with contextlib.redirect_stdout(sys.stderr):  # the package talks on standard output
+    with contextlib.redirect_stdout(sys.stderr):  # the package prints
         from radgraph import F1RadGraph
 
         scorer = F1RadGraph(

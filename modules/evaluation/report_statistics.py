@@ -1,4 +1,4 @@
-"""What each report adds to a run's scores: sums over reports give every corpus score, of the test split or a resample.
+"""What each report contributes to a run's scores: sums over reports give every score, of the split or a resample.
 
 A table has one row per report. Its name is that of a sentence metric (modules.evaluation.metric_table), ``diversity``,
 ``nll``, a labeler's outcomes such as ``ce_rule_uncertain_negative``, or the one score that is the mean of its column. A
@@ -32,7 +32,7 @@ class ReportStatistics:
     """The tables (N, k) of one run's reports, in the order of its split.
 
     ``references`` and ``full_references`` are digests of the ids and the references as they were scored: only runs
-    for which they agree can be compared, on the cut references or on the whole ones. ``tag`` is part of all names of
+    for which they agree can be compared, on cut or on whole references. ``tag`` is part of all names of
     scores: see modules.evaluation.score_names.
     """
 
@@ -52,7 +52,7 @@ class ReportStatistics:
         }
 
     def scores(self) -> dict[str, float]:
-        """The scores of the reports as they are."""
+        """The scores of the split itself."""
         sums = {name: table.sum(axis=0, keepdims=True) for name, table in self.columns().items()}
         return {tagged(name, self.tag): float(values[0]) for name, values in scores_of_sums(sums, len(self)).items()}
 
@@ -83,7 +83,7 @@ def _sentence_scores(metric: SentenceMetric, total: np.ndarray, count: int) -> d
 
 
 def join(parts: Sequence[ReportStatistics]) -> ReportStatistics:
-    """The reports of several test sets as one, as of the folds of a cross-validation; tables that all parts have.
+    """Several test sets, such as the folds of a cross-validation, as one; only tables that all parts have.
 
     CIDEr's document frequencies stay those of each part. InputError where the names of scores differ.
     """
@@ -120,14 +120,14 @@ def save_statistics(path: str | Path, systems: Mapping[str, ReportStatistics]) -
 
 
 def load_statistics(path: str | Path) -> dict[str, ReportStatistics]:
-    """Read what ``save_statistics`` wrote, by system. InputError for a file that is missing, damaged or another."""
+    """What ``save_statistics`` wrote, by system; InputError for a file that is missing, damaged or of another kind."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         digests = [str(arrays.pop(key)) for key in ("references", "full_references")]
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; main_train.py and main_test.py write it beside results.json") from None
-    except Exception as error:  # a damaged archive surfaces as whatever its reader raises
+        raise InputError(f"{path}: no such file; main_train.py and main_test.py write it with results.json") from None
+    except Exception as error:  # damaged bytes lead the reader to all kinds of exceptions
         raise InputError(f"{path}: not the statistics of a run ({type(error).__name__})") from error
     systems: dict[str, dict[str, np.ndarray]] = {}
     for key, table in arrays.items():

@@ -1,10 +1,10 @@
-"""What the names of scores say beside the metric: which references, and how the reports were generated."""
+"""What a score's name says besides the metric: which references were used, and how reports were generated."""
 
 from collections.abc import Mapping
 from typing import Any
 
 FULL = "_full"  # whole references
-TRUNCATED = "_truncated"  # references cut to max_seq_length, as the R2Gen family has them; the same as no suffix
+TRUNCATED = "_truncated"  # references cut to max_seq_length, as in the R2Gen family; the same as no suffix
 
 
 def tagged(name: str, tag: str) -> str:
@@ -15,10 +15,10 @@ def tagged(name: str, tag: str) -> str:
 
 
 def untagged(name: str, tag: str) -> str:
-    """The name that ``tagged`` was given."""
+    """The inverse of ``tagged``."""
     return name.replace(f"_{tag}", "") if tag else name
 
 
 def with_aliases(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores, and each one that also has a ``_full`` form a second time as ``<name>_truncated``."""
+    """``scores`` with an alias ``<name>_truncated`` for each one that also has a ``_full`` form."""
     return {**scores, **{f"{name}{TRUNCATED}": value for name, value in scores.items() if f"{name}{FULL}" in scores}}

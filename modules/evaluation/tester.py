@@ -1,4 +1,4 @@
-"""Generates the reports of a split and scores them; of several processes each generates a share, the first scores.
+"""Generates the reports of a split and scores them; processes share the generation, the main process scores.
 
 Shapes: B studies, N views, T tokens, C visual width.
 """
@@ -22,13 +22,13 @@ AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float1
 
 @dataclass
 class Predictions:
-    """What the model wrote for a split, in the order of the data set."""
+    """What the model generated for a split, in the order of the data set."""
 
     ids: list[str] = field(default_factory=list)
     generated: list[str] = field(default_factory=list)
-    references: list[str] = field(default_factory=list)  # as the R2Gen family scores: cleaned, <unk>, cut
+    references: list[str] = field(default_factory=list)  # as in the R2Gen family: cleaned, <unk>, cut
     full_references: list[str] = field(default_factory=list)  # cleaned only
-    reports: list[str] = field(default_factory=list)  # as the annotation has them
+    reports: list[str] = field(default_factory=list)  # unchanged, from the annotation
     nll: Tensor | None = None  # (samples, 2) float64: a reference's negative log-likelihood, and its tokens
     visual_features: Tensor | None = None  # (studies, C) pooled, on the CPU
 
@@ -42,7 +42,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 class Tester:
-    """Writes reports with a trained objective's backbone and scores them.
+    """Generates reports with a trained objective's backbone and scores them.
 
     ``clean`` maps a raw report to its cleaned text; ``score(predictions)`` returns the metrics by name;
     ``progress(iterable, description)`` shows a bar. ``score_tag`` becomes part of the names of all scores.
@@ -76,8 +76,8 @@ class Tester:
     def predict(self, loader: Iterable, description: str) -> Predictions | None:
         """Generate a report for every study of ``loader``; the visual extractor sees each image once.
 
-        Every process goes through its batches of the split (modules.data.sample_order); the first one gets all
-        predictions, in the order of the data set, the others None.
+        Every process goes through its batches of the split (modules.data.sample_order); the main process gets all
+        predictions in the order of the data set, the others None.
         """
         was_training = self.objective.training
         self.objective.eval()
@@ -102,10 +102,10 @@ class Tester:
         return None if gathered is None else _joined(*gathered)
 
     def _mean_patches(self) -> Tensor:
-        """(S, C): every patch's mean over the training studies that have its view.
+        """(S, C): the mean of every patch over the training studies that have its view.
 
-        A view that fewer than a sixteenth of the others' studies have would be a mean of a few patients: there it is
-        the mean of all patches. InputError where it is not finite.
+        Where less than a sixteenth of the studies have a view, its mean would be that of a few patients: the mean of
+        all patches is used instead. InputError where it is not finite.
         """
         total, count = 0.0, 0.0
         for batch in self.progress(self.training_studies, "mean training image"):
@@ -126,7 +126,7 @@ class Tester:
 
     @contextlib.contextmanager
     def _drawing(self, turn: int) -> Iterator[None]:
-        """Random numbers of a batch that depend on nothing else, and leave those of training alone."""
+        """Random numbers that depend on the batch alone and leave those of training unchanged."""
         if self.decoding.sample_method != "sample":
             yield
             return
@@ -147,7 +147,7 @@ class Tester:
     def evaluate(self, loader: Iterable, description: str) -> tuple[dict[str, float | None], Predictions | None]:
         """Metrics by name, ``nll`` among them, and the predictions that they were computed from.
 
-        The first process computes the metrics; all return the same, so that they decide alike.
+        The main process computes the metrics; all return the same, so that they decide alike.
         """
         found = self.predict(loader, description)
         scores = None
@@ -169,6 +169,6 @@ def _joined(texts: list[dict[str, list[str]]], rows: list[Tensor]) -> Prediction
 
 
 def mean_nll(found: Predictions) -> float:
-    """Mean negative log-likelihood of a reference token."""
+    """Mean negative log-likelihood per reference token."""
     total, tokens = found.nll.sum(0).tolist()
     return total / max(tokens, 1)

@@ -1,4 +1,4 @@
-"""A trained model on studies of anybody: prediction, attention maps, torch.export programs, the hub's format.
+"""A trained model applied and passed on: prediction, attention maps, torch.export programs, hub folders.
 
-Nothing is trained here.
+Nothing is trained here, and no data set is needed.
 """

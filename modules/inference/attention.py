@@ -16,7 +16,7 @@ from torch import Tensor, nn
 def recorded_attention(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Within the context, the list gains the weights (B, h, T, S) of every call of ``modules``, in order.
 
-    The modules' ``weights`` computes them again from the call's arguments: fused attention never holds them.
+    They are computed again from the call's arguments by the modules' ``weights``, as fused attention never stores them.
     """
     found: list[Tensor] = []
     hooks = [
@@ -33,7 +33,7 @@ def recorded_attention(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 def view_maps(layers: Sequence[Tensor], num_views: int, layer: int | None) -> Tensor | None:
     """Maps (B, T, N, g, g) float32 that sum to 1 over a study's views: mean over heads of one layer, or of all (None).
 
-    None where the visual tokens are no square grids, as with detected regions. ``layer`` may count from the end.
+    None where the visual tokens are not square grids, as with detected regions. ``layer`` may count from the end.
     """
     chosen = layers if layer is None else [layers[layer]]
     weights = torch.stack([part.float().mean(1) for part in chosen]).mean(0)  # (B, T, S)
@@ -44,14 +44,15 @@ def view_maps(layers: Sequence[Tensor], num_views: int, layer: int | None) -> Te
 
 
 def shares(maps: np.ndarray) -> np.ndarray:
-    """``maps`` (..., N, g, g) in units of an even share: 1 everywhere is attention that prefers nothing."""
+    """``maps`` (..., N, g, g) in units of an even share: attention without any preference is 1 everywhere."""
     return maps * np.prod(maps.shape[-3:])
 
 
 def opacity(shares: np.ndarray) -> np.ndarray:
-    """How strongly patches of one word (N, g, g) are coloured, 0..1: only what exceeds an even share, the most fully.
+    """How strongly to colour the patches of one word, (N, g, g) in [0, 1], from their ``shares`` (N, g, g).
 
-    Where nothing has twice its share the strongest stays pale, so that a flat map looks flat.
+    Only what exceeds an even share is coloured. Where nothing has twice its share even the strongest patch stays pale,
+    so that a flat map looks flat.
     """
     excess = np.maximum(shares - 1, 0)
     return excess / max(1.0, float(excess.max()))

@@ -1,6 +1,6 @@
-"""A trained model in forms that others can read: the published codes' checkpoints, and a folder for the hub.
+"""A trained model in other formats: the published codes' checkpoints, and a folder in the layout of the hub.
 
-Neither holds optimiser state, paths of this machine, ids or reports; the vocabulary holds the training reports' words.
+Neither has optimiser state, paths of this machine, ids or reports; the vocabulary has the training reports' words.
 """
 
 import json
@@ -17,16 +17,16 @@ from modules.training.checkpoint import require_mean_patches
 
 WEIGHTS, SETTINGS, VOCABULARY, CARD = "model.safetensors", "config.json", "vocabulary.json", "README.md"
 FORMAT = "ithn-shared-1"
-MEAN = "mean_patches"  # of the training split, of models trained with guidance
+MEAN = "mean_patches"  # mean training image of models that decode with guidance
 _OURS_ALONE = ("label_head.",)  # XProNet's labels predicted from the image
 _HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
 
 
 def published_weights(state: Mapping[str, Tensor], *, heads: bool) -> dict[str, Tensor]:
-    """The entries that a published code loads (strictly); with ``heads`` the released ITHN code's, else none of ITHN's.
+    """The entries that a published code loads (strictly): the backbone's, with ``heads`` also the released ITHN code's.
 
-    The paper's variant has one temperature where the released code has two: both become that one. InputError for
-    ``heads`` of weights that were trained without ITHN.
+    The paper's variant has one temperature where the released code has two: both become that one. InputError where
+    ``heads`` are asked of weights that were trained without ITHN.
     """
     kept = {name: value for name, value in state.items() if not name.startswith((*_OURS_ALONE, *_HEADS))}
     if not heads:
@@ -41,24 +41,24 @@ def published_weights(state: Mapping[str, Tensor], *, heads: bool) -> dict[str, 
     )
 
 
-def shared_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a checkpoint and, where it was trained with guidance, its mean training image."""
+def hub_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A checkpoint's weights, and its mean training image where it has one."""
     mean = content.get(MEAN)
     return dict(content["state_dict"]) | ({} if mean is None else {MEAN: mean})
 
 
-def write_shared(folder: Path, content: Mapping[str, Any], card: str, names: Collection[str]) -> None:
+def write_hub_folder(folder: Path, content: Mapping[str, Any], card: str, names: Collection[str]) -> None:
     """Write a checkpoint as weights, settings (those in ``names``), vocabulary and card.
 
-    InputError where the folder has a model.
+    InputError where the folder has a model already.
     """
     from safetensors.torch import save
 
     if (folder / WEIGHTS).exists():
-        raise InputError(f"--out {folder}: holds a model already; name another folder")
+        raise InputError(f"--out {folder}: already contains a model; name another folder")
     private_folder(folder)
-    # Tensors of one memory (tied weights) are written one by one, as the published files have them.
-    weights = {name: value.contiguous().clone() for name, value in shared_tensors(content).items()}
+    # Tensors that share memory (tied weights) are written separately, as in the published files.
+    weights = {name: value.contiguous().clone() for name, value in hub_tensors(content).items()}
     write_private(folder / WEIGHTS, save(weights, {"format": "pt"}))
     settings = {
         "format": FORMAT,
@@ -71,8 +71,8 @@ def write_shared(folder: Path, content: Mapping[str, Any], card: str, names: Col
     write_private(folder / CARD, card)
 
 
-def read_shared(folder: Path, names: Collection[str]) -> dict[str, Any]:
-    """What ``write_shared`` wrote: state_dict, mean_patches, config, vocabulary, strategy, epoch.
+def read_hub_folder(folder: Path, names: Collection[str]) -> dict[str, Any]:
+    """What ``write_hub_folder`` wrote: state_dict, mean_patches, config, vocabulary, strategy, epoch.
 
     Of the settings only those in ``names``. InputError for anything else.
     """
@@ -83,7 +83,7 @@ def read_shared(folder: Path, names: Collection[str]) -> dict[str, Any]:
         raise InputError(f"{folder / SETTINGS}: format is {settings.get('format')!r}, expected {FORMAT!r}")
     try:
         weights = load_file(folder / WEIGHTS)
-    except Exception as error:  # the reader raises whatever the damaged bytes lead it to
+    except Exception as error:  # damaged bytes lead the reader to all kinds of exceptions
         raise InputError(f"{folder / WEIGHTS}: missing or damaged ({type(error).__name__})") from error
     if not isinstance(settings.get("strategy"), str) or not isinstance(settings.get("epoch"), int):
         raise InputError(f"{folder / SETTINGS}: needs the entries strategy and epoch")

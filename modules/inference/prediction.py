@@ -1,4 +1,4 @@
-"""Reports for images that belong to no data set, with what the model thought of every word.
+"""Reports for images outside any data set, with the model's probability of every word.
 
 Shapes: B studies, N views, L generated tokens, g x g patches of a view.
 """
@@ -29,7 +29,7 @@ SENTENCE_END = "."
 
 @dataclass(frozen=True)
 class WrittenSentence:
-    """A sentence as words ``start`` to ``stop`` of its report, and the natural logarithm of its probability."""
+    """Words ``start`` to ``stop`` of a report, and the natural logarithm of their joint probability."""
 
     text: str
     start: int
@@ -38,17 +38,17 @@ class WrittenSentence:
 
     @property
     def mean_log_prob(self) -> float:
-        """Per word."""
+        """Mean over its words."""
         return self.log_prob / (self.stop - self.start)
 
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """The report of a study: its words, their log-probabilities given all words before, and where the model looked."""
+    """A study's report: its words, their log-probabilities given all previous words, and where the model looked."""
 
     words: list[str]
     log_probs: list[float]
-    end_log_prob: float | None  # of ending there; None: cut at the longest length
+    end_log_prob: float | None  # of ending there; None: cut at max_seq_length
     maps: np.ndarray | None = None  # (words, N, g, g) attention of each word over the patches; None: not recorded
     pooled: np.ndarray | None = None  # (C,) visual features of the study, mean over its views
 
@@ -58,12 +58,12 @@ class WrittenReport:
 
     @property
     def log_prob(self) -> float:
-        """Of the whole report, its end included."""
+        """Log-probability of the whole report, its end included."""
         return sum(self.log_probs) + (self.end_log_prob or 0.0)
 
     @property
     def sentences(self) -> list[WrittenSentence]:
-        """The report cut after every full stop; words after the last one are a sentence too."""
+        """The report split after every full stop; words after the last one form a sentence too."""
         cuts = [0, *(i for i, word in enumerate(self.words, start=1) if word == SENTENCE_END), len(self.words)]
         return [
             WrittenSentence(" ".join(self.words[start:stop]), start, stop, sum(self.log_probs[start:stop]))
@@ -73,7 +73,7 @@ class WrittenReport:
 
 
 class Predictor:
-    """Writes reports with a trained ``backbone`` in evaluation mode; ``num_views`` is the most that it reads."""
+    """Writes reports with a trained ``backbone`` in evaluation mode, from at most ``num_views`` images a study."""
 
     def __init__(
         self,
@@ -91,24 +91,25 @@ class Predictor:
 
     @property
     def shows_attention(self) -> bool:
-        """Whether the backbone names the modules that look at the image."""
+        """Whether the backbone exposes its cross-attention."""
         return bool(self.backbone.cross_attention())
 
     @torch.inference_mode()
     def write(
         self, studies: Sequence[Sequence[Image.Image]], *, attention: bool = False, layer: int | None = -1
     ) -> list[WrittenReport]:
-        """A report for the images of each study, 1 to ``num_views`` of them.
+        """A report for each study of 1 to ``num_views`` images.
 
         The words' log-probabilities, and with ``attention`` the maps of decoder ``layer`` (None: the mean of all),
-        come from one more pass over the finished reports, so that they do not depend on how the search went.
+        come from one more pass over the finished reports, so they do not depend on the search. InputError where the
+        decoder has no such layer.
         """
         images, view_mask = self._tensors(studies)
         modules = self.backbone.cross_attention() if attention else []
         with autocast(self.device, self.precision), recorded_attention(modules) as layers:
             features = self.backbone.extract(images, view_mask)
             tokens = self.backbone.generate(None, view_mask=view_mask, features=features, decoding=self.decoding)
-            layers.clear()  # the search's own
+            layers.clear()  # drop those recorded during the search
             begin = tokens.new_zeros(len(tokens), 1)
             output = self.backbone(
                 None, torch.cat([begin, tokens[:, :-1]], dim=1), view_mask=view_mask, features=features
@@ -133,7 +134,7 @@ class Predictor:
             return self.backbone.extract(images, view_mask).pooled.float().cpu().numpy()
 
     def extractor_sha256(self) -> str:
-        """SHA-256 of the visual extractor's weights: features of another one cannot be compared with its own."""
+        """SHA-256 of the visual extractor's weights; features of different extractors cannot be compared."""
         digest = hashlib.sha256()
         for name, value in self.backbone.visual_extractor.state_dict().items():
             digest.update(name.encode())

@@ -1,6 +1,6 @@
-"""Training reports by what their images look like: beside a generated report, what was written about similar ones.
+"""Training reports indexed by their images' features: shows what was written about similar images.
 
-The file holds reports of patients, as the annotation does.
+The file contains patients' reports, as the annotation does.
 """
 
 import json
@@ -20,7 +20,7 @@ FORMAT = "ithn-report-index-1"
 class ReportIndex:
     """``features`` (M, C) float32 of norm 1, pooled visual features of M training samples; their ``reports``.
 
-    ``model_sha256`` names the weights of the visual extractor that made them.
+    ``model_sha256`` identifies the visual extractor that computed the features.
     """
 
     features: np.ndarray
@@ -33,7 +33,7 @@ class ReportIndex:
         return cls(_normalise(features), tuple(reports), model_sha256)
 
     def nearest(self, features: np.ndarray, count: int) -> list[tuple[float, str]]:
-        """The ``count`` most similar different reports for one image's features (C,), as (cosine, report)."""
+        """(cosine, report) of the ``count`` most similar different reports, for one image's features (C,)."""
         cosines = self.features @ _normalise(features[None])[0]  # (M,)
         found: dict[str, float] = {}
         for row in np.argsort(-cosines, kind="stable"):

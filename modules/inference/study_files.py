@@ -1,4 +1,4 @@
-"""Which image files on the command line make which study."""
+"""Groups the image files named on the command line into studies."""
 
 import os
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ GROUPS = ("none", "folder", "all")
 
 @dataclass(frozen=True)
 class StudyFiles:
-    """A study's name, which is its file or folder as given, and its images in order."""
+    """A study: its name (the file or folder as given) and its images in order."""
 
     name: str
     paths: tuple[Path, ...]
 
 
 def find_studies(paths: Sequence[str], group: str) -> list[StudyFiles]:
-    """The studies in files and folders, sub-folders included, in the order given and by name below.
+    """The studies in files and folders, sub-folders included: in the order given, within folders by name.
 
     ``group``: "none", every image is a study; "folder", the images of a folder are the views of one study; "all",
-    all images together are one. InputError for a path that is not there, or where no image is found.
+    all images together are one. InputError for a path that does not exist or has no image.
     """
     files = [file for path in paths for file in _images(Path(path))]
     files = list(dict.fromkeys(files))
@@ -52,7 +52,7 @@ def _images(path: Path) -> list[Path]:
 
 
 def _by_number(name: str) -> tuple:
-    """2.png before 10.png."""
+    """Sort key that puts 2.png before 10.png."""
     stem = Path(name).stem
     return (0, int(stem), name) if stem.isascii() and stem.isdigit() else (1, 0, name)
 

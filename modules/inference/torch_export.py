@@ -1,9 +1,9 @@
-"""A trained backbone as two programs of torch.export, which run without this project's code.
+"""A trained backbone as two torch.export programs, which run without this project's code.
 
 encoder: pixels (B, N, 3, size, size) uint8 -> tensors of B rows; normalisation is inside, and every view is present.
 step: tokens (B, T) int64 and those tensors -> log-probabilities (B, T, V+1) of the next token at every position.
 
-The step holds no state: it reads all words so far, begin (0) first, anew for each next one.
+The step keeps no state: for each next word it reads all words so far again, begin (0) first.
 """
 
 import io
@@ -24,11 +24,11 @@ from modules.runtime.records import private_folder, write_private
 
 ENCODER, STEP, ABOUT = "encoder.pt2", "step.pt2", "program.json"
 FORMAT = "ithn-program-1"
-TRACED = 2  # studies, views and so on of the examples: torch takes a 1 for a constant
+TRACED = 2  # studies and views of the traced examples, as torch treats a size of 1 as a constant
 
 
 class EncoderProgram(nn.Module):
-    """Pixels to what the step reads of the studies."""
+    """Maps pixels to the tensors that the step reads."""
 
     def __init__(self, backbone: nn.Module, transform: Transform):
         super().__init__()
@@ -39,7 +39,7 @@ class EncoderProgram(nn.Module):
 
 
 class StepProgram(nn.Module):
-    """The words so far to the log-probabilities of the next one."""
+    """Maps the words so far to log-probabilities of the next one."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
@@ -53,10 +53,10 @@ class StepProgram(nn.Module):
 def export_programs(
     backbone: nn.Module, transform: Transform, *, num_views: int, length: int, num_ids: int
 ) -> tuple[ExportedProgram, ExportedProgram]:
-    """Encoder and step of ``backbone`` on the CPU, in evaluation mode, for any number of studies.
+    """Export the encoder and the step of ``backbone`` (on the CPU, in evaluation mode) for any number of studies.
 
-    The number of views is free where the model reads several, that of tokens where ``backbone.any_length`` says so;
-    else reports are filled up with 0 to ``length``.
+    The number of views is free where the model reads several, the number of tokens where ``backbone.any_length``;
+    otherwise tokens are padded with 0 to ``length``.
     """
     extractor = backbone.visual_extractor
     extractor.batch_norm = "joint"  # one call for all views; in evaluation there are no statistics of a batch
@@ -71,7 +71,7 @@ def export_programs(
         "tokens": {0: Dim.DYNAMIC} | ({1: Dim.DYNAMIC} if backbone.any_length else {}),
         "encoded": tuple(map(_free_sizes, encoded, larger)),
     }
-    backbone.visual_extractor = nn.Identity()  # a program holds all weights of its module, used or not
+    backbone.visual_extractor = nn.Identity()  # a program stores all weights of its module, used or not
     try:
         return exported, torch.export.export(step, (tokens, *encoded), dynamic_shapes=free, strict=False)
     finally:
@@ -100,12 +100,12 @@ def _tokens(studies: int, length: int, num_ids: int) -> Tensor:
 def write_programs(
     folder: Path, programs: Sequence[ExportedProgram], about: Mapping[str, Any], vocabulary: Mapping[str, Any]
 ) -> None:
-    """Write both programs, what is needed to call them, and the vocabulary."""
+    """Write both programs, the sizes needed to call them, and the vocabulary."""
     private_folder(folder)
     for name, program in zip((ENCODER, STEP), programs, strict=True):
         program.example_inputs = None
         file = io.BytesIO()
-        with warnings.catch_warnings():  # of weights that share memory, on a GPU
+        with warnings.catch_warnings():  # about weights that share memory, on a GPU
             warnings.filterwarnings("ignore", message="No complete tensor found")
             torch.export.save(program, file)
         write_private(folder / name, file.getvalue())

@@ -1,4 +1,4 @@
-"""What people look at: HTML pages, plots, tables and exports made from finished scores.
+"""What people read: HTML pages, plots and exports, made from finished scores and reports.
 
 Nothing is scored or predicted here.
 """

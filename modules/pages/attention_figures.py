@@ -12,9 +12,9 @@ from modules.inference.prediction import WrittenReport
 
 
 def attention_figure(images: Sequence[Image.Image], report: WrittenReport, *, title: str, by: str) -> bytes:
-    """PNG of ``report.maps`` laid over the views; ``by`` "sentence" (the mean of its words) or "word".
+    """PNG of ``report.maps`` (words, N, g, g) over the N views; ``by`` "sentence" (mean over its words) or "word".
 
-    Coloured is what got more than an even share of a row's attention over all its views.
+    Patches are coloured that got more than an even share of the attention.
     """
     # Without pyplot: no global state, no display.
     from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ def attention_figure(images: Sequence[Image.Image], report: WrittenReport, *, ti
     rows = [(sentence.text, report.maps[sentence.start : sentence.stop].mean(0)) for sentence in report.sentences]
     if by == "word":
         rows = [(word, report.maps[i]) for i, word in enumerate(report.words)]
-    per_line = 1 if by == "sentence" else max(1, 6 // len(images))  # rows side by side
+    per_line = 1 if by == "sentence" else max(1, 6 // len(images))  # rows next to each other
     lines = max(1, -(-len(rows) // per_line))
     columns = per_line * len(images)
     figure = Figure(figsize=(2.1 * columns + 1.2, 2.5 * lines + 0.5), dpi=110, layout="constrained", facecolor="white")
@@ -45,7 +45,7 @@ def attention_figure(images: Sequence[Image.Image], report: WrittenReport, *, ti
 
 
 def _overlay(axes, image: Image.Image, colour: np.ndarray) -> None:
-    """``colour`` (g, g) stretched over the whole image, as the evaluation's transform squeezes it to a square."""
+    """Draw ``colour`` (g, g) over the whole image, as the evaluation's transform resizes it to a square."""
     small = image.convert("L")
     small.thumbnail((320, 320))
     extent = (0, small.width, small.height, 0)

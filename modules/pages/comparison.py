@@ -31,7 +31,7 @@ _SYNTHETIC = "SYNTHETIC data: the images are drawings."
 
 @dataclass(frozen=True)
 class ScoreLine:
-    """A score of both runs, and B minus A with its tests."""
+    """A score of both runs, and the difference B - A with its tests."""
 
     name: str
     first: float
@@ -41,7 +41,7 @@ class ScoreLine:
 
 @dataclass(frozen=True)
 class ReportPair:
-    """What both runs wrote for one test report, ``number`` from 1, and what each got for it."""
+    """What both runs generated for one test report, ``number`` from 1, and each one's score for it."""
 
     number: int
     reference: str
@@ -53,7 +53,7 @@ class ReportPair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is shown of runs A and B."""
+    """The content of a comparison of runs A and B."""
 
     names: tuple[str, str]  # as the user gave the folders
     synthetic: bool
@@ -70,7 +70,7 @@ class Comparison:
 def report_scores(statistics: ReportStatistics, name: str) -> np.ndarray | None:
     """Each report's own score (N,), as if it were the whole split; None where the run has no such score.
 
-    ``name`` may be given with or without the tag that the run's names have.
+    ``name`` may be given with or without the run's tag.
     """
     for table, columns in statistics.columns().items():
         found = scores_of_sums({table: columns}, 1)
@@ -80,7 +80,7 @@ def report_scores(statistics: ReportStatistics, name: str) -> np.ndarray | None:
 
 
 def rank(change: np.ndarray, most: int) -> tuple[list[int], list[int]]:
-    """Rows (at most ``most`` each) whose change (N,) is largest and smallest; none that has not changed."""
+    """The rows, at most ``most`` each, with the largest gain and the largest loss in ``change`` (N,)."""
     order = np.argsort(-change, kind="stable")
     gains = [int(row) for row in order[:most] if change[row] > 0]
     losses = [int(row) for row in order[::-1][:most] if change[row] < 0]
@@ -105,7 +105,7 @@ def to_text(comparison: Comparison) -> str:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """The comparison as Markdown; reports are shown letter by letter."""
+    """The comparison as Markdown; markup in reports is escaped."""
     first, second = map(_markdown, comparison.names)
     lines = ["# Two runs compared", "", f"- A: {first}", f"- B: {second}"]
     lines += [*(f"- {_markdown(note)}" for note in _notes(comparison)), ""]
@@ -121,7 +121,7 @@ def to_markdown(comparison: Comparison) -> str:
 
 
 def to_html(comparison: Comparison) -> str:
-    """The comparison as one closed page (no script, nothing fetched); sentences that the reference lacks are marked."""
+    """The comparison as a self-contained page without scripts; sentences that the reference lacks are marked."""
     style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -160,7 +160,7 @@ def to_html(comparison: Comparison) -> str:
 
 
 def plain(text: str) -> str:
-    """One line without control characters, which a terminal would obey."""
+    """``text`` as one line without control characters, which a terminal would interpret."""
     return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 

@@ -1,6 +1,6 @@
-"""A run's reports in the forms that other people's scripts and public leaderboards read.
+"""A run's reports in the formats of other tools and public leaderboards.
 
-Reports and ids are private: all files are for their owner alone (mode 0600).
+Reports and ids are private: all files are readable by their owner only (mode 0600).
 """
 
 import csv
@@ -15,11 +15,11 @@ from modules.runtime.records import write_private, write_results
 
 
 def write_exports(folder: str | Path, ids: Sequence[str], generated: Sequence[str], references: Sequence[str]) -> None:
-    """Write N generated reports with their references, as the annotation has them, into ``folder``.
+    """Write N generated reports and their references, unchanged from the annotation, into ``folder``.
 
     ``reports.json``: a list of {id, report, reference}. ``predicted_reports.csv`` and ``gt_reports.csv``: study_id and
     report, for CXR-Report-Metric (BLEU, BERTScore, CheXbert similarity, RadGraph F1, RadCliQ). ``rexrank.json``: what
-    ReXrank's scripts take, by id, the reference as its findings. ``captions.json``: COCO's form of results, with its
+    ReXrank's scripts take, by id, the reference as its findings. ``captions.json``: COCO's format of results, with its
     integer ids.
     """
     folder = Path(folder)
@@ -45,7 +45,7 @@ def write_exports(folder: str | Path, ids: Sequence[str], generated: Sequence[st
 def write_caption_exports(
     folder: str | Path, ids: Sequence[str], generated: Sequence[str], captions: Sequence[Sequence[str]]
 ) -> None:
-    """Write N generated captions and all captions of their images, as the annotation has them, into ``folder``.
+    """Write N generated captions and all captions of their images, unchanged from the annotation, into ``folder``.
 
     ``captions.json`` and ``references.json`` are the two files that COCO's evaluation reads; ``reports.json``: a list
     of {id, report, references}.

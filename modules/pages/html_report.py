@@ -1,7 +1,7 @@
-"""report.html: one file that shows what a model scored, how it trained, and what it wrote beside what it should have.
+"""report.html: one file with a model's scores, its training curves, and generated reports next to their references.
 
-Self-contained (images inside, no script, nothing fetched), escaped, and closed by a Content-Security-Policy to all
-but its own style sheet: the reports in it are private, and they are text that others wrote.
+Self-contained (images inside, no script, nothing fetched), escaped, and restricted by a Content-Security-Policy to its
+own style sheet: the reports are private, and they are untrusted text.
 """
 
 import base64
@@ -47,7 +47,7 @@ _VARIETY = (
 class Sample:
     """A study: its images, the name of each view, the reference (cleaned, not cut) and the generated report.
 
-    ``captions``, where there are any, are shown in the reference's place.
+    ``captions``, if any, are shown instead of the reference.
     """
 
     id: str
@@ -83,7 +83,7 @@ def write_report(
     modules.evaluation.clinical_scores.class_table.
     ``history``: see modules.pages.plots. ``variety``: a name ("generated",
     "references", ...) to its collapse_statistics. ``samples`` may be a generator: one study's images
-    are held at a time. ``references``: what the tables call each form of them. ``flags`` and ``provenance`` are shown
+    are in memory at a time. ``references``: the heading of each form of them. ``flags`` and ``provenance`` are shown
     as they are, nested ones flattened.
     """
     style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
@@ -118,12 +118,12 @@ def write_report(
 
 
 def data_uri(content: bytes, media_type: str) -> str:
-    """Return ``content`` as a data: address."""
+    """``content`` as a data: URI."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """Return a JPEG at most THUMBNAIL pixels long; whatever the file said beside its pixels is left out."""
+    """A JPEG at most THUMBNAIL pixels long, without the file's metadata."""
     small = image.convert("L" if image.mode == "L" else "RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     small.info.clear()

@@ -1,4 +1,4 @@
-"""The scores of the report page: headline figures, tables against both forms of the references, clinical tables."""
+"""The scores of report.html: headline figures, tables for both forms of the references, clinical tables."""
 
 import operator
 import re
@@ -30,9 +30,9 @@ _CLINICAL = {
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A line of the score table; ``scores`` as metrics.measure names them, None where one could not run.
+    """A row of the score tables; ``scores`` by their names in results.json, None where one could not be computed.
 
-    ``tag`` says beside its name, and beside its headline figures, what they cannot be compared without knowing.
+    ``tag`` is shown with the row's name and its headline figures: what a reader must know to compare them.
     ``intervals``: the limits of each score that has them.
     """
 
@@ -100,7 +100,7 @@ def score_tables(rows: Sequence[ScoreRow], references: Mapping[str, str] = REPOR
 
 
 def class_tables(classes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """The classes of each labeler: precision, recall, F1, and on how many reports of either side; "–" without any."""
+    """Classes of each labeler: precision, recall, F1 ("–" without any positive), and positives on each side."""
     tables = []
     for labeler, lines in classes.items():
         rows = [

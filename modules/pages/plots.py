@@ -1,6 +1,6 @@
-"""Training curves from the per-epoch history, as PNG bytes that a file or a page can hold.
+"""Training curves from the per-epoch history, as PNG bytes for a file or a page.
 
-The history is a list of one dictionary an epoch, as modules.training.trainer keeps it: ``epoch``, ``train_<term>``,
+The history is a list of one dictionary per epoch (modules.training.trainer): ``epoch``, ``train_<term>``,
 ``val_<metric>``, ``lr_<group>``. Keys may be missing; a value that is None or not finite leaves a gap.
 """
 
@@ -72,7 +72,7 @@ History = Sequence[Mapping[str, float | None]]
 
 
 def training_figures(history: History, *, best_epoch: int | None = None) -> dict[str, bytes]:
-    """Return one PNG for each panel that has data, keyed by the names in PANEL_TITLES; ``best_epoch`` is marked."""
+    """One PNG for each panel that has data, keyed by the names in PANEL_TITLES; ``best_epoch`` is marked."""
     figures = {}
     for panel, series in _drawn_panels(history):
         figure = _figure(5.6, 3.4)
@@ -82,7 +82,7 @@ def training_figures(history: History, *, best_epoch: int | None = None) -> dict
 
 
 def training_curves(history: History, *, best_epoch: int | None = None) -> bytes:
-    """Return all panels that have data as one PNG, two in a row."""
+    """All panels that have data as one PNG, two in a row."""
     drawn = _drawn_panels(history)
     rows = max(1, math.ceil(len(drawn) / 2))
     figure = _figure(11.2, 3.5 * rows)

@@ -1,11 +1,11 @@
-"""Which sentences two reports share: the comparison that the report page marks."""
+"""Which sentences two reports share, for the marks of report.html."""
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# A full stop ends a sentence where white space or nothing follows: "1.5 cm" is none.
+# A full stop ends a sentence where white space or nothing follows: not in "1.5 cm".
 _END = re.compile(r"\s*\.(?:\s+|$)")
 
 
@@ -17,14 +17,15 @@ class Sentence(NamedTuple):
 
 
 def split_sentences(report: str) -> list[str]:
-    """Return the sentences of a raw or cleaned report, without full stops and empty ones."""
+    """The sentences of a raw or cleaned report, without full stops; empty ones are dropped."""
     return [piece.strip() for piece in _END.split(report) if piece.strip()]
 
 
 def compare_sentences(reference: str, generated: str) -> tuple[list[Sentence], list[Sentence]]:
     """Mark the sentences of both reports as shared or not, each list in its report's own order.
 
-    Letter case, white space and order do not count; a sentence said twice is shared twice only if both say it twice.
+    Letter case, white space and order do not count; a sentence that occurs twice is shared twice only if it occurs
+    twice in both.
     """
     sides = [split_sentences(reference), split_sentences(generated)]
     common = Counter(map(_key, sides[0])) & Counter(map(_key, sides[1]))
@@ -39,9 +40,9 @@ def compare_sentences(reference: str, generated: str) -> tuple[list[Sentence], l
 
 
 def compare_captions(captions: Sequence[str], generated: str) -> tuple[list[Sentence], list[Sentence]]:
-    """Mark the captions that say just what ``generated`` says, and whether there is one; case and stops do not count.
+    """Mark the captions that equal ``generated``, and ``generated`` if there is one; case and full stops do not count.
 
-    Each caption is one sentence of the first list, ``generated`` the only one of the second.
+    Each caption is a sentence of the first list, ``generated`` the only one of the second.
     """
     wanted = _key(generated.rstrip(" ."))
     marked = [Sentence(text.strip().removesuffix("."), _key(text.strip(" .")) == wanted) for text in captions]

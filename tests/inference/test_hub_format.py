@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modules.config import EXPORTED
-from modules.inference.hub_format import published_weights, read_shared, same_weights
+from modules.inference.hub_format import published_weights, read_hub_folder, same_weights
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
 from scripts import convert_checkpoint, export
@@ -100,7 +100,7 @@ def test_a_wrong_folder_is_refused(trained, tmp_path, monkeypatch):
         assert not (tmp_path / "out.pth").exists()
     # Settings that are none of the model's cannot come in by this way: they would name files to read or write.
     (tmp_path / "shared/config.json").write_text(json.dumps(settings | {"save_dir": "/etc", "gpt2_path": "/etc"}))
-    assert {"save_dir", "gpt2_path"}.isdisjoint(read_shared(tmp_path / "shared", EXPORTED)["config"])
+    assert {"save_dir", "gpt2_path"}.isdisjoint(read_hub_folder(tmp_path / "shared", EXPORTED)["config"])
 
 
 def test_to_a_published_checkpoint_and_back(trained, tmp_path, monkeypatch, demo):

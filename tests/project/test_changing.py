@@ -95,7 +95,7 @@ def per_report(references, hypotheses):
 
 
 def test_a_sentence_metric(project, demo):
-    """A file and an entry: scored with its interval, monitored, on the page, plotted, recorded, and a table's column."""
+    """A file and an entry: scored with its interval, monitored, on the page, plotted, recorded, tabled."""
     (project.root / "modules" / "evaluation" / "words.py").write_text(WORDS)
     project.insert(
         "modules/evaluation/metric_table.py",
