@@ -105,6 +105,7 @@ def history(epochs=3):
             "train_loss": 3 / e,
             "train_nll": 2 / e,
             "train_hardness": 0.01 * e,
+            "train_reward": 0.1 * e,
             "train_cos_positive": 0.1,
             "val_BLEU_4": 0.1 * e,
             "val_ce_rule_f1_micro_14_uncertain_negative": 0.2 * e,
@@ -320,5 +321,7 @@ def test_curves_show_what_the_history_has():
     assert list(figures) == list(PANEL_TITLES)
     assert all(png.startswith(b"\x89PNG") for png in figures.values())
     assert list(training_figures([{"epoch": 1, "train_loss": float("nan"), "val_BLEU_4": 0.1}])) == ["bleu"]
+    # How many steps were skipped, or taken, is not a loss.
+    assert training_figures([{"epoch": 1, "train_skipped_steps": 7, "train_steps": 9}]) == {}
     assert training_figures([]) == {} and training_curves([]).startswith(b"\x89PNG")
     assert Image.open(io.BytesIO(training_curves(history()))).width > 1000
