@@ -1,29 +1,39 @@
-"""Strategies that synthesise a harder negative report (ITHN, arXiv 2305.07176, Sec. 3.4).
+"""Strategies that synthesise a harder negative report (ITHN, arXiv 2305.07176, Sec. 3.4), and the table of them.
 
-Every strategy is ``f(image, report, negative, hardness) -> harder negative``: image z, report u and negative report
-u- are (B, D), hardness is the lambda of the paper in [0, 1], and the result is (B, D) in float32 (float64 for float64).
-``negative`` is the point the step starts from: the prior hard negative u-, or the harder negative of the previous
-epoch. The result is not renormalised, and gradients flow through it: the caller decides whether to cut them.
+A strategy is ``f(image, report, negative, hardness) -> harder negative``: image z, report u and negative report u-
+are (B, D) of unit length, hardness is the lambda of the paper in [0, 1], and the result is (B, D) in float32 (float64
+for float64). ``negative`` is the point that the step starts from: the prior hard negative u-, or the harder negative
+of the previous epoch. The result is not normalised, and gradients flow through it: the objective decides whether to
+cut them.
 
 The hinge of the triplet loss (Eq. 4) max(|z-u|^2 - |z-u~|^2 + m, 0) is taken as active, so its gradient in u~ is
 2(z - u~), and one ascent step of size lambda/2 leads from u~ towards z.
+
+A new strategy is a function and a line of STRATEGIES: --strategy, its help text and the probes read the table, which
+is why this file does not import torch.
 """
 
-import torch
-from torch import Tensor, nn
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EPS = 1e-6
 
 
 def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
-    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+    return [x.float() if x.dtype.itemsize < 4 else x for x in tensors]
 
 
 def project(image: Tensor, report: Tensor, negative: Tensor, clamp_segment: bool = False) -> Tensor:
-    """Eq. 6: the point p of the line through u~ and u that is nearest to z, per sample, (B, D).
+    """Eq. 6: the point p (B, D) nearest to z on the line through u~ and u, per sample.
 
     p = u~ + t (u - u~) with t = <z - u~, u - u~> / |u - u~|^2; where |u - u~|^2 < 1e-6 there is no line and p = u~.
-    ``clamp_segment`` keeps t in [0, 1], so that p stays between u~ and u.
+    ``clamp_segment`` keeps t in [0, 1], so that p stays between u~ and u. All tensors are (B, D).
     """
     image, report, negative = _at_least_float32(image, report, negative)
     line = report - negative
@@ -31,74 +41,68 @@ def project(image: Tensor, report: Tensor, negative: Tensor, clamp_segment: bool
     along = ((image - negative) * line).sum(-1, keepdim=True)
     has_line = squared_length >= EPS
     # The safe denominator is inside: a `where` on p alone gives a finite value and a NaN gradient.
-    t = torch.where(has_line, along / torch.where(has_line, squared_length, 1.0), 0.0)
+    t = (along / squared_length.where(has_line, 1.0)).where(has_line, 0.0)
     if clamp_segment:
         t = t.clamp(0, 1)
     return negative + t * line
 
 
 def ithn(image: Tensor, report: Tensor, negative: Tensor, hardness: float, clamp_segment: bool = False) -> Tensor:
-    """Eq. 7: (1 - lambda) u~ + lambda p, the projected gradient step of Eq. 5; p is that of ``project``."""
+    """Eq. 7: (1 - lambda) u~ + lambda p, the projected gradient step of Eq. 5, (B, D); p is that of ``project``."""
     image, report, negative = _at_least_float32(image, report, negative)
     p = project(image, report, negative, clamp_segment)
     return (1 - hardness) * negative + hardness * p
 
 
-def unconstrained(image: Tensor, report: Tensor, negative: Tensor, hardness: float) -> Tensor:
-    """The step of Eq. 5 without the projection, (1 - lambda) u~ + lambda z: the ablation of Sec. 3.4."""
-    image, negative = _at_least_float32(image, negative)
-    return (1 - hardness) * negative + hardness * image
-
-
 def mochi(image: Tensor, report: Tensor, negative: Tensor, hardness: float) -> Tensor:
-    """Eq. 2: (1 - lambda) u- + lambda u, the mixing of MoCHi; u- belongs to one of the k nearest neighbours."""
+    """Eq. 2: (1 - lambda) u- + lambda u, (B, D): the mixing of MoCHi, with u- of one of the k nearest neighbours."""
     report, negative = _at_least_float32(report, negative)
     return (1 - hardness) * negative + hardness * report
 
 
 def prior(image: Tensor, report: Tensor, negative: Tensor, hardness: float) -> Tensor:
-    """u- itself: the ablation without synthesis."""
+    """u- itself, (B, D): the ablation without synthesis."""
     return _at_least_float32(negative)[0]
 
 
-def released(image: Tensor, report: Tensor, negative: Tensor, hardness: float) -> Tensor:
-    """The released code's projection, which mixes the batch: p_i = u-_i + sum_j <z_i - u-_i, b_j> b_j / |b_j|.
+def unconstrained(image: Tensor, report: Tensor, negative: Tensor, hardness: float) -> Tensor:
+    """The step of Eq. 5 without the projection, (1 - lambda) u~ + lambda z, (B, D): the ablation of Sec. 3.4."""
+    image, negative = _at_least_float32(image, negative)
+    return (1 - hardness) * negative + hardness * image
 
-    b_j = u_j - u-_j, only one of the two factors has unit length; the step is that of Eq. 7.
+
+def released(image: Tensor, report: Tensor, negative: Tensor, hardness: float) -> Tensor:
+    """The released code's ``ithn``, (B, D), whose projection mixes the batch: p_i = u-_i + sum_j <z_i - u-_i, b_j> c_j.
+
+    b_j = u_j - u-_j and c_j = b_j / |b_j|: only one of the two factors has unit length. The step is that of Eq. 7.
     """
     image, report, negative = _at_least_float32(image, report, negative)
     lines = report - negative
-    unit_lines = torch.nn.functional.normalize(lines, dim=-1, eps=1e-12)
+    unit_lines = lines / lines.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     p = negative + ((image - negative) @ lines.T) @ unit_lines
     return (1 - hardness) * negative + hardness * p
 
 
-STRATEGIES = {"ithn": ithn, "unconstrained": unconstrained, "mochi": mochi, "prior": prior, "released": released}
+@dataclass(frozen=True)
+class Strategy:
+    """A value of --strategy: its function, its line in the help text, and what else depends on it."""
+
+    synthesise: Callable[..., Tensor] | None  # None: no hard negative takes part, S is S_1 alone
+    meaning: str
+    released: Callable[..., Tensor] | None = None  # the function of --ithn_variant released, where that is another
+    draws_neighbour: bool = False  # u- is drawn from --num_neighbours neighbours; else it is the nearest
+    is_step: bool = False  # a step from a starting point, which --previous_epoch_start can choose
+    is_projection: bool = False  # takes clamp_segment
 
 
-class PreviousEpoch(nn.Module):
-    """Keeps the harder negative of every training sample from one epoch to the next, (N, D) float32.
-
-    The buffers are part of the state dict, so that a checkpoint has them. N = 270,000 with D = 512 is 550 MB.
-    """
-
-    def __init__(self, n_samples: int, dim: int):
-        super().__init__()
-        self.register_buffer("harder", torch.zeros(n_samples, dim))
-        self.register_buffer("known", torch.zeros(n_samples, dtype=torch.bool))
-
-    # The compiled backward pass would read the buffers anew, after ``keep`` has written to them (torch 2.15).
-    @torch.compiler.disable
-    def start(self, index: Tensor, negative: Tensor) -> Tensor:
-        """Where the synthesis of samples ``index`` (B,) begins: the kept vector, else ``negative`` (B, D)."""
-        return torch.where(self.known[index].unsqueeze(1), self.harder[index].to(negative.dtype), negative)
-
-    @torch.compiler.disable
-    @torch.no_grad()
-    def keep(self, index: Tensor, harder: Tensor, rows: Tensor | None = None) -> None:
-        """Store ``harder`` (B, D) of samples ``index``, but for non-finite vectors and for samples not in ``rows``."""
-        good = harder.isfinite().all(1)
-        if rows is not None:
-            good = good & rows
-        self.harder[index] = torch.where(good.unsqueeze(1), harder.float(), self.harder[index])
-        self.known[index] = good | self.known[index]
+STRATEGIES: dict[str, Strategy] = {
+    "ithn": Strategy(
+        ithn, "the paper's projected gradient step", released=released, is_step=True, is_projection=True
+    ),
+    "mochi": Strategy(mochi, "a neighbour mixed with the report itself", draws_neighbour=True),
+    "prior": Strategy(prior, "the nearest neighbour as it is"),
+    "unconstrained": Strategy(unconstrained, "the gradient step without the projection", is_step=True),
+    "contrastive": Strategy(None, "no negatives, the contrastive loss compares images with reports only"),
+}
+# Those that make a negative of their own: what the probes compare.
+SYNTHESISED = tuple(name for name, strategy in STRATEGIES.items() if strategy.synthesise not in (None, prior))

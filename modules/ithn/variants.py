@@ -1,17 +1,15 @@
-"""The paper's and the released code's ITHN as sets of choices, and the strategies by name."""
+"""The choices at which the paper and the released code differ, and the other named choices of the objective."""
 
-import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from modules.ithn.synthesis import STRATEGIES
-from modules.runtime.errors import InputError
+CONTRASTIVE_FORMS = ("standard", "decoupled")
+CONTRASTIVE_FEATURES = ("extractor", "encoder")  # where the contrastive terms' features come from
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The points at which the paper and the released code differ, the batch-mixing projection apart."""
+    """One side of every choice; another projection (synthesis.released) comes on top."""
 
     first_epoch: int  # the epoch, as logged from 1, whose hardness is 0
     ce_weight: float
@@ -51,33 +49,3 @@ VARIANTS = {
         joint_pass=False,
     ),
 }
-# Where the features of the contrastive terms are taken; the encoder is beyond the paper.
-CONTRASTIVE_FEATURES = ("extractor", "encoder")
-WITHOUT_NEGATIVES = ("off", "contrastive")
-SYNTHESES = tuple(name for name in STRATEGIES if name != "released")  # that one comes with the variant
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """InputError that names the choices where ``value`` is none of them."""
-    if value not in choices:
-        raise InputError(f"{name} {value!r}: must be one of {', '.join(choices)}")
-
-
-def variant_rules(variant: str, **given: bool | float | None) -> Variant:
-    """The variant's choices, with those of ``given`` in their place that are not None."""
-    check_choice("variant", variant, tuple(VARIANTS))
-    return replace(VARIANTS[variant], **{name: value for name, value in given.items() if value is not None})
-
-
-def synthesis(strategy: str, variant: str, clamp_segment: bool) -> Callable | None:
-    """The function of modules/ithn/synthesis.py behind a strategy's name; None where there is no synthesis."""
-    check_choice("strategy", strategy, (*SYNTHESES, *WITHOUT_NEGATIVES))
-    if strategy == "off":
-        return None
-    if clamp_segment and (strategy, variant) != ("ithn", "paper"):
-        raise InputError(
-            f"clamp_segment acts on strategy 'ithn' of variant 'paper' only, not on {strategy!r} of {variant!r}"
-        )
-    if clamp_segment:
-        return functools.partial(STRATEGIES["ithn"], clamp_segment=True)
-    return STRATEGIES.get("released" if (strategy, variant) == ("ithn", "released") else strategy)

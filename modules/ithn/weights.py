@@ -1,65 +1,54 @@
-"""An objective's heads, and its weights under the names of the published codes, in both directions."""
+"""An objective's weights under the names of the published codes (visual_extractor.*, encoder_decoder.*), both ways.
+
+An objective here is a module with a ``backbone`` (models/base.py) and the heads of ITHN.
+"""
 
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from modules.ithn.losses import normalise
 from modules.runtime.errors import InputError
 
-# Names beside the backbone's; published files have them too.
+# Entries that are not the backbone's; published files have them too.
 HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
-# What only training goes on from.
-REMEMBERED = "previous."
+# State needed only to resume training.
+TRAINING_STATE = "previous."
 
 
-class Projection(nn.Module):
-    """Bias-free linear map into the joint embedding."""
-
-    def __init__(self, width: int, embedding_dim: int):
-        super().__init__()
-        self.linear1 = nn.Linear(width, embedding_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width) -> (B, E) of unit length."""
-        return normalise(self.linear1(x.to(self.linear1.weight.dtype)))
+def published_state(objective: Any) -> dict[str, Tensor]:
+    """The state dict under the published names."""
+    state = objective.state_dict()
+    return {key.removeprefix("backbone."): state[key] for key in state if not key.startswith(TRAINING_STATE)}
 
 
-class PublishedNames(nn.Module):
-    """A module with a ``backbone`` (models/base.py) and heads beside it."""
+def load_published_state(objective: Any, state: Mapping[str, Tensor]) -> list[str]:
+    """Load the state dict of a published code, or of ``published_state``; returns the entries that it does not have.
 
-    def published_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the published names (visual_extractor.*, encoder_decoder.*, img_projection.*, temp_*)."""
-        state = self.state_dict()
-        return {key.removeprefix("backbone."): state[key] for key in state if not key.startswith(REMEMBERED)}
-
-    def load_published(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Load the state dict of a published code, or ours; returns our entries that it does not have.
-
-        These are heads, which keep their initial values; heads of the file that have no place here (``temp_3`` in
-        the paper's variant) are ignored. InputError where the backbone knows no entry of a name, cannot do without
-        one that is missing, or has another shape.
-        """
-        own = self.state_dict()
-        # Trained on several GPUs, the published codes save the wrapper's names.
-        state = self.backbone.adopt({key.removeprefix("module."): value for key, value in state.items()})
-        ours = {key if key.startswith(HEADS) else f"backbone.{key}": value for key, value in state.items()}
-        ours = {key: value for key, value in ours.items() if key in own or not key.startswith(HEADS)}
-        for key, value in ours.items():
-            if key in own and value.shape != own[key].shape:
-                raise InputError(
-                    f"checkpoint entry {key.removeprefix('backbone.')}: shape {tuple(value.shape)}, "
-                    f"but this model has {tuple(own[key].shape)}"
-                )
-        missing, unexpected = self.load_state_dict(ours, strict=False)
-        if unexpected:
+    These are heads, which keep their initial values; heads in the file that this objective lacks (``temp_3`` in the
+    paper's variant) are ignored. InputError where the backbone has no entry of a name, needs one that is missing, or
+    has another shape.
+    """
+    own = objective.state_dict()
+    # Trained on several GPUs, the published codes save the wrapper's names.
+    state = objective.backbone.adopt({key.removeprefix("module."): value for key, value in state.items()})
+    named = {key if key.startswith(HEADS) else f"backbone.{key}": value for key, value in state.items()}
+    named = {key: value for key, value in named.items() if key in own or not key.startswith(HEADS)}
+    for key, value in named.items():
+        if key in own and value.shape != own[key].shape:
             raise InputError(
-                f"checkpoint does not fit this model: {len(unexpected)} entries are unknown, the first is "
-                f"{unexpected[0].removeprefix('backbone.')}"
+                f"checkpoint entry {key.removeprefix('backbone.')}: shape {tuple(value.shape)}, "
+                f"but this model has {tuple(own[key].shape)}"
             )
-        absent = [key.removeprefix("backbone.") for key in missing if key.startswith("backbone.")]
-        try:
-            self.backbone.check_missing(absent)
-        except ValueError as error:
-            raise InputError(f"checkpoint does not fit this model: {error}") from error
-        return missing
+    missing, unexpected = objective.load_state_dict(named, strict=False)
+    if unexpected:
+        raise InputError(
+            f"checkpoint does not fit this model: {len(unexpected)} entries are unknown, the first is "
+            f"{unexpected[0].removeprefix('backbone.')}"
+        )
+    absent = [key.removeprefix("backbone.") for key in missing if key.startswith("backbone.")]
+    try:
+        objective.backbone.check_missing(absent)
+    except ValueError as error:
+        raise InputError(f"checkpoint does not fit this model: {error}") from error
+    return missing
