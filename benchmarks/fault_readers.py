@@ -59,22 +59,24 @@ def _objective(rng: random.Random):
     from models.r2gencmn import R2GenCMN, Settings
     from modules.data.detection_features import DetectionExtractor
     from modules.ithn.objective import Objective
+    from modules.ithn.settings import ITHNSettings
+    from modules.ithn.synthesis import STRATEGIES
 
     settings = Settings(d_model=16, d_ff=16, num_heads=2, num_layers=1, cmm_size=16, cmm_dim=16, topk=4)
     backbone = R2GenCMN(visual_extractor=DetectionExtractor(4, WIDTH), num_ids=WORDS, settings=settings)
-    strategy = rng.choice(("ithn", "mochi", "prior", "unconstrained", "contrastive"))
+    strategy = rng.choice(tuple(STRATEGIES))
     variant = rng.choice(("paper", "released"))
     clamped = (strategy, variant) == ("ithn", "paper") and rng.random() < 0.5
-    objective = Objective(
-        backbone,
+    settings = ITHNSettings(
         strategy=strategy,
-        variant=variant,
+        ithn_variant=variant,
         alpha=rng.choice((0.001, 0.1, 1.0)),
         embedding_dim=8,
         contrastive_form=rng.choice(("standard", "decoupled")),
         clamp_segment=clamped,
         mask_identical=rng.random() < 0.5,
     )
+    objective = Objective(backbone, settings)
     # Weights as far from their start as a wild training leaves them.
     with torch.no_grad():
         for parameter in objective.backbone.parameters():

@@ -108,6 +108,7 @@ def build_step(arguments: argparse.Namespace, device: str, case: dict[str, Any])
 
     from models import backbone_class, settings_class
     from modules.ithn.objective import Objective
+    from modules.ithn.settings import ITHNSettings
     from modules.layers.visual_extractor import VisualExtractor
     from modules.training.optimizers import build_optimizer
 
@@ -118,7 +119,7 @@ def build_step(arguments: argparse.Namespace, device: str, case: dict[str, Any])
         extractor = VisualExtractor(arguments.visual_extractor, channels_last=True, image_size=arguments.image_size)
     kind, settings = backbone_class(arguments.model_name), settings_class(arguments.model_name)()
     model = kind(visual_extractor=extractor, num_ids=arguments.vocab_size + 1, settings=settings)
-    objective = Objective(model, strategy=case["strategy"]).to(device).train()
+    objective = Objective(model, ITHNSettings(strategy=case["strategy"])).to(device).train()
     if case["compile"]:
         objective.compile()
     optimizer = build_optimizer(

@@ -14,6 +14,7 @@ from modules.data.dataset_specs import DATASETS, DataSpec
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.metric_table import MONITORED, REWARDS
 from modules.evaluation.settings import ScoringSettings
+from modules.ithn.settings import ITHNSettings
 from modules.runtime.settings import check_value, part_of, setting
 
 BACKBONE_SETTINGS = tuple(declared_settings(name) for name in MODELS)
@@ -156,68 +157,6 @@ class NetworkSettings:
         "order of the classes in a batch's labels and in XProNet's prototype matrix, named as for --label_columns: "
         "published prototypes and checkpoints have the order of the labels that they were made with",
         exported=True,
-    )
-
-
-@dataclass(frozen=True)
-class ITHNSettings:
-    """Which negatives are synthesised, and how the losses are weighted."""
-
-    ithn: str = setting(
-        "auto",
-        "ITHN",
-        "auto: on where hard negatives are given (--negative_index, or neg_report in the "
-        "annotation) or --strategy or --ithn_variant is given, else the plain backbone",
-        choices=("auto", "on", "off"),
-    )
-    negative_index: str = setting("", "ITHN", "index written by scripts/mine_hard_negatives.py")
-    strategy: str = setting(
-        "ithn",
-        "ITHN",
-        "how the harder negative is made; contrastive: none, S is S1 alone",
-        choices=("ithn", "mochi", "prior", "unconstrained", "contrastive"),
-    )
-    ithn_variant: str = setting(
-        "paper",
-        "ITHN",
-        "the paper's equations, or the released code's departures from them",
-        choices=("paper", "released"),
-    )
-    alpha: float = setting(
-        0.01,
-        "ITHN",
-        "hardness is 1 - exp(-alpha * (epoch - 1)), epochs counted from 1; released: 1 - exp(-alpha * epoch)",
-        low=0.0,
-    )
-    num_neighbours: int = setting(5, "ITHN", "neighbours that --strategy mochi draws from", low=1)
-    embedding_dim: int = setting(512, "ITHN", "width of the joint embedding", low=1)
-    ce_weight: float | None = setting(None, "ITHN", "weight of the cross entropy; default 1 (released: 0.7)", low=0.0)
-    contrastive_weight: float = setting(0.1, "ITHN", "beta, weight of the contrastive loss; 0 leaves it out", low=0.0)
-    cosine_weight: float = setting(0.2, "ITHN", "gamma of Eq. 13, weight of the cosine loss; 0 leaves it out", low=0.0)
-    contrastive_form: str = setting(
-        "standard",
-        "ITHN",
-        "decoupled: Eq. 8 as printed, positive not in the denominator",
-        choices=("standard", "decoupled"),
-    )
-    detach_negative: bool | None = setting(
-        None, "ITHN", "hold the synthesised negative constant; default true (released: false)"
-    )
-    renormalise_negative: bool | None = setting(
-        None, "ITHN", "divide the synthesised negative by its norm; default true (released: false)"
-    )
-    previous_epoch_start: bool = setting(False, "ITHN", "start the synthesis from the previous epoch's negative")
-    clamp_segment: bool = setting(False, "ITHN", "keep the projection between the negative and the positive")
-    mask_identical: bool = setting(False, "ITHN", "leave out off-diagonal pairs of the same study or the same text")
-
-    # ---- beyond ITHN
-    contrastive_features: str = setting(
-        "extractor",
-        "beyond ITHN",
-        "encoder: z is made of the transformer encoder's "
-        "output, reports are read under another study's image, and the contrastive terms "
-        "train no decoder; extractor: as published",
-        choices=("extractor", "encoder"),
     )
 
 
@@ -384,16 +323,6 @@ class Config(
         for part in type(self).__bases__:
             part_of(self, part)  # each checks which of its own settings exclude one another
         check_together(self)
-
-    @property
-    def released(self) -> bool:
-        """Whether the released code's departures from the paper are asked for."""
-        return self.ithn_variant == "released"
-
-    @property
-    def on_encoder(self) -> bool:
-        """Whether the contrastive terms work on the encoder's output."""
-        return self.contrastive_features == "encoder"
 
     @property
     def dataset(self) -> DataSpec:

@@ -12,7 +12,6 @@ def check_together(config: Any) -> None:
     _check_inputs(config)
     _check_scores(config)
     _check_stage(config)
-    _check_ithn(config)
     for name in ("save_dir", "record_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is empty: name a folder")
@@ -61,17 +60,6 @@ def _check_scores(config: Any) -> None:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
     if config.monitor_metric in (*NEED_JAVA, XPRONET_SUM.name) and not config.meteor:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --meteor true")
-
-
-def _check_ithn(config: Any) -> None:
-    for name, given in (("ithn_variant", config.released), ("contrastive_features", config.on_encoder)):
-        if given and config.ithn == "off":
-            raise InputError(f"--{name} {getattr(config, name)} has no effect with --ithn off; leave one of them out")
-    if config.on_encoder and (config.strategy != "contrastive" or config.released):
-        raise InputError(
-            "--contrastive_features encoder: needs --strategy contrastive and the paper's variant; with "
-            "harder negatives Eq. 11 did not leave its second minimum in a trial (docs/EXPERIMENTS.md)"
-        )
 
 
 def _check_stage(config: Any) -> None:

@@ -22,6 +22,7 @@ from modules.data.annotations import Annotation, Study, read_annotation
 from modules.data.captions import split_captions
 from modules.data.tokenizers import Tokenizer
 from modules.flags import build_parser, resolve_config, settle_flags
+from modules.ithn.synthesis import DRAWING_NEIGHBOURS
 from modules.runtime.errors import InputError, Problem, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, is_json
 
@@ -228,7 +229,7 @@ def check_index(config: Config, annotation: Annotation, findings: Findings) -> N
     if not any(problem.split == "train" for problem in findings.problems):  # else records are left out here
         findings.attempt("index is of other reports", path, lambda: index.check(annotation))
     rows, width = index.neighbours.shape
-    if config.strategy == "mochi" and width < config.num_neighbours:
+    if config.strategy in DRAWING_NEIGHBOURS and width < config.num_neighbours:
         findings.problems.append(
             Problem(
                 "index has too few neighbours",

@@ -60,7 +60,7 @@ def to_ours(source: str, given: dict) -> dict:
     device = compose.prepare_device(config)
     extractor = compose.build_extractor(config, device, pretrained=False)
     backbone = compose.build_backbone(config, extractor, data.tokenizer, pretrained=False)
-    compose.load_weights(Objective(backbone, strategy="off"), content["state_dict"], source)
+    compose.load_weights(Objective(backbone), content["state_dict"], source)
     weights = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
     return {
         "format": FORMAT,

@@ -95,7 +95,7 @@ def to_checkpoint(source: Path, out: Path) -> None:
     device = compose.prepare_device(config)
     extractor = compose.build_extractor(config, device, pretrained=False)
     backbone = compose.build_backbone(config, extractor, tokenizer, pretrained=False)
-    compose.load_weights(Objective(backbone, strategy="off"), shared["state_dict"], str(source))
+    compose.load_weights(Objective(backbone), shared["state_dict"], str(source))
     write(
         out,
         {

@@ -1,11 +1,14 @@
 """The smallest backbone that keeps the contract of models/base.py, batches for it, and an objective around it."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from models.base import Backbone, Output, VisualFeatures
 from modules.data.batches import Batch, Pair
 from modules.ithn.objective import Objective
+from modules.ithn.settings import ITHNSettings
 
 VOCABULARY, PAD = 11, 10
 
@@ -102,10 +105,19 @@ def rows_of(batch: Batch, rows: slice | list[int]) -> Batch:
     )
 
 
-def make_objective(seed: int = 0, auxiliary_weight: float = 0.0, **options) -> Objective:
+def make_objective(
+    seed: int = 0,
+    auxiliary_weight: float = 0.0,
+    n_samples: int | None = None,
+    joint_pass: bool | None = None,
+    **settings,
+) -> Objective:
     """The objective in float64, with a temperature that is not the initial one."""
     torch.manual_seed(seed)
-    objective = Objective(TinyBackbone(auxiliary_weight=auxiliary_weight), embedding_dim=5, **options).double()
+    backbone = TinyBackbone(auxiliary_weight=auxiliary_weight)
+    objective = Objective(backbone, ITHNSettings(embedding_dim=5, **settings), n_samples=n_samples).double()
+    if joint_pass is not None:
+        objective.variant = replace(objective.variant, joint_pass=joint_pass)
     if objective.strategy != "off":
         objective.temp_1.data.fill_(1.7)
     return objective

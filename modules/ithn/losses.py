@@ -70,8 +70,8 @@ def clip_scores(image: Tensor, report: Tensor, scale: Tensor | float) -> Tensor:
 def alignment(image: Tensor, report: Tensor, rows: Tensor | None = None, **others: Tensor) -> dict[str, Tensor]:
     """What to log of the features (B, D) of unit length: scalars by name, without gradient.
 
-    Mean cosine of each image with its report and with ``others`` (B, D), over the samples in ``rows`` (B,) bool, and how
-    often an image's nearest report of the batch is its own.
+    Mean cosine of each image with its report and with ``others`` (B, D), over the samples in ``rows`` (B,) bool, and
+    how often an image's nearest report of the batch is its own.
     """
     hits = clip_scores(image, report, 1.0).argmax(1) == torch.arange(len(image), device=image.device)
     cosines = {name: cosine_loss(image, normalise(other), rows) for name, other in others.items()}

@@ -28,6 +28,7 @@ from modules.ithn.losses import (
 from modules.ithn.pairs import join_pairs, rolled_features, rolled_studies, split_output
 from modules.ithn.previous_epoch import PreviousEpoch
 from modules.ithn.settings import OFF, ITHNSettings
+from modules.ithn.synthesis import NEEDING_NEGATIVES, STRATEGIES
 from modules.runtime import distributed
 
 INITIAL_LOG_SCALE = math.log(1 / 0.07)  # t = log 1/tau, as CLIP starts
@@ -72,12 +73,11 @@ class Objective(nn.Module):
         super().__init__()
         self.settings = settings = settings or ITHNSettings(strategy=OFF)
         self.strategy, self.variant = settings.strategy, settings.variant
-        row = settings.row
-        self.uses_negatives = row is not None and row.synthesise is not None
-        self.on_encoder = row is not None and settings.contrastive_features == "encoder"
+        self.uses_negatives = settings.strategy in NEEDING_NEGATIVES
+        self.on_encoder = settings.on_encoder and settings.strategy != OFF
         self.backbone = backbone
         self.previous = None
-        if row is None:
+        if settings.strategy == OFF:
             return
         # A module's own parameters come before its children's: temperatures, backbone, projections, as published.
         self.temp_1 = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
@@ -86,8 +86,9 @@ class Objective(nn.Module):
         image_width = self.backbone.encoded_dim if self.on_encoder else self.backbone.image_dim
         self.img_projection = Projection(image_width, settings.embedding_dim)
         self.text_projection = Projection(self.backbone.report_dim, settings.embedding_dim)
-        self.synthesise = row.released if row.released and settings.ithn_variant == "released" else row.synthesise
-        if settings.clamp_segment and self.synthesise is not None:
+        row = STRATEGIES[settings.strategy]
+        self.synthesise = row.released if settings.released and row.released else row.synthesise
+        if settings.clamp_segment and self.synthesise:
             self.synthesise = functools.partial(self.synthesise, clamp_segment=True)
         if settings.previous_epoch_start:
             assert n_samples

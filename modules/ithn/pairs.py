@@ -60,7 +60,5 @@ def rolled_features(features: Any) -> Any:
 def rolled_studies(pair: Any) -> Any:
     """``pair`` with each report next to the views and labels of its predecessor; images are left as they are."""
     return dataclasses.replace(
-        pair,
-        view_mask=pair.view_mask.roll(1, 0),
-        labels=None if pair.labels is None else pair.labels.roll(1, 0),
+        pair, view_mask=pair.view_mask.roll(1, 0), labels=None if pair.labels is None else pair.labels.roll(1, 0)
     )

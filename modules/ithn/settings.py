@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from modules.ithn.synthesis import STRATEGIES, Strategy
+from modules.ithn.synthesis import DRAWING_NEIGHBOURS, STRATEGIES
 from modules.ithn.variants import CONTRASTIVE_FEATURES, CONTRASTIVE_FORMS, VARIANTS, Variant
 from modules.runtime.errors import InputError
 from modules.runtime.settings import check_value, setting
@@ -37,10 +37,14 @@ class ITHNSettings:
         "hardness is 1 - exp(-alpha * (epoch - 1)), epochs counted from 1; released: 1 - exp(-alpha * epoch)",
         low=0.0,
     )
-    num_neighbours: int = setting(5, "ITHN", "neighbours that --strategy mochi draws from", low=1)
+    num_neighbours: int = setting(
+        5, "ITHN", f"neighbours that --strategy {' or '.join(DRAWING_NEIGHBOURS)} draws from", low=1
+    )
     embedding_dim: int = setting(512, "ITHN", "width of the joint embedding", low=1)
     ce_weight: float | None = setting(None, "ITHN", "weight of the cross entropy; default 1 (released: 0.7)", low=0.0)
-    contrastive_weight: float = setting(0.1, "ITHN", "beta of Eq. 13, weight of the contrastive loss; 0 leaves it out", low=0.0)
+    contrastive_weight: float = setting(
+        0.1, "ITHN", "beta of Eq. 13, weight of the contrastive loss; 0 leaves it out", low=0.0
+    )
     cosine_weight: float = setting(0.2, "ITHN", "gamma of Eq. 13, weight of the cosine loss; 0 leaves it out", low=0.0)
     contrastive_form: str = setting(
         "standard",
@@ -70,31 +74,43 @@ class ITHNSettings:
         for item in fields(ITHNSettings):
             if (item.name, getattr(self, item.name)) != ("strategy", OFF):
                 check_value(item.name, getattr(self, item.name), item.metadata)
-        if self.strategy != OFF:
+        if self.ithn == "off":
+            self._check_without_ithn()
+        elif self.strategy != OFF:
             self._check_together()
+
+    def _check_without_ithn(self) -> None:
+        for name, given in (("ithn_variant", self.released), ("contrastive_features", self.on_encoder)):
+            if given:
+                raise InputError(f"--{name} {getattr(self, name)} has no effect with --ithn off; leave one of them out")
 
     def _check_together(self) -> None:
         row = STRATEGIES[self.strategy]
-        if self.contrastive_features == "encoder" and (row.synthesise is not None or self.ithn_variant == "released"):
+        if self.on_encoder and (row.synthesise is not None or self.released):
             raise InputError(
                 "--contrastive_features encoder: needs --strategy contrastive and the paper's variant; with harder "
                 "negatives Eq. 11 did not leave its second minimum in a trial (docs/EXPERIMENTS.md)"
             )
-        if self.clamp_segment and not (row.is_projection and self.ithn_variant == "paper"):
+        if self.clamp_segment and (not row.is_projection or self.released):
             raise InputError(
                 f"--clamp_segment true: needs --strategy {_names('is_projection')} and the paper's variant, not "
                 f"--strategy {self.strategy} --ithn_variant {self.ithn_variant}"
             )
         if self.previous_epoch_start and not row.is_step:
             raise InputError(
-                f"--previous_epoch_start true: needs --strategy {_names('is_step')}, not {self.strategy}, which does "
-                "not start from a negative of its own"
+                f"--previous_epoch_start true: needs --strategy {_names('is_step')}, not {self.strategy}, "
+                "which takes no step from a starting point"
             )
 
     @property
-    def row(self) -> Strategy | None:
-        """The strategy's row of STRATEGIES; None for the plain backbone."""
-        return None if self.strategy == OFF else STRATEGIES[self.strategy]
+    def released(self) -> bool:
+        """Whether the released code's departures from the paper are asked for."""
+        return self.ithn_variant == "released"
+
+    @property
+    def on_encoder(self) -> bool:
+        """Whether the contrastive terms work on the encoder's output."""
+        return self.contrastive_features == "encoder"
 
     @property
     def variant(self) -> Variant:

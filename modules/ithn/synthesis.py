@@ -96,13 +96,13 @@ class Strategy:
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "ithn": Strategy(
-        ithn, "the paper's projected gradient step", released=released, is_step=True, is_projection=True
-    ),
+    "ithn": Strategy(ithn, "the paper's projected gradient step", released=released, is_step=True, is_projection=True),
     "mochi": Strategy(mochi, "a neighbour mixed with the report itself", draws_neighbour=True),
     "prior": Strategy(prior, "the nearest neighbour as it is"),
     "unconstrained": Strategy(unconstrained, "the gradient step without the projection", is_step=True),
     "contrastive": Strategy(None, "no negatives, the contrastive loss compares images with reports only"),
 }
-# Those that make a negative of their own: what the probes compare.
-SYNTHESISED = tuple(name for name, strategy in STRATEGIES.items() if strategy.synthesise not in (None, prior))
+# Names by what they need and do; the probes compare those that make a negative of their own.
+NEEDING_NEGATIVES = tuple(name for name, strategy in STRATEGIES.items() if strategy.synthesise is not None)
+DRAWING_NEIGHBOURS = tuple(name for name, strategy in STRATEGIES.items() if strategy.draws_neighbour)
+SYNTHESISED = tuple(name for name in NEEDING_NEGATIVES if STRATEGIES[name].synthesise is not prior)

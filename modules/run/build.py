@@ -17,6 +17,8 @@ from modules.data.detection_features import DetectionExtractor, DetectionFeature
 from modules.data.prototype_files import load_prototypes
 from modules.decoding.options import DecodingOptions
 from modules.ithn.objective import Objective
+from modules.ithn.settings import ITHNSettings
+from modules.ithn.weights import load_published_state
 from modules.labels.study_labels import NO_FINDING, class_order, read_labels
 from modules.layers.visual_extractor import VisualExtractor
 from modules.run.data import Data, build_dataset, build_split_loader, cache_features, count_samples, training_studies
@@ -164,25 +166,10 @@ def build_objective(
         with distributed.main_process_first():
             extractor = build_extractor(config, device, pretrained=pretrained)
     backbone = build_backbone(config, extractor, data.tokenizer, pretrained=pretrained)
-    objective = kind(
-        backbone,
-        strategy=data.strategy,
-        variant=config.ithn_variant,
-        alpha=config.alpha,
-        embedding_dim=config.embedding_dim,
-        ce_weight=config.ce_weight,
-        contrastive_weight=config.contrastive_weight,
-        cosine_weight=config.cosine_weight,
-        contrastive_form=config.contrastive_form,
-        detach_negative=config.detach_negative,
-        renormalise_negative=config.renormalise_negative,
-        previous_epoch_start=config.previous_epoch_start,
-        clamp_segment=config.clamp_segment,
-        mask_identical=config.mask_identical,
-        contrastive_features=config.contrastive_features,
-        n_samples=count_samples(config, data.annotation.splits["train"]),
-    )
-    return with_common_statistics(objective.to(device)) if config.sync_bn else objective.to(device)
+    settings = dataclasses.replace(part_of(config, ITHNSettings), strategy=data.strategy)
+    samples = count_samples(config, data.annotation.splits["train"])
+    objective = kind(backbone, settings, n_samples=samples).to(device)
+    return with_common_statistics(objective) if config.sync_bn else objective
 
 
 def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer, *, pretrained: bool) -> Backbone:
@@ -253,6 +240,6 @@ def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path
             "most likely --threshold or --dataset_name differ from its training, or the annotation is another version"
         )
     try:
-        objective.load_published(weights)
+        load_published_state(objective, weights)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"checkpoint {path}: {' '.join(str(error).split())[:400]}") from error

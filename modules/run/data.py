@@ -16,6 +16,7 @@ from modules.data.detection_features import DetectionFeatures
 from modules.data.feature_cache import FeatureCache
 from modules.data.images import eval_transform, train_transform
 from modules.data.loaders import LimitedLoader
+from modules.ithn.synthesis import DRAWING_NEIGHBOURS
 from modules.labels.study_labels import LabelTable
 from modules.layers.visual_extractor import VisualExtractor
 from modules.mining.index import HardNegativeIndex
@@ -85,7 +86,7 @@ def build_dataset(
             split,
             negatives=negatives,
             index=data.index,
-            num_neighbours=config.num_neighbours if data.strategy == "mochi" else 1,
+            num_neighbours=config.num_neighbours if data.strategy in DRAWING_NEIGHBOURS else 1,
         )
     elif split == "train" and not augment:  # all of it is seen once per run: nothing to gain from keeping it
         source = image_folder(config)
@@ -103,7 +104,7 @@ def build_dataset(
         max_views=1 if config.detection_features else config.dataset.max_views,
         seed=config.seed,
         neighbours=neighbours,
-        num_neighbours=config.num_neighbours if data.strategy == "mochi" else 1,
+        num_neighbours=config.num_neighbours if data.strategy in DRAWING_NEIGHBOURS else 1,
         annotation_negatives=negatives and neighbours is None,
         labels=data.labels.of(studies) if labelled else None,
         on_bad_image=config.on_bad_image,

@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 from modules.config import Config
 from modules.data.annotations import Annotation
+from modules.ithn.synthesis import DRAWING_NEIGHBOURS, NEEDING_NEGATIVES
 from modules.mining.index import HardNegativeIndex
 from modules.runtime.errors import InputError
 
@@ -41,7 +42,7 @@ def hard_negatives(
     wanted = config.ithn == "on" or (config.ithn == "auto" and (config.negative_index or in_annotation or asked))
     if not wanted:
         return "off", None
-    if config.strategy == "contrastive":
+    if config.strategy not in NEEDING_NEGATIVES:
         return config.strategy, None
     if config.negative_index:
         index = HardNegativeIndex.load(config.negative_index)
@@ -53,9 +54,9 @@ def hard_negatives(
             f"run python scripts/mine_hard_negatives.py --ann_path {config.ann_path} --out FILE, then "
             "give --negative_index FILE (or --ithn off for the plain backbone)"
         )
-    if config.strategy == "mochi":
+    if config.strategy in DRAWING_NEIGHBOURS:
         raise InputError(
-            "--strategy mochi draws from several neighbours, the annotation's neg_report is one: mine an "
+            f"--strategy {config.strategy} draws from several neighbours, the annotation's neg_report is one: mine an "
             "index with scripts/mine_hard_negatives.py and give --negative_index"
         )
     return config.strategy, None

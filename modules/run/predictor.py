@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from modules.flags import resolve_config
 from modules.inference.prediction import Predictor
 from modules.inference.study_files import StudyFiles
 from modules.ithn.objective import Objective
+from modules.ithn.settings import ITHNSettings
 from modules.run import build as compose
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import FORMAT, load_checkpoint
 
-# Settings of a run that say nothing about the model.
-UNUSED = {"feature_cache": "", "resume": "", "ithn": "off", "ithn_variant": "paper", "strategy": "ithn"}
+# Settings of a run that say nothing about the model that writes.
+UNUSED = {"feature_cache": "", "resume": "", **asdict(ITHNSettings(ithn="off"))}
 
 
 def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
@@ -45,7 +47,7 @@ def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
     tokenizer = tokenizer_from_state(content["vocabulary"])
     extractor = compose.build_extractor(config, device, pretrained=False)
     backbone = compose.build_backbone(config, extractor, tokenizer, pretrained=False)
-    objective = Objective(backbone, strategy="off").to(device)
+    objective = Objective(backbone).to(device)
     compose.load_weights(objective, content["state_dict"], path)
     if config.guidance:
         backbone.mean_patches = _mean_patches(content.get("mean_patches"), backbone, config.guidance, path)

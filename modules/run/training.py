@@ -15,6 +15,8 @@ from modules.evaluation.score_names import tagged
 from modules.evaluation.tester import Tester
 from modules.flags import resolve_config, stage_settings
 from modules.ithn.objective import Objective
+from modules.ithn.synthesis import NEEDING_NEGATIVES
+from modules.ithn.weights import published_state
 from modules.run import build as compose
 from modules.run import initial_weights as starting
 from modules.run import resuming
@@ -206,7 +208,7 @@ def _log_batches(config: Config) -> None:
 
 def _datasets(config: Config, data: compose.Data, objective: Objective) -> dict[str, Any]:
     extractor = objective.backbone.visual_extractor
-    negatives = data.strategy not in ("off", "contrastive")
+    negatives = data.strategy in NEEDING_NEGATIVES
     datasets = {
         split: compose.build_dataset(
             config, data, split, augment=split == "train", extractor=extractor, negatives=negatives and split == "train"
@@ -316,7 +318,7 @@ def _saver(
         folder.save(
             {
                 "epoch": position.epoch if position.trained else position.epoch - 1,  # the last that was trained
-                "state_dict": trainer.objective.published_state_dict(),
+                "state_dict": published_state(trainer.objective),
                 # The same tensors under our names and whatever else the objective remembers; shared storage is saved
                 # once.
                 "objective": trainer.objective.state_dict(),

@@ -48,14 +48,14 @@ class SelfCritical(Objective):
         assert baseline in BASELINES
         self.reward, self.decode, self.max_seq_length = reward, decode, max_seq_length
         self.samples, self.baseline, self.labelled = samples, baseline, labelled
-        self.rule = dataclasses.replace(self.rule, ce_weight=cross_entropy)
+        self.variant = dataclasses.replace(self.rule, ce_weight=cross_entropy)
 
     def forward(
         self, batch: Any, epoch: int, *, token_count: Tensor | float | None = None, share: float = 1.0
     ) -> dict[str, Tensor]:
         """As Objective's; ``reward`` and ``baseline`` are among the terms."""
         terms = {}
-        if self.strategy != "off" or self.rule.ce_weight or self.backbone.needs_labels:
+        if self.strategy != "off" or self.variant.ce_weight or self.backbone.needs_labels:
             terms = super().forward(batch, epoch, token_count=token_count, share=share)
         policy, found = self._policy_gradient(batch)
         return terms | found | {"loss": terms.get("loss", 0.0) + share * policy}

@@ -13,6 +13,7 @@ from typing import Any
 from modules.config import NO_EFFECT_ON_RESULTS, Config
 from modules.evaluation.settings import ScoringSettings
 from modules.flags import parse_flags, resolve_config, stage_settings
+from modules.ithn.synthesis import NEEDING_NEGATIVES
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
 from scripts.experiments.files import DataSet, Row, Table
@@ -164,7 +165,7 @@ def _resolve(row: Row, flags: tuple[str, ...], saved: Config | None) -> tuple[Ma
 
 
 def _needs_index(config: Config, given: Mapping[str, Any]) -> bool:
-    return config.ithn != "off" and config.strategy != "contrastive" and "negative_index" not in given
+    return config.ithn != "off" and config.strategy in NEEDING_NEGATIVES and "negative_index" not in given
 
 
 def _add_index(indices: dict[str, Index], out: Path, dataset: str, config: Config, encoder: str, sha256: str) -> None:

@@ -13,6 +13,7 @@ from modules.data.bpe_tokenizer import tokenizer_from_state
 from modules.data.datasets import ReportDataset
 from modules.flags import resolve_config
 from modules.ithn.losses import normalise
+from modules.ithn.synthesis import SYNTHESISED
 from modules.labels.labeler import label_reports
 from modules.mining.index import HardNegativeIndex
 from modules.run import build as compose
@@ -21,15 +22,7 @@ from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
 from modules.runtime.run_log import Bar
 from modules.training.checkpoint import FORMAT, load_checkpoint
-from scripts.research.negative_positions import (
-    SYNTHESISED,
-    Bank,
-    harder_negatives,
-    moves,
-    positions,
-    similarities,
-    spread,
-)
+from scripts.research.negative_positions import Bank, harder_negatives, moves, positions, similarities, spread
 from scripts.research.negative_readings import Reading, agreement, changed, read
 
 # Settings that the checkpoints of one run have in common.

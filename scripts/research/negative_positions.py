@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from modules.ithn.losses import normalise
-from modules.ithn.synthesis import STRATEGIES, ithn
+from modules.ithn.synthesis import STRATEGIES
 
-SYNTHESISED = ("ithn", "mochi", "unconstrained")
 CHUNK = 1024  # rows of similarities at a time
 
 
@@ -28,10 +27,12 @@ class Bank:
 
 
 def harder_negatives(bank: Bank, strategy: str, hardness: float, *, clamp_segment: bool = False) -> Tensor:
-    """u~ (N, E) of unit length, from u-; ``clamp_segment`` keeps the projection of ithn between u- and u."""
-    options = {"clamp_segment": clamp_segment} if STRATEGIES[strategy] is ithn else {}
+    """u~ (N, E) of unit length, from u-; ``clamp_segment`` keeps a projection between u- and u."""
+    row = STRATEGIES[strategy]
+    assert row.synthesise is not None
+    options = {"clamp_segment": clamp_segment} if row.is_projection else {}
     z, u, negative = bank.image[bank.anchor], bank.report[bank.anchor], bank.report[bank.negative]
-    return normalise(STRATEGIES[strategy](z, u, negative, hardness, **options))
+    return normalise(row.synthesise(z, u, negative, hardness, **options))
 
 
 def nearest(points: Tensor, points_key: Tensor | None, bank: Bank) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,15 @@ own), the entries of ``positions`` and ``decoder``.
 """
 
 import io
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.research.negative_positions import SYNTHESISED
+from modules.ithn.synthesis import SYNTHESISED
 
-_COLOURS = dict(zip(SYNTHESISED, ("#0072B2", "#D55E00", "#009E73"), strict=True))  # Okabe and Ito
+# Okabe and Ito's colours.
+_COLOURS = dict(zip(SYNTHESISED, itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"))))
 _STYLES = (("-", "o"), ("--", "s"), (":", "^"))
 Entry = Mapping[str, Any]
 

@@ -84,7 +84,12 @@ def rows(path: str, given: dict[str, Any]) -> list[tuple[str, ...]]:
     from modules.training.checkpoint import load_checkpoint
 
     content = load_checkpoint(path)
-    settings = own_settings(content, path) | {"load": "", "precision": "float32", "previous_epoch_start": False}
+    settings = own_settings(content, path) | {
+        "load": "",
+        "precision": "float32",
+        "previous_epoch_start": False,
+        "clamp_segment": False,
+    }
     if content["strategy"] == "off":
         raise InputError(f"--load {path}: trained without ITHN, so that it has no joint embedding")
     # Strategies have the same projections: which of them a run was trained with makes no difference here.

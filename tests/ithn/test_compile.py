@@ -5,9 +5,8 @@ import shutil
 import pytest
 import torch
 
-from modules.ithn.objective import Objective
 from tests.models.test_costs import GivenFeatures, batch, objective
-from tests.tiny_backbone import TinyBackbone, tiny_batch
+from tests.tiny_backbone import make_objective, tiny_batch
 
 torch.set_num_threads(1)
 
@@ -39,9 +38,7 @@ def test_the_memory_of_the_previous_epoch_changes_no_compiled_gradient():
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        own = Objective(
-            TinyBackbone(), embedding_dim=5, alpha=0.5, detach_negative=False, previous_epoch_start=True, n_samples=3
-        ).double()
+        own = make_objective(alpha=0.5, detach_negative=False, previous_epoch_start=True, n_samples=3)
         if compiled:
             own.compile(backend="aot_eager")
         for epoch in (2, 3):

@@ -10,7 +10,7 @@ from modules.mining.cosine_search import top_k_cosine
 from modules.runtime import distributed
 from modules.training.sync_norm import with_common_statistics
 from tests.gloo_support import run_together
-from tests.tiny_backbone import TinyBackbone, rows_of, tiny_batch
+from tests.tiny_backbone import make_objective, rows_of, tiny_batch
 
 LENGTHS, NEGATIVE_LENGTHS = [5, 9, 4, 7, 3, 8], [6, 3, 12, 5, 4, 4]
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -20,16 +20,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def build() -> Objective:
-    torch.manual_seed(0)
-    return Objective(
-        TinyBackbone(),
-        embedding_dim=5,
-        alpha=0.5,
-        detach_negative=False,
-        mask_identical=True,
-        previous_epoch_start=True,
-        n_samples=6,
-    ).double()
+    return make_objective(alpha=0.5, detach_negative=False, mask_identical=True, previous_epoch_start=True, n_samples=6)
 
 
 def whole_batch():

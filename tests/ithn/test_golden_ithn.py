@@ -11,7 +11,9 @@ from models.r2gencmn import R2GenCMN, Settings
 from modules.data.batches import Batch, Pair
 from modules.ithn.losses import contrastive_loss, cosine_loss, modified_scores, normalise
 from modules.ithn.objective import Objective
+from modules.ithn.settings import ITHNSettings
 from modules.ithn.synthesis import ithn, project, released
+from modules.ithn.weights import load_published_state, published_state
 from modules.layers.visual_extractor import VisualExtractor
 from modules.runtime.errors import InputError
 from modules.training.optimizers import build_optimizer
@@ -48,15 +50,18 @@ def golden() -> Golden:
 def make(golden) -> Callable[..., Objective]:
     """The stored model inside an objective of the wanted kind, in evaluation mode."""
 
-    def build(**options) -> Objective:
+    def build(joint_pass=None, **options) -> Objective:
         extractor = VisualExtractor(golden.options["visual_extractor"])
         load_visual(extractor, golden.config["visual_seed"])
         settings = Settings(**{name: golden.options[name] for name in OPTIONS})
         num_ids = golden.config["vocab_size"] + 1
         backbone = R2GenCMN(visual_extractor=extractor, num_ids=num_ids, settings=settings)
         visual = {name: value for name, value in backbone.state_dict().items() if name.startswith("visual_extractor.")}
-        objective = Objective(backbone, embedding_dim=golden.arrays["pos_img_embeds"].shape[1], **options)
-        assert objective.load_published(golden.state | visual) == []
+        settings = ITHNSettings(embedding_dim=golden.arrays["pos_img_embeds"].shape[1], **options)
+        objective = Objective(backbone, settings)
+        if joint_pass is not None:
+            objective.variant = replace(objective.variant, joint_pass=joint_pass)
+        assert load_published_state(objective, golden.state | visual) == []
         return objective.eval()
 
     return build
@@ -159,7 +164,7 @@ def test_gradient_norms_of_the_contrastive_loss(golden, detach):
 def test_released_objective(golden, make, batch):
     expected = losses_at(golden, 10)
     with torch.no_grad():
-        terms = make(variant="released")(batch, 10)
+        terms = make(ithn_variant="released")(batch, 10)
     close(terms["hardness"], expected["lambda_paper"], 1e-6)
     close(terms["nll"], expected["ce"])
     close(terms["contrastive"], expected["l_cp_code"])
@@ -170,10 +175,10 @@ def test_released_objective(golden, make, batch):
 @pytest.mark.parametrize("joint_pass", [True, False])
 def test_embeddings_of_the_whole_network(golden, make, batch, joint_pass):
     """Two calls or one batch: the same embeddings, with the released text feature."""
-    objective = make(variant="released", joint_pass=joint_pass)
+    objective = make(ithn_variant="released", joint_pass=joint_pass)
     pairs = [batch.positive, batch.negative]
     with torch.no_grad():
-        features = objective._embed(pairs, objective._outputs(pairs))
+        features = objective._features(pairs, objective._passes(pairs))
     for name, feature in zip(("pos_img", "neg_img", "pos_rep", "neg_rep"), features, strict=True):
         close(feature, golden.arrays[f"{name}_embeds"])
 
@@ -181,14 +186,14 @@ def test_embeddings_of_the_whole_network(golden, make, batch, joint_pass):
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_terms_of_all_epochs(golden, make, batch, variant):
     """The network runs once; the stored paper values use the released text feature, the mean over all positions."""
-    objective = make(variant=variant, renormalise_negative=False)
+    objective = make(ithn_variant=variant, renormalise_negative=False)
     pairs = [replace(pair, token_mask=torch.ones_like(pair.token_mask)) for pair in (batch.positive, batch.negative)]
     suffix = {"paper": "paper", "released": "code"}[variant]
     with torch.no_grad():
-        features = objective._embed(pairs, objective._outputs(pairs))
+        features = objective._features(pairs, objective._passes(pairs))
         for epoch in EPOCHS:
             expected = losses_at(golden, epoch)
-            terms = objective._contrast(batch, features, epoch + objective.rule.first_epoch)
+            terms = objective._contrastive_terms(batch, features, epoch + objective.variant.first_epoch)
             close(terms["hardness"], expected["lambda_paper"], 1e-6)
             close(terms["contrastive"], expected[f"l_cp_{suffix}"])
             close(terms["cosine"], expected["l_cs"])
@@ -206,7 +211,7 @@ def test_paper_objective(golden, make, batch):
 
 
 def test_gradient_norms_of_the_released_objective(golden, make, batch):
-    objective = make(variant="released")
+    objective = make(ithn_variant="released")
     objective(batch, 10)["loss"].backward()
     parameters = dict(objective.named_parameters(remove_duplicate=False))
     for name, expected in golden.config["grad_norms"].items():
@@ -218,7 +223,7 @@ def test_gradient_norms_of_the_released_objective(golden, make, batch):
 
 
 def test_training_history_of_the_released_objective(golden, make, batch):
-    objective, options = make(variant="released"), golden.options
+    objective, options = make(ithn_variant="released"), golden.options
     rates = golden.config["eval_mode_train_lr"]
     optimizer = build_optimizer(
         objective,
@@ -242,11 +247,11 @@ def test_training_history_of_the_released_objective(golden, make, batch):
 
 
 def test_parameter_order_and_keys_are_the_published_ones(golden, make):
-    objective = make(variant="released")
+    objective = make(ithn_variant="released")
     names = [name.removeprefix("backbone.") for name, _ in objective.named_parameters()]
     assert names[:3] == ["temp_1", "temp_3", "visual_extractor.model.0.weight"]
     assert names[-2:] == ["img_projection.linear1.weight", "text_projection.linear1.weight"]
-    written = objective.published_state_dict()
+    written = published_state(objective)
     assert set(golden.state) | set(golden.config["omitted_keys"]) == {
         name for name in written if not name.startswith("visual_extractor.")
     }
@@ -255,15 +260,15 @@ def test_parameter_order_and_keys_are_the_published_ones(golden, make):
 
 
 def test_published_files_load_or_say_why_not(golden, make):
-    written = make(variant="released").published_state_dict()
+    written = published_state(make(ithn_variant="released"))
     paper = make()  # no temp_3 in the paper's variant
     plain = {name: value for name, value in written.items() if not name.startswith(("temp_", "img_p", "text_p"))}
     heads = {"temp_1", "img_projection.linear1.weight", "text_projection.linear1.weight"}
-    assert set(paper.load_published(plain)) == heads
+    assert set(load_published_state(paper, plain)) == heads
     fewer = {name: value for name, value in plain.items() if name != "encoder_decoder.logit.bias"}
     with pytest.raises(InputError, match="1 entries are missing, the first is encoder_decoder.logit.bias"):
-        paper.load_published(fewer)
+        load_published_state(paper, fewer)
     with pytest.raises(InputError, match="the first is encoder_decoder.rm.W"):
-        paper.load_published(plain | {"encoder_decoder.rm.W": torch.zeros(1)})
+        load_published_state(paper, plain | {"encoder_decoder.rm.W": torch.zeros(1)})
     with pytest.raises(InputError, match=r"entry encoder_decoder.logit.bias: shape \(3,\), but this model has \("):
-        paper.load_published(plain | {"encoder_decoder.logit.bias": torch.zeros(3)})
+        load_published_state(paper, plain | {"encoder_decoder.logit.bias": torch.zeros(3)})

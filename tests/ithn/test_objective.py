@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from modules.ithn.synthesis import NEEDING_NEGATIVES
 from tests.tiny_backbone import PAD, gradients, make_objective, rows_of, tiny_batch
 
 LENGTHS, NEGATIVE_LENGTHS = [5, 9, 4, 7], [6, 3, 12, 5]
-STRATEGIES = ["ithn", "mochi", "prior", "unconstrained"]
+STRATEGIES = NEEDING_NEGATIVES
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_weights_of_the_terms(batch):
 
 
 def test_hardness_counts_epochs_from_one():
-    paper, released = make_objective(alpha=0.1), make_objective(alpha=0.1, variant="released")
+    paper, released = make_objective(alpha=0.1), make_objective(alpha=0.1, ithn_variant="released")
     assert paper.hardness(1) == 0
     assert paper.hardness(11) == released.hardness(10) == pytest.approx(1 - math.exp(-1))
 
@@ -124,7 +125,7 @@ def test_diagnostics_at_hardness_zero_and_of_perfect_features(batch):
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_one_batch_equals_two_calls(batch, variant):
-    joint, separate = (make_objective(variant=variant, joint_pass=joint_pass) for joint_pass in (True, False))
+    joint, separate = (make_objective(ithn_variant=variant, joint_pass=joint_pass) for joint_pass in (True, False))
     ours, theirs = joint(batch, 7), separate(batch, 7)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], msg=name)
@@ -148,10 +149,10 @@ def test_padding_changes_nothing(batch):
 
 
 def test_released_text_feature_averages_padding_in(batch):
-    objective = make_objective(variant="released")
+    objective = make_objective(ithn_variant="released")
     pairs = [wider(batch.positive), batch.negative]
-    outputs = objective._outputs(pairs)
-    _, _, u, _ = objective._embed(pairs, outputs)
+    outputs = objective._passes(pairs)
+    _, _, u, _ = objective._features(pairs, outputs)
     torch.testing.assert_close(u, objective.text_projection(outputs[0].report_features.mean(1)))
     assert objective(replace(batch, positive=pairs[0]), 4)["contrastive"] != objective(batch, 4)["contrastive"]
 
@@ -159,7 +160,7 @@ def test_released_text_feature_averages_padding_in(batch):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_order_of_the_batch_does_not_matter(batch, strategy, variant):
-    objective = make_objective(strategy=strategy, variant=variant)
+    objective = make_objective(strategy=strategy, ithn_variant=variant)
     objective.eval()
     for name, value in objective(rows_of(batch, [2, 0, 3, 1]), 6).items():
         torch.testing.assert_close(value, objective(batch, 6)[name], msg=name)
@@ -181,7 +182,7 @@ def test_off_is_the_plain_backbone():
 def test_contrastive_is_s1_alone_and_needs_no_negatives():
     objective, batch = make_objective(strategy="contrastive"), tiny_batch(LENGTHS, None)
     terms = objective(batch, 3)
-    z, u = objective._embed([batch.positive], objective._outputs([batch.positive]))
+    z, u = objective._features([batch.positive], objective._passes([batch.positive]))
     scores, target = z @ u.T * objective.temp_1.exp(), torch.arange(4)
     entropy = torch.nn.functional.cross_entropy
     expected = (entropy(scores, target) + entropy(scores.T, target)) / 2
@@ -199,7 +200,7 @@ def test_contrastive_is_s1_alone_and_needs_no_negatives():
         {"renormalise_negative": False},
         {"detach_negative": False},
         {"mask_identical": True},
-        {"variant": "released"},
+        {"ithn_variant": "released"},
     ],
 )
 def test_every_combination_reaches_every_parameter(batch, strategy, options):
@@ -225,9 +226,20 @@ def test_options_have_an_effect(batch):
     assert make_objective(alpha=0.5)(same_text, 10)["contrastive"] == plain, "identical texts are not masked by default"
 
 
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_harder_negative_is_held_constant(batch, strategy, renormalise, monkeypatch):
+    """Its gradient is that of a constant, although a strategy may return the negative itself."""
+    objective = make_objective(strategy=strategy, renormalise_negative=renormalise, alpha=0.3)
+    found = gradients(objective, objective(batch, 5)["loss"])
+    synthesise = objective.synthesise
+    monkeypatch.setattr(objective, "synthesise", lambda *features: synthesise(*features).detach().clone())
+    assert_same_gradients(found, gradients(objective, objective(batch, 5)["loss"]))
+
+
 def test_the_clamp_of_the_temperature(batch):
     for variant, stays in (("paper", math.log(100)), ("released", 6.0)):
-        objective = make_objective(variant=variant)
+        objective = make_objective(ithn_variant=variant)
         objective.temp_1.data.fill_(6.0)
         objective(batch, 2)
         objective.after_step()

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modules.ithn.objective import Objective
+from modules.ithn.settings import ITHNSettings
+from modules.ithn.synthesis import NEEDING_NEGATIVES
+from modules.ithn.weights import published_state
 from modules.runtime.errors import InputError
-from tests.tiny_backbone import TinyBackbone, gradients, make_objective, rows_of, tiny_batch
+from tests.tiny_backbone import gradients, make_objective, rows_of, tiny_batch
 
 LENGTHS, NEGATIVE_LENGTHS = [5, 9, 4, 7], [6, 3, 12, 5]
-STRATEGIES = ["ithn", "mochi", "prior", "unconstrained"]
+STRATEGIES = NEEDING_NEGATIVES
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def test_no_row_with_a_negative(batch):
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("form", ["standard", "decoupled"])
 def test_batch_of_one(variant, form):
-    objective = make_objective(variant=variant, contrastive_form=form)
+    objective = make_objective(ithn_variant=variant, contrastive_form=form)
     terms = objective(tiny_batch([5], [4]), 8)
     assert terms["contrastive"] == 0
     assert all(gradient.isfinite().all() for gradient in gradients(objective, terms["loss"]).values())
@@ -63,10 +65,10 @@ def test_similarities_are_float32_under_autocast(dtype):
     exact = objective(batch, 9)
     with torch.autocast("cpu", dtype=dtype):
         terms = objective(batch, 9)
-        outputs = objective._outputs(pairs)
+        outputs = objective._passes(pairs)
         # The network's rounded features, taken on in float32 with no further rounding.
         with torch.autocast("cpu", enabled=False):
-            alone = objective._contrast(batch, objective._embed(pairs, outputs), 9)
+            alone = objective._contrastive_terms(batch, objective._features(pairs, outputs), 9)
     assert outputs[0].image_features.dtype == dtype
     assert all(value.dtype == torch.float32 for value in terms.values())
     assert terms["contrastive"] == alone["contrastive"]
@@ -119,7 +121,7 @@ def test_synthesis_goes_on_from_the_epoch_before(batch):
     # Two steps lead nearer to the foot of the perpendicular than one: distance (1 - l2)(1 - l3) instead of 1 - l3.
     assert second["cos_harder"] != plain(batch, 3)["cos_harder"]
     pairs = [batch.positive, batch.negative]
-    z, _, u, negative_u = plain._embed(pairs, plain._outputs(pairs))
+    z, _, u, negative_u = plain._features(pairs, plain._passes(pairs))
     line = u - negative_u
     p = negative_u + ((z - negative_u) * line).sum(1, keepdim=True) / line.square().sum(1, keepdim=True) * line
     rest = (1 - plain.hardness(2)) * (1 - plain.hardness(3))
@@ -133,7 +135,7 @@ def test_what_is_kept_belongs_to_the_checkpoint(batch):
     other = make_objective(seed=1, previous_epoch_start=True, n_samples=4, alpha=0.5)
     other.load_state_dict(objective.state_dict())
     torch.testing.assert_close(other(batch, 5)["loss"], objective(batch, 5)["loss"])
-    assert not any("previous" in name for name in objective.published_state_dict())
+    assert not any("previous" in name for name in published_state(objective))
 
 
 def test_what_is_not_kept(batch):
@@ -153,16 +155,18 @@ def test_what_is_not_kept(batch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "hard"}, "strategy 'hard': must be one of ithn, unconstrained, mochi, prior, off, contrastive"),
-        ({"strategy": "released"}, "strategy 'released': must be one of"),
-        ({"variant": "original"}, "variant 'original': must be one of paper, released"),
-        ({"contrastive_form": "dcl"}, "contrastive_form 'dcl': must be one of standard, decoupled"),
-        ({"clamp_segment": True, "strategy": "mochi"}, "clamp_segment acts on strategy 'ithn'"),
-        ({"clamp_segment": True, "variant": "released"}, "clamp_segment acts on strategy 'ithn' of variant 'paper'"),
-        ({"previous_epoch_start": True}, "the number of training samples"),
-        ({"previous_epoch_start": True, "strategy": "mochi", "n_samples": 3}, "strategy ithn or unconstrained"),
+        ({"strategy": "hard"}, "--strategy hard: must be one of ithn, mochi, prior, unconstrained, contrastive"),
+        ({"strategy": "released"}, "--strategy released: must be one of"),
+        ({"ithn_variant": "original"}, "--ithn_variant original: must be one of paper, released"),
+        ({"contrastive_form": "dcl"}, "--contrastive_form dcl: must be one of standard, decoupled"),
+        ({"clamp_segment": True, "strategy": "mochi"}, "--clamp_segment true: needs --strategy ithn"),
+        (
+            {"clamp_segment": True, "ithn_variant": "released"},
+            "paper's variant, not --strategy ithn --ithn_variant rel",
+        ),
+        ({"previous_epoch_start": True, "strategy": "mochi"}, "needs --strategy ithn or unconstrained, not mochi"),
     ],
 )
 def test_mistakes_are_named(options, message):
     with pytest.raises(InputError, match=message):
-        Objective(TinyBackbone(), **options)
+        ITHNSettings(**options)

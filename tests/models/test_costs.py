@@ -14,6 +14,7 @@ from models.r2gencmn import R2GenCMN, Settings
 from modules.data.batches import Batch, Pair
 from modules.decoding.options import DecodingOptions
 from modules.ithn.objective import Objective
+from modules.ithn.settings import ITHNSettings
 from modules.layers.cross_modal_memory import SCORES_AT_ONCE, topk_attention
 from modules.layers.visual_extractor import VisualExtractor
 from modules.training.optimizers import build_optimizer
@@ -83,7 +84,7 @@ def batch(shape, negatives):
 def objective(extractor, strategy):
     torch.manual_seed(0)
     model = R2GenCMN(visual_extractor=extractor, num_ids=WORDS, settings=Settings(**SIZES))
-    return Objective(model, strategy=strategy, embedding_dim=8).train()
+    return Objective(model, ITHNSettings(strategy=strategy, embedding_dim=8)).train()
 
 
 def linear_operations(rows, patches):

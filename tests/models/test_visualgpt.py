@@ -16,6 +16,7 @@ from modules.decoding.options import DecodingOptions
 from modules.decoding.search import StandardBeamSearch, decode
 from modules.inference.attention import recorded_attention
 from modules.ithn.objective import Objective
+from modules.ithn.weights import load_published_state
 from modules.runtime.errors import InputError
 
 torch.set_num_threads(1)
@@ -277,13 +278,13 @@ def test_a_published_file_loads_whatever_its_decoding_state():
     state["encoder.fc.bias"] += 1
     state["decoder.transformer.h.0.attn.running_keys"] = torch.randn(15, 2, 4, 8)
     del state["decoder.running_mask_self_attention"]
-    objective = Objective(tiny(), strategy="off")
-    assert objective.load_published({f"module.{name}": value for name, value in state.items()}) == []
+    objective = Objective(tiny())
+    assert load_published_state(objective, {f"module.{name}": value for name, value in state.items()}) == []
     assert torch.equal(objective.backbone.encoder.fc.bias, state["encoder.fc.bias"])
     assert objective.backbone.decoder.transformer.h[0].attn.running_keys.shape == (2, 0, 8)
     del state["encoder.fc.bias"]
     with pytest.raises(InputError, match="encoder.fc.bias"):
-        objective.load_published(state)
+        load_published_state(objective, state)
 
 
 def test_entries_that_nothing_uses_are_not_trained():

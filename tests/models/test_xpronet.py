@@ -13,6 +13,7 @@ from modules.config import Config
 from modules.data.tokenizers import Tokenizer
 from modules.decoding.options import DecodingOptions
 from modules.ithn.objective import Objective
+from modules.ithn.weights import load_published_state
 from modules.layers.prototypes import label_contrastive_loss, prototypes_of, selected_attention, with_no_finding
 from modules.run.build import build_backbone
 from modules.runtime.errors import InputError
@@ -243,15 +244,15 @@ def published_weights(prefix=""):
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_published_weights_have_no_head(prefix):
-    objective = Objective(build(xpronet_labels="reference"), strategy="off")
-    missing = objective.load_published(published_weights(prefix))
+    objective = Objective(build(xpronet_labels="reference"))
+    missing = load_published_state(objective, published_weights(prefix))
     assert missing == ["backbone.label_head.weight", "backbone.label_head.bias"]
     assert torch.equal(objective.backbone.encoder_decoder.protypes, build(seed=7).encoder_decoder.protypes)
     with pytest.raises(InputError, match="it has no label head.*give --xpronet_labels reference"):
-        Objective(build(), strategy="off").load_published(published_weights(prefix))
+        load_published_state(Objective(build()), published_weights(prefix))
     with_less = {name: value for name, value in published_weights().items() if "logit.bias" not in name}
     with pytest.raises(InputError, match="1 entries are missing, the first is encoder_decoder.logit.bias"):
-        objective.load_published(with_less)
+        load_published_state(objective, with_less)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ LIGHT = (
     "modules.decoding.options",
     "modules.evaluation.settings",
     "modules.evaluation.metric_table",
+    "modules.ithn.settings",
     "modules.config",
     "modules.flags",
     "models",

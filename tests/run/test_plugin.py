@@ -9,6 +9,7 @@ import torch
 from models import MODELS
 from modules.flags import parse_flags, resolve_config
 from modules.ithn.objective import Objective
+from modules.ithn.weights import published_state
 from modules.run import build as compose
 from modules.training.checkpoint import load_checkpoint
 from modules.training.optimizers import build_optimizer
@@ -116,7 +117,7 @@ def test_every_backbone_with_every_strategy(demo, demo_index, tmp_path, backbone
     reports = generate(objective, config, batch)
     assert reports.shape == (len(batch.ids), config.max_seq_length)
 
-    torch.save({"state_dict": objective.published_state_dict()}, tmp_path / "saved.pth")
+    torch.save({"state_dict": published_state(objective)}, tmp_path / "saved.pth")
     torch.manual_seed(1)
     fresh = compose.build_objective(config, data, torch.device("cpu"), pretrained=True)
     compose.load_weights(fresh, load_checkpoint(tmp_path / "saved.pth")["state_dict"], "saved.pth")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modules.ithn.objective import Objective
+from modules.ithn.settings import ITHNSettings
 from scripts.research.probe_image_leakage import measure
 from tests.tiny_backbone import TinyBackbone, tiny_batch
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def make() -> Objective:
     torch.manual_seed(0)
-    return Objective(TinyBackbone(), embedding_dim=5, strategy="contrastive").double().eval()
+    return Objective(TinyBackbone(), ITHNSettings(embedding_dim=5, strategy="contrastive")).double().eval()
 
 
 def test_a_decoder_that_does_not_look_makes_features_of_the_report_alone():

@@ -8,6 +8,7 @@ from torch import nn
 
 from modules.data.sample_order import EpochBatchSampler
 from modules.ithn.objective import Objective
+from modules.ithn.settings import ITHNSettings
 from modules.runtime import distributed
 from modules.runtime.run_log import Bar
 from modules.runtime.stopping import GracefulShutdown
@@ -63,9 +64,8 @@ class Noisy(TinyBackbone):
 
 def build(dropout: float = 0.0, epochs: int = 2, **options) -> Trainer:
     torch.manual_seed(0)
-    objective = Objective(
-        Noisy(dropout), embedding_dim=5, alpha=0.5, previous_epoch_start=True, n_samples=SAMPLES
-    ).double()
+    settings = ITHNSettings(embedding_dim=5, alpha=0.5, previous_epoch_start=True)
+    objective = Objective(Noisy(dropout), settings, n_samples=SAMPLES).double()
     optimizer = build_optimizer(
         objective,
         optim="SGD",
@@ -77,7 +77,7 @@ def build(dropout: float = 0.0, epochs: int = 2, **options) -> Trainer:
         amsgrad=True,
     )
     scores = {"BLEU_4": [0.2, 0.3, 0.1], "BLEU_3": [0.1, 0.1, 0.1]}
-    settings = {
+    loop = {
         "early_stop": 50,
         "save_period": 1,
         "checkpoint_steps": 0,
@@ -108,7 +108,7 @@ def build(dropout: float = 0.0, epochs: int = 2, **options) -> Trainer:
         epochs=epochs,
         monitor_metric="BLEU_4",
         monitor_mode="max",
-        **settings,
+        **loop,
     )
 
 

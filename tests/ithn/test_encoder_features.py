@@ -8,10 +8,10 @@ import torch
 from models.base import VisualFeatures
 from modules.config import Config
 from modules.ithn.objective import Objective
-from modules.ithn.taught_passes import TaughtPasses
+from modules.ithn.settings import ITHNSettings
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
-from tests.tiny_backbone import TinyBackbone, gradients, tiny_batch
+from tests.tiny_backbone import TinyBackbone, gradients, make_objective, tiny_batch
 
 LENGTHS = [5, 3, 6, 4]
 
@@ -22,18 +22,11 @@ def batch():
 
 
 def make(features: str = "encoder", **settings) -> Objective:
-    torch.manual_seed(0)
-    return Objective(
-        TinyBackbone(auxiliary_weight=0.1),
-        embedding_dim=5,
-        strategy="contrastive",
-        contrastive_features=features,
-        **settings,
-    ).double()
+    return make_objective(auxiliary_weight=0.1, strategy="contrastive", contrastive_features=features, **settings)
 
 
 def embedded(objective: Objective, batch) -> list[torch.Tensor]:
-    return objective._embed([batch.positive], objective._outputs([batch.positive]))
+    return objective._features([batch.positive], objective._passes([batch.positive]))
 
 
 def test_a_report_feature_does_not_depend_on_the_image_that_it_is_compared_with(batch):
@@ -77,15 +70,14 @@ def test_a_view_that_is_not_there_goes_along_with_its_image(batch):
     objective.backbone.extract = lambda images, view_mask=None, features=None: (
         seen.append((view_mask.clone(), features)) or extract(images, view_mask, features)
     )
-    objective._output_on_encoder(batch.positive)
+    objective._pass_on_encoder(batch.positive)
     read_mask, read = seen[-1]
     assert torch.equal(read_mask, batch.positive.view_mask.roll(1, 0))
     torch.testing.assert_close(read.pooled, seen[1][1].pooled.roll(1, 0))
 
 
 def test_the_encoder_s_mean_is_that_of_the_views_that_are_there():
-    passes, tokens = TaughtPasses(), torch.randn(2, 6, 3)
-    passes.backbone = TinyBackbone(width=3)
+    passes, tokens = Objective(TinyBackbone(width=3)), torch.randn(2, 6, 3)
     passes.backbone.encode = lambda features: (features.patches,)
     there = torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
     torch.testing.assert_close(
@@ -120,11 +112,9 @@ def test_what_does_not_go_together(flags, message):
 
 
 def test_unknown_and_impossible_choices_are_refused():
-    with pytest.raises(InputError, match="contrastive_features 'none'"):
-        make("none")
-    with pytest.raises(InputError, match="with strategy 'ithn'"):
-        Objective(TinyBackbone(), contrastive_features="encoder")
-    assert not Objective(TinyBackbone(), strategy="off", contrastive_features="encoder").on_encoder
+    with pytest.raises(InputError, match="contrastive_features none: must be one of extractor, encoder"):
+        ITHNSettings(contrastive_features="none")
+    assert not Objective(TinyBackbone(), ITHNSettings(strategy="off", contrastive_features="encoder")).on_encoder
 
 
 def test_a_run_goes_on_with_the_features_it_began_with(train):
