@@ -13,17 +13,10 @@ import pytest
 import torch
 
 from modules.ithn.losses import normalise
+from modules.ithn.synthesis import SYNTHESISED
 from modules.runtime.errors import InputError
 from scripts.research import inspect_negatives
-from scripts.research.negative_positions import (
-    SYNTHESISED,
-    Bank,
-    harder_negatives,
-    moves,
-    nearest,
-    positions,
-    similarities,
-)
+from scripts.research.negative_positions import Bank, harder_negatives, moves, nearest, positions, similarities
 from scripts.research.negative_readings import agreement, changed, read
 from scripts.research.negative_tables import to_markdown
 from tests.tiny_backbone import make_objective, tiny_batch
