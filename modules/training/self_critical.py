@@ -48,7 +48,7 @@ class SelfCritical(Objective):
         assert baseline in BASELINES
         self.reward, self.decode, self.max_seq_length = reward, decode, max_seq_length
         self.samples, self.baseline, self.labelled = samples, baseline, labelled
-        self.variant = dataclasses.replace(self.rule, ce_weight=cross_entropy)
+        self.variant = dataclasses.replace(self.variant, ce_weight=cross_entropy)
 
     def forward(
         self, batch: Any, epoch: int, *, token_count: Tensor | float | None = None, share: float = 1.0

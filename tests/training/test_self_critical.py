@@ -119,7 +119,7 @@ def batch_of(rows=4):
 
 
 def self_critical(backbone, reward, **options):
-    objective = SelfCritical(backbone, strategy="off")
+    objective = SelfCritical(backbone)
     settings = {"max_seq_length": 3, "samples": 6, "baseline": "mean", "cross_entropy": 0.0, "labelled": False}
     objective.equip(
         reward=reward, decode=lambda tokens: [" ".join(map(str, row)) for row in tokens.tolist()], **settings | options
