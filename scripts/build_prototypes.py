@@ -79,13 +79,14 @@ def image_features(config: Config, data, device, mirrored: bool) -> list:
     import numpy as np
     import torch
 
-    from modules.run import build as compose
+    from modules.run.build import build_extractor
+    from modules.run.data import build_dataset, build_split_loader
     from modules.runtime.run_log import Bar
 
-    extractor = compose.build_extractor(config, device, pretrained=True).to(device).eval()
-    dataset = compose.build_dataset(config, data, "train", augment=False, extractor=extractor)
+    extractor = build_extractor(config, device, pretrained=True).to(device).eval()
+    dataset = build_dataset(config, data, "train", augment=False, extractor=extractor)
     dataset.check_files(dataset.read_image)
-    loader = compose.build_split_loader(config, dataset, device, shuffle=False)
+    loader = build_split_loader(config, dataset, device, shuffle=False)
     sides: list[list] = [[], []] if mirrored else [[]]
     with torch.inference_mode():
         for batch in Bar(loader, "image features"):
@@ -161,11 +162,12 @@ def main() -> None:
     from modules.data.prototype_files import save_prototypes
     from modules.labels.study_labels import NO_FINDING, read_labels
     from modules.prepare.prototype_clusters import make_prototypes
-    from modules.run import build as compose
+    from modules.run.build import prepare_device
+    from modules.run.data import read_data
     from modules.runtime.environment import provenance
 
-    device = compose.prepare_device(config)
-    data = compose.read_data(config)
+    device = prepare_device(config)
+    data = read_data(config)
     studies = data.annotation.splits["train"]
     table = read_labels(arguments.label_path, columns=arguments.label_columns)
     labels = table.of(studies)

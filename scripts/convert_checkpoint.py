@@ -47,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
 def to_ours(source: str, given: dict) -> dict:
     """The content of a checkpoint of ours with the weights of a published one, after they were seen to fit."""
     from modules.ithn.objective import Objective
-    from modules.run import build as compose
+    from modules.run.build import build_backbone, build_extractor, load_weights, prepare_device
+    from modules.run.data import read_data
     from modules.training.checkpoint import FORMAT, load_checkpoint
 
     content = load_checkpoint(source)
@@ -56,11 +57,11 @@ def to_ours(source: str, given: dict) -> dict:
     if "backbone" in given:
         given.setdefault("model_name", given["backbone"])
     config = resolve_config(given)
-    data = compose.read_data(config, trained_with="unknown")
-    device = compose.prepare_device(config)
-    extractor = compose.build_extractor(config, device, pretrained=False)
-    backbone = compose.build_backbone(config, extractor, data.tokenizer, pretrained=False)
-    compose.load_weights(Objective(backbone), content["state_dict"], source)
+    data = read_data(config, trained_with="unknown")
+    device = prepare_device(config)
+    extractor = build_extractor(config, device, pretrained=False)
+    backbone = build_backbone(config, extractor, data.tokenizer, pretrained=False)
+    load_weights(Objective(backbone), content["state_dict"], source)
     weights = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
     return {
         "format": FORMAT,

@@ -1,52 +1,33 @@
-"""Builds the parts of a run from its Config: the one place, with main_* and the other scripts, that sees all of it."""
+"""Builds the parts of a run from its Config: device, visual extractor, backbone, objective, search."""
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from models import backbone_class, settings_class
-from models.base import Backbone, BackboneSettings
+from models import backbone_class
+from models.base import Backbone
 from modules.config import Config
-from modules.data.annotations import read_annotation
-from modules.data.captions import split_captions
-from modules.data.detection_features import DetectionExtractor, DetectionFeatures, detections_of
-from modules.data.prototype_files import load_prototypes
+from modules.data.tokenizers import clean_report
 from modules.decoding.options import DecodingOptions
+from modules.evaluation.tester import Predictions, Tester
 from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
 from modules.ithn.weights import load_published_state
-from modules.labels.study_labels import NO_FINDING, class_order, read_labels
 from modules.layers.visual_extractor import VisualExtractor
-from modules.run.data import Data, build_dataset, build_split_loader, cache_features, count_samples, training_studies
-from modules.run.hard_negatives import hard_negatives
-from modules.run.language_model import AnyTokenizer, build_tokenizer, gpt2_options
+from modules.run.data import AnyTokenizer, Data, backbone_settings, clusters, count_samples, score_tag
 from modules.runtime import distributed
 from modules.runtime.environment import choose_device, choose_precision
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import require_plain_archive
 from modules.runtime.launch import process_device
+from modules.runtime.run_log import Bar
 from modules.runtime.settings import part_of
-from modules.training.sync_norm import with_common_statistics
 
-__all__ = [
-    "Data",
-    "build_backbone",
-    "build_dataset",
-    "build_extractor",
-    "build_objective",
-    "build_split_loader",
-    "cache_features",
-    "decoding_options",
-    "load_weights",
-    "prepare_device",
-    "read_data",
-    "score_tag",
-    "training_studies",
-]
 logger = logging.getLogger("ithn")
 
 
@@ -60,8 +41,6 @@ def prepare_device(config: Config) -> torch.device:
     torch.manual_seed(config.seed)
     if config.deterministic:
         # cuBLAS reads it at its first call; without it torch refuses some products.
-        import os
-
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     else:
@@ -72,70 +51,6 @@ def prepare_device(config: Config) -> torch.device:
 def with_precision(config: Config, device: torch.device) -> Config:
     """``config`` with the --precision that auto means on ``device``."""
     return dataclasses.replace(config, precision=choose_precision(config.precision, device))
-
-
-def read_data(
-    config: Config,
-    *,
-    tokenizer: AnyTokenizer | None = None,
-    trained_with: str | None = None,
-    asked_for_ithn: bool = False,
-) -> Data:
-    """Read the annotation, the vocabulary (unless a checkpoint brought it) and the hard negatives.
-
-    ``trained_with`` names the strategy of a checkpoint that is only tested: no hard negatives are needed then.
-    ``asked_for_ithn``: flags that were given ask for it, so without hard negatives this is an InputError.
-    """
-    annotation = read_annotation(config.ann_path)
-    detections = None
-    if config.detection_features:
-        detections = detections_of(config.detection_features, annotation.splits, config.max_detections)
-    if config.captioning:
-        annotation = split_captions(annotation)
-    if tokenizer is None:
-        reports = [study.report for study in annotation.splits["train"]]
-        tokenizer = build_tokenizer(config, reports, kind=backbone_class(config.model_name).tokenizer_kind)
-    if config.beam_size > tokenizer.num_ids:
-        raise InputError(f"--beam_size {config.beam_size}: at most the {tokenizer.num_ids} token ids of the vocabulary")
-    strategy, index = "off", None
-    if trained_with is None:
-        strategy, index = hard_negatives(config, annotation, asked=asked_for_ithn)
-    labels = None
-    if backbone_class(config.model_name).needs_labels and (trained_with is None or score_tag(config)):
-        labels = read_labels(config.label_path, _clusters(config), config.label_columns)
-        if trained_with is None:
-            labels.of(annotation.splits["train"])  # a study without labels: rather found now than after the features
-    if score_tag(config):
-        logger.warning(
-            "--xpronet_labels reference: reports are generated from labels that come from the reference "
-            "reports; every score of this run is named *_%s and is none of a model that sees images only",
-            score_tag(config),
-        )
-    return Data(
-        annotation,
-        tokenizer,
-        strategy,
-        index,
-        trained_with or strategy,
-        detections,
-        labels,
-        labels_leak=bool(score_tag(config)),
-    )
-
-
-def backbone_settings(config: Config) -> BackboneSettings:
-    """The settings of the backbone that --model_name names."""
-    return part_of(config, settings_class(config.model_name))
-
-
-def score_tag(config: Config) -> str:
-    """What the names of scores carry where generation is given labels of the reference reports; else nothing."""
-    return "reference_labels" if backbone_settings(config).reads_reference_labels else ""
-
-
-def _clusters(config: Config) -> tuple[str, ...]:
-    """The label classes in the order of their prototypes."""
-    return class_order(config.cluster_order, "cluster_order")
 
 
 def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
@@ -156,11 +71,22 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
         raise InputError(str(error)) from error
 
 
+def objective_kind(config: Config) -> type[Objective]:
+    """The objective that a training with these flags minimises."""
+    if not config.self_critical:
+        return Objective
+    from modules.training.self_critical import SelfCritical
+
+    return SelfCritical
+
+
 def build_objective(
     config: Config, data: Data, device: torch.device, *, pretrained: bool, kind: type[Objective] = Objective
 ) -> Objective:
     """Backbone and losses, on ``device``."""
-    if isinstance(data.features, DetectionFeatures):
+    if config.detection_features:
+        from modules.data.detection_features import DetectionExtractor
+
         extractor: nn.Module = DetectionExtractor(*data.features.shape)
     else:
         with distributed.main_process_first():
@@ -169,7 +95,11 @@ def build_objective(
     settings = dataclasses.replace(part_of(config, ITHNSettings), strategy=data.strategy)
     samples = count_samples(config, data.annotation.splits["train"])
     objective = kind(backbone, settings, n_samples=samples).to(device)
-    return with_common_statistics(objective) if config.sync_bn else objective
+    if config.sync_bn:
+        from modules.training.sync_norm import with_common_statistics
+
+        return with_common_statistics(objective)
+    return objective
 
 
 def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer, *, pretrained: bool) -> Backbone:
@@ -194,9 +124,50 @@ def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer
         raise InputError(f"--{error}") from error
 
 
+def gpt2_options(config: Config, tokenizer: AnyTokenizer, pretrained: bool) -> dict[str, Any]:
+    """Special ids, and the weights of --gpt2_path unless a checkpoint provides them."""
+    if config.max_seq_length > config.gpt2_positions:
+        raise InputError(
+            f"--max_seq_length {config.max_seq_length}: at most the decoder's --gpt2_positions {config.gpt2_positions}"
+        )
+    begin, end, padding = tokenizer.special_ids
+    weights = None
+    if pretrained and config.gpt2_path:
+        weights = _gpt2_weights(config, tokenizer)
+    elif pretrained:
+        logger.info("--gpt2_path is empty: the decoder starts from random weights")
+    return {"begin_id": begin, "end_id": end, "pad_token": padding, "gpt2": weights}
+
+
+def _gpt2_weights(config: Config, tokenizer: AnyTokenizer) -> dict[str, Any]:
+    from modules.data.bpe_tokenizer import BpeTokenizer
+    from modules.data.gpt2_files import find_gpt2, read_gpt2
+
+    weights, sizes = read_gpt2(find_gpt2(config.gpt2_path))
+    wrong = {name: value for name, value in sizes.items() if getattr(config, name) != value}
+    if wrong:
+        raise InputError(
+            f"--gpt2_path {config.gpt2_path}: its sizes differ from the flags; give "
+            + " ".join(f"--{name} {value}" for name, value in wrong.items())
+        )
+    rows = len(weights["wte.weight"])
+    if isinstance(tokenizer, BpeTokenizer) and tokenizer.num_ids != rows:
+        raise InputError(
+            f"--gpt2_path {config.gpt2_path}: {rows} token embeddings, but its BPE files have "
+            f"{tokenizer.num_ids} tokens"
+        )
+    if not isinstance(tokenizer, BpeTokenizer):
+        logger.warning("GPT-2 with a word vocabulary: its token embeddings do not fit and start at random")
+        del weights["wte.weight"]
+    return weights
+
+
 def _prototypes(config: Config, tokenizer: AnyTokenizer, pretrained: bool) -> dict[str, Any]:
     """The class of normal studies, and the initial prototypes unless a checkpoint provides them."""
-    classes = _clusters(config)
+    from modules.data.prototype_files import load_prototypes
+    from modules.labels.study_labels import NO_FINDING
+
+    classes = clusters(config)
     if config.num_cluster != len(classes):
         raise InputError(
             f"--num_cluster {config.num_cluster}: the labels have {len(classes)} classes with a cluster "
@@ -224,6 +195,34 @@ RESOURCES: dict[str, Callable[[Config, AnyTokenizer, bool], dict[str, Any]]] = {
 def decoding_options(config: Config) -> DecodingOptions:
     """How reports are decoded."""
     return part_of(config, DecodingOptions)
+
+
+def build_tester(
+    config: Config,
+    tokenizer: AnyTokenizer,
+    objective: Objective,
+    device: torch.device,
+    score: Callable[[Predictions], Mapping] | None,
+    training_studies: Iterable | None = None,
+) -> Tester:
+    """Generates and scores a split's reports; ``score`` maps predictions to metrics, in the main process only.
+
+    ``training_studies`` are the batches whose mean image --guidance needs.
+    """
+    return Tester(
+        objective,
+        tokenizer=tokenizer,
+        decoding=decoding_options(config),
+        device=device,
+        precision=config.precision,
+        clean=lambda report: clean_report(report, tokenizer.cleaner),
+        score=score,
+        progress=Bar,
+        score_tag=score_tag(config),
+        collapse_repeats=config.collapse_repeats,
+        seed=config.seed,
+        training_studies=training_studies,
+    )
 
 
 def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path: str) -> None:

@@ -16,7 +16,8 @@ from modules.inference.prediction import Predictor
 from modules.inference.study_files import StudyFiles
 from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
-from modules.run import build as compose
+from modules.run.build import build_backbone, build_extractor, decoding_options, load_weights, prepare_device
+from modules.run.data import score_tag
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import FORMAT, load_checkpoint
 
@@ -38,17 +39,17 @@ def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
             f"--load {path}: trained with --detection_features, which a new image does not have; train "
             "with a visual extractor to write captions of new images"
         )
-    if compose.score_tag(config):
+    if score_tag(config):
         raise InputError(
             f"--load {path}: generates from the labels of a reference report (--xpronet_labels "
             "reference), which a new image does not have; train with --xpronet_labels predicted"
         )
-    device = compose.prepare_device(config)
+    device = prepare_device(config)
     tokenizer = tokenizer_from_state(content["vocabulary"])
-    extractor = compose.build_extractor(config, device, pretrained=False)
-    backbone = compose.build_backbone(config, extractor, tokenizer, pretrained=False)
+    extractor = build_extractor(config, device, pretrained=False)
+    backbone = build_backbone(config, extractor, tokenizer, pretrained=False)
     objective = Objective(backbone).to(device)
-    compose.load_weights(objective, content["state_dict"], path)
+    load_weights(objective, content["state_dict"], path)
     if config.guidance:
         backbone.mean_patches = _mean_patches(content.get("mean_patches"), backbone, config.guidance, path)
     return Predictor(
@@ -58,7 +59,7 @@ def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
         precision=config.precision,
         transform=eval_transform(size=config.image_size, mean=extractor.mean, std=extractor.std),
         num_views=1 if config.views == "separate" else config.dataset.max_views,
-        decoding=compose.decoding_options(config),
+        decoding=decoding_options(config),
     )
 
 

@@ -15,7 +15,7 @@ from modules.evaluation.report_statistics import save_statistics
 from modules.evaluation.tester import Tester
 from modules.ithn.objective import Objective
 from modules.pages.exports import write_caption_exports, write_exports, write_labelled
-from modules.run import build as compose
+from modules.run.data import Data
 from modules.run.results_page import write_page
 from modules.run.scoring import RULE, Scoring
 from modules.run.tested import MODEL, Tested
@@ -29,7 +29,7 @@ logger = logging.getLogger("ithn")
 
 def test_and_write(
     config: Config,
-    data: compose.Data,
+    data: Data,
     objective: Objective,
     device: torch.device,
     *,
@@ -73,7 +73,7 @@ def test_and_write(
     logger.info("results in %s: report.html, results.json, res.csv, gts.csv, statistics.npz, exports/", folder)
 
 
-def _provenance(config: Config, data: compose.Data, device: torch.device, weights: Path) -> dict[str, Any]:
+def _provenance(config: Config, data: Data, device: torch.device, weights: Path) -> dict[str, Any]:
     """Versions, machine, and digests of everything that the test was made from."""
     return provenance(str(device)) | {
         "annotation_sha256": data.annotation.sha256,

@@ -11,8 +11,7 @@ from modules.data.datasets import ReportDataset
 from modules.evaluation.score_names import untagged
 from modules.pages.html_report import Sample, ScoreRow, write_report
 from modules.pages.html_scores import CAPTIONS, REPORTS
-from modules.run import build as compose
-from modules.run.image_sources import image_folder
+from modules.run.data import Data, image_folder
 from modules.run.scoring import class_tables
 from modules.run.tested import MODEL, Tested
 from modules.run.training_free import COMMONEST
@@ -60,7 +59,7 @@ def _score_rows(tested: Tested) -> list[ScoreRow]:
     return rows
 
 
-def _method(config: Config, data: compose.Data) -> str:
+def _method(config: Config, data: Data) -> str:
     guided = f", decoded with guidance {config.guidance:g}" if config.guidance else ""
     if data.trained_with == "unknown":
         return f"a checkpoint of another program{guided}"

@@ -16,10 +16,10 @@ from modules.config import Config
 from modules.data.bpe_tokenizer import BpeTokenizer, tokenizer_from_state
 from modules.flags import resolve_config
 from modules.ithn.objective import Objective
-from modules.run import build as compose
+from modules.run.data import AnyTokenizer, Data
 from modules.runtime import distributed
 from modules.runtime.errors import InputError
-from modules.training.checkpoint import TESTED, load_checkpoint, require_entries, require_resumable
+from modules.training.checkpoint import FORMAT, TESTED, load_checkpoint, require_entries, require_resumable
 from modules.training.checkpoint_folder import BEST, CheckpointFolder
 from modules.training.optimizers import learning_rate_factor, scale_learning_rates
 from modules.training.trainer import Trainer
@@ -61,7 +61,7 @@ class Source:
         return self.content["config"] | {"save_dir": str(self.path.parent), "resume": "", "load": ""}
 
     @property
-    def tokenizer(self) -> compose.AnyTokenizer | None:
+    def tokenizer(self) -> AnyTokenizer | None:
         """Its byte pairs, whose files may be gone; words are made of the annotation anew, and compared."""
         found = own_tokenizer(self.content, str(self.path))
         return found if isinstance(found, BpeTokenizer) else None
@@ -85,6 +85,48 @@ def find_source(given: Mapping[str, Any], folder: CheckpointFolder) -> Source | 
     content = load_checkpoint(resume)
     require_resumable(content, resume)
     return Source(Path(resume), content)
+
+
+@dataclass
+class Start:
+    """A checkpoint whose weights a new run starts from; ours brings settings and vocabulary too."""
+
+    path: str
+    content: dict[str, Any]
+
+    @property
+    def is_ours(self) -> bool:
+        return self.content.get("format") == FORMAT
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Flags beneath those given; where it is not ours there are none."""
+        return own_settings(self.content, self.path) if self.is_ours else {}
+
+    @property
+    def tokenizer(self) -> AnyTokenizer | None:
+        return own_tokenizer(self.content, self.path) if self.is_ours else None
+
+
+def find_start(given: Mapping[str, Any], folder: CheckpointFolder) -> Start | None:
+    """What --load names; InputError where the new run would be written over it."""
+    path = given.get("load")
+    if not path:
+        return None
+    if "save_dir" not in given or Path(path).resolve().parent == folder.path.resolve():
+        raise InputError(
+            f"--load {path}: the run that starts from it needs a folder of its own; give another --save_dir"
+        )
+    return Start(path, load_checkpoint(path))
+
+
+def require_weights(config: Config, starts_somewhere: bool) -> None:
+    """InputError for a self-critical stage without trained weights."""
+    if config.self_critical and not starts_somewhere:
+        raise InputError(
+            "--self_critical: it goes on from a model that writes reports already; train with cross "
+            "entropy first, then give --load results/RUN/model_best.pth and another --save_dir"
+        )
 
 
 def own_settings(content: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -118,7 +160,7 @@ def require_same_network(given: Mapping[str, Any], saved: Mapping[str, Any], pat
             )
 
 
-def own_tokenizer(content: Mapping[str, Any], path: str) -> compose.AnyTokenizer:
+def own_tokenizer(content: Mapping[str, Any], path: str) -> AnyTokenizer:
     """The vocabulary in a checkpoint of ours."""
     try:
         return tokenizer_from_state(content["vocabulary"])
@@ -144,7 +186,7 @@ def _misfit(path: Path, error: Exception) -> InputError:
     return InputError(f"--resume {path}: it does not fit the flags: {' '.join(str(error).split())[:300]}")
 
 
-def restore(trainer: Trainer, objective: Objective, source: Source, config: Config, data: compose.Data) -> None:
+def restore(trainer: Trainer, objective: Objective, source: Source, config: Config, data: Data) -> None:
     """Put everything back as the checkpoint has it; InputError where it does not fit the flags or the data."""
     path, content = source.path, source.content
     began = resolve_config({}, content["config"])
@@ -185,7 +227,7 @@ def _require_unchanged(config: Config, began: Config, names: tuple[str, ...], pa
             )
 
 
-def _position(config: Config, source: Source, data: compose.Data, shards_sha256: str | None) -> dict[str, Any]:
+def _position(config: Config, source: Source, data: Data, shards_sha256: str | None) -> dict[str, Any]:
     """Where to go on; in an epoch that was begun, behind the samples that were seen.
 
     The batch size and the number of processes may be others now, where the order does not depend on them.

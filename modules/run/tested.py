@@ -10,7 +10,7 @@ from modules.evaluation.bootstrap import LEVEL, RESAMPLES
 from modules.evaluation.diversity import collapse_statistics, collapse_warning
 from modules.evaluation.score_names import FULL, tagged, untagged, with_aliases
 from modules.evaluation.tester import Predictions
-from modules.run import build as compose
+from modules.run.data import Data
 from modules.run.scoring import Scored, class_tables
 
 MODEL = "model"
@@ -24,7 +24,7 @@ class Tested:
     """
 
     config: Config
-    data: compose.Data
+    data: Data
     found: Predictions
     reports: Mapping[str, Sequence[str]]  # by system
     scored: Scored

@@ -9,11 +9,11 @@ from typing import Any
 from modules.config import TRAIN_ONLY
 from modules.data.bpe_tokenizer import tokenizer_from_state
 from modules.flags import idle_in_tests, resolve_config
-from modules.run import build as compose
+from modules.run.build import build_objective, build_tester, load_weights, prepare_device, with_precision
+from modules.run.data import build_dataset, build_split_loader, cache_features, read_data, training_studies
 from modules.run.results import test_and_write
 from modules.run.resuming import own_settings, require_same_network
 from modules.run.scoring import Scoring
-from modules.run.training import build_tester
 from modules.runtime.distributed import is_main_process
 from modules.runtime.records import private_folder
 from modules.runtime.run_log import start_log
@@ -44,24 +44,24 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     log = start_log(folder / "test.log")
     for line in filter(None, notes):
         log.info("%s", line)
-    device = compose.prepare_device(config)
-    config = compose.with_precision(config, device)
+    device = prepare_device(config)
+    config = with_precision(config, device)
     tokenizer = tokenizer_from_state(content["vocabulary"]) if ours else None
-    data = compose.read_data(config, tokenizer=tokenizer, trained_with=content.get("strategy", "unknown"))
-    objective = compose.build_objective(config, data, device, pretrained=False)
-    compose.load_weights(objective, content["state_dict"], path)
-    compose.cache_features(config, data, objective.backbone.visual_extractor, device)
-    dataset = compose.build_dataset(config, data, "test", augment=False, extractor=objective.backbone.visual_extractor)
+    data = read_data(config, tokenizer=tokenizer, trained_with=content.get("strategy", "unknown"))
+    objective = build_objective(config, data, device, pretrained=False)
+    load_weights(objective, content["state_dict"], path)
+    cache_features(config, data, objective.backbone.visual_extractor, device)
+    dataset = build_dataset(config, data, "test", augment=False, extractor=objective.backbone.visual_extractor)
     if config.on_bad_image == "stop" and is_main_process():
         dataset.check_files(dataset.read_image)
-    loader = compose.build_split_loader(config, dataset, device, shuffle=False)
+    loader = build_split_loader(config, dataset, device, shuffle=False)
     history = _history(content, Path(path).parent) if ours else []
     with (
         contextlib.closing(loader),
-        compose.training_studies(config, data, objective.backbone.visual_extractor, device) as guide,
+        training_studies(config, data, objective.backbone.visual_extractor, device) as guide,
         Scoring(config, device, (dataset,)) if is_main_process() else contextlib.nullcontext() as scoring,
     ):
-        tester = build_tester(config, data.tokenizer, objective, device, scoring, guide)
+        tester = build_tester(config, data.tokenizer, objective, device, scoring and scoring.validation, guide)
         test_and_write(
             config,
             data,

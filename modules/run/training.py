@@ -3,13 +3,15 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from modules.config import Config
-from modules.data.tokenizers import Tokenizer, clean_report
 from modules.evaluation.metric_table import smaller_is_better
 from modules.evaluation.score_names import tagged
 from modules.evaluation.tester import Tester
@@ -17,17 +19,44 @@ from modules.flags import resolve_config, stage_settings
 from modules.ithn.objective import Objective
 from modules.ithn.synthesis import NEEDING_NEGATIVES
 from modules.ithn.weights import published_state
-from modules.run import build as compose
-from modules.run import initial_weights as starting
-from modules.run import resuming
-from modules.run.epoch_files import epoch_writer
-from modules.run.hard_negatives import asks_for_ithn, idle_line
+from modules.pages.plots import training_curves
+from modules.run.build import (
+    build_objective,
+    build_tester,
+    load_weights,
+    objective_kind,
+    prepare_device,
+    with_precision,
+)
+from modules.run.data import (
+    Data,
+    asks_for_ithn,
+    build_dataset,
+    build_split_loader,
+    cache_features,
+    idle_line,
+    read_data,
+    score_tag,
+    training_studies,
+)
 from modules.run.results import test_and_write
+from modules.run.resuming import (
+    Source,
+    Start,
+    bring_best,
+    find_source,
+    find_start,
+    require_same_network,
+    require_weights,
+    restore,
+    restore_extractor,
+    save_dir,
+)
 from modules.run.scoring import Scoring
 from modules.runtime import distributed
 from modules.runtime.distributed import is_main_process
 from modules.runtime.environment import provenance
-from modules.runtime.records import private_folder
+from modules.runtime.records import private_folder, write_private, write_results
 from modules.runtime.run_log import Bar, start_log
 from modules.runtime.shortages import explain_out_of_memory
 from modules.runtime.stopping import GracefulShutdown, Stopped
@@ -39,40 +68,56 @@ from modules.training.trainer import Trainer
 logger = logging.getLogger("ithn")
 NEED_LESS_MEMORY = (
     "lower --batch_size (--grad_accumulation keeps the size of a step), --image_size or --num_workers, "
-    "or use --precision bfloat16 or float16; what was saved is intact, so --resume auto goes on from "
-    "it"
+    "or use --precision bfloat16 or float16; what was saved is intact, continue from it with --resume auto"
 )
 
 
+@dataclass
+class Parts:
+    """What a training is composed of, before its trainer."""
+
+    config: Config
+    device: torch.device
+    data: Data
+    objective: Objective
+    loaders: dict[str, Any]  # by split
+    tester: Tester
+    scoring: Scoring | None  # in the main process
+
+
 def run_training(given: Mapping[str, Any], ignored: Sequence[str], shutdown: GracefulShutdown | None = None) -> None:
-    """Train as the flags ``given`` say, or go on from --resume with its settings beneath them; then test.
+    """Train as the flags ``given`` say, continuing from --resume with its settings beneath them; then test.
 
     Where ``shutdown`` raises Stopped, everything reached so far is saved first.
     """
     shutdown = shutdown or GracefulShutdown()
-    folder = CheckpointFolder(private_folder(resuming.save_dir(given)))
+    folder = CheckpointFolder(private_folder(save_dir(given)))
     with folder.locked() if is_main_process() else contextlib.nullcontext():
-        source = resuming.find_source(given, folder)
-        start = None if source else starting.find_start(given, folder)
-        config = resolve_config(
-            given, source.settings if source else stage_settings(given, start.settings if start else {})
-        )
-        if start is not None:
-            resuming.require_same_network(given, start.settings, start.path)
-        starting.require_weights(config, source is not None or start is not None)
-        private_folder(config.record_dir)  # rather now than after hours of work
+        source = find_source(given, folder)
+        start = None if source else find_start(given, folder)
+        config = _settings(given, source, start)
+        private_folder(config.record_dir)  # fail now, not after hours of training
         _begin(given, ignored, folder, source)
         try:
-            with explain_out_of_memory(NEED_LESS_MEMORY):
-                _train_and_test(config, source, start, folder, shutdown, frozenset(given))
+            with explain_out_of_memory(NEED_LESS_MEMORY), contextlib.ExitStack() as opened:
+                parts = _compose(config, source, start, folder.path, frozenset(given), opened)
+                _train_and_test(parts, source, folder, shutdown)
         except Stopped as stopped:
             logger.info("ended by %s; go on with --resume auto --save_dir %s", stopped.name, folder.path)
             raise
 
 
-def _begin(
-    given: Mapping[str, Any], ignored: Sequence[str], folder: CheckpointFolder, source: resuming.Source | None
-) -> None:
+def _settings(given: Mapping[str, Any], source: Source | None, start: Start | None) -> Config:
+    """The flags ``given`` over the settings of the checkpoint that the run starts from, if any."""
+    saved = source.settings if source else stage_settings(given, start.settings if start else {})
+    config = resolve_config(given, saved)
+    if start is not None:
+        require_same_network(given, start.settings, start.path)
+    require_weights(config, source is not None or start is not None)
+    return config
+
+
+def _begin(given: Mapping[str, Any], ignored: Sequence[str], folder: CheckpointFolder, source: Source | None) -> None:
     """Make room in the folder, and say what begins."""
     goes_on = source is not None and source.path.parent.resolve() == folder.path.resolve()
     aside = folder.move_aside() if is_main_process() and not goes_on else None
@@ -95,35 +140,88 @@ def _begin(
         )
 
 
-def _train_and_test(
+def _compose(
     config: Config,
-    source: resuming.Source | None,
-    start: starting.Start | None,
-    folder: CheckpointFolder,
-    shutdown: GracefulShutdown,
+    source: Source | None,
+    start: Start | None,
+    folder: Path,
     given: frozenset[str],
-) -> None:
-    """``given`` are the names of the flags that were given."""
-    device = compose.prepare_device(config)
-    config = compose.with_precision(config, device)
-    brought = source or start
-    # A run that goes on keeps what it began as, whatever its command line repeats.
-    data = compose.read_data(
-        config, tokenizer=brought and brought.tokenizer, asked_for_ithn=source is None and asks_for_ithn(given)
-    )
+    opened: contextlib.ExitStack,
+) -> Parts:
+    """Data, weights, loaders and tester; what must be closed is left to ``opened``.
+
+    ``given`` are the names of the flags that were given.
+    """
+    device = prepare_device(config)
+    config = with_precision(config, device)
+    loaded = source or start
+    # A resumed run keeps the strategy that it began with, whatever its command line repeats.
+    asked = source is None and asks_for_ithn(given)
+    data = read_data(config, tokenizer=loaded and loaded.tokenizer, asked_for_ithn=asked)
     if data.strategy == "off" and (line := idle_line(given)):
         logger.warning("%s", line)
-    objective = compose.build_objective(
-        config, data, device, pretrained=brought is None, kind=starting.objective_kind(config)
-    )
+    objective = build_objective(config, data, device, pretrained=loaded is None, kind=objective_kind(config))
     if start is not None:
-        compose.load_weights(objective, start.content["state_dict"], start.path)
+        load_weights(objective, start.content["state_dict"], start.path)
     if source is not None:
-        resuming.restore_extractor(objective, source)
-    compose.cache_features(config, data, objective.backbone.visual_extractor, device)
+        restore_extractor(objective, source)
+    cache_features(config, data, objective.backbone.visual_extractor, device)
     datasets = _datasets(config, data, objective)
-    with distributed.main_process_first():
-        starting.equip(config, data, objective, datasets["train"], folder.path)
+    if config.self_critical:
+        from modules.run.self_critical import equip
+
+        with distributed.main_process_first():
+            equip(config, data, objective, datasets["train"], folder)
+    _log_composition(config, device, data, datasets)
+    loaders = {}
+    for split, dataset in datasets.items():
+        loaders[split] = build_split_loader(config, dataset, device, shuffle=split == "train")
+        opened.callback(loaders[split].close)
+    scoring = None
+    if is_main_process():
+        scoring = opened.enter_context(Scoring(config, device, (datasets["val"], datasets["test"])))
+    guide = opened.enter_context(training_studies(config, data, objective.backbone.visual_extractor, device))
+    tester = build_tester(config, data.tokenizer, objective, device, scoring and scoring.validation, guide)
+    return Parts(config, device, data, objective, loaders, tester, scoring)
+
+
+def _train_and_test(parts: Parts, source: Source | None, folder: CheckpointFolder, shutdown: GracefulShutdown) -> None:
+    """Train, from where ``source`` stopped if given, then test the best model and write the results."""
+    trainer = _trainer(parts, folder, shutdown)
+    if source is not None:
+        restore(trainer, parts.objective, source, parts.config, parts.data)
+        bring_best(trainer, source, folder)
+        position = trainer.position
+        before = ", before its validation" if position.trained else ""
+        logger.info("resumed in epoch %d after %d of its batches%s", position.epoch, position.batches, before)
+    trainer.train()
+    if not trainer.best.epoch:
+        logger.warning(
+            "no epoch had a validation %s to choose a best model by: the test split was left alone",
+            parts.config.monitor_metric,
+        )
+        return
+    best = folder.path / BEST
+    if is_main_process():
+        load_weights(parts.objective, load_checkpoint(best)["state_dict"], str(best))
+    distributed.broadcast_weights(parts.objective)
+    test_and_write(
+        parts.config,
+        parts.data,
+        parts.objective,
+        parts.device,
+        tester=parts.tester,
+        loader=parts.loaders["test"],
+        scoring=parts.scoring,
+        folder=folder.path,
+        weights=best,
+        history=trainer.history,
+        best_epoch=trainer.best.epoch,
+    )
+
+
+def _log_composition(config: Config, device: torch.device, data: Data, datasets: Mapping[str, Any]) -> None:
+    """Log what is trained on what; what a step of all processes is, and what that does to the learning rates."""
     logger.info(
         "%s on %s: %d training, %d validation and %d test samples, vocabulary %d, %s",
         config.model_name,
@@ -132,61 +230,6 @@ def _train_and_test(
         data.tokenizer.vocab_size,
         "no ITHN" if data.strategy == "off" else f"ITHN ({config.ithn_variant}), strategy {data.strategy}",
     )
-    _log_batches(config)
-    loaders = {
-        split: compose.build_split_loader(config, dataset, device, shuffle=split == "train")
-        for split, dataset in datasets.items()
-    }
-    with contextlib.ExitStack() as opened:
-        for loader in loaders.values():
-            opened.callback(loader.close)
-        scoring = (
-            opened.enter_context(Scoring(config, device, (datasets["val"], datasets["test"])))
-            if is_main_process()
-            else None
-        )
-        guide = opened.enter_context(
-            compose.training_studies(config, data, objective.backbone.visual_extractor, device)
-        )
-        tester = build_tester(config, data.tokenizer, objective, device, scoring, guide)
-        trainer = _trainer(config, data, objective, device, loaders, tester, folder, shutdown)
-        if source is not None:
-            resuming.restore(trainer, objective, source, config, data)
-            resuming.bring_best(trainer, source, folder)
-            logger.info(
-                "resumed in epoch %d after %d of its batches%s",
-                trainer.position.epoch,
-                trainer.position.batches,
-                ", before its validation" if trainer.position.trained else "",
-            )
-        trainer.train()
-        if not trainer.best.epoch:
-            logger.warning(
-                "no epoch had a validation %s to choose a best model by: the test split was left alone",
-                config.monitor_metric,
-            )
-            return
-        best = folder.path / BEST
-        if is_main_process():
-            compose.load_weights(objective, load_checkpoint(best)["state_dict"], str(best))
-        distributed.broadcast_weights(objective)
-        test_and_write(
-            config,
-            data,
-            objective,
-            device,
-            tester=tester,
-            loader=loaders["test"],
-            scoring=scoring,
-            folder=folder.path,
-            weights=best,
-            history=trainer.history,
-            best_epoch=trainer.best.epoch,
-        )
-
-
-def _log_batches(config: Config) -> None:
-    """Say what a step of all processes is, and what that does to the learning rates."""
     count, accumulated = distributed.world_size(), config.grad_accumulation
     parts = [
         f"{config.batch_size} samples",
@@ -206,11 +249,11 @@ def _log_batches(config: Config) -> None:
     )
 
 
-def _datasets(config: Config, data: compose.Data, objective: Objective) -> dict[str, Any]:
+def _datasets(config: Config, data: Data, objective: Objective) -> dict[str, Any]:
     extractor = objective.backbone.visual_extractor
     negatives = data.strategy in NEEDING_NEGATIVES
     datasets = {
-        split: compose.build_dataset(
+        split: build_dataset(
             config, data, split, augment=split == "train", extractor=extractor, negatives=negatives and split == "train"
         )
         for split in ("train", "val", "test")
@@ -221,41 +264,8 @@ def _datasets(config: Config, data: compose.Data, objective: Objective) -> dict[
     return datasets
 
 
-def build_tester(
-    config: Config,
-    tokenizer: Tokenizer,
-    objective: Objective,
-    device: torch.device,
-    scoring: Scoring | None,
-    training_studies: Iterable | None = None,
-) -> Tester:
-    """``scoring`` is None in all processes but the first."""
-    return Tester(
-        objective,
-        tokenizer=tokenizer,
-        decoding=compose.decoding_options(config),
-        device=device,
-        precision=config.precision,
-        clean=lambda report: clean_report(report, tokenizer.cleaner),
-        score=None if scoring is None else scoring.validation,
-        progress=Bar,
-        score_tag=compose.score_tag(config),
-        collapse_repeats=config.collapse_repeats,
-        seed=config.seed,
-        training_studies=training_studies,
-    )
-
-
-def _trainer(
-    config: Config,
-    data: compose.Data,
-    objective: Objective,
-    device: torch.device,
-    loaders: Mapping[str, Any],
-    tester: Tester,
-    folder: CheckpointFolder,
-    shutdown: GracefulShutdown,
-) -> Trainer:
+def _trainer(parts: Parts, folder: CheckpointFolder, shutdown: GracefulShutdown) -> Trainer:
+    config, objective = parts.config, parts.objective
     factor = learning_rate_factor(config.scale_lr, distributed.world_size())
     optimizer = build_optimizer(
         objective,
@@ -274,7 +284,7 @@ def _trainer(
         gamma=config.gamma,
         plateau_patience=config.plateau_patience,
         epochs=config.epochs,
-        plateau_metrics=tuple(tagged(name, compose.score_tag(config)) for name in ("BLEU_3", "BLEU_4")),
+        plateau_metrics=tuple(tagged(name, score_tag(config)) for name in ("BLEU_3", "BLEU_4")),
     )
     if config.compile:
         objective.compile()
@@ -282,19 +292,19 @@ def _trainer(
         objective,
         optimizer=optimizer,
         scheduler=scheduler,
-        loader=loaders["train"],
-        validate=lambda epoch: tester.evaluate(loaders["val"], f"validation {epoch}")[0],
-        save=_saver(config, data, device, folder) if is_main_process() else lambda trainer, improved: None,
-        on_epoch=epoch_writer(folder.path, tensorboard=config.tensorboard)
+        loader=parts.loaders["train"],
+        validate=lambda epoch: parts.tester.evaluate(parts.loaders["val"], f"validation {epoch}")[0],
+        save=_saver(parts, folder) if is_main_process() else lambda trainer, improved: None,
+        on_epoch=_epoch_writer(folder.path, tensorboard=config.tensorboard)
         if is_main_process()
         else lambda history: None,
         progress=Bar,
         shutdown=shutdown,
-        device=device,
+        device=parts.device,
         precision=config.precision,
         epochs=config.epochs,
         early_stop=config.early_stop,
-        monitor_metric=tagged(config.monitor_metric, compose.score_tag(config)),
+        monitor_metric=tagged(config.monitor_metric, score_tag(config)),
         monitor_mode="min" if smaller_is_better(config.monitor_metric) else config.monitor_mode,
         save_period=config.save_period,
         checkpoint_steps=config.checkpoint_steps,
@@ -307,11 +317,10 @@ def _trainer(
     )
 
 
-def _saver(
-    config: Config, data: compose.Data, device: torch.device, folder: CheckpointFolder
-) -> Callable[[Trainer, bool], None]:
+def _saver(parts: Parts, folder: CheckpointFolder) -> Callable[[Trainer, bool], None]:
     """Writes everything that a resume or a test needs; ``model_best.pth`` is the checkpoint of the best epoch."""
-    made_by = provenance(str(device))
+    config, data = parts.config, parts.data
+    made_by = provenance(str(parts.device))
 
     def save(trainer: Trainer, improved: bool) -> None:
         position = trainer.position
@@ -341,3 +350,31 @@ def _saver(
             folder.keep_epoch(position.epoch)
 
     return save
+
+
+def _epoch_writer(folder: Path, *, tensorboard: bool) -> Callable[[list[dict]], None]:
+    """A function of the history that brings the files in ``folder`` up to date; ``tensorboard`` adds its own."""
+    writer = _tensorboard(folder) if tensorboard else None
+
+    def write(history: list[dict]) -> None:
+        write_results(folder / "history.json", history)
+        write_private(folder / "curves.png", training_curves(history))
+        if writer is not None:
+            row = history[-1]
+            for name, value in row.items():
+                if value is not None:
+                    writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+            writer.flush()
+
+    return write
+
+
+def _tensorboard(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # Its thread would print a traceback for a full disk; flush raises the same error here.
+    print_it, threading.excepthook = (
+        threading.excepthook,
+        lambda found: None if isinstance(found.exc_value, OSError) else print_it(found),
+    )
+    return SummaryWriter(str(private_folder(folder / "tensorboard")))

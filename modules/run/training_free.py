@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from modules.config import Config
-from modules.data.captions import first_of_each_image
 from modules.data.tokenizers import Tokenizer
 from modules.evaluation.baselines import commonest_report_baseline, nearest_image_baseline
 from modules.evaluation.tester import Predictions, autocast
 from modules.ithn.objective import Objective
-from modules.run import build as compose
+from modules.run.data import Data, build_dataset, build_split_loader, one_per_image
 from modules.runtime import distributed
 from modules.runtime.run_log import Bar
 
@@ -19,7 +18,7 @@ COMMONEST, NEAREST = "commonest training report", "nearest training image"
 
 
 def training_free_reports(
-    config: Config, data: compose.Data, objective: Objective, device: torch.device, found: Predictions | None
+    config: Config, data: Data, objective: Objective, device: torch.device, found: Predictions | None
 ) -> dict[str, list[str]]:
     """The baselines' reports by name: the commonest training report, and that of the most similar training image.
 
@@ -29,16 +28,11 @@ def training_free_reports(
     if not config.floors:
         return {}
     extractor, studies = objective.backbone.visual_extractor, data.annotation.splits["train"]
-    dataset = compose.build_dataset(
-        config,
-        data,
-        "train",
-        augment=False,
-        extractor=extractor,
-        studies=first_of_each_image(studies) if config.captioning else studies,
+    dataset = build_dataset(
+        config, data, "train", augment=False, extractor=extractor, studies=one_per_image(config, studies)
     )
     gathered = _pooled_features(
-        objective, compose.build_split_loader(config, dataset, device, shuffle=False), device, config.precision
+        objective, build_split_loader(config, dataset, device, shuffle=False), device, config.precision
     )
     if gathered is None or found is None:  # not the main process, which scores
         return {}

@@ -16,7 +16,8 @@ from modules.ithn.losses import normalise
 from modules.ithn.synthesis import SYNTHESISED
 from modules.labels.labeler import label_reports
 from modules.mining.index import HardNegativeIndex
-from modules.run import build as compose
+from modules.run.build import build_objective, load_weights, prepare_device
+from modules.run.data import build_dataset, build_split_loader, cache_features, read_data
 from modules.run.resuming import own_settings
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
@@ -66,17 +67,17 @@ class Inspection:
         self.clamp_segment = config.clamp_segment
         # Strategies have the same two projections: which of them the run was trained with makes no difference here.
         config = replace(config, ithn="on", strategy="prior", clamp_segment=False)
-        self.device = compose.prepare_device(config)
-        data = compose.read_data(config, tokenizer=tokenizer_from_state(content["vocabulary"]))
-        self.objective = compose.build_objective(config, data, self.device, pretrained=False).eval()
+        self.device = prepare_device(config)
+        data = read_data(config, tokenizer=tokenizer_from_state(content["vocabulary"]))
+        self.objective = build_objective(config, data, self.device, pretrained=False).eval()
         extractor = self.objective.backbone.visual_extractor
-        compose.load_weights(self.objective, content["state_dict"], self.paths[0])
-        compose.cache_features(config, data, extractor, self.device)
+        load_weights(self.objective, content["state_dict"], self.paths[0])
+        cache_features(config, data, extractor, self.device)
         rows, neighbours = choose_records(data.index, samples, config.seed)
         studies = [data.annotation.splits["train"][row] for row in rows]
-        self.dataset = compose.build_dataset(config, data, "train", augment=False, extractor=extractor, studies=studies)
+        self.dataset = build_dataset(config, data, "train", augment=False, extractor=extractor, studies=studies)
         self.dataset.check_files(self.dataset.read_image)
-        self.loader = compose.build_split_loader(config, self.dataset, self.device, shuffle=False)
+        self.loader = build_split_loader(config, self.dataset, self.device, shuffle=False)
         self.anchor, self.negative = sample_pairs(self.dataset, neighbours)
         self.labels = self._labels() if config.dataset.clinical else None
         synthetic = " (synthetic data)" if data.annotation.synthetic else ""
@@ -104,7 +105,7 @@ class Inspection:
     def look(self, path: str, grid: Sequence[float]) -> dict:
         """All numbers of the checkpoint ``path``, at its own hardness and at those of ``grid``."""
         content = load_checkpoint(path)
-        compose.load_weights(self.objective, content["state_dict"], path)
+        load_weights(self.objective, content["state_dict"], path)
         epoch = content["epoch"]
         hardness = self.objective.hardness(epoch)
         with contextlib.closing(self.loader):

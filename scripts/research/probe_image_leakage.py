@@ -78,7 +78,8 @@ def rows(path: str, given: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table's rows of one checkpoint, for train and test."""
     from modules.data.bpe_tokenizer import tokenizer_from_state
     from modules.flags import resolve_config
-    from modules.run import build as compose
+    from modules.run.build import build_objective, load_weights, prepare_device
+    from modules.run.data import build_dataset, build_split_loader, cache_features, read_data
     from modules.run.resuming import own_settings
     from modules.runtime.run_log import Bar
     from modules.training.checkpoint import load_checkpoint
@@ -94,16 +95,16 @@ def rows(path: str, given: dict[str, Any]) -> list[tuple[str, ...]]:
         raise InputError(f"--load {path}: trained without ITHN, so that it has no joint embedding")
     # Strategies have the same projections: which of them a run was trained with makes no difference here.
     config = dataclasses.replace(resolve_config(given, settings), ithn="on", strategy="contrastive")
-    device = compose.prepare_device(config)
-    data = compose.read_data(config, tokenizer=tokenizer_from_state(content["vocabulary"]))
-    objective = compose.build_objective(config, data, device, pretrained=False).eval()
+    device = prepare_device(config)
+    data = read_data(config, tokenizer=tokenizer_from_state(content["vocabulary"]))
+    objective = build_objective(config, data, device, pretrained=False).eval()
     extractor = objective.backbone.visual_extractor
-    compose.load_weights(objective, content["state_dict"], path)
-    compose.cache_features(config, data, extractor, device)
+    load_weights(objective, content["state_dict"], path)
+    cache_features(config, data, extractor, device)
     found = []
     for split in ("train", "test"):
-        dataset = compose.build_dataset(config, data, split, augment=False, extractor=extractor)
-        loader = compose.build_split_loader(config, dataset, device, shuffle=False)
+        dataset = build_dataset(config, data, split, augment=False, extractor=extractor)
+        loader = build_split_loader(config, dataset, device, shuffle=False)
         values = measure(objective, Bar(loader, f"{split} reports under other images"), device)
         found.append(
             (path, split, *(f"{values[name]:.3f}" for name in ("retrieval", "read_under", "cos_under", "cos_own")))

@@ -56,16 +56,17 @@ def pooled_features(config: Config, data, device) -> dict:
     import numpy as np
     import torch
 
-    from modules.run import build as compose
+    from modules.run.build import build_extractor
+    from modules.run.data import build_dataset, build_split_loader, cache_features
     from modules.runtime.run_log import Bar
 
-    extractor = compose.build_extractor(config, device, pretrained=True).to(device).eval()
-    compose.cache_features(config, data, extractor, device)
+    extractor = build_extractor(config, device, pretrained=True).to(device).eval()
+    cache_features(config, data, extractor, device)
     features = {}
     with torch.inference_mode():
         for split in NEEDED:
-            dataset = compose.build_dataset(config, data, split, augment=False, extractor=extractor)
-            loader = compose.build_split_loader(config, dataset, device, shuffle=False)
+            dataset = build_dataset(config, data, split, augment=False, extractor=extractor)
+            loader = build_split_loader(config, dataset, device, shuffle=False)
             rows = []
             for batch in Bar(loader, f"features of {split}"):
                 pair = batch.to(device).positive
@@ -120,13 +121,14 @@ def main() -> None:
     config = Config(**{name: getattr(arguments, name) for name in SHARED}, ithn="off", freeze_visual_extractor=True)
 
     from modules.labels.study_labels import read_labels
-    from modules.run import build as compose
+    from modules.run.build import prepare_device
+    from modules.run.data import read_data
     from modules.runtime.environment import provenance
     from modules.runtime.records import write_results
     from modules.runtime.run_log import Bar
 
-    device = compose.prepare_device(config)
-    data = compose.read_data(config)
+    device = prepare_device(config)
+    data = read_data(config)
     given = read_labels(arguments.label_path, columns=arguments.label_columns)
     labels = {split: given.of(data.annotation.splits[split]) > 0 for split in NEEDED}
     features = pooled_features(config, data, device)

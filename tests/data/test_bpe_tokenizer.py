@@ -14,7 +14,8 @@ from modules.data.detection_features import DetectionExtractor
 from modules.data.gpt2_files import find_gpt2, read_gpt2
 from modules.data.tokenizers import Tokenizer, clean_report
 from modules.flags import parse_flags, preset
-from modules.run.language_model import build_tokenizer, gpt2_options
+from modules.run.build import gpt2_options
+from modules.run.data import build_tokenizer
 from modules.run.testing import run_testing
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint

@@ -15,7 +15,7 @@ from models.base import VisualFeatures
 from modules.decoding.guidance import Guided
 from modules.decoding.options import DecodingOptions
 from modules.evaluation import tester
-from modules.run import build as compose
+from modules.run.data import training_studies
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint, write_checkpoint
 from scripts import export, predict
@@ -204,12 +204,12 @@ def test_the_mean_image_is_of_studies_spread_over_the_training_split(demo, demo_
     config, data, objective, _ = build(demo, demo_index, "--ithn", "off", "--guidance", "1")
     extractor, device = objective.backbone.visual_extractor, torch.device("cpu")
     ids = [study.id for study in data.annotation.splits["train"]]
-    with compose.training_studies(config, data, extractor, device) as batches:
+    with training_studies(config, data, extractor, device) as batches:
         assert [name for batch in batches for name in batch.ids] == ids
     monkeypatch.setattr("modules.run.data.MEAN_STUDIES", 3)
-    with compose.training_studies(config, data, extractor, device) as batches:
+    with training_studies(config, data, extractor, device) as batches:
         assert [name for batch in batches for name in batch.ids] == [ids[turn * len(ids) // 3] for turn in range(3)]
-    with compose.training_studies(dataclasses.replace(config, guidance=0.0), data, extractor, device) as batches:
+    with training_studies(dataclasses.replace(config, guidance=0.0), data, extractor, device) as batches:
         assert batches is None
 
 
@@ -318,7 +318,7 @@ def test_unreadable_images_of_the_mean_are_replaced_whatever_their_share(demo, d
     )
     for study in data.annotation.splits["train"][:2]:
         (tmp_path / "images" / study.image_paths[0]).write_bytes(b"no image")
-    with compose.training_studies(config, data, objective.backbone.visual_extractor, torch.device("cpu")) as batches:
+    with training_studies(config, data, objective.backbone.visual_extractor, torch.device("cpu")) as batches:
         found = list(batches)
     assert sum(batch.replaced for batch in found) == 2 and sum(len(batch.ids) for batch in found) == 14
 
@@ -339,6 +339,6 @@ def test_of_shards_the_first_studies_make_the_mean(demo, demo_index, tmp_path, m
     config, data, objective, _ = build(demo, demo_index, "--ithn", "off", "--guidance", "1", "--batch_size", "4")
     config = dataclasses.replace(config, shards=str(tmp_path / "shards"), negative_index="")
     monkeypatch.setattr("modules.run.data.MEAN_STUDIES", 7)
-    with compose.training_studies(config, data, objective.backbone.visual_extractor, torch.device("cpu")) as batches:
+    with training_studies(config, data, objective.backbone.visual_extractor, torch.device("cpu")) as batches:
         assert len(batches) == 2
         assert [len(batch.ids) for batch in batches] == [len(batch.ids) for batch in batches] == [4, 4]

@@ -83,14 +83,14 @@ def test_log_probabilities_are_the_searches_own(demo, demo_labels, demo_index, n
     config, data, objective, loader = build(
         demo, demo_index, "--model_name", name, "--ithn", "off", "--beam_size", "3", *OWN_FLAGS[name]
     )
-    from modules.run import build as compose
+    from modules.run.build import decoding_options
 
     predictor = Predictor(
         objective.backbone,
         tokenizer=data.tokenizer,
         transform=loader.dataset.transform,
         num_views=2,
-        decoding=compose.decoding_options(config),
+        decoding=decoding_options(config),
         device=torch.device("cpu"),
         precision="float32",
     )

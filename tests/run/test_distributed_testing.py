@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from modules.flags import parse_flags, resolve_config
-from modules.run import build as compose
+from modules.run.build import build_objective, prepare_device
+from modules.run.data import build_dataset, build_split_loader, read_data, training_studies
 from modules.run.training import build_tester
 from modules.runtime import distributed
 from tests.conftest import TINY
@@ -48,13 +49,13 @@ def evaluated(demo, method: str, views: str, guidance: float) -> dict:
         "",
     )
     config = resolve_config(given)
-    device = compose.prepare_device(config)
-    data = compose.read_data(config)
-    objective = compose.build_objective(config, data, device, pretrained=False)
-    dataset = compose.build_dataset(config, data, "train", augment=False, extractor=objective.backbone.visual_extractor)
-    loader = compose.build_split_loader(config, dataset, device, shuffle=False)
+    device = prepare_device(config)
+    data = read_data(config)
+    objective = build_objective(config, data, device, pretrained=False)
+    dataset = build_dataset(config, data, "train", augment=False, extractor=objective.backbone.visual_extractor)
+    loader = build_split_loader(config, dataset, device, shuffle=False)
     torch.rand(distributed.rank())  # what is drawn before must not matter
-    with compose.training_studies(config, data, objective.backbone.visual_extractor, device) as guide:
+    with training_studies(config, data, objective.backbone.visual_extractor, device) as guide:
         tester = build_tester(
             config, data.tokenizer, objective, device, Scores() if distributed.is_main_process() else None, guide
         )

@@ -10,7 +10,8 @@ from models import MODELS
 from modules.flags import parse_flags, resolve_config
 from modules.ithn.objective import Objective
 from modules.ithn.weights import published_state
-from modules.run import build as compose
+from modules.run.build import build_objective, decoding_options, load_weights, prepare_device
+from modules.run.data import build_dataset, build_split_loader, read_data
 from modules.training.checkpoint import load_checkpoint
 from modules.training.optimizers import build_optimizer
 from tests.conftest import TINY
@@ -58,10 +59,10 @@ def build(demo: Path, index: Path, *flags: str):
         "",
     )
     config = resolve_config(given)
-    device = compose.prepare_device(config)
-    data = compose.read_data(config)
-    objective = compose.build_objective(config, data, device, pretrained=True)
-    dataset = compose.build_dataset(
+    device = prepare_device(config)
+    data = read_data(config)
+    objective = build_objective(config, data, device, pretrained=True)
+    dataset = build_dataset(
         config,
         data,
         "train",
@@ -69,14 +70,14 @@ def build(demo: Path, index: Path, *flags: str):
         negatives=data.index is not None,
         extractor=objective.backbone.visual_extractor,
     )
-    loader = compose.build_split_loader(config, dataset, device, shuffle=True)
+    loader = build_split_loader(config, dataset, device, shuffle=True)
     return config, data, objective, loader
 
 
 def generate(objective: Objective, config, batch) -> torch.Tensor:
     objective.eval()
     pair = batch.positive
-    return objective.backbone.generate(pair.images, view_mask=pair.view_mask, decoding=compose.decoding_options(config))
+    return objective.backbone.generate(pair.images, view_mask=pair.view_mask, decoding=decoding_options(config))
 
 
 @pytest.mark.parametrize("views", ["paired", "separate"])
@@ -119,8 +120,8 @@ def test_every_backbone_with_every_strategy(demo, demo_index, tmp_path, backbone
 
     torch.save({"state_dict": published_state(objective)}, tmp_path / "saved.pth")
     torch.manual_seed(1)
-    fresh = compose.build_objective(config, data, torch.device("cpu"), pretrained=True)
-    compose.load_weights(fresh, load_checkpoint(tmp_path / "saved.pth")["state_dict"], "saved.pth")
+    fresh = build_objective(config, data, torch.device("cpu"), pretrained=True)
+    load_weights(fresh, load_checkpoint(tmp_path / "saved.pth")["state_dict"], "saved.pth")
     assert torch.equal(generate(fresh, config, batch), reports)
 
 

@@ -59,7 +59,7 @@ class StopAt(GracefulShutdown):
 
 def without_test(monkeypatch):
     monkeypatch.setattr("modules.run.training.test_and_write", lambda *_, **__: None)
-    monkeypatch.setattr("modules.run.epoch_files.training_curves", lambda history: b"")  # the slowest part
+    monkeypatch.setattr("modules.run.training.training_curves", lambda history: b"")  # the slowest part
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_a_second_sigint_leaves_at_once_even_where_the_first_must_wait():
 @pytest.fixture
 def training(demo, tmp_path, monkeypatch):
     """``training(*flags)`` is main_train.py's exit code; the folder is ``training.folder``."""
-    monkeypatch.setattr("modules.run.epoch_files.training_curves", lambda history: b"")
+    monkeypatch.setattr("modules.run.training.training_curves", lambda history: b"")
 
     def run(*flags):
         argv = [

@@ -12,8 +12,9 @@ from models import MODELS
 from models.base import Backbone, Output, VisualFeatures
 from modules.data.batches import Batch, Pair
 from modules.flags import parse_flags, resolve_config
-from modules.run import build as compose
-from modules.run import initial_weights as starting
+from modules.run.build import build_objective, objective_kind, prepare_device
+from modules.run.data import build_dataset, build_split_loader, read_data
+from modules.run.self_critical import FREQUENCIES, equip
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
@@ -245,14 +246,14 @@ def test_every_backbone_takes_a_step(demo, demo_index, demo_labels, tmp_path, ba
         "",
     )
     config = resolve_config(given)
-    device = compose.prepare_device(config)
-    data = compose.read_data(config)
-    objective = compose.build_objective(config, data, device, pretrained=True, kind=starting.objective_kind(config))
-    dataset = compose.build_dataset(
+    device = prepare_device(config)
+    data = read_data(config)
+    objective = build_objective(config, data, device, pretrained=True, kind=objective_kind(config))
+    dataset = build_dataset(
         config, data, "train", augment=True, negatives=strategy == "ithn", extractor=objective.backbone.visual_extractor
     )
-    starting.equip(config, data, objective, dataset, tmp_path)
-    loader = compose.build_split_loader(config, dataset, device, shuffle=True)
+    equip(config, data, objective, dataset, tmp_path)
+    loader = build_split_loader(config, dataset, device, shuffle=True)
     loader.set_epoch(1)
     terms = objective.train()(next(iter(loader)).to("cpu"), 1)
     terms["loss"].backward()
@@ -261,7 +262,7 @@ def test_every_backbone_takes_a_step(demo, demo_index, demo_labels, tmp_path, ba
     entry = dict(objective.backbone.named_parameters())[objective.backbone.vocabulary_entry]
     assert entry.grad.abs().sum() > 0
     assert objective.backbone.visual_extractor.model[0].weight.grad.abs().sum() > 0
-    assert (tmp_path / starting.FREQUENCIES).is_file()
+    assert (tmp_path / FREQUENCIES).is_file()
 
 
 # ---- main_train.py
