@@ -16,15 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.data.annotations import read_annotation
 from modules.flags import Parser
 from modules.labels.labeler import CLASSES, label_report, with_parents
+from modules.labels.sentences import is_missing
 from modules.labels.tables import Table, class_columns, read_table, report_column, write_table
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, is_json
 
 
 def read_reports(path: str) -> Table:
-    """The table in a CSV file, or the records of all splits in an annotation.json."""
+    """The table in a CSV file, with or without a header, or the records of all splits in an annotation.json."""
     if not path.endswith(".json"):
-        return read_table(path)
+        return read_table(path, headerless=True)
     splits = read_annotation(path, required_splits=()).splits
     rows = [[study.id, study.split, study.report] for studies in splits.values() for study in studies]
     return Table(path, ["id", "split", "report"], rows)
@@ -41,8 +42,11 @@ def label_all(reports: list[str], chexbert_path: str | None, encoder: str) -> li
 
     labels = Chexbert(chexbert_path, encoder).to(choose_device("auto")).label(reports)
     return [
-        {name: None if value != value else int(value) for name, value in zip(CLASSES, row, strict=True)}
-        for row in labels.tolist()
+        {
+            name: None if value != value or is_missing(report) else int(value)
+            for name, value in zip(CLASSES, row, strict=True)
+        }
+        for report, row in zip(reports, labels.tolist(), strict=True)
     ]
 
 

@@ -6,7 +6,7 @@ phrase tables are in ``rules``, sentence splitting in ``sentences``; scores of t
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -70,35 +70,44 @@ class RuleLabeler:
 
     def _label_sentence(self, sentence: str) -> tuple[tuple[str, int], ...]:
         sentence = self._cues["ONE_SIDE"].sub(" and ", sentence)
-        breaks = [match.span() for match in self._cues["SCOPE_END"].finditer(sentence)]
-        labels = []
-        for name, pattern in self._findings.items():
-            other_meaning = self._not_mentions.get(name)
-            hidden = {match.end() for match in other_meaning.finditer(sentence)} if other_meaning else ()
-            for match in pattern.finditer(sentence):
-                if match.end() not in hidden:
-                    end = _WORD_END.match(sentence, match.end()).end()  # some patterns are the beginning of a word
-                    label = self._judge_finding(sentence, match.start(), end, breaks)
-                    weak = self._weak_mentions.get(name)
-                    if label == POSITIVE and weak and weak.search(match.group()):
-                        label = UNCERTAIN
-                    labels.append((name, label))
-                    if label != NEGATIVE:
-                        labels += [
-                            (other, UNCERTAIN) for other, cause in self._implied.items() if cause.match(match[0])
-                        ]
+        labels: list[tuple[str, int]] = []
+        breaks: list[tuple[int, int]] | None = None  # where the reach of a cue ends
+        for name, match in self._mentions(sentence):
+            if breaks is None:
+                breaks = [found.span() for found in self._cues["SCOPE_END"].finditer(sentence)]
+            end = _WORD_END.match(sentence, match.end()).end()  # some patterns are the beginning of a word
+            label = self._judge_finding(sentence, match.start(), end, breaks)
+            weak = self._weak_mentions.get(name)
+            if label == POSITIVE and weak and weak.search(match.group()):
+                label = UNCERTAIN
+            labels.append((name, label))
+            if label != NEGATIVE:
+                labels += [(other, UNCERTAIN) for other, cause in self._implied.items() if cause.match(match.group())]
         for name, pattern in self._anatomy.items():
             if pattern.search(sentence):
                 labels.append((name, self._judge_anatomy(name, sentence)))
         return tuple((name, self._convention(name, sentence, label)) for name, label in labels)
 
+    def _mentions(self, sentence: str) -> Iterator[tuple[str, re.Match[str]]]:
+        for name, pattern in self._findings.items():
+            other_meaning = self._not_mentions.get(name)
+            hidden = {match.end() for match in other_meaning.finditer(sentence)} if other_meaning else ()
+            for match in pattern.finditer(sentence):
+                if match.end() not in hidden:
+                    yield name, match
+
     def _judge_finding(self, sentence: str, start: int, end: int, breaks: list[tuple[int, int]]) -> int:
         """Decide a mention by the cues before and after it, as far as they reach; "no" before it outranks doubt."""
-        scope_start = max((last for _, last in breaks if last <= start), default=0)
-        scope_end = min((max(first, end) for first, last in breaks if last > end), default=len(sentence))
+        scope_start, scope_end = 0, len(sentence)
+        for first, last in breaks:
+            if last <= start:
+                scope_start = last
+            elif last > end:
+                scope_end = max(first, end)
+                break
         before, after, rest = sentence[scope_start:start], sentence[end:scope_end], sentence[end:]
         kept = max((match.end() for match in self._cues["KEPT"].finditer(before)), default=0)
-        if kept:  # "no change in this or that" denies and doubts neither
+        if kept:  # "no change in this or that" neither denies nor doubts them
             before, after = before[kept:].replace(" or ", " and "), after.replace(" or ", " and ")
         if self._cues["NEGATION_BEFORE"].search(before) or self._cues["DENIED_AFTER"].match(rest):
             return UNCERTAIN if self._cues["DENIAL_DOUBTED"].search(sentence) else NEGATIVE

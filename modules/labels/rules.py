@@ -59,10 +59,10 @@ FINDINGS = {
     "Pleural Effusion": r"effusions?|pleural fluid",
     "Pleural Other": r"pleural thickening|fibrosis|fibrothorax|pleural (?:parenchymal )?scar\w*",
     "Fracture": r"fractur\w+",
-    "Support Devices": r"pacer|\ba?icds?\b(?: / pacemaker)?|pacemaker|defib|device|\bvalves?\b|\blines?\b|\bpicc\b|tube"
-    r"|catheter|cannula|\bdrains?\b|port-a-cath|mediport|\bcoils?\b|\bmarkers?\b|hardware|screw|\brods?\b|plate"
-    r"|arthroplast|tubercul|support (?:apparatus|equipment)|\b(?:ett|ngt|ogt|cvc|cvl|iabp)\b|dob+hoff|swan[ -]ganz"
-    r"|(?:chest|infusion) port\b|balloon pump|pigtail|pacing (?:wire|lead)s?",
+    "Support Devices": r"pacer|pacemaker|defib|device|tube|catheter|cannula|hardware|screw|plate|arthroplast"
+    r"|port-a-cath|mediport|dob+hoff|swan[ -]ganz|balloon pump|pigtail|(?:chest|infusion) port\b|pacing (?:wire|lead)s?"
+    r"|\b(?:a?icds?(?: / pacemaker)?|valves?|lines?|picc|drains?|coils?|markers?|rods?|ett|ngt|ogt|cvc|cvl|iabp)\b"
+    r"|support (?:apparatus|equipment)",
 }
 
 # Anatomy whose size or outline is reported: its label follows from "normal", "stable" or "enlarged" beside it.
@@ -94,7 +94,7 @@ OTHER_FINDINGS = (
     r"|prominen|fullness|scoliosis|deformity|bulla|azygos fissure|foreign bod|bullet|tracheostomy|aneurysm"
     r"|pneumo(?:mediastin|periton)|free (?:intraperitoneal |subdiaphragmatic )?air|ha?ematoma|ha?emorrhag|contusion"
     r"|dislocation|sarcoid|pleural plaque|volume loss|\bcavit(?:y|ies)\b|bronchospasm|asthma|airways disease"
-    r"|bronchi(?:ti|oliti)s|cephalization|aspiration|cuffing|thickening|osteophytosis|radiopaque|arthropathy"
+    r"|bronchi(?:ti|oliti)s|cephalization|aspiration|cuffing|thicken(?:ing|ed)|osteophytosis|radiopaque|arthropathy"
     r"|aortic disease|pericardial effusion|defibrillator|hypertension|hilar enlargement|trachea is (?:\w+ )?deviated"
     r"|(?:mediastinal|tracheal) (?:shift|deviation)|(?:shift|deviation) of the (?:mediastinum|trachea)"
 )
@@ -114,6 +114,7 @@ SCOPE_END = (
     r"|\b(?:and|which|that) (?=(?:may|might|could|likely|probably|possibly)\b)"
     r"|, (?!(?:or|and|nor)\b)(?=[^,]*\b(?:(?:is|are) (?:again|still|unchanged|stable|new)|remains?|persists?"
     r"|in (?:place|situ|(?:\w+ ){0,2}position))\b)"
+    rf"|, (?=[\w ]+ (?:is|are) {_PRESENT}){_NO_OR}"
     rf"|(?:,|\band|\bwith)(?: an?| the)? (?={_PRESENT}){_NO_OR}|, (?=(?:the|an?) ){_NO_OR}"
     r"|\b(?:pneumothora(?:x|ces)|effusions?|consolidations?|edema|pneumonia) "  # cleaned texts have no commas
     rf"(?!more|less)(?={_PRESENT}){_NO_OR}"
@@ -135,13 +136,13 @@ _DEGREE = (
 )
 KEPT = (
     rf"\b(?:no|without|not|nor|or) {_DEGREE}{_CHANGE} (?:in|of|from|to|for|since)\b"
-    rf"|\bno {_DEGREE}change $|\bfailure of\b"
+    rf"|\bno {_DEGREE}change $|\bfailure of\b|\bno (?:doubt|question)(?: about| of| that)?\b"
 )
 
 # Cues before a finding; those that end in $ must stand right before it.
 NEGATION_BEFORE = (
-    r"\b(?:no|without|not(?! seen on (?:the )?(?:prior|previous|lateral))(?! possible to)(?!.*\b(?:due|secondary) to)"
-    r"|nor|neither|negative for|free of|clear of|absen(?:t|ce of)|rather than|history of)\b"
+    r"\b(?:no|without|not(?! (?:seen on (?:the )?(?:prior|previous|lateral)|possible to|exclude|rule out)\b)"
+    r"(?!.*\b(?:due|secondary) to)|nor|neither|negative for|free of|clear of|absen(?:t|ce of)|rather than|history of)\b"
     r"|\bclear $"
     r"|(?<!partial )(?<!partially )(?<!incomplete )(?<!near )(?<!nearly )(?<!almost )(?<!some )"
     r"\b(?:resol(?:ved|ution of)|clear(?:ed|ing of|ance of)|remov(?:ed|al of)|disappearance of|withdrawal of) "
@@ -166,7 +167,7 @@ UNCERTAIN_AFTER = (
     r"|^(?:(?:,(?! (?:no|without|there|and)\b)(?: [\w-]+){1,3})*,)? or\b"  # "effusion, small mass, or both"
     r"|^ (?:can|could|may|might|would) (?:also )?(?:be (?:present|there|hidden)|have|look|give|(?:co-?)?exist|appear)\b"
     r"|\b(?:(?:cannot|can not|could not|not)(?: \w+){0,2} (?:excluded|ruled out)|difficult to exclude"
-    r"|(?:must|should|needs? to|has to|have to|to) be (?:\w+ )?(?:excluded|ruled out)"
+    r"|(?:must|should|needs? to|has to|have to|to) be (?:\w+ )?(?:excluded|ruled out|considered)"
     r"|(?:is|are|remains?|seems?|appears?)(?: considered)? (?:possible|suspected|questioned|doubtful|questionable"
     r"|uncertain|unclear|(?:\w+ )?(?:un|less )?likely|favou?red(?! (?:to|as))|(?:in|on) the differential"
     r"|an? (?:\w+ )?(?:possibility|consideration))|suspected|questioned|may not be (?:seen|\w+ed)"
@@ -180,10 +181,10 @@ _PARTLY = r"(?:not|never|nearly|almost|near|partial(?:ly)?|partly|largely|mostly
 _GONE = r"(?:removed|resolved|cleared|gone|disappeared|withdrawn(?! (?:by|to|slightly|\d))|pulled(?! back)|taken out)"
 _NOT_THERE = (
     r"(?:not (?:(?!previously)\w+ )?(?:seen|visible|identified|visuali[sz]ed|present|demonstrated|evident|appreciated"
-    rf"|noted|found|detected){_EARLIER}|no longer|absent|{_GONE})\b"
+    rf"|apparent|noted|found|detected){_EARLIER}|no longer|absent|{_GONE})\b"
 )
 NEGATION_AFTER = (
-    rf"^(?: \w+)? {_NOT_THERE}|^ removal\b|\[gone\]"
+    rf"^,?(?: (?!previously\b)\w+)? {_NOT_THERE}|^ removal\b|\[gone\]"
     r"|(?<!not appear to )(?<!not seem to )\b(?:is|are|was|were|has|have|had)(?: been| now| since)* "
     rf"(?:(?!{_PARTLY}\b)\w+ )?(?:{_GONE}|ruled out|excluded)\b"
 )
@@ -225,7 +226,7 @@ ENLARGED = {
 # Slips of the CheXpert labeler's parser, in terse sentences above all: (class, pattern, label).
 CONVENTIONS = (
     ("Cardiomegaly", r"\bthe heart size(?: size)? and .*\bappear\b", 1),
-    ("Cardiomegaly", r"\bthe heart pulmonary\b|\btechnical factors heart size\b|\bheart size xxxx within", 1),
+    ("Cardiomegaly", r"\bthe heart pulmonary \w+ appear|\btechnical factors heart size\b|\bheart size xxxx within", 1),
     ("Cardiomegaly", r"\band [a-z ]* not enlarged", 1),
     ("Enlarged Cardiomediastinum", r"mediastinum (?:of|within) normal", 1),
     ("Enlarged Cardiomediastinum", r"normal heart size mediastinal", 1),

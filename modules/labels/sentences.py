@@ -48,15 +48,17 @@ _UNFINISHED = re.compile(
     re.IGNORECASE,
 )
 _ITEM = re.compile(
-    r"\n\s*(?:[-*+>]|\(?(?:\d{1,2}|[a-h])[.)])\s+|\s\(?(?:\d{1,2}|[a-h])\)\s+(?=[a-z])|\s\d{1,2}\.(?=[a-z]{2})"
+    r"\n\s*(?:[-*+>]|\(?(?:\d{1,2}|[a-h])[.)])\s+|\s\(?(?:\d{1,2}|[a-h]|[ivx]{1,3})\)\s+(?=[a-z])|\s\d{1,2}\.(?=[a-z]{2})"
 )
 _SENTENCE_END = re.compile(r"(?<=[.!])\s+|(?<=[^\s,]\?)\s+|(?<=[a-z]{2}[.!?])(?=[a-z])|\n\s*\n")
 _SHORT = {
-    "and/or": "or", "w/o": "without", "w/": "with ", "s/p": "status post", "r/o": "rule out", "c/w": "consistent with",
-    "vs.": "vs",
+    "and/or": "or", "andor": "or", "w/o": "without", "w/": "with ", "s/p": "status post", "r/o": "rule out",
+    "c/w": "consistent with", "vs.": "vs",
 }  # fmt: skip
-_SHORTENED = re.compile(r"(?<![a-z])(?:and/or|w/o|w/|s/p|r/o|c/w)(?![a-z])|\bvs\.")
+_SHORTENED = re.compile(r"(?<![a-z])(?:and/or|andor|w/o|w/|s/p|r/o|c/w)(?![a-z])|\bvs\.")
 _DOUBTED = re.compile(r"(?:^|(?<=[\s,(;:.-]))\?\s*(?=[a-z])")  # "?pneumonia", "opacity, ? pneumonia"
+_MISSING = {"", "nan", "none", "null", "na", "n/a", "<na>", "nat"}  # what spreadsheets and pandas write
+_LETTER = re.compile(r"[^\W\d_]")
 _SPACE_BEFORE = re.compile(r"[^\S\n]+(?=[.,;:!]|\?(?:\s|$))")
 # A first sentence that says who the patient is or what the examination was to find out, where more follow.
 _WHY = re.compile(
@@ -78,7 +80,12 @@ GONE = " [gone]"  # what such a clause is replaced by
 
 
 def split_sentences(text: str) -> list[str]:
-    """Return a report's sentences in lower case, with single spaces and none before punctuation."""
+    """Return a report's sentences in lower case, with single spaces and none before punctuation.
+
+    A cell that stands for a missing report ("nan", "None") has none.
+    """
+    if is_missing(text):
+        return []
     if not text.isascii():
         text = text.replace("\r\n", "\n").translate(_PLAIN)
     if "&" in text:
@@ -90,7 +97,7 @@ def split_sentences(text: str) -> list[str]:
     if "\n" in text:
         text = _join_lines(text)
     text = _correct(text.lower())
-    if "/" in text or "vs." in text:
+    if "/" in text or "vs." in text or "andor" in text:
         text = _SHORTENED.sub(lambda match: _SHORT[match.group()], text)
         text = re.sub(r"(?<=[a-z])/(?=[a-z])", " / ", text)
     if "?" in text:
@@ -100,10 +107,15 @@ def split_sentences(text: str) -> list[str]:
     if any(word in text for word in _PRONOUNS):
         text = _NO_MORE.sub(GONE, text)
     sentences = [" ".join(sentence.split()) for sentence in _SENTENCE_END.split(text)]
-    sentences = [sentence for sentence in sentences if sentence.strip(". ")]
+    sentences = [sentence for sentence in sentences if _LETTER.search(sentence)]
     if len(sentences) > 1 and _WHY.match(sentences[0]):
         del sentences[0]
     return sentences
+
+
+def is_missing(text: str) -> bool:
+    """Whether ``text`` is blank or stands for a missing report."""
+    return len(text) < 16 and text.strip(" .\n").lower() in _MISSING
 
 
 def _without_background(text: str) -> str:

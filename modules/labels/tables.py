@@ -55,6 +55,7 @@ def read_table(
     if not lines:
         raise InputError(f"{path}: the file is empty; a CSV with a header line is needed")
     columns = lines[0]
+    _refuse_other_separators(path, columns)
     if headerless and len(columns) == 1 and (" " in columns[0].strip() or not columns[0]):
         columns, lines = ["report"], [["report"], *lines]
     rows = []
@@ -72,6 +73,13 @@ def read_table(
     return Table(path, columns, rows)
 
 
+def _refuse_other_separators(path: str, columns: Sequence[str]) -> None:
+    for separator, sign in (("\t", "tabs"), (";", "';'"), ("|", "'|'")):
+        names = columns[0].lower().split(separator)
+        if len(names) > 1 and not {name.strip(' "') for name in names}.isdisjoint((*REPORT_COLUMNS, *_CLASS_NAMES)):
+            raise InputError(f"{path}: its columns are separated by {sign}; save it with commas between them")
+
+
 def report_column(table: Table, name: str | None = None) -> int:
     """Return the index of the column with the reports: ``name``, or the first of REPORT_COLUMNS that is there."""
     columns = [column.strip().lower() for column in table.columns]
@@ -79,7 +87,9 @@ def report_column(table: Table, name: str | None = None) -> int:
         if candidate in columns:
             return columns.index(candidate)
     wanted = repr(name) if name else " or ".join(map(repr, REPORT_COLUMNS))
-    raise InputError(f"{table.path}: no column {wanted}; the columns are {', '.join(table.columns)}")
+    if len(table.columns) == 1 and len(table.columns[0].split()) > 3:  # reports do not belong in messages
+        raise InputError(f"{table.path}: no column {wanted}; its only column begins with a text, not with a name")
+    raise InputError(f"{table.path}: no column {wanted}; the columns are {', '.join(table.columns)[:300]}")
 
 
 def class_columns(table: Table) -> dict[str, int]:

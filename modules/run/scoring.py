@@ -100,7 +100,9 @@ class Scoring:
         """
         references = self._references(found)
         digests = [digest(found.ids, references[form if form in references else ""]) for form in ("", FULL)]
-        scored = Scored(labels=self._labels(references, systems))
+        # Whole references are labelled as in the annotation: cleaning removes commas, colons and slashes.
+        originals = references if self._captions is not None else references | {FULL: found.reports}
+        scored = Scored(labels=self._labels(originals, systems))
         for system, generated in systems.items():
             scores, tables = measure(
                 self.metrics,

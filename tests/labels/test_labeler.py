@@ -170,6 +170,9 @@ def test_sentence(sentence, expected):
         ("The trachea is deviated.", None),
         (" \n", None),  # a blank report does not say that all is well
         ("..", None),
+        ("nan", None),  # nor does what pandas writes for none
+        ("None.", None),
+        ("___", None),
     ],
 )
 def test_no_finding(report, expected):
@@ -280,6 +283,18 @@ def test_label_reports_script(tmp_path):
     assert second[3:] == [""] * 14
 
 
+def test_label_reports_script_reads_files_without_header(tmp_path):
+    source, target = tmp_path / "res.csv", tmp_path / "out.csv"
+    source.write_text("small effusion .\nno edema .\n")
+    done = run_script(source, "--out", target)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(target.open()))
+    assert [row["report"] for row in rows] == ["small effusion .", "no edema ."]
+    assert (rows[0]["Pleural Effusion"], rows[1]["Edema"]) == ("1", "0")
+    done = run_script(source, "--out", target, "--column", "text")
+    assert done.returncode == 2 and "no column 'text'" in done.stderr and "effusion" not in done.stderr
+
+
 def test_label_reports_script_replaces_old_labels(tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
     source.write_text("Edema,report\n1,No edema.\n")
@@ -294,6 +309,8 @@ def test_label_reports_script_replaces_old_labels(tmp_path):
     ("content", "message"),
     [
         (b"id,text\n1,x\n", "no column 'report'"),
+        (b"id;report\n1;No effusion, no edema.\n", "columns are separated by ';'"),
+        (b"id\tfindings\n1\tNo edema.\n", "columns are separated by tabs"),
         (b"", "is empty"),
         (b"report,id\nx\n", "row 1 has 1 cells where the header has 2"),
         (b"report\n\xff\n", "not UTF-8"),

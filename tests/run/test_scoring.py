@@ -1,5 +1,7 @@
 """Which scores a run's flags lead to, under which names, with which intervals."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from modules.config import Config
 from modules.evaluation.meteor import MeteorError
 from modules.evaluation.score_names import tagged, untagged, with_aliases
 from modules.evaluation.tester import Predictions
-from modules.labels.labeler import CLASSES
+from modules.labels.labeler import CLASSES, label_reports
 from modules.run.scoring import Scoring, class_tables
 from modules.runtime.errors import InputError
 
@@ -19,6 +21,7 @@ FOUND = Predictions(
     generated=GENERATED,
     references=[text[:20] for text in FULL_REFERENCES],
     full_references=FULL_REFERENCES,
+    reports=FULL_REFERENCES,
     nll=torch.tensor([[3.0, 4], [1.0, 5], [2.0, 1]]),
 )
 
@@ -63,6 +66,16 @@ def test_clinical_scores_are_against_both_forms_of_the_references():
     assert (effusion["reference_positives"], effusion["generated_positives"], effusion["f1"]) == (1, 1, 0)
     key = "ce_rule_recall_micro_14_uncertain_negative"
     assert scored.scores["model"][key] > scored.scores["model"][f"{key}_full"]
+
+
+def test_whole_references_are_labelled_before_cleaning_takes_their_punctuation():
+    cleaned = "the lung bases pneumonia atelectasis or edema ."
+    report = "The lung bases: pneumonia/atelectasis or edema."
+    found = dataclasses.replace(FOUND, full_references=[cleaned] * 3, reports=[report] * 3)
+    with Scoring(Config(meteor=False), torch.device("cpu")) as scoring:
+        labels = scoring.test(found, {"model": GENERATED}, {}).labels["rule"]["references_full"]
+    assert np.array_equal(labels, label_reports([report] * 3), equal_nan=True)
+    assert not np.array_equal(labels, label_reports([cleaned] * 3), equal_nan=True)
 
 
 def test_a_tag_is_in_the_names_of_what_is_kept_and_of_the_intervals():
