@@ -50,6 +50,17 @@ class Project:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def refusals(self, *commands: list) -> list[str]:
+        """The one line with which each of the commands (program, flag, value, ...) refuses its flags."""
+        words = json.dumps([[str(word) for word in command] for command in commands])
+        catching = RUN_ALL.replace("if ended.code:", "if ended.code != 2:")
+        done = subprocess.run(
+            [sys.executable, "-c", catching, words], capture_output=True, text=True, cwd=self.root, timeout=280
+        )
+        lines = done.stderr.splitlines()
+        assert done.returncode == 0 and len(lines) == len(commands), done.stdout + done.stderr
+        return lines
+
 
 @pytest.fixture
 def project(tmp_path):
@@ -122,3 +133,49 @@ def test_a_sentence_metric(project, demo):
     with open(project.root / "records" / "iu_xray.csv", newline="") as file:
         [line] = csv.DictReader(file)
     assert float(line["test_words"]) == pytest.approx(scores["words"])
+
+
+def test_a_backbone_with_its_own_setting(project, demo):
+    """Its file and the table: its flag, default, preset and shape are known to all programs."""
+    own = (
+        '    bag_width: int = setting(24, "Tiny", "width of the hidden state", low=1, shapes=True)\n'
+        '    bag_path: str = setting("", "Tiny", "a file of this machine", file=True)\n'
+    )
+    text = (ROOT / "tests" / "bag_of_patches.py").read_text(encoding="utf-8")
+    before, after = text.split(
+        '    """Those that all backbones have; fields of its own would be flags of its own."""\n'
+    )
+    text = before + own + after.replace("settings.d_model", "settings.bag_width")
+    text = text.replace(
+        "\n\n\n@dataclass",
+        '\nfrom modules.runtime.settings import setting\n\nPRESETS = {"*": {"bag_width": 12}}\n\n\n@dataclass',
+        1,
+    )
+    (project.root / "models" / "tiny.py").write_text(text, encoding="utf-8")
+    project.insert("models/__init__.py", '    "tiny": "models.tiny.BagOfPatches",\n', after="MODELS = {\n")
+
+    data = ["--ann_path", demo / "annotation.json", "--image_dir", demo / "images"]
+    train = ["main_train.py", *data, *TINY, "--epochs", 1, "--backbone", "tiny", "--save_dir"]
+    best = "run/model_best.pth"
+    shown = project.run(
+        ["main_train.py", "--help"],
+        [*train, "run", "--bag_path", "/nowhere"],
+        ["main_test.py", "--load", best, *data, "--save_dir", "tested"],
+        ["scripts/export.py", best, "--out", "shared"],
+        ["scripts/export.py", "shared", "--out", "back.pth"],
+        ["scripts/predict.py", "--load", "back.pth", "--json", "reports.json", demo / "images"],
+    )
+    assert "--bag_width INT" in shown and "width of the hidden state (default: 24)" in shown
+    assert json.loads((project.root / "run" / "results.json").read_text())["config"]["bag_width"] == 12
+    exported = json.loads((project.root / "shared" / "config.json").read_text())
+    assert exported["bag_width"] == 12 and "bag_path" not in exported
+    tested, trained = ((project.root / folder / "res.csv").read_text() for folder in ("tested", "run"))
+    assert tested == trained
+    lines = project.refusals(
+        ["main_train.py", "--bag_width", 0],
+        ["main_test.py", "--load", best, *data, "--bag_width", 10],
+        [*train, "again", "--load", best, "--bag_width", 10],
+    )
+    assert "--bag_width 0: must be at least 1" in lines[0]
+    contradiction = "error: --bag_width 10: contradicts checkpoint run/model_best.pth, which holds"
+    assert all(line.startswith(contradiction) for line in lines[1:]), lines
