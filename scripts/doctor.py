@@ -247,7 +247,7 @@ def dicom() -> tuple[str, str]:
         return OK, "all usual encodings can be read"
     return NOTE, (
         "uncompressed, RLE, baseline JPEG and JPEG 2000 can be read; JPEG Lossless, which hospitals use, "
-        "needs pip install -r requirements-dicom.txt"
+        "needs pip install -r requirements/dicom.txt"
     )
 
 

@@ -1,6 +1,6 @@
 """A page on this machine to try a model: drop a radiograph, read its report, see where the model looked.
 
-  pip install -r requirements-serve.txt
+  pip install -r requirements/serve.txt
   python scripts/serve.py --load results/iu_xray/model_best.pth
   python scripts/serve.py --load results/iu_xray/model_best.pth --index results/iu_xray/reports.safetensors
 
@@ -86,7 +86,7 @@ def require_extra() -> None:
     import importlib.util
 
     if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
-        raise InputError("scripts/serve.py needs starlette and uvicorn: pip install -r requirements-serve.txt")
+        raise InputError("scripts/serve.py needs starlette and uvicorn: pip install -r requirements/serve.txt")
 
 
 if __name__ == "__main__":

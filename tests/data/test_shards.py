@@ -199,7 +199,7 @@ def test_other_programs_read_the_shards(shards):
 def test_a_missing_library_is_named(shards, demo, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for work in (lambda: Manifest.load(str(shards)), lambda: make(tmp_path / "out", demo)):
-        with pytest.raises(InputError, match="need webdataset: pip install -r requirements-shards.txt"):
+        with pytest.raises(InputError, match="need webdataset: pip install -r requirements/shards.txt"):
             work()
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""requirements-lock.txt: one version with hashes for everything that requirements.txt asks for, and no index."""
+"""requirements/lock.txt: one version with hashes for everything that requirements.txt asks for, and no index."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "requirements-lock.txt").read_text(encoding="utf-8")
+TEXT = (ROOT / "requirements/lock.txt").read_text(encoding="utf-8")
 HOW = "bash scripts/requirements.sh lock"
 
 

@@ -145,11 +145,12 @@ def test_study_help_runs_nothing(study):
 @pytest.fixture
 def project(tmp_path):
     """setup.sh with one requirement that every environment meets; returns a function that runs it."""
-    for name in ("setup.sh", "constraints-v100.txt"):
+    (tmp_path / "requirements").mkdir()
+    for name in ("setup.sh", "requirements/constraints-v100.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "requirements.txt").write_text("# comment\npip>=20\n")
-    (tmp_path / "requirements-dev.txt").write_text("-r requirements.txt\n")
-    (tmp_path / "requirements-lock.txt").write_text("pip==25.0 --hash=sha256:00\n")
+    (tmp_path / "requirements/dev.txt").write_text("-r ../requirements.txt\n")
+    (tmp_path / "requirements/lock.txt").write_text("pip==25.0 --hash=sha256:00\n")
     executable(tmp_path / "bin/uv", f'#!/bin/sh\n[ "$1" = --version ] || echo "uv $*" >>{tmp_path}/calls\n')
     executable(tmp_path / "bin/java", "#!/bin/sh\n")
     executable(tmp_path / "bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
@@ -177,9 +178,9 @@ def test_setup_from_nothing_to_repair(project):
     assert f"-r {project.folder}/requirements.txt" in installed and "constraints" not in installed
     said, installed = project()
     assert installed == "" and said.count("\n") == 1
-    assert "requirements-dev.txt" in project("--dev")[1]
+    assert "requirements/dev.txt" in project("--dev")[1]
     assert project()[1] == ""
-    assert f"-c {project.folder}/constraints-v100.txt" in project("--v100")[1]
+    assert f"-c {project.folder}/requirements/constraints-v100.txt" in project("--v100")[1]
     assert project()[1] == ""  # pinned on a machine with the GPU, used on one without
 
     # The environment of an interrupted run is not trusted.
@@ -189,7 +190,7 @@ def test_setup_from_nothing_to_repair(project):
     assert "interrupted" in said and installed
     assert not (project.folder / ".venv/left-over").exists()
 
-    # What cannot be had is named, and the environment that was there stays.
+    # What cannot be installed is named, and the environment that was there stays.
     (project.folder / "requirements.txt").write_text("pip>=20\nno-such-package-here>=1\n")
     executable(project.folder / "bin/uv", '#!/bin/sh\n[ "$1" = --version ]\n')
     said, _ = project(code=1, PIP_NO_INDEX="1")
@@ -212,21 +213,21 @@ def test_setup_pins_torch_where_the_gpu_needs_it(project, output, pinned):
     # A Python that makes no environment: what matters stands in the lines before.
     executable(project.folder / "bin/nvidia-smi", f"#!/bin/sh\nprintf '{output}\\n'\n")
     said, _ = project(code=1, PYTHON="/no/such/python")
-    assert ("constraints-v100.txt applies" in said) is pinned
+    assert ("requirements/constraints-v100.txt applies" in said) is pinned
 
 
 def test_setup_from_the_lock(project):
     said, installed = project("--locked")
-    assert installed.strip().endswith(f"--require-hashes -r {project.folder}/requirements-lock.txt") and "ready" in said
+    assert installed.strip().endswith(f"--require-hashes -r {project.folder}/requirements/lock.txt") and "ready" in said
     assert project("--locked")[1] == project()[1] == ""  # what was locked serves every call
-    assert "requirements-dev.txt" in project("--dev")[1]
+    assert "requirements/dev.txt" in project("--dev")[1]
     assert "--require-hashes" in project("--locked")[1]  # after which it is no longer what the lock says
-    (project.folder / "requirements-lock.txt").write_text("pip==25.1 --hash=sha256:00\n")
+    (project.folder / "requirements/lock.txt").write_text("pip==25.1 --hash=sha256:00\n")
     assert "--require-hashes" in project("--locked")[1]
     assert "--v100" in project("--locked", "--v100", code=1)[0]
     assert "has no test tools" in project("--locked", "--dev", code=1)[0]
     executable(project.folder / "bin/nvidia-smi", "#!/bin/sh\nprintf '7.0, 580.65.06\\n'\n")
-    assert "newer GPUs and drivers" in project("--locked", code=1)[0]
+    assert "newer GPUs and drivers than this machine's" in project("--locked", code=1)[0]
 
 
 def test_setup_uses_a_link_and_never_deletes_it(project, tmp_path_factory):
@@ -239,8 +240,8 @@ def test_setup_uses_a_link_and_never_deletes_it(project, tmp_path_factory):
     link.symlink_to(shared)
     before = sorted(shared.rglob("*"))
     said, installed = project()
-    assert "the link .venv leads to" in said and "ready" in said and not installed
-    (project.folder / "requirements-dev.txt").write_text("-r requirements.txt\nno-such-package-here\nnor-this\n")
+    assert "the link .venv points to" in said and "ready" in said and not installed
+    (project.folder / "requirements/dev.txt").write_text("-r ../requirements.txt\nno-such-package-here\nnor-this\n")
     said, installed = project("--dev", code=1)
     assert "which lacks no-such-package-here nor-this: install that there" in said and said.count("\n") == 1
     assert link.is_symlink() and sorted(shared.rglob("*")) == before and not installed
