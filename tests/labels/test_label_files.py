@@ -144,7 +144,7 @@ def test_missing_file_says_what_makes_one(tmp_path):
     [
         ({"a": np.zeros(13)}, r"'a' has an array of shape \(13,\)"),
         ({"a": np.full(14, 2.0)}, "'a' has a label other than"),
-        ({"a": "text"}, "'a' is no numpy array"),
+        ({"a": "text"}, "'a' is neither a numpy array"),
         ([np.zeros(14)], "holds a list"),
         ({"a": np.array(["x"] * 14)}, "refused, it holds an array of 'U1'"),
         ({"a": np.array([None] * 14)}, "refused, it holds an array of 'O8'"),
