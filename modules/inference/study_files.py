@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import open_regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 GROUPS = ("none", "folder", "all")
@@ -40,8 +41,10 @@ def find_studies(paths: Sequence[str], group: str) -> list[StudyFiles]:
 def _images(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    if not path.is_dir():
+    if not path.exists():
         raise InputError(f"{str(path)!r}: no such file or folder; give images (PNG, JPEG, DICOM) or folders of them")
+    if not path.is_dir():
+        raise InputError(f"{str(path)!r}: neither a regular file nor a folder; pipes and devices are not read")
     found = []
     for folder, below, names in os.walk(path):
         below.sort(key=_by_number)
@@ -58,9 +61,17 @@ def _by_number(name: str) -> tuple:
 
 
 def _is_image(path: Path) -> bool:
-    if path.name.startswith(".") or not path.is_file():
+    if path.name.startswith(".") or path.name == "DICOMDIR" or not path.is_file():
         return False
-    if path.suffix:
-        return path.suffix.lower() in SUFFIXES
-    with open(path, "rb") as file:  # DICOM files often have no suffix
-        return file.read(132)[128:] == b"DICM"
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    if path.suffix and not path.suffix[1:].isdigit():
+        return False
+    # DICOM files often have no suffix, or the end of their UID as one.
+    from modules.data.dicom import is_dicom
+
+    try:
+        with open_regular(path) as file:
+            return is_dicom(file.read(132))
+    except OSError:
+        return False

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-from modules.data.images import ImageFolder
+from modules.data.images import ImageFolder, blank_problem
 from modules.runtime.errors import ImageError, InputError
 
 _AT_ONCE = 16  # images handed to a process at a time
@@ -17,8 +17,8 @@ _AT_ONCE = 16  # images handed to a process at a time
 class ImageFacts:
     """What one file turned out to be; without ``problem`` it can be trained on."""
 
-    path: str  # as the annotation has it
-    size: tuple[int, int] = (0, 0)  # width, height, upright
+    path: str  # as in the annotation
+    size: tuple[int, int] = (0, 0)  # width, height, upright; (0, 0) where it cannot be read
     mode: str = ""  # "L" or "RGB", as the network sees it
     sha256: str = ""  # of the file's bytes, where it was asked for
     problem: str = ""
@@ -42,7 +42,9 @@ class _Look:
             return ImageFacts(path, problem=str(error), kind=error.kind)
         except MemoryError:
             return ImageFacts(path, problem=f"image {path!r}: no memory left to decode it", kind="out of memory")
-        return ImageFacts(path, image.size, image.mode, digest)
+        kind, reason = blank_problem(image) or ("", "")
+        problem = f"image {path!r} {reason}" if reason else ""
+        return ImageFacts(path, image.size, image.mode, digest, problem, kind)
 
 
 def survey_images(folder: ImageFolder, paths: Sequence[str], *, workers: int, hashed: bool) -> Iterator[ImageFacts]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.base import Backbone
 from modules.data.bpe_tokenizer import tokenizer_from_state
-from modules.data.images import eval_transform, open_image
+from modules.data.images import eval_transform, open_image, refuse_blank
 from modules.flags import resolve_config
 from modules.inference.prediction import Predictor
 from modules.inference.study_files import StudyFiles
@@ -101,7 +101,11 @@ class StudyReader:
                 file=sys.stderr,
             )
         try:
-            return [open_image(path) for path in study.paths[: self.num_views]]
+            images = [open_image(path) for path in study.paths[: self.num_views]]
+            for path, image in zip(study.paths, images, strict=False):
+                if warning := refuse_blank(image, str(path)):
+                    print(f"warning: {warning}", file=sys.stderr)
+            return images
         except InputError as error:
             print(f"error: {error}; no report for {study.name}", file=sys.stderr)
             self.unreadable += 1

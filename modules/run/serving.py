@@ -19,7 +19,7 @@ def report_writer(path: str, given: Mapping[str, Any], index_path: str | None) -
     A request has ``names`` of its files, ``together`` (they are views of one study) and ``beam_size``.
     InputError as in load_predictor.
     """
-    from modules.data.images import open_image
+    from modules.data.images import decode_image, refuse_blank
     from modules.inference.report_index import ReportIndex
     from modules.pages.prediction_page import PageStudy, render_studies
     from modules.run.predictor import load_predictor
@@ -41,7 +41,9 @@ def report_writer(path: str, given: Mapping[str, Any], index_path: str | None) -
                     f"{len(group)} images for one study, but this model reads {predictor.num_views}: "
                     "choose 'a study each', or fewer images"
                 )
-            images = [open_image(io.BytesIO(content), name=name) for name, content in group]
+            images = [decode_image(io.BytesIO(content), name) for name, content in group]
+            for (name, _), image in zip(group, images, strict=True):
+                refuse_blank(image, name)
             predictor.decoding = decoding
             [report] = predictor.write([images], attention=predictor.shows_attention)
             similar = index.nearest(report.pooled, SIMILAR) if index is not None else ()

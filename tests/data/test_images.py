@@ -15,10 +15,13 @@ from torchvision.transforms import functional as reference
 from modules.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MAX_BYTES,
     ImageFolder,
+    blank_problem,
     eval_transform,
     load_image,
     open_image,
+    refuse_blank,
     train_transform,
 )
 from modules.runtime.errors import InputError
@@ -82,6 +85,58 @@ def test_white_is_zero_tiff_is_inverted_at_every_depth(tmp_path):
     assert np.array_equal(pixels(deep)[..., 0], RAMP)
 
 
+def deep_png(values):
+    """A PNG of 16-bit channels, values (H, W, C) of grey with alpha, RGB or RGBA, which Pillow does not write."""
+    height, width, channels = values.shape
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    chunks = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("full", [255, 1023, 4095, 16383, 65535])
+def test_16_bit_colours_keep_their_contrast_as_greys_do(tmp_path, full, alpha):
+    ramp = np.linspace(0, full, 24 * 32).round().astype(np.uint16).reshape(24, 32)
+    opaque = [np.full_like(ramp, 65535)] if alpha else []
+    expected = np.rint(ramp * (255 / full)) if full < 65535 else ramp >> 8  # as Pillow has them
+    for colours in ([ramp, ramp // 2, ramp * 0], [ramp] if alpha else [ramp] * 3):
+        path = tmp_path / "x.png"
+        path.write_bytes(deep_png(np.stack([*colours, *opaque], axis=-1)))
+        assert np.array_equal(pixels(path)[..., 0], expected)
+
+
+def test_16_bit_colours_of_a_tiff_in_either_byte_order(tmp_path):
+    ramp = np.linspace(0, 4095, 24 * 32).astype(np.uint16).reshape(24, 32)
+    for order in "<>":
+        data = np.stack([ramp] * 3, axis=-1).astype(f"{order}u2").tobytes()
+        tags = [
+            (256, 32),
+            (257, 24),
+            (258, None),
+            (259, 1),
+            (262, 2),
+            (273, 128),
+            (277, 3),
+            (278, 24),
+            (279, len(data)),
+        ]
+        entries = b"".join(
+            struct.pack(f"{order}HHL", tag, 3, 1) + struct.pack(f"{order}HH", value, 0)
+            if tag != 258
+            else struct.pack(f"{order}HHLL", 258, 3, 3, 122)
+            for tag, value in tags
+        )
+        head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}LH", 8, len(tags)) + entries + bytes(4)
+        path = tmp_path / "x.tif"
+        path.write_bytes(head + struct.pack(f"{order}3H", 16, 16, 16) + data)
+        assert np.array_equal(pixels(path)[..., 2], np.rint(ramp * (255 / 4095)))
+
+
 def test_floats_and_wide_integers_are_stretched(tmp_path):
     expected = np.rint(np.linspace(0, 255, 12)).reshape(3, 4)
     for values in (np.linspace(-2.5, 7.5, 12, dtype=np.float32), np.linspace(-50000, 500000, 12).astype(np.int32)):
@@ -122,6 +177,27 @@ def test_exif_orientation_is_applied(tmp_path):
     assert load_image(saved(tmp_path, RAMP, "x.jpg", exif=exif)).size == (24, 32)
 
 
+# ---- blank images
+
+
+def test_blank_images_are_told_from_dark_ones(tmp_path):
+    for value in (0, 7, 255):
+        image = Image.new("RGB", (40, 30), (value,) * 3)
+        kind, reason = blank_problem(image)
+        assert kind == "image is blank" and str(value) in reason
+        with pytest.raises(InputError, match="image 'x.png' is blank: every pixel has the grey value"):
+            refuse_blank(image, "x.png")
+    clipped = Image.fromarray(
+        np.where(np.arange(1200) < 1120, 255, np.arange(1200) % 200).astype(np.uint8).reshape(30, 40)
+    )
+    assert blank_problem(clipped)[0] == "image is nearly blank"
+    assert "93% of its pixels have grey values around" in refuse_blank(clipped, "x.png")
+    half_black = Image.fromarray(np.concatenate([np.zeros((30, 40), np.uint8), noise(30, 40)]))
+    dark = Image.fromarray(noise(30, 40) // 10)
+    for image in (half_black, dark, Image.fromarray(RAMP)):
+        assert blank_problem(image) is None and refuse_blank(image, "x.png") == ""
+
+
 # ---- what is refused
 
 
@@ -159,8 +235,13 @@ def test_files_that_are_no_images(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "page.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "large.dcm").touch()
+    os.truncate(tmp_path / "large.dcm", MAX_BYTES + 1)
     for name, reason in {
+        "large.dcm": f"{MAX_BYTES + 1} bytes, more than {MAX_BYTES}",
+        "pointer.png": "pointer of Git LFS",
         "missing.png": "No such file or directory",
         "empty.png": "is empty (0 bytes)",
         "text.png": "cannot be decoded: not an image",
@@ -168,9 +249,10 @@ def test_files_that_are_no_images(tmp_path):
         "folder.png": "is not a regular file",
         "pipe.png": "is not a regular file",
     }.items():
-        with pytest.raises(InputError) as caught:
-            folder(name)
-        assert name in str(caught.value) and reason in str(caught.value)
+        for read in (folder, lambda name: open_image(tmp_path / name)):  # as in training, and as in predict.py
+            with pytest.raises(InputError) as caught:
+                read(name)
+            assert name in str(caught.value) and reason in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.tif", "x.webp"])

@@ -10,11 +10,15 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
 from modules.data.images import MAX_BYTES, ImageFolder, open_image
 from modules.runtime.errors import InputError
+from tests.data.test_dicom import dicom
 
 ROOT = Path(__file__).resolve().parents[2]
 GREY = Image.new("L", (40, 30), 90)
@@ -104,6 +108,77 @@ def test_announced_pixels_are_counted_before_they_are_decoded(tmp_path, name):
     (tmp_path / "bomb").write_bytes(BOMBS[name])
     with little_memory(), pytest.raises(InputError, match="more than max_pixels|decompression bomb|50-fold"):
         open_image(tmp_path / "bomb")
+
+
+def codestream(side, **changes):
+    """A JPEG 2000 codestream of a grey square, with other bytes at given places after its coding style marker."""
+    content = bytearray(saved(Image.new("L", (side, side), 7), "JPEG2000", no_jp2=True))
+    at = content.index(b"\xff\x52")
+    if precinct := changes.get("precinct"):  # exponents of both sides, for every resolution
+        style = bytearray(content[at + 2 : at + 14])
+        style[2] |= 1
+        style += bytes([precinct]) * (style[7] + 1)
+        style[:2] = struct.pack(">H", len(style))
+        content[at + 2 : at + 14] = style
+    if block := changes.get("block"):
+        content[at + 10 : at + 12] = bytes([block - 2] * 2)
+    if tile := changes.get("tile"):
+        content[24:32] = struct.pack(">LL", tile, tile)
+    return bytes(content)
+
+
+PIECES = {"precincts of 4 x 4": {"precinct": 0x22}, "blocks of 4 x 4": {"block": 2}, "tiles of 17 x 17": {"tile": 17}}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_codestream_of_300_bytes_in_a_million_pieces(tmp_path, name):
+    content = codestream(4096, **PIECES[name])
+    assert len(content) < 400
+    (tmp_path / "a.jp2").write_bytes(content)
+    dicom(
+        tmp_path / "a.dcm",
+        np.zeros((4096, 4096), np.uint8),
+        8,
+        syntax=JPEG2000Lossless,
+        PixelData=encapsulate([content]),
+    )
+    for file in ("a.jp2", "a.dcm"):
+        with little_memory(), pytest.raises(InputError, match="far too small pieces"):
+            open_image(tmp_path / file)
+    (tmp_path / "a.jp2").write_bytes(codestream(512, precinct=0x77, block=5, tile=128))
+    with contextlib.suppress(InputError):  # of sensible pieces, though not as it was written
+        open_image(tmp_path / "a.jp2")
+
+
+def test_encoded_dicom_that_unpacks_to_more_than_its_header_says(tmp_path):
+    run = b"\x81\x00" * 1_000_000  # 128 MB
+    lengths = struct.pack("<16L", 2, 64, 64 + len(run), *[0] * 13) + run + run
+    small = saved(Image.new("L", (1024, 1024), 9), "JPEG2000", no_jp2=True)
+    size = struct.pack(">LL", 9000, 9000)
+    large = small[:8] + size + small[16:24] + size + small[32:]
+    words = np.zeros((1024, 1024), np.uint16)
+    for syntax, frames, refusal in (
+        (RLELossless, [lengths], None),
+        (JPEGBaseline8Bit, [jpeg(9000, 9000)], "1024 x 1024 pixels that holds an encoded image of 9000 x 9000"),
+        (JPEG2000Lossless, [large], "1024 x 1024 pixels that holds an encoded image of 9000 x 9000"),
+        (JPEG2000Lossless, [small] * 100, None),
+    ):
+        dicom(tmp_path / "a.dcm", words, 16, syntax=syntax, PixelData=encapsulate(frames))
+        with little_memory(), pytest.raises(InputError, match=refusal) if refusal else contextlib.nullcontext():
+            assert open_image(tmp_path / "a.dcm").size == (1024, 1024)
+
+
+def test_a_dicom_header_of_four_hundred_thousand_elements(tmp_path, monkeypatch):
+    monkeypatch.setattr("modules.data.dicom._MAX_HEADER", 2**18)  # refused sooner, in seconds less
+    dicom(tmp_path / "a.dcm")
+    content = (tmp_path / "a.dcm").read_bytes()
+    pixels = content.index(struct.pack("<HH", 0x7FE0, 0x0010))
+    elements = b"".join(struct.pack("<HH2sH", 0x0029, number, b"LO", 0) for number in range(65536)) * 6
+    begin, end = struct.pack("<HHL", 0xFFFE, 0xE000, 0xFFFFFFFF), struct.pack("<HHL", 0xFFFE, 0xE00D, 0)
+    sequence = struct.pack("<HH2sHL", 0x0028, 0x3010, b"SQ", 0, 0xFFFFFFFF) + begin + elements + end
+    (tmp_path / "a.dcm").write_bytes(content[:pixels] + sequence + content[pixels:])
+    with little_memory(), pytest.raises(InputError, match="its DICOM header is longer than"):
+        open_image(tmp_path / "a.dcm")
 
 
 def test_a_thousand_frames_are_one(tmp_path):

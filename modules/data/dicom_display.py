@@ -1,0 +1,158 @@
+"""How stored DICOM values look on a screen, by PS3.3 C.7.6.3 and C.11: modality, then window or lookup table.
+
+Headers are often wrong in these elements. What cannot be meant (an empty or zero window, an unknown function) counts
+as absent, and a lookup table's own highest value says what white is.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from modules.data.bit_depths import by_rows, eight_bits, full_scale
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_MAX_TABLE = 2**17  # stored values for which a table is made
+_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+
+
+def show_grey(values: np.ndarray, data: "Dataset") -> np.ndarray:
+    """Stored values (H, W), integers, as uint8 (H, W), bright where film is.
+
+    Without a window or lookup table the values are stretched from minimum to maximum, padding left out. MONOCHROME1 is
+    inverted, padding is black.
+    """
+    low, span = int(values.min()), int(values.max()) - int(values.min()) + 1
+    if span > _MAX_TABLE:  # of 32 bits
+        levels, places = np.unique(values, return_inverse=True)
+        return _grey_of(levels.astype(np.int64), data)[places].reshape(values.shape)
+    # The chain is followed for every value that occurs, once, and not for every pixel.
+    present = np.zeros(span, bool)
+    for row in values:
+        present[row.astype(np.intp) - low] = True
+    table = np.zeros(span, np.uint8)
+    table[present] = _grey_of(np.flatnonzero(present) + low, data)
+    return by_rows(lambda rows: table[rows.astype(np.intp) - low], values)
+
+
+def show_colour(values: np.ndarray, colour_space: str) -> np.ndarray:
+    """Stored values (H, W, 3), unsigned, as RGB uint8 (H, W, 3)."""
+    from pydicom.pixels import convert_color_space
+
+    values = eight_bits(values)
+    if colour_space in ("YBR_FULL", "YBR_FULL_422"):
+        return by_rows(lambda rows: convert_color_space(rows, colour_space, "RGB"), values)
+    if not colour_space.startswith("RGB"):
+        raise NotImplementedError("a colour space that pydicom does not convert")
+    return values
+
+
+def show_palette(values: np.ndarray, data: "Dataset") -> np.ndarray:
+    """Stored values (H, W), places in the palette of ``data``, as RGB uint8 (H, W, 3)."""
+    entries, first, _ = data.RedPaletteColorLookupTableDescriptor
+    if "RedPaletteColorLookupTableData" in data:
+        channels = [
+            _entries(
+                data[f"{colour}PaletteColorLookupTableDescriptor"].value,
+                data[f"{colour}PaletteColorLookupTableData"].value,
+                data,
+            )
+            for colour in ("Red", "Green", "Blue")
+        ]
+        palette = np.stack(channels, axis=-1)
+    else:  # in segments, which pydicom expands
+        from pydicom.pixels import apply_color_lut
+
+        palette = apply_color_lut(np.arange(entries or 2**16) + first, data)[:, :3]
+    palette = eight_bits(palette)
+    return by_rows(lambda rows: palette[np.clip(rows.astype(np.int64) - first, 0, len(palette) - 1)], values)
+
+
+def _grey_of(levels: np.ndarray, data: "Dataset") -> np.ndarray:
+    """Grey values uint8 (K,) of the stored values that occur, int64 (K,)."""
+    from pydicom.pixels import apply_windowing
+
+    padding = _is_padding(levels, data)
+    modality = _modality(levels, data)
+    if lookup := _lookup_table(data, "VOILUTSequence"):
+        shown = _look_up(modality, *lookup)
+        low, high = 0, full_scale(int(lookup[0].max()))
+    elif _has_window(data):
+        shown = apply_windowing(modality, data)
+        low, high = apply_windowing(np.array([-1e12, 1e12]), data)  # what lies below and above the window becomes
+    else:
+        shown = modality
+        inside = modality if padding.all() else modality[~padding]
+        low, high = inside.min(), inside.max()
+    span = float(high) - float(low)
+    grey = np.rint(np.clip((shown.astype(np.float64) - float(low)) * (255 / span if span else 0), 0, 255))
+    if data.PhotometricInterpretation == "MONOCHROME1":
+        grey = 255 - grey
+    grey[padding] = 0
+    return grey.astype(np.uint8)
+
+
+def _is_padding(levels: np.ndarray, data: "Dataset") -> np.ndarray:
+    """(K,) bool: what lies outside the detector, by PS3.3 C.7.5.1.1.2."""
+    value, limit = _number(data, "PixelPaddingValue"), _number(data, "PixelPaddingRangeLimit")
+    if value is None:
+        return np.zeros(levels.shape, bool)
+    ends = sorted((value, value if limit is None else limit))
+    return (levels >= ends[0]) & (levels <= ends[1])
+
+
+def _modality(levels: np.ndarray, data: "Dataset") -> np.ndarray:
+    if lookup := _lookup_table(data, "ModalityLUTSequence"):
+        return _look_up(levels, *lookup)
+    slope, intercept = _number(data, "RescaleSlope"), _number(data, "RescaleIntercept")
+    return levels if slope is None or intercept is None else levels * slope + intercept
+
+
+def _has_window(data: "Dataset") -> bool:
+    """Whether ``data`` has a window that pydicom can apply; an unknown function of one is taken out of ``data``."""
+    function = str(data.get("VOILUTFunction") or "").strip().upper()
+    if function not in _FUNCTIONS and "VOILUTFunction" in data:
+        del data.VOILUTFunction  # LINEAR is meant where there is none
+        function = "LINEAR"
+    center, width = _number(data, "WindowCenter"), _number(data, "WindowWidth")
+    return center is not None and width is not None and (width >= 1 if function in ("LINEAR", "") else width > 0)
+
+
+def _number(data: "Dataset", name: str) -> float | None:
+    """The element's first value; None where it is absent, empty or not a finite number."""
+    try:
+        value = data.get(name)
+        number = float(value if isinstance(value, str | int | float) else value[0])
+    except (TypeError, ValueError, IndexError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _lookup_table(data: "Dataset", sequence: str) -> tuple[np.ndarray, int] | None:
+    """The first lookup table of a sequence and the value that its first entry is for; None where there is none."""
+    items = data.get(sequence)
+    if not items or "LUTDescriptor" not in items[0] or not items[0].get("LUTData"):
+        return None
+    table = _entries(items[0].LUTDescriptor, items[0].LUTData, data)
+    return table, int(items[0].LUTDescriptor[1])
+
+
+def _entries(descriptor: list[int], content: bytes | list[int] | int, data: "Dataset") -> np.ndarray:
+    """A table's entries uint16 (K,): its data are words, or bytes where there are no more than entries."""
+    entries = int(descriptor[0]) % 2**16 or 2**16
+    byte_order = "<" if data.original_encoding[1] else ">"
+    if not isinstance(content, bytes):
+        content, byte_order = np.atleast_1d(np.asarray(content, np.int64)).astype("<u2").tobytes(), "<"
+    if len(content) <= entries + entries % 2:
+        return np.frombuffer(content, np.uint8)[:entries].astype(np.uint16)
+    return np.frombuffer(content[: len(content) // 2 * 2], f"{byte_order}u2")[:entries].astype(np.uint16)
+
+
+def _look_up(values: np.ndarray, table: np.ndarray, first: int) -> np.ndarray:
+    """``table`` at ``values`` - ``first``; values beyond its ends have those of its ends.
+
+    pydicom's own wraps values in the table's data type, and refuses modality tables of 10 to 15 bits.
+    """
+    return table[np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)]
