@@ -13,7 +13,7 @@ from typing import Any
 from modules.flags import Parser
 from modules.runtime.environment import choose_device, provenance
 from modules.runtime.errors import InputError
-from modules.runtime.output_files import Output, check_outputs, is_json
+from modules.runtime.output_files import Output, check_outputs, contains
 
 PRODUCT_SIDE = 2048
 
@@ -40,7 +40,7 @@ def prepare(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> tupl
 
     InputError for a flag of ``positive`` (or rounds, threads) that is less than 1, and where --out is another file.
     """
-    check_outputs([Output("--out", arguments.out, "result of a benchmark", is_json("benchmark", "settings"))])
+    check_outputs([Output("--out", arguments.out, "a result of a benchmark", contains('"benchmark":', '"settings":'))])
     for name in ("rounds", "threads", *positive):
         value = getattr(arguments, name)
         for number in value if isinstance(value, list) else [value]:

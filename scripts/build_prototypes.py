@@ -21,7 +21,7 @@ from modules.config import Config
 from modules.flags import Parser, add_flags, boolean
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError, run_entry_point
-from modules.runtime.output_files import Output, check_outputs, is_safetensors
+from modules.runtime.output_files import Output, check_outputs, contains
 
 # Flags with the meaning they have in main_train.py.
 SHARED = (
@@ -132,7 +132,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--num_protype {arguments.num_protype}: one cannot be halved; add --mirrored false")
     names = ("ann_path", "label_path", "visual_extractor_weights", "text_encoder")
     check_outputs(
-        [Output("--out", arguments.out, "prototypes file of this project", is_safetensors("ithn-prototypes"))],
+        [Output("--out", arguments.out, "a prototypes file of this project", contains("ithn-prototypes"))],
         [(f"--{name}", getattr(arguments, name)) for name in names],
     )
 

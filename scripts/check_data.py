@@ -24,7 +24,7 @@ from modules.data.tokenizers import Tokenizer
 from modules.flags import build_parser, resolve_config, settle_flags
 from modules.ithn.synthesis import DRAWING_NEIGHBOURS
 from modules.runtime.errors import InputError, Problem, run_entry_point
-from modules.runtime.output_files import Output, check_outputs, is_json
+from modules.runtime.output_files import Output, check_outputs, contains
 
 if TYPE_CHECKING:
     from modules.prepare.image_survey import ImageFacts
@@ -333,7 +333,14 @@ def main() -> int:
     config = resolve_config(given)
     print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
     check_outputs(
-        [Output("--json", own["json"], "JSON file of this program", is_json("problems", "kinds", "statistics"))],
+        [
+            Output(
+                "--json",
+                own["json"],
+                "a JSON file of this program",
+                contains('"problems":', '"kinds":', '"statistics":'),
+            )
+        ],
         [
             (f"--{name}", getattr(config, name))
             for name in ("ann_path", "negative_index", "label_path", "init_protypes_path", "detection_features")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.flags import Parser
 from modules.labels.tables import Table, class_columns, parse_labels, read_table, report_column
 from modules.runtime.errors import InputError, run_entry_point
-from modules.runtime.output_files import Output, check_outputs, is_json
+from modules.runtime.output_files import Output, check_outputs, contains
 from modules.runtime.records import write_results
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def main() -> None:
             Output(
                 "--out",
                 arguments.out,
-                "JSON file of this program's scores",
-                is_json("scores", "classes", "files_sha256"),
+                "a JSON file of this program's scores",
+                contains('"scores":', '"classes":', '"files_sha256":'),
             )
         ],
         [("--gts", arguments.gts), ("--res", arguments.res)],

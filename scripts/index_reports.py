@@ -17,7 +17,7 @@ from modules.flags import Parser, add_flags
 from modules.run.study_arguments import add_batch_size, given_flags
 from modules.runtime.environment import check_python
 from modules.runtime.errors import run_entry_point
-from modules.runtime.output_files import Output, check_outputs, is_safetensors
+from modules.runtime.output_files import Output, check_outputs, contains
 
 RUNNING = ("device", "n_gpu", "precision")
 
@@ -39,7 +39,7 @@ def main() -> None:
     check_python()
     arguments = build_parser().parse_args()
     check_outputs(
-        [Output("--out", arguments.out, "index of this program", is_safetensors("ithn-report-index"))],
+        [Output("--out", arguments.out, "an index of this program", contains("ithn-report-index"))],
         [("--load", arguments.load), ("--ann_path", arguments.ann_path)],
     )
     studies = read_annotation(arguments.ann_path, required_splits=("train",)).splits["train"]

@@ -28,7 +28,7 @@ from modules.data.tokenizers import clean_report
 from modules.flags import Parser, boolean
 from modules.runtime.errors import InputError, one_line, run_entry_point
 from modules.runtime.launch import launched, process_device, start_processes
-from modules.runtime.output_files import Output, check_outputs, is_safetensors
+from modules.runtime.output_files import Output, check_outputs, contains
 from modules.runtime.records import private_folder
 
 RECORDED = (
@@ -152,7 +152,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.out.is_dir():
         raise InputError(f"--out {arguments.out}: is a folder; give a file name, such as negatives.safetensors")
     check_outputs(
-        [Output("--out", arguments.out, "hard-negative index", is_safetensors("ithn-hard-negatives"))],
+        [Output("--out", arguments.out, "a hard-negative index", contains("ithn-hard-negatives"))],
         [("--ann_path", arguments.ann_path), ("--text_encoder", arguments.text_encoder)],
     )
     folder = private_folder(arguments.out.parent)

@@ -19,7 +19,7 @@ from modules.inference.study_files import StudyFiles, find_studies
 from modules.run.study_arguments import add_study_arguments, checkpoint_name, given_flags, require_checkpoint
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
-from modules.runtime.output_files import Output, check_outputs, has_near_its_start
+from modules.runtime.output_files import Output, check_outputs, contains
 from scripts.predict import DECODING
 
 TITLE = "Where the model looked"
@@ -57,17 +57,12 @@ def _layer(text: str) -> int | None:
 def check(folder: Path, studies: list[StudyFiles]) -> None:
     """InputError where a picture would replace an image that is read, or one that is no picture of this program."""
     taken: set[str] = set()
-    drawn = has_near_its_start(b"Software\0Matplotlib")
+    drawn = contains("Software\0Matplotlib")
     outputs = [
-        Output(
-            "--out",
-            folder / "attention.html",
-            "page of this program",
-            has_near_its_start(f"<title>{TITLE}</title>".encode()),
-        )
+        Output("--out", folder / "attention.html", "a page of this program", contains(f"<title>{TITLE}</title>"))
     ]
     outputs += [
-        Output("--out", folder / file_name(study.name, taken), "picture of this program", drawn) for study in studies
+        Output("--out", folder / file_name(study.name, taken), "a picture of this program", drawn) for study in studies
     ]
     check_outputs(outputs, [("an image", path) for study in studies for path in study.paths])
 

@@ -22,7 +22,7 @@ from modules.inference.study_files import find_studies
 from modules.run.study_arguments import add_study_arguments, checkpoint_name, given_flags, require_checkpoint
 from modules.runtime.environment import check_python, provenance
 from modules.runtime.errors import run_entry_point
-from modules.runtime.output_files import Output, begins_with, check_outputs, has_near_its_start, is_json
+from modules.runtime.output_files import Output, check_outputs, contains
 
 if TYPE_CHECKING:
     from modules.inference.prediction import WrittenReport
@@ -67,11 +67,14 @@ def main() -> int:
     studies = find_studies(arguments.paths, arguments.group)
     check_outputs(
         [
-            Output("--json", arguments.json, "JSON file of this program", is_json("checkpoint", "warning", "reports")),
-            Output("--csv", arguments.csv, "table of this program", begins_with(",".join(COLUMNS))),
             Output(
-                "--html", arguments.html, "page of this program", has_near_its_start(f"<title>{TITLE}</title>".encode())
+                "--json",
+                arguments.json,
+                "a JSON file of this program",
+                contains('"checkpoint":', '"warning":', '"reports":'),
             ),
+            Output("--csv", arguments.csv, "a table of this program", contains(",".join(COLUMNS))),
+            Output("--html", arguments.html, "a page of this program", contains(f"<title>{TITLE}</title>")),
         ],
         [("--load", arguments.load), *(("an image", path) for study in studies for path in study.paths)],
     )

@@ -189,7 +189,7 @@ def main() -> None:
             for split, own in chosen.items()
         }
     annotation = records(chosen, orders)
-    done = write_annotation(path, annotation, may_grow=bool(arguments.images), hint=HINT)
+    done = write_annotation(path, annotation, HINT)
     print(f"{len(studies)} reports read from {arguments.reports}")
     for split in SPLITS:
         print(f"  {split:<6}{len(annotation[split]):>6} studies    (R2Gen: {R2GEN[split]})")

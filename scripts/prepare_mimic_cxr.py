@@ -31,7 +31,7 @@ from modules.prepare.mimic_cxr import (
 )
 from modules.prepare.mimic_sections import SECTIONS, extract_section
 from modules.runtime.errors import InputError, run_entry_point
-from modules.runtime.output_files import Output, begins_with, check_annotation, check_outputs, write_annotation
+from modules.runtime.output_files import Output, check_annotation, check_outputs, contains, write_annotation
 
 R2GEN = {"train": 270790, "val": 2130, "test": 3858}
 _FRONTAL, _LATERAL = ("PA", "AP"), ("LATERAL", "LL")
@@ -109,8 +109,8 @@ def check(arguments: argparse.Namespace) -> None:
             Output(
                 "--labels_out",
                 arguments.labels_out,
-                "table of labels of this program",
-                begins_with(",".join(label_columns())),
+                "a table of labels of this program",
+                contains(",".join(label_columns())),
             )
         ],
         [("--reports", arguments.reports), ("annotation.json", arguments.out / "annotation.json")],
@@ -232,7 +232,7 @@ def main() -> None:
         if not images:
             raise InputError(f"--images {arguments.images}: no image of them could be had")
     annotation = build_records(images, reports, arguments.records, ending)
-    done = write_annotation(path, annotation, may_grow=bool(arguments.images))
+    done = write_annotation(path, annotation)
     if arguments.labels_out:
         write_table(arguments.labels_out, label_columns(), labels)
 

@@ -18,7 +18,7 @@ from modules.flags import Parser, add_flags
 from modules.run.study_arguments import checkpoint_name, given_flags, require_checkpoint
 from modules.runtime.environment import check_python
 from modules.runtime.errors import run_entry_point
-from modules.runtime.output_files import Output, check_outputs, is_json
+from modules.runtime.output_files import Output, check_outputs, contains
 
 OVERRIDES = (
     "ann_path",
@@ -83,12 +83,13 @@ def check(arguments: argparse.Namespace) -> None:
     """InputError where the folder has files of these names that this program did not write."""
     table = Path(arguments.out) / "negatives.json"  # is written first: without it the others are somebody's own
     own = {
-        "negatives.json": is_json("epochs", "lambdas"),
+        "negatives.json": contains('"epochs":', '"lambdas":'),
         "negatives.md": lambda _: table.is_file(),
         "negatives.png": lambda _: table.is_file(),
     }
     check_outputs(
-        Output("--out", table.with_name(name), "output of this program", recognises) for name, recognises in own.items()
+        Output("--out", table.with_name(name), "an output of this program", recognises)
+        for name, recognises in own.items()
     )
 
 

@@ -18,7 +18,7 @@ from modules.config import Config
 from modules.flags import Parser, add_flags
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError, run_entry_point
-from modules.runtime.output_files import Output, check_outputs, is_json
+from modules.runtime.output_files import Output, check_outputs, contains
 
 # Flags that mean what they mean in main_train.py.
 SHARED = (
@@ -113,9 +113,9 @@ def table(found: dict[str, dict]) -> str:
 def main() -> None:
     """Look at every image once, fit, write."""
     arguments = build_parser().parse_args()
-    own = is_json("classes", "annotation_sha256", "labels_sha256")
+    own = contains('"classes":', '"annotation_sha256":', '"labels_sha256":')
     check_outputs(
-        [Output("--out", arguments.out, "table of this program", own)],
+        [Output("--out", arguments.out, "a table of this program", own)],
         [(f"--{name}", getattr(arguments, name)) for name in ("ann_path", "label_path", "visual_extractor_weights")],
     )
     config = Config(**{name: getattr(arguments, name) for name in SHARED}, ithn="off", freeze_visual_extractor=True)

@@ -110,7 +110,7 @@ def test_an_annotation_of_another_split_stays(prepare, tmp_path, capsys):
     first = prepare()
     assert prepare() == first and f"unchanged: {path}" in capsys.readouterr().out
     before = path.read_bytes()
-    with pytest.raises(InputError, match=r"annotation\.json: is there with other content .*name another --out"):
+    with pytest.raises(InputError, match=r"annotation\.json: already exists with other content, .*name another --out"):
         prepare(split=karpathy(test=[73], train=[25, 9], val=[74]))
     assert path.read_bytes() == before
 

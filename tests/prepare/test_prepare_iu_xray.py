@@ -235,7 +235,7 @@ def test_r2gens_annotation_is_not_replaced(openi, tmp_path, monkeypatch, capsys)
     for given in (command, command[:2] + command[4:]):  # with images and without
         with pytest.raises(
             InputError,
-            match=r"annotation\.json: is there with other content .*another --out, or move "
+            match=r"annotation\.json: already exists with other content, .*another --out, or move "
             r".*; --split FILE, .* keeps its split: R2Gen's",
         ):
             prepare(monkeypatch, *given)
@@ -250,7 +250,7 @@ def test_missing_images_take_no_record_away(openi, tmp_path, monkeypatch):
     prepare(monkeypatch, "--reports", openi / REPORTS, "--out", tmp_path)
     before = (tmp_path / "annotation.json").read_bytes()
     few = tgz(tmp_path / "few.tgz", [(f"{image}.png", png(9)) for image in images_of(2)])
-    with pytest.raises(InputError, match="is there with other content"):
+    with pytest.raises(InputError, match="already exists with other content"):
         prepare(monkeypatch, "--reports", openi / REPORTS, "--images", few, "--out", tmp_path)
     assert (tmp_path / "annotation.json").read_bytes() == before
 

@@ -177,11 +177,13 @@ def test_an_annotation_of_other_settings_stays(physionet, tmp_path, monkeypatch,
         assert f"{said}{tmp_path / 'annotation.json'}" in capsys.readouterr().out
     monkeypatch.setattr(prepare_mimic_cxr, "place_images", lambda *_: pytest.fail("images are placed first"))
     for other in (("--section", "impression"), ("--records", "image")):
-        with pytest.raises(InputError, match=r"annotation\.json: is there with other content .*name another --out"):
+        with pytest.raises(
+            InputError, match=r"annotation\.json: already exists with other content, .*name another --out"
+        ):
             prepare(*command, *other)
         assert json.loads((tmp_path / "annotation.json").read_text()) == first
     (tmp_path / "labels.csv").write_text("study_id,edema\n1,1\n")
-    with pytest.raises(InputError, match=r"--labels_out .*labels\.csv: is there and is no table of labels"):
+    with pytest.raises(InputError, match=r"--labels_out .*labels\.csv: already exists and is not a table of labels"):
         prepare(*command, "--records", "study", images=False)
 
 

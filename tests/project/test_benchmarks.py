@@ -58,7 +58,7 @@ def test_a_file_of_another_kind_stays(tmp_path, monkeypatch, name):
     out = tmp_path / "annotation.json"
     out.write_text('{"train": []}')
     monkeypatch.setattr(sys, "argv", ["benchmark", "--out", str(out)])
-    with pytest.raises(InputError, match=r"annotation\.json: is there and is no result of a"):
+    with pytest.raises(InputError, match=r"annotation\.json: already exists and is not a result of a"):
         importlib.import_module(f"benchmarks.{name}").main()
     assert out.read_text() == '{"train": []}'
 

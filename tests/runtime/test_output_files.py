@@ -1,5 +1,6 @@
 """What is there is not lost: outputs that are inputs, or files of another kind, are refused before the work."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from modules.runtime.errors import InputError
-from modules.runtime.output_files import Output, begins_with, check_outputs, is_json, is_safetensors, write_annotation
+from modules.runtime.output_files import contains, write_annotation
 
 TEXT = b"my notes\n"
 FLAGS = (
@@ -83,7 +84,7 @@ BUILD = (
     "--out",
 )
 PROBE = (
-    "probe_images",
+    "research.probe_images",
     "--ann_path",
     "annotation.json",
     "--image_dir",
@@ -113,57 +114,57 @@ CHECK = ("check_data", "--ann_path", "annotation.json", "--image_dir", "images",
 @pytest.mark.parametrize(
     ("command", "out", "problem"),
     [
-        (MINE, "annotation.json", "--out annotation.json: is --ann_path of the same command"),
-        (MINE, "images/../annotation.json", "is --ann_path of the same command"),
-        (MINE, "link.json", "is --ann_path of the same command"),
-        (MINE, "hard_link.json", "is --ann_path of the same"),
-        (MINE, "notes.txt", "--out notes.txt: is there and is no hard-negative index; name another file"),
-        (MINE, "config.json", "is there and is no hard-negative index"),
-        (MINE, "model.pth", "is no hard-negative index"),
-        (MINE, "reports.safetensors", "is no hard-negative index"),
-        (MINE, "pipe", "is no regular file"),
-        (LABEL, "annotation.json", "is the input of the same command"),
-        (LABEL, "labels.csv", "is no output of this program as it wrote it (by labels.provenance.json)"),
-        (LABEL, "report_labels.csv", "is no output of this program as it wrote it"),  # corrected by hand, see below
+        (MINE, "annotation.json", "--out annotation.json: is also --ann_path of this command"),
+        (MINE, "images/../annotation.json", "is also --ann_path of this command"),
+        (MINE, "link.json", "is also --ann_path of this command"),
+        (MINE, "hard_link.json", "is also --ann_path"),
+        (MINE, "notes.txt", "--out notes.txt: already exists and is not a hard-negative index; name another file"),
+        (MINE, "config.json", "is not a hard-negative index"),
+        (MINE, "model.pth", "is not a hard-negative index"),
+        (MINE, "reports.safetensors", "is not a hard-negative index"),
+        (MINE, "pipe", "is not a regular file"),
+        (LABEL, "annotation.json", "is also the input of this command"),
+        (LABEL, "labels.csv", "is not an unchanged output of this program (by labels.provenance.json)"),
+        (LABEL, "report_labels.csv", "is not an unchanged output of this program"),  # corrected by hand, see below
         (LABEL, "..", "--out ..: is a folder"),
-        (BUILD, "report_labels.csv", "is --label_path of the same command"),
-        (BUILD, "negatives.safetensors", "is no file of prototypes"),
-        (PROBE, "annotation.json", "is --ann_path"),
-        (PROBE, "config.json", "is no table of this program"),
-        (SCORE, "gts.csv", "is --gts"),
-        (SCORE, "res.csv", "is --res"),
-        (SCORE, "annotation.json", "is no JSON file of"),
-        ((*PREDICT, "--csv"), "image.png", "--csv image.png: is an image of the same command"),
-        ((*PREDICT, "--csv"), "annotation.json", "is no table of this program"),
-        ((*PREDICT, "--csv"), "gts.csv", "is no table of this program"),
-        ((*PREDICT, "--json"), "annotation.json", "is no JSON file of this program"),
-        ((*PREDICT, "--json"), "model.pth", "--json model.pth: is --load of the same command"),
-        ((*PREDICT, "--html"), "image.png", "is an image"),
-        ((*PREDICT, "--html"), "config.json", "no page of this"),
-        ((*PREDICT, "--csv", "new", "--json"), "new", "--csv new: is --json of the same command"),
-        (INDEX, "negatives.safetensors", "is no index of this program"),
-        (INDEX, "model.pth", "is --load"),
-        (CHECK, "annotation.json", "is --ann_path"),
-        (CHECK, "config.json", "is no JSON file of this program"),
+        (BUILD, "report_labels.csv", "is also --label_path of this command"),
+        (BUILD, "negatives.safetensors", "is not a prototypes file"),
+        (PROBE, "annotation.json", "is also --ann_path"),
+        (PROBE, "config.json", "is not a table of this program"),
+        (SCORE, "gts.csv", "is also --gts"),
+        (SCORE, "res.csv", "is also --res"),
+        (SCORE, "annotation.json", "is not a JSON file of"),
+        ((*PREDICT, "--csv"), "image.png", "--csv image.png: is also an image of this command"),
+        ((*PREDICT, "--csv"), "annotation.json", "is not a table of this program"),
+        ((*PREDICT, "--csv"), "gts.csv", "is not a table of this program"),
+        ((*PREDICT, "--json"), "annotation.json", "is not a JSON file of this program"),
+        ((*PREDICT, "--json"), "model.pth", "--json model.pth: is also --load of this command"),
+        ((*PREDICT, "--html"), "image.png", "is also an image"),
+        ((*PREDICT, "--html"), "config.json", "not a page of this"),
+        ((*PREDICT, "--csv", "new", "--json"), "new", "--csv new: is also --json of this command"),
+        (INDEX, "negatives.safetensors", "is not an index of this program"),
+        (INDEX, "model.pth", "is also --load"),
+        (CHECK, "annotation.json", "is also --ann_path"),
+        (CHECK, "config.json", "is not a JSON file of this program"),
         (
-            ("inspect_negatives", "--load", "model.pth", "--out"),
+            ("research.inspect_negatives", "--load", "model.pth", "--out"),
             "./",
-            "negatives.md: is there and is no output of this",
+            "negatives.md: already exists and is not an output of this",
         ),
         (
             ("plot_attention", "--load", "model.pth", "image.png", "--out"),
             "./",
-            "attention.html: is there and is no page",
+            "attention.html: already exists and is not a page",
         ),
         (
             ("plot_attention", "--load", "model.pth", "image.png", "--out"),
             "figures",
-            "image.png.png: is there and is no",
+            "image.png.png: already exists and is not",
         ),
         (
             ("plot_attention", "--load", "model.pth", "--group", "folder", "figures", "--out"),
             "figures",
-            "figures.png: is an image of the same command",
+            "figures.png: is also an image of this command",
         ),
     ],
 )
@@ -203,23 +204,16 @@ def test_a_command_can_be_run_again(files, monkeypatch, command, out):
     assert written[0] == written[1] and all(path.stat().st_size for path in (files / "new").rglob("*"))
 
 
-def test_only_whole_safetensors_headers_count(tmp_path):
+def test_a_file_is_recognised_by_what_its_program_writes(tmp_path):
     from safetensors.torch import save_file
 
+    recognises = contains("ithn-hard-negatives")
     save_file({"a": torch.zeros(2)}, tmp_path / "ours", {"format": "ithn-hard-negatives-0"})
-    recognises = is_safetensors("ithn-hard-negatives")
-    assert recognises(tmp_path / "ours")  # of another version, which is to be mined again
-    whole = (tmp_path / "ours").read_bytes()
-    for number, damaged in enumerate((b"\xff" * 64, whole[:20], b"\x02" + bytes(7) + b"[]", b"abc", bytes(8))):
-        path = tmp_path / str(number)
-        path.write_bytes(damaged)
-        with pytest.raises(InputError, match="is there and is no index"):
-            check_outputs([Output("--out", path, "index", recognises)])
-    (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(InputError, match="is no table"):
-        check_outputs([Output("--out", tmp_path / "deep.json", "table", is_json("a"))])
-    (tmp_path / "table").write_text("a,b\r\n")
-    assert not begins_with("a,b")(tmp_path / "table")
+    assert recognises(tmp_path / "ours")  # written by another version: it may be replaced
+    save_file({"a": torch.zeros(2)}, tmp_path / "other", {"format": "pt"})
+    for path in (tmp_path / "other", tmp_path / "absent"):
+        with contextlib.suppress(FileNotFoundError):
+            assert not recognises(path)
 
 
 def records(*ids, report="Clear.", images=1):
@@ -227,35 +221,36 @@ def records(*ids, report="Clear.", images=1):
 
 
 @pytest.mark.parametrize(
-    ("there", "may_grow", "outcome"),
+    ("there", "outcome"),
     [
-        (None, False, "written"),
-        ("", False, "written"),
-        ({"train": records("a", "b"), "val": records("c")}, False, "unchanged"),
-        ({"train": records("a"), "val": records("c")}, True, "written"),
-        ({"train": records("a"), "val": records("c")}, False, None),
-        ({"train": records("a", "c"), "val": records("b")}, True, None),  # another split
-        ({"train": records("a", report="Other."), "val": []}, True, None),
-        ({"train": records("z"), "val": []}, True, None),
-        ({"train": [records("a")[0] | {"label": 1}], "val": []}, True, None),  # somebody's own field
-        ({"train": records("a", images=2), "val": []}, True, None),
-        ([1], True, None),
-        ({"train": 3}, True, None),
-        ("no JSON", True, None),
+        (None, "written"),
+        ("", "written"),
+        ({"train": records("a", "b"), "val": records("c")}, "unchanged"),
+        ({"train": records("a"), "val": records("c")}, "written"),
+        ({"train": records("a", "c"), "val": records("b")}, None),  # another split
+        ({"train": records("a", report="Other."), "val": []}, None),
+        ({"train": records("z"), "val": []}, None),
+        ({"train": [records("a")[0] | {"label": 1}], "val": []}, None),  # somebody's own field
+        ({"train": records("a", images=2), "val": []}, None),
+        ([1], None),
+        ({"train": 3}, None),
+        ("no JSON", None),
     ],
 )
-def test_an_annotation_with_other_content_stays(tmp_path, there, may_grow, outcome):
+def test_an_annotation_with_other_content_stays(tmp_path, there, outcome):
     path = tmp_path / "annotation.json"
     if there is not None:
         path.write_text(there if isinstance(there, str) else json.dumps(there, indent=3))
     before = path.read_bytes() if path.exists() else b""
     new = {"train": records("a", "b"), "val": records("c")}
     if outcome is None:
-        with pytest.raises(InputError, match="annotation.json: is there with other content .*another --out.*; see"):
-            write_annotation(path, new, may_grow=may_grow, hint="; see")
+        with pytest.raises(
+            InputError, match="annotation.json: already exists with other content.*another --out.*; see"
+        ):
+            write_annotation(path, new, "; see")
         assert path.read_bytes() == before
         return
-    assert write_annotation(path, new, may_grow=may_grow) == outcome
+    assert write_annotation(path, new) == outcome
     assert json.loads(path.read_bytes()) == new
     assert (path.read_bytes() == before) is (outcome == "unchanged")
 
@@ -263,17 +258,17 @@ def test_an_annotation_with_other_content_stays(tmp_path, there, may_grow, outco
 def test_a_studys_late_image_makes_its_record_longer(tmp_path):
     path = tmp_path / "annotation.json"
     write_annotation(path, {"train": records("a")})
-    assert write_annotation(path, {"train": records("a", images=2)}, may_grow=True) == "written"
+    assert write_annotation(path, {"train": records("a", images=2)}) == "written"
     assert len(json.loads(path.read_text())["train"][0]["image_path"]) == 2
 
 
 @pytest.mark.parametrize(
     ("script", "flag", "inside"),
     [
-        ("make_phantom", "--annotation", "annotation.json"),
+        ("research.make_phantom", "--annotation", "annotation.json"),
         ("make_demo_data", "--findings", "findings.csv"),
         ("make_demo_data", "--reports", "annotation.json"),
-        ("make_phantom", "--coding", "notes.txt"),
+        ("research.make_phantom", "--coding", "notes.txt"),
     ],
 )
 def test_nothing_is_drawn_over_what_is_read(files, tmp_path, monkeypatch, script, flag, inside):
@@ -284,7 +279,7 @@ def test_nothing_is_drawn_over_what_is_read(files, tmp_path, monkeypatch, script
     before = content(files)
     (tmp_path / "link").symlink_to(files)
     for out in (files, tmp_path / "link"):
-        with pytest.raises(InputError, match=f"{flag} .*{inside}: lies in --out .*copy it elsewhere"):
+        with pytest.raises(InputError, match=f"{flag} .*{inside}: is inside --out .*copy it elsewhere"):
             run(monkeypatch, script, flag, files / inside, *more, "--out", out, "--workers", 1)
     assert content(files) == before
 

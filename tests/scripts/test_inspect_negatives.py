@@ -236,7 +236,7 @@ def test_script_writes_numbers_for_every_epoch_and_hardness(run, demo, tmp_path)
         assert not any(report[:30].encode() in path.read_bytes() for report in reports)
     inspect_negatives.check(argparse.Namespace(out=str(tmp_path / "out")))  # they may be replaced by a second run
     (tmp_path / "out" / "negatives.json").write_text("{}")
-    with pytest.raises(InputError, match=r"negatives\.json: is there and is no output of this program"):
+    with pytest.raises(InputError, match=r"negatives\.json: already exists and is not an output of this program"):
         inspect_negatives.check(argparse.Namespace(out=str(tmp_path / "out")))
 
 
