@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modules.decoding.guidance import Guided
 from modules.decoding.options import DecodingOptions
 from modules.decoding.search import Decoded, DecodingSession, Search, decode
+from modules.decoding.suppression import WithoutToken
 from modules.runtime.settings import check_value, setting
 
 
@@ -83,6 +84,7 @@ class Backbone(nn.Module):
     resources: tuple[str, ...] = ()
     visual_extractor: nn.Module
     mean_patches: Tensor | None = None
+    unk_id: int | None = None  # token id of <unk>, None where the vocabulary has none
 
     def forward(
         self,
@@ -133,6 +135,8 @@ class Backbone(nn.Module):
         session = self.session(features, labels, decoding)
         if decoding.guidance:
             session = Guided(session, self.session(self.mean_study(features), labels, decoding), decoding.guidance)
+        if decoding.suppress_unk and self.unk_id is not None:
+            session = WithoutToken(session, self.unk_id)
         return decode(session, len(features.patches), features.patches.device, decoding, self.beam_search(decoding))
 
     def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> DecodingSession:

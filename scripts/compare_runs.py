@@ -157,7 +157,7 @@ def check_same_reports(folders: tuple[Folder, Folder], statistics: "list[ReportS
 
 def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_scores: bool) -> "Comparison":
     """Everything that is shown."""
-    from modules.evaluation.bootstrap import compare
+    from modules.evaluation.bootstrap import compare, holm
     from modules.evaluation.score_names import untagged
     from modules.pages.comparison import Comparison, ReportPair, ScoreLine, rank, report_scores, settings_that_differ
 
@@ -172,11 +172,9 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
             "references are compared."
         )
         by = f"{by.removesuffix(FULL)}{FULL}"
-    lines = [
-        ScoreLine(name, values[0][name], values[1][name], change)
-        for name, change in changes.items()
-        if all_scores or _is_main(untagged(name, statistics[0].tag), cut_alike)
-    ]
+    shown = [name for name in changes if all_scores or _is_main(untagged(name, statistics[0].tag), cut_alike)]
+    corrected = holm({name: changes[name].p for name in shown})
+    lines = [ScoreLine(name, values[0][name], values[1][name], changes[name], corrected[name]) for name in shown]
     each = [report_scores(run, by) for run in statistics]
     if each[0] is None or each[1] is None:
         plain = [name for name in changes if not name.startswith("ce_")]

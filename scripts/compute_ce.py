@@ -137,17 +137,17 @@ def labels_of(table: Table) -> "np.ndarray":
 def render_scores(scores: dict[str, float], limits: dict[str, tuple[float, float]]) -> str:
     """Return all scores as a Markdown table of precision, recall and F1 per averaging, class set and policy.
 
-    ``limits``: the bootstrap interval of each score; that of F1 is shown.
+    ``limits``: the bootstrap interval of each score that has one; that of F1 is shown.
     """
     lines = ["| averaging, classes, uncertain | precision | recall | F1 | 95 % interval of F1 |"]
     lines.append("|---|---|---|---|---|")
     for key, precision in scores.items():
         if "_precision_" in key:
             recall, f1 = (scores[key.replace("_precision_", f"_{name}_")] for name in ("recall", "f1"))
-            low, high = limits[key.replace("_precision_", "_f1_")]
+            interval = limits.get(key.replace("_precision_", "_f1_"))
+            shown = "–" if interval is None else f"{interval[0]:.4f} – {interval[1]:.4f}"
             lines.append(
-                f"| {key.replace('_precision_', '_*_')} | {precision:.4f} | {recall:.4f} | {f1:.4f} "
-                f"| {low:.4f} – {high:.4f} |"
+                f"| {key.replace('_precision_', '_*_')} | {precision:.4f} | {recall:.4f} | {f1:.4f} | {shown} |"
             )
     return "\n".join(lines)
 

@@ -56,7 +56,7 @@ def to_ours(source: str, given: dict) -> dict:
         raise InputError(f"{source}: is one of ours already")
     if "backbone" in given:
         given.setdefault("model_name", given["backbone"])
-    config = resolve_config(given)
+    config = resolve_config({"suppress_unk": False, **given})  # the published figures were made with <unk>
     data = read_data(config, trained_with="unknown")
     device = prepare_device(config)
     extractor = build_extractor(config, device, pretrained=False)

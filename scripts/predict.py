@@ -37,6 +37,7 @@ DECODING = (
     "sample_n",
     "block_trigrams",
     "guidance",
+    "suppress_unk",
     "max_seq_length",
     "device",
     "n_gpu",

@@ -23,6 +23,8 @@ class BpeTokenizer:
     lacks VisualGPT's tokens for begin and padding, its end token serves. InputError for a definition that is none.
     """
 
+    unk_id = None  # byte pairs write every word
+
     def __init__(self, definition: str, cleaner: str):
         clean_report("", cleaner)  # an unknown cleaner is refused here
         try:

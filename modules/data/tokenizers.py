@@ -92,15 +92,19 @@ class Tokenizer:
         return len(self.idx2token) + 1
 
     @property
+    def unk_id(self) -> int:
+        """The id of <unk>."""
+        return self.token2idx[UNKNOWN]
+
+    @property
     def sha256(self) -> str:
         """SHA-256 of the tokens joined by newlines: equal when every id means the same token."""
         return hashlib.sha256("\n".join(self.idx2token.values()).encode()).hexdigest()
 
     def encode(self, report: str) -> list[int]:
         """Ids of the cleaned report between two zeros, not truncated; unknown words become <unk>."""
-        unknown = self.token2idx[UNKNOWN]
         words = clean_report(report, self.cleaner).split()
-        return [BOS, *(self.token2idx.get(word, unknown) for word in words), EOS]
+        return [BOS, *(self.token2idx.get(word, self.unk_id) for word in words), EOS]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Tokens of ``ids`` (without the leading begin) up to the first 0, joined by single spaces."""

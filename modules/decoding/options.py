@@ -33,6 +33,12 @@ class DecodingOptions:
         "decoding",
         "write a word that immediately repeats itself once, as VisualGPT's evaluation does before scoring",
     )
+    suppress_unk: bool = setting(
+        True,
+        "decoding",
+        "never write <unk>, which counts as a hit where a reference has a rare word; main_test.py: false for published "
+        "checkpoints, whose figures were made with <unk>",
+    )
     guidance: float = setting(
         0.0,
         "decoding",

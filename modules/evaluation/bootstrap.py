@@ -1,9 +1,10 @@
 """How far a score can be trusted: bootstrap intervals, paired tests between two systems, and spread over seeds.
 
-Reports are resampled, not rescored: see modules.evaluation.report_statistics. Resamples depend on the seed and on the
-number of reports alone, so that two systems meet the same ones.
+Whole units are resampled (patients, else studies, else reports: the highest level that is known), and sums of
+their reports are rescored: see modules.evaluation.report_statistics. Resamples depend on the seed and the number of
+units alone, so that two systems meet the same ones.
 
-Shapes: N reports, R resamples.
+Shapes: U units, R resamples, S runs (seeds) of a system, K columns of all tables.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,20 +16,30 @@ from modules.evaluation.report_statistics import ReportStatistics, scores_of_sum
 from modules.evaluation.score_names import FULL, tagged
 from modules.runtime.errors import InputError
 
-RESAMPLES = 2000
+RESAMPLES = 2000  # of an interval
+TEST_RESAMPLES = 10_000  # of a test: no p value is below 1 / 10,001, so that a correction for many tests leaves some
 LEVEL = 0.95
-_BLOCK = 200  # resamples at a time: N * 200 float64 numbers
+_BLOCK = 200  # resamples at a time: U * 200 float64 numbers
 
 
 @dataclass(frozen=True)
 class Difference:
-    """First minus second: the difference of a score, its interval, and the two-sided p-values of two paired tests."""
+    """First minus second: the difference of a score, its interval, and the two-sided p values of three paired tests.
+
+    ``low`` and ``high`` are None where no interval can be trusted, ``p_seeds`` where a system has a single seed.
+    """
 
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p_bootstrap: float
     p_randomisation: float
+    p_seeds: float | None = None
+
+    @property
+    def p(self) -> float:
+        """The p value to report: p_seeds where there are several seeds, else approximate randomisation's."""
+        return self.p_randomisation if self.p_seeds is None else self.p_seeds
 
 
 @dataclass(frozen=True)
@@ -43,49 +54,69 @@ class Spread:
 def intervals(
     *runs: ReportStatistics, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap interval of every score (Efron, 1979): what other test reports of this kind would give.
+    """Percentile bootstrap interval (Efron, 1979) of every score that has a trustworthy one.
 
-    Of several runs (seeds) on the same test reports it is the interval of their mean score. It covers the choice of
-    the test reports, not that of the training seed. InputError where the runs are not about the same reports.
+    It covers the choice of the test patients or studies, not of the training seed. Of several runs (seeds) on the same
+    test reports it is the interval of their mean score. Macro averages over rare classes have none: see
+    ReportStatistics.without_interval. InputError where the runs are not about the same reports.
     """
-    columns = _Columns(runs, _comparable(runs))
-    drawn = _stack(columns.scores(counts) for counts in _resamples(len(runs[0]), resamples, seed))
-    return {name: _interval(values, level) for name, values in drawn.items()}
+    sums = _Sums(runs, _comparable(runs), _units(runs))
+    drawn = _stack(_mean(sums.scores(counts)) for counts in _resamples(sums.units, resamples, seed))
+    left_out = runs[0].without_interval()
+    return {name: _interval(values, level) for name, values in drawn.items() if name not in left_out}
 
 
 def compare(
     first: Sequence[ReportStatistics],
     second: Sequence[ReportStatistics],
     *,
-    resamples: int = RESAMPLES,
+    resamples: int = TEST_RESAMPLES,
     level: float = LEVEL,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """Compare two systems report by report, each given by one or more runs (seeds), whose scores are averaged.
+    """Compare two systems unit by unit, each given by one or more runs (seeds), whose scores are averaged.
 
-    Paired bootstrap (Koehn, 2004): the interval of the difference, and p = twice the smaller share of resamples on
-    either side of 0. Approximate randomisation (Noreen, 1989; Riezler and Maxwell, 2005): the share of random
-    exchanges of the two systems' reports that differ at least as much. Each p counts the observation itself, so none
-    is below 1 / (R + 1). Scores on cut references are left out where the runs cut differently (another vocabulary or
-    --max_seq_length). InputError where the runs are not about the same test reports, or not equally many.
+    - p_bootstrap: paired bootstrap (Koehn, 2004), twice the smaller share of resamples on either side of 0.
+    - p_randomisation: approximate randomisation (Noreen, 1989; Riezler and Maxwell, 2005), the share of random
+      exchanges of the two systems' units that differ at least as much.
+    - p_seeds: the only test that is about other seeds too. To the bootstrap variance over units comes the variance of
+      each system's mean over its S seeds, and the difference is referred to Student's t with the degrees of freedom of
+      Welch (1947) and Satterthwaite. Resampling the few seeds themselves finds too much: docs/EVALUATION.md.
+
+    Each p counts the observation itself, so none is below 1 / (R + 1). Scores on cut references are left out where the
+    runs cut differently (another vocabulary or --max_seq_length). InputError where the runs are not about the same
+    test reports, or not equally many.
     """
     names = _comparable([*first, *second])
     if len(first) != len(second):
         raise InputError(f"{len(first)} runs cannot be compared with {len(second)}: equally many seeds are needed")
-    sides = [_Columns(runs, names) for runs in (first, second)]
-    count = len(first[0])
-    observed = _subtract(*(side.scores(np.ones((1, count))) for side in sides))
+    units = _units([*first, *second])
+    sides = [_Sums(runs, names, units) for runs in (first, second)]
+    count = sides[0].units
+    by_seed = [side.scores(np.ones((1, count))) for side in sides]  # (S, 1)
+    observed = _subtract(*map(_mean, by_seed))
     bootstrap = _stack(
-        _subtract(*(side.scores(counts) for side in sides)) for counts in _resamples(count, resamples, seed)
+        _subtract(*(_mean(side.scores(counts)) for side in sides)) for counts in _resamples(count, resamples, seed)
     )
     exchanged = _stack(_subtract(*_exchange(sides, swapped)) for swapped in _coin_flips(count, resamples, seed))
+    left_out = first[0].without_interval()
     found = {}
     for name, [difference] in observed.items():
-        low, high = _interval(bootstrap[name], level)
+        limits = (None, None) if name in left_out else _interval(bootstrap[name], level)
         # Exchanging reports that are alike changes the order of summation and with it the last digit.
         beyond = np.abs(exchanged[name]) >= abs(difference) - 1e-12
-        found[name] = Difference(float(difference), low, high, _two_sided(bootstrap[name]), _share(beyond))
+        p_seeds = _with_seeds(difference, bootstrap[name].var(), [scores[name][:, 0] for scores in by_seed])
+        found[name] = Difference(float(difference), *limits, _two_sided(bootstrap[name]), _share(beyond), p_seeds)
     return found
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's (1979) correction: adjusted p values of tests that are made together, by the same names."""
+    adjusted, largest = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
 
 
 def over_seeds(runs: Sequence[Mapping[str, float | None]]) -> dict[str, Spread]:
@@ -98,53 +129,89 @@ def over_seeds(runs: Sequence[Mapping[str, float | None]]) -> dict[str, Spread]:
     }
 
 
-class _Columns:
-    """The columns of one or more runs of a system side by side, so that one product sums all of them."""
+class _Sums:
+    """The columns of a system's runs, summed over the reports of each unit, so that one product sums all of them."""
 
-    def __init__(self, runs: Sequence[ReportStatistics], names: Sequence[str] | None = None):
-        tables = [run.columns() for run in runs]
-        self.names = list(tables[0] if names is None else names)
-        self.widths = [tables[0][name].shape[1] for name in self.names]
-        self.count, self.tag = len(runs[0]), runs[0].tag
-        self.matrices = [np.concatenate([table[name] for name in self.names], axis=1) for table in tables]  # (N, K)
+    def __init__(self, runs: Sequence[ReportStatistics], names: Sequence[str], unit: np.ndarray):
+        columns = [run.columns() for run in runs]
+        self.names, self.tag = list(names), runs[0].tag
+        self.ends = np.cumsum([columns[0][name].shape[1] for name in names])[:-1]
+        self.units = int(unit.max()) + 1
+        self.reports = np.bincount(unit).astype(np.float64)  # (U,) reports of each unit
+        self.matrices = []
+        for table in columns:
+            together = np.concatenate([table[name] for name in names], axis=1)  # (N, K)
+            summed = np.zeros((self.units, together.shape[1]))
+            np.add.at(summed, unit, together)
+            self.matrices.append(summed)  # (U, K)
 
     def scores(self, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Scores (R,), averaged over the runs, of resamples that hold report n ``counts[r, n]`` times."""
-        return self.scores_of([counts @ matrix for matrix in self.matrices])
+        """Scores (S, R) of resamples that hold unit u ``counts[r, u]`` times."""
+        return self.scores_of([counts @ matrix for matrix in self.matrices], counts @ self.reports)
 
-    def scores_of(self, sums: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Scores (R,), averaged over the runs, of each run's sums (R, K)."""
-        ends = np.cumsum(self.widths)[:-1]
+    def scores_of(self, sums: Sequence[np.ndarray], reports: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores (S, R) of each run's sums (R, K) over ``reports`` (R,) reports."""
         runs = [
-            scores_of_sums(dict(zip(self.names, np.split(total, ends, axis=1), strict=True)), self.count)
+            scores_of_sums(dict(zip(self.names, np.split(total, self.ends, axis=1), strict=True)), reports)
             for total in sums
         ]
-        return {tagged(name, self.tag): np.mean([run[name] for run in runs], axis=0) for name in runs[0]}
+        return {tagged(name, self.tag): np.stack([run[name] for run in runs]) for name in runs[0]}
 
 
-def _exchange(sides: Sequence[_Columns], swapped: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """Scores of both systems after they have exchanged the reports with ``swapped[r, n]`` = 1, in all runs alike."""
+def _with_seeds(difference: float, over_units: float, by_seed: Sequence[np.ndarray]) -> float | None:
+    """Two-sided p of a difference, from its variance over units and each system's scores (S,); None for one seed."""
+    from scipy.special import stdtr
+
+    runs = len(by_seed[0])
+    if runs == 1:
+        return None
+    seeds = [scores.var(ddof=1) / runs for scores in by_seed]
+    total = over_units + sum(seeds)
+    if total == 0:
+        return 1.0 if difference == 0 else 0.0
+    square = sum(variance**2 for variance in seeds) / (runs - 1)
+    freedom = total**2 / square if square else np.inf
+    return float(2 * stdtr(freedom, -abs(difference) / np.sqrt(total)))
+
+
+def _exchange(sides: Sequence[_Sums], swapped: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """Mean scores (R,) of both systems after they exchanged the units with ``swapped[r, u]`` = 1, in all runs alike."""
     first, second = sides
     moved = [swapped @ (theirs - own) for own, theirs in zip(first.matrices, second.matrices, strict=True)]
+    reports = np.full(len(swapped), first.reports.sum())
     return [
-        first.scores_of([own.sum(axis=0) + change for own, change in zip(first.matrices, moved, strict=True)]),
-        second.scores_of([own.sum(axis=0) - change for own, change in zip(second.matrices, moved, strict=True)]),
+        _mean(
+            side.scores_of(
+                [own.sum(axis=0) + sign * change for own, change in zip(side.matrices, moved, strict=True)], reports
+            )
+        )
+        for side, sign in ((first, 1), (second, -1))
     ]
 
 
 def _comparable(runs: Sequence[ReportStatistics]) -> list[str]:
-    """Tables that all runs have and that mean the same in all of them."""
+    """Columns that all runs have and that mean the same in all of them."""
     if len({run.full_references for run in runs}) > 1:
         raise InputError("the runs were not tested on the same reports, in the same order: they cannot be compared")
     if len(tags := sorted({run.tag for run in runs})) > 1:
         raise InputError(f"runs whose scores have {' or '.join(map(repr, tags))} in their names cannot be compared")
     cut_alike = len({run.references for run in runs}) == 1
-    names = [name for name in runs[0].tables if all(name in run.tables for run in runs)]
+    columns = [run.columns() for run in runs]
+    names = [name for name in columns[0] if all(name in own for own in columns)]
     return [name for name in names if cut_alike or name.endswith(FULL) or name == "diversity"]
 
 
+def _units(runs: Sequence[ReportStatistics]) -> np.ndarray:
+    """(N,) the unit of each report, from the run that knows the highest level; others may be older files."""
+    for level in ("patients", "studies"):
+        for run in runs:
+            if (numbers := getattr(run, level)) is not None:
+                return np.unique(numbers, return_inverse=True)[1].reshape(-1)
+    return np.arange(len(runs[0]))
+
+
 def _resamples(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks (<= _BLOCK, N) of how often each report was drawn when ``count`` are drawn with replacement."""
+    """Blocks (<= _BLOCK, U) of how often each unit was drawn when ``count`` are drawn with replacement."""
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, _BLOCK):
         size = min(_BLOCK, resamples - start)
@@ -161,6 +228,11 @@ def _coin_flips(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 def _stack(blocks: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     found = list(blocks)
     return {name: np.concatenate([block[name] for block in found]) for name in found[0]}
+
+
+def _mean(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """(R,) over the runs of scores (S, R)."""
+    return {name: values.mean(axis=0) for name, values in scores.items()}
 
 
 def _subtract(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

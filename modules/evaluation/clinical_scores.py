@@ -16,6 +16,10 @@ from modules.labels.rules import CLASSES
 FIVE_CLASSES = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 CLASS_SETS = {"14": CLASSES, "5": FIVE_CLASSES}
 UNCERTAIN_POLICIES = ("negative", "positive")
+RATIOS = ("precision", "recall", "f1")
+# F1 macro is given a second time, over the classes with this many reference positives: its interval can be trusted.
+MIN_POSITIVES = 5
+FREQUENT = f"min{MIN_POSITIVES}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,11 @@ def scores_of(result: Outcomes) -> dict[str, float]:
 
 
 def clinical_scores(references: np.ndarray, hypotheses: np.ndarray, labeler: str = "rule") -> dict[str, float]:
-    """The 36 clinical scores of (N, 14) labels, in [0, 1], keyed ``ce_<labeler>_<score>_<averaging>_...``."""
+    """The clinical scores of (N, 14) labels, in [0, 1], keyed ``ce_<labeler>_<score>_<averaging>_...``.
+
+    For each policy 18 scores over the 14 and the five classes, and F1 macro over the classes with at least
+    MIN_POSITIVES reference positives (``f1_macro_min5``) where there is one.
+    """
     scores = {}
     for uncertain in UNCERTAIN_POLICIES:
         result = outcomes(references, hypotheses, uncertain)
@@ -73,7 +81,16 @@ def clinical_scores(references: np.ndarray, hypotheses: np.ndarray, labeler: str
             )
             for name, value in scores_of(chosen).items():
                 scores[f"ce_{labeler}_{name}_{class_set}_uncertain_{uncertain}"] = value
+        counts = np.stack([result.true_positive, result.false_positive, result.false_negative], axis=1)  # (N, 3, C)
+        if (frequent := frequent_classes(counts)).any():
+            f1 = ratios(*counts[:, :, frequent].sum(axis=0))["f1"]
+            scores[f"ce_{labeler}_f1_macro_{FREQUENT}_uncertain_{uncertain}"] = float(f1.mean())
     return scores
+
+
+def frequent_classes(counts: np.ndarray) -> np.ndarray:
+    """(C,) bool: the classes with at least MIN_POSITIVES reference positives in outcomes (N, 3, C)."""
+    return (counts[:, 0] + counts[:, 2]).sum(axis=0) >= MIN_POSITIVES
 
 
 def class_table(references: np.ndarray, hypotheses: np.ndarray, uncertain: str = "negative") -> list[dict]:

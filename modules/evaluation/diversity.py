@@ -5,8 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from modules.data.tokenizers import UNKNOWN
+
 # Above this share of a single report, scores say little about the images.
 COLLAPSE_SHARE = 0.5
+# From this share of <unk> on, scores against references with <unk> say little about the words.
+UNK_SHARE = 0.05
 
 
 def ngram_counts(reports: Sequence[str], sizes: Sequence[int] = (2, 3, 4)) -> np.ndarray:
@@ -52,7 +56,7 @@ def collapse_statistics(reports: Sequence[str]) -> dict[str, float | int | None]
     """Describe N >= 1 reports: number of different ones, share of the commonest, mean length, and n-gram variety.
 
     Texts are compared with normalised white space; shares are fractions of N; repetition_n is in percent, within
-    reports.
+    reports; unk_share is the fraction of words that are ``<unk>``.
     """
     counts = Counter(" ".join(report.split()) for report in reports)
     return {
@@ -61,10 +65,29 @@ def collapse_statistics(reports: Sequence[str]) -> dict[str, float | int | None]
         "unique_share": len(counts) / len(reports),
         "commonest_share": max(counts.values()) / len(reports),
         "mean_length": sum(len(report.split()) for report in reports) / len(reports),
+        "unk_share": unk_share(reports),
         "diversity": diversity(reports),
         **{f"repetition_{n}": repetition(reports, n) for n in (2, 3, 4)},
         **{f"distinct_{n}": distinct(reports, n) for n in (1, 2, 3)},
     }
+
+
+def unk_share(reports: Sequence[str]) -> float:
+    """The fraction of all words that are ``<unk>``, in [0, 1]; 0 where there are no words."""
+    words = [word for report in reports for word in report.split()]
+    return words.count(UNKNOWN) / len(words) if words else 0.0
+
+
+def unk_warning(generated: float, references: float) -> str | None:
+    """One line where either share of ``<unk>``, in generated texts or in their references, is UNK_SHARE or more."""
+    if max(generated, references) < UNK_SHARE:
+        return None
+    remedies = [] if generated < UNK_SHARE else ["--suppress_unk true keeps it from being written"]
+    remedies += [] if references < UNK_SHARE else ["a lower --threshold keeps more words"]
+    return (
+        f"{generated:.1%} of the generated words and {references:.1%} of the references' words are {UNKNOWN}, which "
+        f"counts as a hit in scores against cut references: read those against whole ones; {'; '.join(remedies)}"
+    )
 
 
 def collapse_warning(statistics: dict[str, float | int | None]) -> str | None:

@@ -16,14 +16,22 @@ from pathlib import Path
 
 import numpy as np
 
-from modules.evaluation.clinical_scores import CLASS_SETS, UNCERTAIN_POLICIES, outcomes, ratios
+from modules.evaluation.clinical_scores import (
+    CLASS_SETS,
+    FREQUENT,
+    RATIOS,
+    UNCERTAIN_POLICIES,
+    frequent_classes,
+    outcomes,
+    ratios,
+)
 from modules.evaluation.metric_table import SENTENCE_METRICS, SentenceMetric
 from modules.evaluation.score_names import FULL, tagged
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError
 from modules.runtime.records import write_private
 
-_TAG = "tag"
+_TAG, _UNITS = "tag", ("studies", "patients")
 _SENTENCE_METRICS = {metric.name: metric for metric in SENTENCE_METRICS}
 
 
@@ -33,32 +41,83 @@ class ReportStatistics:
 
     ``references`` and ``full_references`` are digests of the ids and the references as they were scored: only runs
     for which they agree can be compared, on cut or on whole references. ``tag`` is part of all names of
-    scores: see modules.evaluation.score_names.
+    scores: see modules.evaluation.score_names. ``studies`` and ``patients`` (N,) number the study and the patient of
+    each report, None where they are not known.
     """
 
     tables: Mapping[str, np.ndarray]
     references: str
     full_references: str
     tag: str = ""
+    studies: np.ndarray | None = None
+    patients: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.tables.values())))
 
+    @property
+    def units(self) -> tuple[str, np.ndarray]:
+        """What is resampled as a whole, and the number (N,) of each report's unit: the highest level that is known.
+
+        Reports of one study, and studies of one patient, depend on each other.
+        """
+        for name, numbers in (("patients", self.patients), ("studies", self.studies)):
+            if numbers is not None:
+                return name, numbers
+        return "reports", np.arange(len(self))
+
     def columns(self) -> dict[str, np.ndarray]:
-        """The tables as (N, k) float64 whose sums over reports ``scores_of_sums`` takes."""
-        return {
-            name: _with_example_ratios(table) if _is_clinical(name) else table.astype(np.float64)
-            for name, table in self.tables.items()
-        }
+        """The tables as (N, k) float64 whose sums over reports ``scores_of_sums`` takes.
 
-    def scores(self) -> dict[str, float]:
-        """The scores of the split itself."""
-        sums = {name: table.sum(axis=0, keepdims=True) for name, table in self.columns().items()}
-        return {tagged(name, self.tag): float(values[0]) for name, values in scores_of_sums(sums, len(self)).items()}
+        With the clinical outcomes come those of the classes with MIN_POSITIVES reference positives, under names that
+        contain min5.
+        """
+        columns = {}
+        for name, table in self.tables.items():
+            if not _is_clinical(name):
+                columns[name] = table.astype(np.float64)
+                continue
+            columns[name] = _with_example_ratios(table)
+            counts = table.reshape(len(table), 3, len(CLASSES))
+            if (frequent := frequent_classes(counts)).any():
+                columns[name.replace("_uncertain_", f"_{FREQUENT}_uncertain_")] = (
+                    counts[:, :, frequent].reshape(len(table), -1).astype(np.float64)
+                )
+        return columns
+
+    def without_interval(self) -> frozenset[str]:
+        """Scores with a macro average over a class with fewer than MIN_POSITIVES reference positives.
+
+        The bootstrap interval of such a score covers the true value far too rarely: a rare class is often missing from
+        a resample, where its F1 is then 0 (docs/EVALUATION.md has the simulation).
+        """
+        found = set()
+        for name, table in self.tables.items():
+            if not _is_clinical(name):
+                continue
+            frequent = frequent_classes(table.reshape(len(table), 3, len(CLASSES)))
+            base, suffix = (name.removesuffix(FULL), FULL) if name.endswith(FULL) else (name, "")
+            start, _, policy = base.partition("_uncertain_")
+            for class_set, names in CLASS_SETS.items():
+                if not frequent[_columns(names)].all():
+                    for ratio in RATIOS:
+                        score = f"{start}_{ratio}_macro_{class_set}_uncertain_{policy}{suffix}"
+                        found.add(tagged(score, self.tag))
+        return frozenset(found)
+
+    def scores(self, rows: np.ndarray | None = None) -> dict[str, float]:
+        """The scores of the split itself, or of those of its reports that ``rows`` (bool or indices) selects.
+
+        CIDEr's document frequencies stay those of the whole split.
+        """
+        chosen = self.columns() if rows is None else {name: table[rows] for name, table in self.columns().items()}
+        count = len(next(iter(chosen.values())))
+        sums = {name: table.sum(axis=0, keepdims=True) for name, table in chosen.items()}
+        return {tagged(name, self.tag): float(values[0]) for name, values in scores_of_sums(sums, count).items()}
 
 
-def scores_of_sums(sums: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """Scores by name, (R,) each, from the sums (R, k) of every table's columns over ``count`` reports."""
+def scores_of_sums(sums: Mapping[str, np.ndarray], count: int | np.ndarray) -> dict[str, np.ndarray]:
+    """Scores by name, (R,) each, from the sums (R, k) of every table's columns over ``count`` (R,) reports."""
     scores: dict[str, np.ndarray] = {}
     for name, total in sums.items():
         base, suffix = (name.removesuffix(FULL), FULL) if name.endswith(FULL) else (name, "")
@@ -69,16 +128,17 @@ def scores_of_sums(sums: Mapping[str, np.ndarray], count: int) -> dict[str, np.n
         elif base == "nll":
             found = {base: total[:, 0] / np.maximum(total[:, 1], 1)}
         elif _is_clinical(name):
-            found = _clinical(base, total, count)
+            found = _frequent_macro(base, total) if f"_{FREQUENT}_" in name else _clinical(base, total, count)
         else:
             found = {base: total[:, 0] / count}
         scores |= {f"{score}{suffix}": values for score, values in found.items()}
     return scores
 
 
-def _sentence_scores(metric: SentenceMetric, total: np.ndarray, count: int) -> dict[str, np.ndarray]:
+def _sentence_scores(metric: SentenceMetric, total: np.ndarray, count: int | np.ndarray) -> dict[str, np.ndarray]:
     from_sums = getattr(metric.load(), "from_sums", None)
-    values = total / count if from_sums is None else from_sums(total, count)  # (R, scores)
+    counts = np.broadcast_to(np.asarray(count, dtype=np.float64), len(total))
+    values = total / counts[:, None] if from_sums is None else from_sums(total, counts)  # (R, scores)
     return {score.name: values[:, column] for column, score in enumerate(metric.scores)}
 
 
@@ -99,7 +159,22 @@ def join(parts: Sequence[ReportStatistics]) -> ReportStatistics:
         digest([], [part.references for part in parts]),
         digest([], [part.full_references for part in parts]),
         parts[0].tag,
+        _joined_numbers([part.studies for part in parts]),
+        _joined_numbers([part.patients for part in parts]),
     )
+
+
+def _joined_numbers(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """The numbers of all parts, none of which shares a study or patient with another."""
+    if any(part is None for part in parts):
+        return None
+    starts = np.cumsum([0, *(part.max(initial=-1) + 1 for part in parts[:-1])])
+    return np.concatenate([part + start for part, start in zip(parts, starts, strict=True)])
+
+
+def numbered(names: Sequence[str]) -> np.ndarray:
+    """(N,) int32: equal names have equal numbers, which say nothing else of them."""
+    return np.unique(np.asarray(names), return_inverse=True)[1].astype(np.int32).reshape(-1)
 
 
 def digest(ids: Sequence[str], references: Sequence[str]) -> str:
@@ -115,7 +190,8 @@ def save_statistics(path: str | Path, systems: Mapping[str, ReportStatistics]) -
     }
     arrays |= {f"{system}/{_TAG}": np.array(statistics.tag) for system, statistics in systems.items()}
     content = io.BytesIO()
-    np.savez_compressed(content, **arrays, references=first.references, full_references=first.full_references)
+    units = {name: numbers for name in _UNITS if (numbers := getattr(first, name)) is not None}
+    np.savez_compressed(content, **arrays, **units, references=first.references, full_references=first.full_references)
     write_private(path, content.getvalue())
 
 
@@ -125,6 +201,7 @@ def load_statistics(path: str | Path) -> dict[str, ReportStatistics]:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         digests = [str(arrays.pop(key)) for key in ("references", "full_references")]
+        units = {name: arrays.pop(name, None) for name in _UNITS}  # older files have none
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; main_train.py and main_test.py write it with results.json") from None
     except Exception as error:  # damaged bytes lead the reader to all kinds of exceptions
@@ -135,7 +212,7 @@ def load_statistics(path: str | Path) -> dict[str, ReportStatistics]:
         systems.setdefault(system, {})[name] = table
     return {
         system: ReportStatistics(
-            {name: table for name, table in tables.items() if name != _TAG}, *digests, tag=str(tables[_TAG])
+            {name: table for name, table in tables.items() if name != _TAG}, *digests, tag=str(tables[_TAG]), **units
         )
         for system, tables in systems.items()
     }
@@ -166,7 +243,7 @@ def _with_example_ratios(table: np.ndarray) -> np.ndarray:
     return np.column_stack([counts.reshape(len(counts), -1), *own])
 
 
-def _clinical(name: str, total: np.ndarray, count: int) -> dict[str, np.ndarray]:
+def _clinical(name: str, total: np.ndarray, count: int | np.ndarray) -> dict[str, np.ndarray]:
     """Scores of sums (R, 42 + 6) under the keys of modules.evaluation.clinical_scores."""
     start, _, policy = name.partition("_uncertain_")
     counts, own = np.split(total, [3 * len(CLASSES)], axis=1)
@@ -182,6 +259,13 @@ def _clinical(name: str, total: np.ndarray, count: int) -> dict[str, np.ndarray]
                 for averaging, values in found.items()
             }
     return scores
+
+
+def _frequent_macro(name: str, total: np.ndarray) -> dict[str, np.ndarray]:
+    """F1 macro of the sums (R, 3 * classes) of the frequent classes alone."""
+    start, _, policy = name.partition(f"_{FREQUENT}_uncertain_")
+    f1 = ratios(*total.reshape(len(total), 3, -1).transpose(1, 0, 2))["f1"]  # (R, classes)
+    return {f"{start}_f1_macro_{FREQUENT}_uncertain_{policy}": f1.mean(axis=1)}
 
 
 def _columns(names: Sequence[str]) -> list[int]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FULL = "_full"  # whole references
+SELECTION = "selection"  # of a validation: what the best epoch is chosen by instead of the monitored score
 TRUNCATED = "_truncated"  # references cut to max_seq_length, as in the R2Gen family; the same as no suffix
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modules.data.captions import collapse_repeats
 from modules.decoding.options import DecodingOptions
-from modules.evaluation.score_names import tagged
+from modules.evaluation.score_names import SELECTION, tagged
 from modules.runtime import distributed
 from modules.runtime.errors import InputError
 
@@ -155,7 +155,8 @@ class Tester:
             scores = dict(self.score(found))
             scores["nll"] = mean_nll(found)
         scores = distributed.broadcast_object(scores)
-        return {tagged(name, self.score_tag): value for name, value in scores.items()}, found
+        names = {name: name if name == SELECTION else tagged(name, self.score_tag) for name in scores}
+        return {names[name]: value for name, value in scores.items()}, found
 
 
 def _joined(texts: list[dict[str, list[str]]], rows: list[Tensor]) -> Predictions:

@@ -15,16 +15,17 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from modules.evaluation.bootstrap import Difference
+from modules.evaluation.bootstrap import TEST_RESAMPLES, Difference
 from modules.evaluation.report_statistics import ReportStatistics, scores_of_sums
 from modules.evaluation.score_names import untagged
 from modules.pages.sentences import compare_sentences
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_HEADINGS = ("Score", "A", "B", "B − A", "95 % interval", "p bootstrap", "p randomisation")
+_HEADINGS = ("Score", "A", "B", "B − A", "95 % interval", "p bootstrap", "p randomisation", "p Holm")
 _EXPLANATION = (
-    "Paired over the test reports, 2,000 resamples: interval of the difference and p by bootstrap, and p "
-    "by approximate randomisation; two-sided, not corrected for the number of scores."
+    f"Paired over the test patients, else studies, {TEST_RESAMPLES:,} resamples: interval of the difference and p by "
+    "bootstrap, p by approximate randomisation, and this p after Holm's correction for the scores shown; two-sided. "
+    "One run each: nothing here covers other seeds. Macro averages over rare classes have no interval."
 )
 _SYNTHETIC = "SYNTHETIC data: the images are drawings."
 
@@ -37,6 +38,7 @@ class ScoreLine:
     first: float
     second: float
     change: Difference
+    p_holm: float  # corrected for the scores that are shown
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,10 @@ def _score_cells(line: ScoreLine) -> tuple[str, ...]:
         f"{line.first:.4f}",
         f"{line.second:.4f}",
         f"{change.difference:+.4f}",
-        f"[{change.low:+.4f}, {change.high:+.4f}]",
+        "–" if change.low is None else f"[{change.low:+.4f}, {change.high:+.4f}]",
         f"{change.p_bootstrap:.4f}",
         f"{change.p_randomisation:.4f}",
+        f"{line.p_holm:.4f}",
     )
 
 

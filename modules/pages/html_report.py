@@ -18,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 from tqdm import tqdm
 
-from modules.pages.html_scores import REPORTS, ScoreRow, class_tables, score_tables, score_tiles
+from modules.pages.html_scores import REPORTS, ScoreRow, class_tables, reference_table, score_tables, score_tiles
 from modules.pages.plots import PANEL_TITLES, History, training_figures
 from modules.pages.sentences import Sentence, compare_captions, compare_sentences
 from modules.runtime.records import write_private
@@ -31,6 +31,7 @@ _VARIETY = (
     ("Share of different reports", "unique_share", "{:.1%}"),
     ("Share of the commonest report", "commonest_share", "{:.1%}"),
     ("Mean length in tokens", "mean_length", "{:.1f}"),
+    ("Share of <unk> among the words", "unk_share", "{:.1%}"),
     ("Diversity within reports (SimCTG)", "diversity", "{:.3f}"),
     *(
         (f"Repeated {name} within reports, %", f"repetition_{n}", "{:.2f}")
@@ -66,7 +67,6 @@ def write_report(
     synthetic: bool,
     scores: Sequence[ScoreRow],
     classes: Mapping[str, Sequence[Mapping[str, Any]]],
-    meteor_error: str | None,
     history: History,
     best_epoch: int | None,
     variety: Mapping[str, Mapping[str, Any]],
@@ -75,16 +75,17 @@ def write_report(
     flags: Mapping[str, Any],
     provenance: Mapping[str, Any],
     references: Mapping[str, str] = REPORTS,
-    tokenisation: str = "",
+    by_reference: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
-    """Write the page with mode 0600. InputError where it cannot be written.
+    """Write the page with mode 0600; InputError where it cannot be written.
 
-    ``scores``: the model's rows and the baselines'. ``classes``: a labeler to its
-    modules.evaluation.clinical_scores.class_table.
-    ``history``: see modules.pages.plots. ``variety``: a name ("generated",
-    "references", ...) to its collapse_statistics. ``samples`` may be a generator: one study's images
-    are in memory at a time. ``references``: the heading of each form of them. ``flags`` and ``provenance`` are shown
-    as they are, nested ones flattened.
+    ``scores``: the model's rows and the baselines'. ``classes``: by labeler, its class_table
+    (modules.evaluation.clinical_scores). ``history``: see modules.pages.plots. ``variety``: collapse_statistics of
+    "model", "references" and so on. ``samples`` may be a generator: one study's images are in memory at a time.
+    ``references``: the heading of each form of them. ``by_reference``: scores of references seen in training and of
+    others. ``notes``: sentences below the scores. ``flags`` and ``provenance`` are shown as they are, nested ones
+    flattened.
     """
     style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -106,9 +107,8 @@ def write_report(
         tiles=score_tiles(scores),
         tables=score_tables(scores, references),
         class_tables=class_tables(classes),
-        has_intervals=any(row.intervals for row in scores),
-        meteor_error=meteor_error,
-        tokenisation=tokenisation,
+        reference_table=reference_table(by_reference or {}),
+        notes=notes,
         variety=_variety(variety),
         figures=[(PANEL_TITLES[name], data_uri(png, "image/png")) for name, png in figures.items()],
         samples=[_sample(sample) for sample in tqdm(samples, desc="report page", leave=False, disable=None)],

@@ -1,11 +1,11 @@
 """The scores of report.html: headline figures, tables for both forms of the references, clinical tables."""
 
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from modules.evaluation.clinical_scores import FREQUENT, MIN_POSITIVES
 from modules.evaluation.metric_table import CLINICAL_F1, METRIC_NAMES, SCORES, SENTENCE_METRICS, smaller_is_better
 from modules.evaluation.score_names import FULL
 
@@ -22,6 +22,7 @@ _CLINICAL = {
     "recall_micro_14": "Recall, micro",
     "f1_micro_14": "F1, micro",
     "f1_macro_14": "F1, macro",
+    f"f1_macro_{FREQUENT}": f"F1, macro, classes with ≥ {MIN_POSITIVES} positives",
     "f1_example_14": "F1, by report",
     "f1_micro_5": "F1, micro, 5 classes",
     "f1_macro_5": "F1, macro, 5 classes",
@@ -50,31 +51,63 @@ def score_tiles(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
     if not models:
         return []
     model = next((row for row in models if row.split == "test"), models[0])
+    baselines = [row for row in rows if row.is_baseline and row.split == model.split]
     tiles = []
     for name in _HEADLINES:
         if name == _CLINICAL_HEADLINE and name not in model.scores:
             continue
-        value = model.scores.get(name)
-        baselines = [
-            (row.scores[name], row.name)
-            for row in rows
-            if row.is_baseline and row.split == model.split and row.scores.get(name) is not None
-        ]
-        better = operator.lt if smaller_is_better(name) else operator.gt
-        baseline = (min if smaller_is_better(name) else max)(baselines, default=None)
-        above = None if baseline is None or value is None else better(value, baseline[0])
-        shown = f"{_shown_name(name)} {model.tag}".rstrip()
+        best = _best_baseline(name, baselines)
         tiles.append(
             {
-                "name": shown,
+                "name": f"{_shown_name(name)} {model.tag}".rstrip(),
                 "split": model.split,
-                "value": _shown(value),
-                "above": above,
+                "value": _shown(model.scores.get(name)),
+                "verdict": _verdict(name, model, baselines),
                 "interval": _interval(model, name),
-                "baseline": baseline and (_shown(baseline[0]), baseline[1]),
+                "baseline": best and (_shown(best[0]), best[1]),
             }
         )
     return tiles
+
+
+def _best_baseline(name: str, baselines: Sequence[ScoreRow]) -> tuple[float, str] | None:
+    """The best score of the baselines, and whose it is."""
+    found = [(row.scores[name], row.name) for row in baselines if row.scores.get(name) is not None]
+    return (min if smaller_is_better(name) else max)(found, default=None)
+
+
+def _verdict(name: str, model: ScoreRow, baselines: Sequence[ScoreRow]) -> str:
+    """ "above" the better baseline, "cut" where that holds against cut references only, else "not above"."""
+    full = f"{name}{FULL}"
+    if not _beats(name, model, baselines):
+        return "not above"
+    return "cut" if model.scores.get(full) is not None and not _beats(full, model, baselines) else "above"
+
+
+def _beats(name: str, model: ScoreRow, baselines: Sequence[ScoreRow]) -> bool:
+    value, best = model.scores.get(name), _best_baseline(name, baselines)
+    if value is None or best is None:
+        return False
+    return value < best[0] if smaller_is_better(name) else value > best[0]
+
+
+def reference_table(by_reference: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Headline scores for references seen in training and for the others; None where one kind does not occur."""
+    if not all(part["scores"] for part in by_reference.values()) or not by_reference:
+        return None
+    names = [
+        name
+        for headline in _HEADLINES
+        for name in dict.fromkeys((headline, f"{headline.removesuffix(FULL)}{FULL}"))
+        if any(name in scores for part in by_reference.values() for scores in part["scores"].values())
+    ]
+    rows = [
+        (f"{system}, {part['reports']:,} references {kind}", [_shown(scores.get(name)) for name in names])
+        for kind, part in by_reference.items()
+        for system, scores in part["scores"].items()
+    ]
+    columns = [f"{_shown_name(name)}{' (full)' if name.endswith(FULL) else ''}" for name in names]
+    return {"columns": columns, "rows": rows}
 
 
 def score_tables(rows: Sequence[ScoreRow], references: Mapping[str, str] = REPORTS) -> list[dict[str, Any]]:

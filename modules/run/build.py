@@ -117,11 +117,13 @@ def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer
         options |= RESOURCES[resource](config, tokenizer, pretrained)
     settings = backbone_settings(config)
     try:
-        return kind(visual_extractor=extractor, num_ids=tokenizer.num_ids, settings=settings, **options)
+        backbone = kind(visual_extractor=extractor, num_ids=tokenizer.num_ids, settings=settings, **options)
     except InputError:
         raise
     except ValueError as error:
         raise InputError(f"--{error}") from error
+    backbone.unk_id = tokenizer.unk_id
+    return backbone
 
 
 def gpt2_options(config: Config, tokenizer: AnyTokenizer, pretrained: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 
 from models import backbone_class, settings_class
 from modules.config import NO_EFFECT_ON_RESULTS, Config
+from modules.data.tokenizers import clean_report
 from modules.evaluation.report_statistics import save_statistics
 from modules.evaluation.tester import Tester
 from modules.ithn.objective import Objective
@@ -56,7 +57,7 @@ def test_and_write(
         data=data,
         found=found,
         reports=reports,
-        scored=scoring.test(found, reports, {MODEL: tester.score_tag}),
+        scored=scoring.test(found, reports, {MODEL: tester.score_tag}, _training_reports(data)),
         tag=tester.score_tag,
         history=history,
         best_epoch=best_epoch,
@@ -71,6 +72,11 @@ def test_and_write(
     _append_record(tested)
     write_page(folder / "report.html", tested, loader.dataset)
     logger.info("results in %s: report.html, results.json, res.csv, gts.csv, statistics.npz, exports/", folder)
+
+
+def _training_reports(data: Data) -> frozenset[str]:
+    """The cleaned reports of the training split."""
+    return frozenset(clean_report(study.report, data.tokenizer.cleaner) for study in data.annotation.splits["train"])
 
 
 def _provenance(config: Config, data: Data, device: torch.device, weights: Path) -> dict[str, Any]:
@@ -160,5 +166,5 @@ def _log(tested: Tested) -> None:
         logger.info("%s", line)
     for line in tested.warnings:
         logger.warning("%s", line)
-    if tested.scored.meteor_error:
-        logger.warning("METEOR is missing: %s", tested.scored.meteor_error)
+    for name, reason in tested.scored.missing.items():
+        logger.warning("%s is missing: %s", name, reason)

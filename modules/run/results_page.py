@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from modules.config import Config
 from modules.data.datasets import ReportDataset
-from modules.evaluation.score_names import untagged
+from modules.evaluation.score_names import SELECTION, untagged
 from modules.pages.html_report import Sample, ScoreRow, write_report
 from modules.pages.html_scores import CAPTIONS, REPORTS
 from modules.run.data import Data, image_folder
@@ -29,7 +30,6 @@ def write_page(path: Path, tested: Tested, dataset: ReportDataset) -> None:
         synthetic=data.annotation.synthetic,
         scores=_score_rows(tested),
         classes=class_tables(tested.scored, MODEL),
-        meteor_error=tested.scored.meteor_error,
         history=tested.history,
         best_epoch=tested.best_epoch or None,
         variety={
@@ -39,11 +39,35 @@ def write_page(path: Path, tested: Tested, dataset: ReportDataset) -> None:
         },
         warnings=tested.warnings,
         references=CAPTIONS if tested.captions else REPORTS,
-        tokenisation=tested.tokenisation,
+        by_reference=_by_reference(tested),
+        notes=_notes(tested),
         samples=_samples(dataset, _image_reader(config, dataset), tested),
         flags=dataclasses.asdict(config),
         provenance=tested.provenance,
     )
+
+
+def _by_reference(tested: Tested) -> dict[str, dict[str, Any]]:
+    """As ``tested`` has them, with plain names: the page's columns hold model and baselines."""
+    return {
+        kind: {
+            "reports": part["reports"],
+            "scores": {
+                system: {untagged(name, tested.tag): value for name, value in scores.items()}
+                for system, scores in part["scores"].items()
+            },
+        }
+        for kind, part in tested.by_reference.items()
+    }
+
+
+def _notes(tested: Tested) -> list[str]:
+    missing = [f"{name} is missing: {reason}." for name, reason in tested.scored.missing.items()]
+    return [
+        f"Small: 95 % interval, {tested.intervals_are}; it does not cover other seeds.",
+        f"Texts were split into words by: {tested.tokenisation}.",
+        *missing,
+    ]
 
 
 def _score_rows(tested: Tested) -> list[ScoreRow]:
@@ -54,8 +78,8 @@ def _score_rows(tested: Tested) -> list[ScoreRow]:
         limits = {untagged(score, own_tag): found for score, found in tested.scored.intervals[name].items()}
         rows.append(ScoreRow(name, "test", values, is_baseline=name != MODEL, tag=own_tag, intervals=limits))
     if validation := tested.validation:
-        plain = {untagged(name, tag): value for name, value in validation.items()}
-        rows.append(ScoreRow(MODEL, "val", plain, tag=tag if plain.keys() != validation.keys() else ""))
+        plain = {untagged(name, tag): value for name, value in validation.items() if name != SELECTION}
+        rows.append(ScoreRow(MODEL, "val", plain, tag=tag if plain.keys() - validation.keys() else ""))
     return rows
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from modules.config import Config
 from modules.evaluation.bootstrap import LEVEL, RESAMPLES
-from modules.evaluation.diversity import collapse_statistics, collapse_warning
+from modules.evaluation.clinical_scores import MIN_POSITIVES
+from modules.evaluation.diversity import collapse_statistics, collapse_warning, unk_warning
 from modules.evaluation.score_names import FULL, tagged, untagged, with_aliases
 from modules.evaluation.tester import Predictions
 from modules.run.data import Data
@@ -57,7 +58,44 @@ class Tested:
     @property
     def warnings(self) -> list[str]:
         """What a reader of the scores has to know, a line each."""
-        return [line for line in (collapse_warning(self.variety[MODEL]),) if line]
+        variety, studies = self.variety, self.scored.statistics[MODEL].studies
+        lines = [
+            collapse_warning(variety[MODEL]),
+            unk_warning(variety[MODEL]["unk_share"], variety["references"]["unk_share"]),
+        ]
+        if studies is not None and len(set(studies.tolist())) == 1:
+            lines.append("CIDEr is 0 whatever is generated: with a single test study no n-gram is rarer than another")
+        if skipped := sum(row.get("train_skipped_steps") or 0 for row in self.history):
+            steps = sum(row.get("train_steps") or 0 for row in self.history)
+            lines.append(f"{skipped} of {steps} training steps were skipped: their loss or gradient was not finite")
+        return [line for line in lines if line]
+
+    @property
+    def by_reference(self) -> dict[str, dict[str, Any]]:
+        """Scores of the reports whose reference is a training report word for word ("seen"), and of the others.
+
+        Empty where nothing is known of the training reports. CIDEr's document frequencies are those of all references.
+        """
+        if self.scored.seen is None:
+            return {}
+        found = {}
+        for name, rows in (("seen", self.scored.seen), ("unseen", ~self.scored.seen)):
+            scores = {}
+            if rows.any():
+                scores = {
+                    system: self._kept(statistics.scores(rows)) for system, statistics in self.scored.statistics.items()
+                }
+            found[name] = {"reports": int(rows.sum()), "scores": scores}
+        return found
+
+    @property
+    def intervals_are(self) -> str:
+        """How the intervals were made."""
+        units, _ = self.scored.statistics[MODEL].units
+        return (
+            f"percentile bootstrap over {units}, {RESAMPLES} resamples, level {LEVEL:g}; none for macro averages over "
+            f"classes with fewer than {MIN_POSITIVES} reference positives"
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The content of results.json."""
@@ -68,11 +106,14 @@ class Tested:
             "val": self.validation,
             "test": {name: with_aliases(values) for name, values in self.scores.items()},
             "intervals": self.scored.intervals,
-            "intervals_are": f"percentile bootstrap over reports, {RESAMPLES} resamples, level {LEVEL:g}",
+            "intervals_are": self.intervals_are,
+            "by_reference": self.by_reference,
             "variety": variety | {MODEL: self._tagged(variety[MODEL])},
             "tokenisation": self.tokenisation,
             "clinical_classes": class_tables(self.scored, MODEL),
-            "meteor_error": self.scored.meteor_error,
+            "missing": self.scored.missing,
+            "meteor_error": self.scored.missing.get("METEOR"),
+            "warnings": self.warnings,
             "synthetic": self.data.annotation.synthetic,
             "config": dataclasses.asdict(self.config),
             "provenance": self.provenance,
@@ -80,29 +121,36 @@ class Tested:
 
     def recorded(self, system: str = MODEL) -> dict[str, Any]:
         """The scores that a record keeps: of clinical ones those of 14 classes, uncertain as negative, ``_full``."""
+        return self._kept(self.scores[system])
+
+    def _kept(self, scores: Mapping[str, Any]) -> dict[str, Any]:
         return {
             name: value
-            for name, value in self.scores[system].items()
+            for name, value in scores.items()
             if not name.startswith("ce_") or untagged(name, self.tag).endswith(f"_14_uncertain_negative{FULL}")
         }
 
     def log_lines(self) -> list[str]:
-        """A line of scores for each system, and one about how varied the model's reports are."""
-        lines = []
-        for system in self.scores:
-            # Words against references as others cut them, labels against whole ones.
-            shown = " ".join(
-                f"{key}={'-' if value is None else f'{value:.4f}'}"
-                for key, value in self.recorded(system).items()
-                if key.endswith(FULL) == key.startswith("ce_") and not ("_precision_" in key or "_recall_" in key)
-            )
-            lines.append(f"test, {system}: {shown}")
-        variety = self.variety[MODEL]
+        """A line of scores for each system, and what is known of the model's reports."""
+        lines = [f"test, {system}: {self._logged(self.scores[system])}" for system in self.scores]
+        for name, part in self.by_reference.items():
+            if scores := part["scores"].get(MODEL):
+                lines.append(f"test, {part['reports']} references {name} in training: {self._logged(scores)}")
+        variety, references = self.variety[MODEL], self.variety["references"]
         return [
             *lines,
             f"test, different reports: {variety['unique_reports']} of {variety['num_reports']}; the commonest is "
-            f"{100 * variety['commonest_share']:.1f} %",
+            f"{100 * variety['commonest_share']:.1f} %; <unk> are {100 * variety['unk_share']:.1f} % of the generated "
+            f"words, {100 * references['unk_share']:.1f} % of the references'",
         ]
+
+    def _logged(self, scores: Mapping[str, float | None]) -> str:
+        """Words against references as others cut them, labels against whole ones, without precision and recall."""
+        return " ".join(
+            f"{key}={'-' if value is None else f'{value:.4f}'}"
+            for key, value in self._kept(scores).items()
+            if key.endswith(FULL) == key.startswith("ce_") and not ("_precision_" in key or "_recall_" in key)
+        )
 
     def _tagged(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {tagged(name, self.tag): value for name, value in values.items()}

@@ -38,6 +38,8 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
         require_same_network(given, content["config"], path)
         # The results say how the model was trained, not what its test was told of training.
         given = {name: value for name, value in given.items() if name not in TRAIN_ONLY}
+    else:
+        given = {"suppress_unk": False, **given}  # published figures were made with <unk>
     config = resolve_config(given, settings)
     folder = private_folder(config.save_dir)
     private_folder(config.record_dir)  # rather now than after hours of work

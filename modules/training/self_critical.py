@@ -88,7 +88,9 @@ class SelfCritical(Objective):
 
     def _generate(self, method: str, **inputs: Any) -> Tensor:
         """Tokens (N, L), one report a row, with nothing between the network's probabilities and the choice."""
-        decoding = DecodingOptions(sample_method=method, max_seq_length=self.max_seq_length, block_trigrams=False)
+        decoding = DecodingOptions(
+            sample_method=method, max_seq_length=self.max_seq_length, block_trigrams=False, suppress_unk=False
+        )
         with torch.no_grad():
             return self.backbone.generate(None, decoding=decoding, **inputs)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.evaluation.score_names import SELECTION
 from modules.evaluation.tester import autocast
 from modules.runtime import distributed
 from modules.runtime.distributed import restore_rng_state, rng_state, seed_by
@@ -241,7 +242,7 @@ class Trainer:
         row |= {"train_steps": position.steps, "train_skipped_steps": self.guard.skipped}
         row |= {f"val_{name}": value for name, value in (scores or {}).items()}
         improved = scores is not None and self.best.judge(
-            scores.get(self.monitor_metric), position.epoch, self.monitor_mode
+            scores.get(SELECTION, scores.get(self.monitor_metric)), position.epoch, self.monitor_mode
         )
         self.scheduler.step(scores)
         self.history.append(row | {"seconds": seconds})

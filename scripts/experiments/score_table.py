@@ -23,18 +23,22 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A score of a row: mean over seeds, sample standard deviation, interval, p value against the row's baseline."""
+    """A score of a row: mean over seeds, sample standard deviation, interval, p values against the row's baseline.
+
+    ``p_holm`` is corrected for all tests of the table.
+    """
 
     mean: float
     sd: float | None = None
     low: float | None = None
     high: float | None = None
     p: float | None = None
+    p_holm: float | None = None
 
     @property
     def mark(self) -> str:
-        """** for p < 0.01, * for p < 0.05."""
-        return next((mark for limit, mark in MARKS if self.p is not None and self.p < limit), "")
+        """** for a corrected p < 0.01, * for p < 0.05."""
+        return next((mark for limit, mark in MARKS if self.p_holm is not None and self.p_holm < limit), "")
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,10 @@ def to_latex(table: ScoreTable) -> str:
 
 
 def to_csv(table: ScoreTable) -> str:
-    """One line per method: data set, method, source, then mean, sd, interval, p and the paper's figure per score."""
+    """A line per method: data set, method, source; per score mean, sd, interval, p values and the paper's figure."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    parts = ("mean", "sd", "low", "high", "p", "paper")
+    parts = ("mean", "sd", "low", "high", "p", "p_holm", "paper")
     writer.writerow(
         ["dataset", "method", "source", "paper_dataset"]
         + [f"{key}_{part}" for key, _ in table.columns for part in parts]
@@ -122,7 +126,7 @@ def to_csv(table: ScoreTable) -> str:
         values: list[float | str | None] = [row.group, row.label, row.source, row.published_on if row.published else ""]
         for key, _ in table.columns:
             cell = row.cells.get(key)
-            values += [None] * 5 if cell is None else [cell.mean, cell.sd, cell.low, cell.high, cell.p]
+            values += [None] * 6 if cell is None else [cell.mean, cell.sd, cell.low, cell.high, cell.p, cell.p_holm]
             values.append(row.published.get(key))
         writer.writerow(["" if value is None else value for value in values])
     return text.getvalue()

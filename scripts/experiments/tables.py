@@ -124,6 +124,7 @@ def gather(table: Table, datasets: Mapping[str, DataSet], runs: Sequence[Run], f
             source = _source(row, [run for run in runs if run.row.whole == row.name], len(found.scores), failed)
             rows.append(TableRow(row.label, group, source, cells, row.published, _title(row.published_on, datasets)))
         rows += _training_free(own_rows, results, group)
+    rows = _with_holm(rows, [column.key for column in table.columns])
     if folds > 1:
         notes.append(
             "The test sets of all folds are taken as one; CIDEr's document frequencies are those of each "
@@ -188,10 +189,19 @@ def _with_significance(
     except InputError as error:
         notes.append(f"{row.label}: not compared with {row.baseline}: {error}")
         return cells
-    return {
-        key: Cell(cell.mean, cell.sd, cell.low, cell.high, found[key].p_randomisation if key in found else None)
-        for key, cell in cells.items()
-    }
+    return {key: replace(cell, p=found[key].p if key in found else None) for key, cell in cells.items()}
+
+
+def _with_holm(rows: Sequence[TableRow], shown: Sequence[str]) -> list[TableRow]:
+    """The rows with p values corrected for all tests in the ``shown`` columns of all rows."""
+    from modules.evaluation.bootstrap import holm
+
+    tests = {(i, key): row.cells[key].p for i, row in enumerate(rows) for key in shown if key in row.cells}
+    corrected = holm({place: p for place, p in tests.items() if p is not None})
+    return [
+        replace(row, cells={key: replace(cell, p_holm=corrected.get((i, key))) for key, cell in row.cells.items()})
+        for i, row in enumerate(rows)
+    ]
 
 
 def _training_free(rows: Sequence[Row], results: Mapping[str, Results], group: str) -> list[TableRow]:
@@ -245,15 +255,17 @@ def _explanations(heads: Sequence[Row], rows: Sequence[TableRow]) -> list[str]:
         notes.append("Mean ± standard deviation over seeds (n - 1).")
     if any(cell.low is not None for cell in cells):
         notes.append(
-            "The interval covers the choice of the test reports: percentile bootstrap, 2,000 resamples, the "
-            "seeds' scores averaged within each."
+            "The interval covers the choice of the test patients or studies: percentile bootstrap, 2,000 resamples, "
+            "the seeds' scores averaged within each; none for macro averages over rare classes."
         )
     labels = {row.name: row.label for row in heads}
     pairs = [f"{row.label} with {labels[row.baseline]}" for row in heads if row.baseline not in ("", row.name)]
-    if any(cell.p is not None for cell in cells):
+    if tests := sum(cell.p_holm is not None for cell in cells):
         notes.append(
-            "* p < 0.05, ** p < 0.01: better or worse by approximate randomisation over the test reports, two-"
-            f"sided, not corrected for the number of comparisons: {'; '.join(pairs)}."
+            f"* p < 0.05, ** p < 0.01 after Holm's correction for the {tests} tests of this table, two-sided: better "
+            "or worse by a bootstrap over the test studies together with the variance over seeds; with one seed by "
+            "approximate randomisation over the test studies, which says nothing of other seeds. "
+            f"{'; '.join(pairs)}."
         )
     seeds = sorted({row.seeds for row in heads})
     return [*notes, "Seeds: " + "; ".join(" ".join(map(str, each)) for each in seeds) + "."]

@@ -11,6 +11,8 @@ from modules.evaluation.diversity import (
     diversity,
     ngram_counts,
     repetition,
+    unk_share,
+    unk_warning,
 )
 
 
@@ -51,6 +53,7 @@ def test_statistics_and_the_warning_at_one_half():
         "unique_share": 0.75,
         "commonest_share": 0.5,
         "mean_length": 3.0,
+        "unk_share": 0.0,
         "diversity": 1.0,
         "repetition_2": 0.0,
         "repetition_3": 0.0,
@@ -62,6 +65,15 @@ def test_statistics_and_the_warning_at_one_half():
     assert "50% of 4 samples (3 different" in collapse_warning(statistics)
     assert collapse_warning(collapse_statistics(["a", "a", "b", "c", "d"])) is None
     assert collapse_warning(collapse_statistics(["only one"])) is None
+
+
+def test_unknown_words_are_named_from_five_percent_on():
+    assert unk_share(["a <unk> b", "<unk>"]) == 0.5 and unk_share(["", ""]) == 0.0
+    assert unk_warning(0.049, 0.049) is None
+    line = unk_warning(0.05, 0.01)
+    assert "5.0% of the generated words and 1.0% of the references' words" in line
+    assert "--suppress_unk" in line and "--threshold" not in line
+    assert "--threshold" in unk_warning(0.0, 0.41) and "--suppress_unk" not in unk_warning(0.0, 0.41)
 
 
 def test_commonest_report_is_the_first_of_equals():

@@ -125,7 +125,7 @@ def page(path, text="plain", **changes):
         "title": text,
         "subtitle": text,
         "synthetic": True,
-        "meteor_error": text,
+        "notes": [text],
         "history": history(),
         "best_epoch": 2,
         "classes": {
@@ -234,12 +234,17 @@ def test_a_model_below_a_baseline_is_said_to_be(tmp_path):
     model = ScoreRow("model", "test", {"BLEU_4": 0.2, "CIDEr": 0.1, "BLEU_4_full": 0.15, "METEOR": None})
     floor = ScoreRow("nearest", "test", {"BLEU_4": 0.125, "CIDEr": 0.3, "BLEU_4_full": 0.1, "METEOR": None}, True)
     other = ScoreRow("model", "val", {"BLEU_4": 0.9, "CIDEr": 0.9, "BLEU_4_full": 0.9, "METEOR": None})
-    found = page(tmp_path / "report.html", scores=[other, model, floor], meteor_error="no java")
+    found = page(tmp_path / "report.html", scores=[other, model, floor], notes=["METEOR is missing: no java."])
     text = " ".join("".join(found.texts).split())
     assert "BLEU-4 test 0.200 above the better baseline, 0.125 (nearest)" in text
     assert "CIDEr test 0.100 not above the better baseline, 0.300 (nearest)" in text
-    assert "METEOR test – ROUGE-L" in text and "METEOR did not run: no java." in text
+    assert "METEOR test – ROUGE-L" in text and "METEOR is missing: no java." in text
     assert "Full references" in text and "0.150" in text
+    # Above with <unk> and cut ends only, which a model that writes <unk> earns.
+    floor.scores["BLEU_4_full"] = 0.2
+    text = " ".join("".join(page(tmp_path / "report.html", scores=[other, model, floor]).texts).split())
+    assert "above the better baseline, 0.125 (nearest), against cut references only" in text
+    assert "tile-baseline below" in (tmp_path / "report.html").read_text()
     assert len(found.find("td", **{"class": "number best"})) == 3  # test BLEU-4, CIDEr, full BLEU-4
 
 
@@ -260,12 +265,25 @@ def test_intervals_and_clinical_scores_stand_in_tables_of_their_own(tmp_path):
     found = page(tmp_path / "report.html", scores=[model, floor, ScoreRow("model", "val", {"BLEU_4": 0.25})])
     text = " ".join("".join(found.texts).split())
     assert "Clinical F1 (rules) test 0.400 0.350 – 0.455 not above the better baseline, 0.500 (nearest)" in text
-    assert "0.200 0.100 – 0.300" in text.replace("0.2000.100", "0.200 0.100") and "Small: 95 % interval" in text
+    assert "0.200 0.100 – 0.300" in text.replace("0.2000.100", "0.200 0.100")
     captions = text.split("Clinical efficacy against full references: ")[1:]
     assert [line.split(",")[0] for line in captions] == ["labels by rules", "labels by CheXbert"]
     assert "0.900" in text and "0.987" not in text
     # The validation row has none of these scores and is left out of their tables.
     assert " val " not in captions[0] + captions[1]
+
+
+def test_references_seen_in_training_have_rows_of_their_own(tmp_path):
+    parts = {
+        kind: {"reports": count, "scores": {"model": {"BLEU_4": value, "BLEU_4_full": value / 2}}}
+        for kind, count, value in (("seen", 277, 0.8), ("unseen", 313, 0.1))
+    }
+    text = "|".join(part.strip() for part in page(tmp_path / "a.html", by_reference=parts).texts if part.strip())
+    assert (
+        "BLEU-4|BLEU-4 (full)|model, 277 references seen|0.800|0.400|model, 313 references unseen|0.100|0.050" in text
+    )
+    parts["seen"] = {"reports": 0, "scores": {}}
+    assert "word for word" not in "".join(page(tmp_path / "b.html", by_reference=parts).texts)
 
 
 def test_a_class_without_any_report_has_no_score(tmp_path):

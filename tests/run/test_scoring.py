@@ -1,6 +1,7 @@
 """Which scores a run's flags lead to, under which names, with which intervals."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from modules.run.scoring import Scoring, class_tables
 from modules.runtime.errors import InputError
 
 FULL_REFERENCES = ["the heart is normal . no effusion .", "mild edema . small left effusion .", "no acute disease ."]
+TEXTS = ("ids", "generated", "references", "full_references", "reports")
 GENERATED = ["the heart is normal .", "mild edema .", "small effusion ."]
 FOUND = Predictions(
     ids=["a", "b", "c"],
@@ -40,7 +42,8 @@ def test_every_score_has_an_interval_and_statistics_that_repeat_it():
         assert {name for name in scores if not name.startswith("METEOR")} == set(measured)
         again = scored.statistics[system].scores()
         assert again == pytest.approx(measured | {"diversity": again["diversity"]}, abs=1e-12)
-        assert set(scored.intervals[system]) == set(again)
+        macro = {name for name in again if "_macro_" in name}  # no class has five positives here
+        assert set(scored.intervals[system]) == set(again) - macro
 
 
 def test_the_reason_for_a_missing_meteor_outlives_the_next_system(monkeypatch):
@@ -56,7 +59,7 @@ def test_the_reason_for_a_missing_meteor_outlives_the_next_system(monkeypatch):
         monkeypatch.setattr(scoring.metrics.meteor, "per_report", per_report)
         scored = scoring.test(FOUND, {"model": GENERATED, "floor": ["no effusion ."] * 3}, {})
     assert (scored.scores["model"]["METEOR"], scored.scores["floor"]["METEOR"]) == (None, pytest.approx(0.4))
-    assert scored.meteor_error == "no answer"
+    assert scored.missing == {"METEOR": "no answer"}
 
 
 def test_clinical_scores_are_against_both_forms_of_the_references():
@@ -76,6 +79,42 @@ def test_whole_references_are_labelled_before_cleaning_takes_their_punctuation()
         labels = scoring.test(found, {"model": GENERATED}, {}).labels["rule"]["references_full"]
     assert np.array_equal(labels, label_reports([report] * 3), equal_nan=True)
     assert not np.array_equal(labels, label_reports([cleaned] * 3), equal_nan=True)
+
+
+SPANISH = ["el corazon es normal . sin derrame .", "edema leve . derrame pequeno .", "sin enfermedad aguda ."]
+
+
+def test_clinical_scores_of_another_language_are_null_with_the_reason():
+    found = dataclasses.replace(FOUND, references=SPANISH, full_references=SPANISH, reports=SPANISH)
+    with Scoring(Config(meteor=False), torch.device("cpu")) as scoring:
+        scored = scoring.test(found, {"model": SPANISH}, {})
+    clinical = {name: value for name, value in scored.scores["model"].items() if name.startswith("ce_")}
+    assert len(clinical) == 2 * 36 and set(clinical.values()) == {None}
+    assert "the labelers read English" in scored.missing["ce_rule"]
+    assert not any(name.startswith("ce_") for name in scored.intervals["model"])
+    assert class_tables(scored, "model") == {} and scored.scores["model"]["BLEU_4"] == pytest.approx(1, abs=1e-6)
+
+
+def test_no_best_epoch_is_sought_by_labels_that_mean_nothing():
+    studies = [SimpleNamespace(report=text) for text in SPANISH]
+    dataset = SimpleNamespace(studies=studies, samples=[(0, None), (1, None)], sample_id=str)
+    with pytest.raises(InputError, match="--monitor_metric ce_rule_f1_macro.*read English.*BLEU_4"):
+        Scoring(Config(monitor_metric="ce_rule_f1_macro_14_uncertain_negative"), torch.device("cpu"), [dataset])
+
+
+def test_references_that_were_trained_on_are_scored_apart_from_the_others():
+    with Scoring(Config(meteor=False, clinical=False), torch.device("cpu")) as scoring:
+        scored = scoring.test(FOUND, {"model": GENERATED}, {}, frozenset(FULL_REFERENCES[2:]))
+        assert scored.seen.tolist() == [False, False, True]
+        alone = scoring.test(
+            dataclasses.replace(FOUND, **{name: getattr(FOUND, name)[:2] for name in TEXTS}, nll=FOUND.nll[:2]),
+            {"model": GENERATED[:2]},
+            {},
+        )
+        unseen = scored.statistics["model"].scores(~scored.seen)
+    for name, value in alone.scores["model"].items():
+        if value is not None and not name.startswith(("CIDEr", "nll")):
+            assert unseen[name] == pytest.approx(value, abs=1e-12), name
 
 
 def test_a_tag_is_in_the_names_of_what_is_kept_and_of_the_intervals():

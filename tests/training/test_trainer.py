@@ -141,6 +141,15 @@ def test_the_best_epoch_is_saved_whatever_the_period():
     assert (one.best.epoch, one.best.score) == (4, 0.3)
 
 
+def test_a_score_that_was_not_earned_chooses_no_epoch():
+    """Where validation gives another value to choose by, the monitored score is logged and not looked at."""
+    one, saved = trainer([batch([1.0])], scores=[0.1, 0.9], epochs=2)
+    plain = one.validate
+    one.validate = lambda epoch: plain(epoch) | ({"selection": 0.05} if epoch == 2 else {})
+    one.train()
+    assert one.best.epoch == 1 and one.history[1]["val_BLEU_4"] == 0.9
+
+
 def test_early_stop_waits_for_more_than_its_epochs():
     one, _ = trainer([batch([1.0])], scores=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1], early_stop=2)
     one.train()
