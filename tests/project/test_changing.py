@@ -114,7 +114,7 @@ def test_a_sentence_metric(project, demo):
         after="SENTENCE_METRICS = (\n",
     )
     flags = [*TINY, "--monitor_metric", "words", "--ann_path", demo / "annotation.json"]
-    flags = " ".join(map(str, [*flags, "--image_dir", demo / "images", "--record_dir", project.root / "records"]))
+    flags = " ".join(map(str, [*flags, "--image_dir", demo / "images"]))
     (project.root / "sets.json").write_text(json.dumps({"drawn": {"flags": flags}}))
     row = {"name": "base", "flags": "--ithn off --epochs 1", "dataset": "drawn", "seeds": [1]}
     (project.root / "table.json").write_text(json.dumps({"rows": [row]}))
@@ -130,7 +130,7 @@ def test_a_sentence_metric(project, demo):
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Words a report" in page
     assert 'alt="Words a report, METEOR, ROUGE-L and CIDEr on validation, by epoch"' in page
-    with open(project.root / "records" / "iu_xray.csv", newline="") as file:
+    with open(project.root / "runs" / "records" / "iu_xray.csv", newline="") as file:
         [line] = csv.DictReader(file)
     assert float(line["test_words"]) == pytest.approx(scores["words"])
 

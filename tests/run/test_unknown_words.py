@@ -14,7 +14,7 @@ from modules.flags import parse_flags
 from modules.run.scoring import Scoring
 from modules.run.testing import run_testing
 
-REFERENCES = ["<unk> <unk> <unk> heart .", "<unk> <unk> <unk> lungs ."]
+REFERENCES = ["<unk> <unk> <unk> <unk> heart .", "<unk> <unk> <unk> <unk> lungs ."]
 
 
 def validated(generated, monitored="BLEU_4"):
@@ -25,7 +25,7 @@ def validated(generated, monitored="BLEU_4"):
 def test_an_epoch_that_writes_unknown_words_is_judged_without_their_hits(caplog):
     with caplog.at_level(logging.WARNING, logger="ithn"):
         scores = validated(["<unk> <unk> <unk> <unk> .", "<unk> <unk> <unk> <unk> ."])
-    assert scores["BLEU_1"] > 0.7 and scores["BLEU_4"] > 0.01 > scores["selection"] >= 0
+    assert scores["BLEU_4"] > 0.3 and 0 <= scores["selection"] < 0.01
     assert "80.0 % of the generated words are <unk>" in caplog.text and "--suppress_unk" in caplog.text
     assert validated(["<unk> . . . .", "heart"], "BLEU_1")["selection"] == pytest.approx(
         validated(["nothing . . . .", "heart"], "BLEU_1")["BLEU_1"]
