@@ -10,7 +10,6 @@ writes beside them, add METEOR, clinical scores and the settings.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.dataset_specs import DATASETS
+from modules.data.report_tables import REPORT_COLUMNS, Table, match_rows, read_rows, read_table
 from modules.evaluation.score_names import FULL
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
@@ -74,32 +74,37 @@ def read_folder(path: Path) -> Folder:
     results = read_json(path / "results.json") if (path / "results.json").is_file() else {}
     spec = DATASETS.get(str(results.get("config", {}).get("dataset_name")))
     several = spec is not None and spec.captions  # a column each
-    generated, references = _reports(path / "res.csv"), _reports(path / "gts.csv", several)
+    references = _reports(path / "gts.csv", several)
+    generated = _reports(path / "res.csv")
     if several and not (path / "statistics.npz").is_file():
         raise InputError(
             f"{path}: statistics.npz is not there, by which captions are compared; test the run again with main_test.py"
         )
-    if len(generated) != len(references):
+    if len(generated.rows) != len(references.rows):
         raise InputError(
-            f"{path}: res.csv has {len(generated)} reports and gts.csv {len(references)}; test the run "
+            f"{path}: res.csv has {len(generated.rows)} reports and gts.csv {len(references.rows)}; test the run "
             "again with main_test.py"
         )
-    return Folder(path, references, generated, results)
+    return Folder(path, _texts(references), _texts(match_rows(references, generated)), results)
 
 
-def _reports(path: Path, several: bool = False) -> list[str]:
+def _reports(path: Path, several: bool = False) -> Table:
+    """Its reports, with a header or without; with ``several``, the captions of an image in one text."""
+    hint = "; main_train.py and main_test.py write it"
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); main_train.py and "
-            "main_test.py write it"
-        ) from error
-    for number, row in enumerate(rows, 1):
-        if len(row) > 1 and not several:
-            raise InputError(f"{path}, row {number}: has {len(row)} fields, expected one report a row")
-    return [" / ".join(filter(None, row)) for row in rows]
+        if several:
+            return Table(str(path), ["report"], [[" / ".join(filter(None, row))] for row in read_rows(path)])
+        table = read_table(path)
+    except InputError as error:
+        raise InputError(f"{error}{hint}") from error
+    if table.find(*REPORT_COLUMNS) is None:
+        raise InputError(f"{path}: has {len(table.columns)} columns and none called report{hint}")
+    return table
+
+
+def _texts(table: Table) -> list[str]:
+    column = table.find(*REPORT_COLUMNS)
+    return [row[column] for row in table.rows]
 
 
 def statistics_of(folders: tuple[Folder, Folder]) -> "tuple[list[ReportStatistics], list[str]]":

@@ -1,20 +1,21 @@
 """Clinical efficacy of generated reports: precision, recall and F1 of their CheXpert labels against the references'.
 
-Takes two CSV files, row by row or matched by their column id. Files with label columns (the CheXpert labeler's,
-CheXbert's, R2Gen's res_labeled.csv and gts_labeled.csv, scripts/label_reports.py's) are scored as they are; files
-of reports are labelled with our rules first, and the scores are then called ce_rule_*.
+Takes two CSV files, matched by their ids (columns id, dicom_id, image_id, image_path or study_id) or, where one has
+none, row by row. Files with label columns (the CheXpert labeler's, CheXbert's, R2Gen's res_labeled.csv and
+gts_labeled.csv, scripts/label_reports.py's) are scored as they are; files of reports are labelled with our rules
+first, and the scores are then called ce_rule_*.
 """
 
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from modules.data.report_tables import Table, match_rows
 from modules.flags import Parser
-from modules.labels.tables import Table, class_columns, parse_labels, read_table, report_column
+from modules.labels.tables import class_columns, parse_labels, read_table, report_column
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
 from modules.runtime.records import write_results
@@ -53,7 +54,7 @@ def main() -> None:
     from modules.evaluation.clinical_scores import class_table, clinical_scores
     from modules.evaluation.report_statistics import ReportStatistics, clinical_tables
 
-    references, hypotheses = read_table(arguments.gts, headerless=True), read_table(arguments.res, headerless=True)
+    references, hypotheses = read_table(arguments.gts), read_table(arguments.res)
     hypotheses = match_rows(references, hypotheses)
     labeler = choose_labeler(references, hypotheses, arguments.labeler)
     truth, claim = labels_of(references), labels_of(hypotheses)
@@ -76,33 +77,6 @@ def main() -> None:
             "provenance": provenance(),
         }
         write_results(arguments.out, content)
-
-
-def match_rows(references: Table, hypotheses: Table) -> Table:
-    """Return the hypotheses in the order of the references: by column id where both have one, else row by row."""
-    for table in (references, hypotheses):
-        if not table.rows:
-            raise InputError(f"{table.path}: no rows below the header; at least one report is needed")
-    if "id" in references.columns and "id" in hypotheses.columns:
-        ids, rows = _ids(references), dict(zip(_ids(hypotheses), hypotheses.rows, strict=True))
-        for here, there, path in ((set(ids), set(rows), hypotheses.path), (set(rows), set(ids), references.path)):
-            if here - there:
-                raise InputError(f"{path}: no row with id {min(here - there)} ({len(here - there)} are missing)")
-        return Table(hypotheses.path, hypotheses.columns, [rows[study] for study in ids])
-    if len(references.rows) != len(hypotheses.rows):
-        raise InputError(
-            f"{references.path} has {len(references.rows)} rows and {hypotheses.path} {len(hypotheses.rows)}: "
-            "without a column id in both they must be as many, in the same order"
-        )
-    return hypotheses
-
-
-def _ids(table: Table) -> list[str]:
-    ids = [row[table.columns.index("id")] for row in table.rows]
-    commonest, times = Counter(ids).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"{table.path}: id {commonest} stands in {times} rows")
-    return ids
 
 
 def choose_labeler(references: Table, hypotheses: Table, name: str | None) -> str:

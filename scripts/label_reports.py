@@ -22,10 +22,10 @@ from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
 
 
-def read_reports(path: str) -> Table:
+def read_reports(path: str, column: str | None) -> Table:
     """The table in a CSV file, with or without a header, or the records of all splits in an annotation.json."""
     if not path.endswith(".json"):
-        return read_table(path, headerless=True)
+        return read_table(path, column)
     splits = read_annotation(path, required_splits=()).splits
     rows = [[study.id, study.split, study.report] for studies in splits.values() for study in studies]
     return Table(path, ["id", "split", "report"], rows)
@@ -73,7 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     check(arguments)
 
-    table = read_reports(arguments.input)
+    table = read_reports(arguments.input, arguments.column)
     column = report_column(table, arguments.column)
     old_labels = set(class_columns(table).values())
     if old_labels:

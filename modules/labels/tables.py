@@ -1,22 +1,20 @@
 """CSV files of reports and of CheXpert labels, as people of this field have them.
 
-Reports stand in a column ``report``, ``reports``, ``findings`` or ``Report Impression``, or in the headerless
-one-column files that R2Gen writes (res.csv, gts.csv).
-Labels stand in columns of the class names, in any order, as the CheXpert labeler and CheXbert write them: 1, 0, -1,
+Labels are in columns of the class names, in any order, as the CheXpert labeler and CheXbert write them: 1, 0, -1,
 and nothing (or "-") for not mentioned.
 """
 
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from modules.data import report_tables
+from modules.data.report_tables import REPORT_COLUMNS, Table
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError, Problem, raise_problem
 from modules.runtime.records import write_private
 
-REPORT_COLUMNS = ("report", "reports", "findings", "report impression")  # the last is CheXbert's
 _CLASS_NAMES = {name.lower(): name for name in CLASSES} | {
     # What the CheXpert labeler's own columns are called in some of its versions.
     "enlarged cardiom.": "Enlarged Cardiomediastinum",
@@ -25,70 +23,20 @@ _CLASS_NAMES = {name.lower(): name for name in CLASSES} | {
 _LABELS = {"": None, "-": None, "nan": None, "1": 1, "0": 0, "-1": -1, "1.0": 1, "0.0": 0, "-1.0": -1}
 
 
-@dataclass(frozen=True)
-class Table:
-    """The rows of a CSV file as text; ``path`` is for error messages."""
-
-    path: str
-    columns: list[str]
-    rows: list[list[str]]
-
-
 def read_table(
-    path: str | Path, headerless: bool = False, on_problem: Callable[[Problem], None] = raise_problem
+    path: str | Path, column: str | None = None, on_problem: Callable[[Problem], None] = raise_problem
 ) -> Table:
-    """Read a CSV file (UTF-8, with or without a byte order mark); every row must have as many cells as the first.
-
-    With ``headerless``, a one-column file that begins with a sentence, or with an empty report, has no header. Given
-    another ``on_problem``, rows of another length are noted and left out.
-    """
-    path = str(path)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = [line for line in csv.reader(file, strict=True) if line]
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (OSError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as CSV: {error}") from None
-    if not lines:
-        raise InputError(f"{path}: the file is empty; a CSV with a header line is needed")
-    columns = lines[0]
-    _refuse_other_separators(path, columns)
-    if headerless and len(columns) == 1 and (" " in columns[0].strip() or not columns[0]):
-        columns, lines = ["report"], [["report"], *lines]
-    rows = []
-    for number, line in enumerate(lines[1:], start=1):
-        if len(line) == len(columns):
-            rows.append(line)
-        else:
-            on_problem(
-                Problem(
-                    "row of another length",
-                    f"{path}: row {number} has {len(line)} cells where the header has {len(columns)}",
-                    path,
-                )
-            )
-    return Table(path, columns, rows)
-
-
-def _refuse_other_separators(path: str, columns: Sequence[str]) -> None:
-    for separator, sign in (("\t", "tabs"), (";", "';'"), ("|", "'|'")):
-        names = columns[0].lower().split(separator)
-        if len(names) > 1 and not {name.strip(' "') for name in names}.isdisjoint((*REPORT_COLUMNS, *_CLASS_NAMES)):
-            raise InputError(f"{path}: its columns are separated by {sign}; save it with commas between them")
+    """Read a CSV file of reports or labels; a first row with ``column`` or a class's name is a header too."""
+    names = (*_CLASS_NAMES, *([column.strip().lower()] if column else []))
+    return report_tables.read_table(path, names=names, on_problem=on_problem)
 
 
 def report_column(table: Table, name: str | None = None) -> int:
     """Return the index of the column with the reports: ``name``, or the first of REPORT_COLUMNS that is there."""
-    columns = [column.strip().lower() for column in table.columns]
-    for candidate in (name.strip().lower(),) if name else REPORT_COLUMNS:
-        if candidate in columns:
-            return columns.index(candidate)
+    column = table.find(*((name.strip().lower(),) if name else REPORT_COLUMNS))
+    if column is not None:
+        return column
     wanted = repr(name) if name else " or ".join(map(repr, REPORT_COLUMNS))
-    if len(table.columns) == 1 and len(table.columns[0].split()) > 3:  # reports do not belong in messages
-        raise InputError(f"{table.path}: no column {wanted}; its only column begins with a text, not with a name")
     raise InputError(f"{table.path}: no column {wanted}; the columns are {', '.join(table.columns)[:300]}")
 
 

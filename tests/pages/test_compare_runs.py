@@ -64,6 +64,19 @@ def test_scores_are_those_of_the_metrics_and_reports_are_ranked(runs):
     assert comparison.settings == [("alpha", "0.1", "0.01")]
 
 
+def test_headers_are_no_reports_and_ids_say_which_belong_together(runs):
+    """R2Gen's files as pandas writes them with a header, and with ids in another order."""
+    plain = compared(runs)
+    for name, texts, order in (("res.csv", SECOND, [2, 0, 3, 1]), ("gts.csv", REFERENCES, range(4))):
+        rows = [["study_id", "report"], *([f"s{number}", texts[number]] for number in order)]
+        with open(runs[1] / name, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    for name, texts in (("res.csv", FIRST), ("gts.csv", REFERENCES)):
+        (runs[0] / name).write_text("\n".join(["report", *texts, ""]))
+    found = compared(runs)
+    assert found.count == 4 and found.scores == plain.scores and found.better == plain.better
+
+
 def test_kept_statistics_are_used(runs):
     for path, values in zip(runs, ([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.9, 0.4]), strict=True):
         keep_statistics(
@@ -144,10 +157,12 @@ def test_same_texts_under_other_ids_are_refused(runs):
     ("name", "content", "part"),
     [
         ("res.csv", "a\nb\n", "res.csv has 2 reports and gts.csv 4"),
-        ("res.csv", "a,b\n", "row 1: has 2 fields"),
+        ("res.csv", "a,b\nc,d\n", "res.csv has 2 reports and gts.csv 4"),
+        ("res.csv", "a,b,c\n", "has 3 columns and none called report"),
+        ("res.csv", 'a\n"b\n', "a quotation mark is never closed"),
         ("statistics.npz", "damaged", "not the statistics"),
         ("results.json", "{", "cannot be read"),
-        ("res.csv", None, "No such file"),
+        ("res.csv", None, "there is no such file"),
     ],
 )
 def test_damaged_folders_get_one_line(runs, name, content, part):

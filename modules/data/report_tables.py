@@ -1,0 +1,248 @@
+"""CSV files of reports, as other programs and people write them: with or without a header, ids, a byte order mark.
+
+What can be read in one way only is read, with a line on stderr where that is not plain; anything else is refused with
+its cause. Reports themselves are never quoted.
+"""
+
+import csv
+import io
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.runtime.errors import InputError, Problem, raise_problem
+from modules.runtime.input_files import open_regular
+
+REPORT_COLUMNS = ("report", "reports", "findings", "report impression")  # the last is CheXbert's
+ID_COLUMNS = ("id", "dicom_id", "image_id", "image_path", "image", "filename", "uid", "study_id")  # the finest first
+_INDEX_COLUMNS = ("", "unnamed: 0", "index")  # what pandas calls row numbers
+MAX_BYTES = 2**30
+_MAX_NAME = 40  # letters of a column's name
+_SEPARATORS = {",": "','", ";": "';'", "\t": "tabs", "|": "'|'"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a CSV file as text; ``path`` is for error messages."""
+
+    path: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def find(self, *names: str) -> int | None:
+        """The index of the first of ``names`` that is a column, whatever its case and the spaces around it."""
+        columns = [_plain(column) for column in self.columns]
+        return next((columns.index(name) for name in names if name in columns), None)
+
+
+def read_table(
+    path: str | Path, names: Collection[str] = (), on_problem: Callable[[Problem], None] = raise_problem
+) -> Table:
+    """Read a CSV file whose rows all have as many cells.
+
+    A first row with one of REPORT_COLUMNS, of ID_COLUMNS or of ``names`` (in small letters) is its header; without
+    one, a single column is called report, and two are id and report where they look so. In a single column, a blank
+    line is an empty report. InputError for a file that cannot be read; given another ``on_problem``, rows of another
+    length are passed to it and left out.
+    """
+    path = str(path)
+    text = _decode(path, _read(path))
+    known = {*REPORT_COLUMNS, *ID_COLUMNS, *names}
+    separator = _separator(path, text, known)
+    rows = list(_parse(path, text, separator))
+    if not any(rows):
+        raise InputError(f"{path}: the file is empty; a CSV file of reports is needed")
+    columns = next(row for row in rows if row)
+    first = rows.index(columns) + 1
+    if known.isdisjoint(map(_plain, columns)):
+        columns, first = _columns_without_header(path, rows)
+    rows = [row or [""] for row in rows[first:]] if len(columns) == 1 else [row for row in rows[first:] if row]
+    if len(columns) == 1 and (blank := rows.count([""])):
+        _say(f"{path}: {blank} blank line(s) or empty cell(s) count as empty reports")
+    return Table(path, columns, list(_of_equal_length(path, columns, rows, on_problem)))
+
+
+def read_rows(path: str | Path) -> list[list[str]]:
+    """The rows of a CSV file without a header that may differ in length, such as captions; InputError as above."""
+    path = str(path)
+    return list(_parse(path, _decode(path, _read(path)), ","))
+
+
+def _columns_without_header(path: str, rows: list[list[str]]) -> tuple[list[str], int]:
+    """The names of the columns of a file whose first row has no known name, and how many rows that takes."""
+    filled = [row for row in rows if row]
+    widths = {len(row) for row in filled}
+    if widths == {1}:
+        return ["report"], 0
+    if widths == {2} and _look_like_ids([row[0] for row in filled]):
+        _say(f"{path}: has no header; its columns are taken for id and report")
+        return ["id", "report"], 0
+    if len(widths) == 1 and not any(len(cell) > _MAX_NAME or cell.rstrip().endswith(".") for cell in filled[0]):
+        return filled[0], rows.index(filled[0]) + 1  # names that this reader does not know
+    counts = f"{min(widths)} to {max(widths)}" if len(widths) > 1 else f"{min(widths)}"
+    raise InputError(
+        f"{path}: its first row names no column such as 'report' or 'id', and its rows have {counts} cells; give it a "
+        "header, and quotation marks around reports with commas"
+    )
+
+
+def _look_like_ids(cells: list[str]) -> bool:
+    return len(set(cells)) == len(cells) and not any(" " in cell.strip() or not cell.strip() for cell in cells)
+
+
+def _of_equal_length(path: str, columns: list[str], rows: list[list[str]], on_problem) -> Iterator[list[str]]:
+    for number, row in enumerate(rows, start=1):
+        if len(row) == len(columns):
+            yield row
+        else:
+            cells = f"row {number} has {len(row)} cells where the header has {len(columns)}"
+            on_problem(Problem("row of another length", f"{path}: {cells}", path))
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open_regular(path) as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{path}: has more than {MAX_BYTES} bytes, too many for a table of reports")
+    return content
+
+
+def _decode(path: str, content: bytes) -> str:
+    """The text in UTF-8 or UTF-16, with a byte order mark or without; Windows-1252 where it can be nothing else."""
+    encoding = "utf-8-sig"
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    elif b"\0" in content:
+        places = {place % 2 for place, byte in enumerate(content[:200]) if byte == 0}
+        if len(places) != 1 or content[:200].count(0) < min(len(content), 200) // 3:
+            raise InputError(f"{path}: holds NUL bytes, which no text has; it is damaged, or not a CSV file")
+        encoding = "utf-16-be" if places == {0} else "utf-16-le"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding != "utf-8-sig":
+            raise InputError(f"{path}: damaged UTF-16 text (byte {error.start})") from None
+        where = error.start
+    try:
+        text = content.decode("cp1252")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text (byte {where}); save it as UTF-8") from None
+    _say(f"{path}: not UTF-8 text (byte {where}); read as Windows-1252. Save it as UTF-8 where letters come out wrong")
+    return text
+
+
+def _separator(path: str, text: str, known: Collection[str]) -> str:
+    """What separates cells: a comma, unless known names, or ids and reports, come apart with another sign only."""
+    start = text.lstrip("\r\n")
+    for separator, sign in _SEPARATORS.items():
+        first = next(_parse(path, start, separator, strict=False), [])
+        if not set(known).isdisjoint(map(_plain, first)):
+            if separator != ",":
+                _say(f"{path}: its columns are separated by {sign}, not by commas, and are read so")
+            return separator
+    for separator in (";", "\t"):
+        rows = [row for row in _parse(path, start, separator, strict=False) if row]
+        if len(rows) > 1 and {len(row) for row in rows} == {2} and _look_like_ids([row[0] for row in rows]):
+            _say(f"{path}: its columns are separated by {_SEPARATORS[separator]}, not by commas, and are read so")
+            return separator
+    return ","
+
+
+def _parse(path: str, text: str, separator: str, strict: bool = True) -> Iterator[list[str]]:
+    number = 0
+    try:
+        for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=strict):
+            number += 1
+            yield row
+    except csv.Error as error:
+        cause = str(error)
+        if "unexpected end" in cause:
+            cause = "a quotation mark is never closed"
+        elif "expected after" in cause:
+            cause = "a quotation mark stands inside a quoted cell; it must be doubled there"
+        raise InputError(f"{path}: cannot be read as CSV, in row {number + 1} or after it: {cause}") from None
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower()
+
+
+def _say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
+
+
+# ---- two tables of the same studies
+
+
+def match_rows(references: Table, hypotheses: Table) -> Table:
+    """The hypotheses in the order of the references: by ids where both have a column of these, else row by row.
+
+    InputError where ids are not the same on both sides, where a file has one twice, or where row by row the numbers
+    differ.
+    """
+    for table in (references, hypotheses):
+        if not table.rows:
+            raise InputError(f"{table.path}: no rows below the header; at least one report is needed")
+    columns = _id_columns(references, hypotheses)
+    if columns is None:
+        if len(references.rows) != len(hypotheses.rows):
+            raise InputError(
+                f"{references.path} has {len(references.rows)} rows and {hypotheses.path} {len(hypotheses.rows)}: "
+                f"without a column of ids ({', '.join(ID_COLUMNS)}) in both they must be as many, in the same order"
+            )
+        with_ids = [table.path for table in (references, hypotheses) if table.find(*ID_COLUMNS) is not None]
+        if with_ids:
+            _say(f"only {with_ids[0]} has a column of ids: the two files are compared row by row")
+        return hypotheses
+    ids, others = (_ids(table, column) for table, column in zip((references, hypotheses), columns, strict=True))
+    for here, there, path in ((ids, others, hypotheses.path), (others, ids, references.path)):
+        if missing := sorted(set(here) - set(there)):
+            raise InputError(f"{path}: no row with id {missing[0]} ({len(missing)} are missing){_hint(ids, others)}")
+    rows = dict(zip(others, hypotheses.rows, strict=True))
+    return Table(hypotheses.path, hypotheses.columns, [rows[identity] for identity in ids])
+
+
+def _id_columns(references: Table, hypotheses: Table) -> tuple[int, int] | None:
+    """Indices of the columns of ids: the finest that both have, once each, else the one that each has; None without."""
+    shared = []
+    for name in (*ID_COLUMNS, *_INDEX_COLUMNS):
+        pair = references.find(name), hypotheses.find(name)
+        if None not in pair:
+            if all(_are_distinct(table, column) for table, column in zip((references, hypotheses), pair, strict=True)):
+                return pair
+            shared += [pair] if name in ID_COLUMNS else []
+    if shared:
+        return shared[0]
+    pair = references.find(*ID_COLUMNS), hypotheses.find(*ID_COLUMNS)
+    return None if None in pair else pair
+
+
+def _are_distinct(table: Table, column: int) -> bool:
+    values = {row[column].strip() for row in table.rows}
+    return len(values) == len(table.rows) and "" not in values
+
+
+def _ids(table: Table, column: int) -> list[str]:
+    ids = [row[column].strip() for row in table.rows]
+    if _plain(table.columns[column]) == "image_path":
+        ids = [identity.replace("\\", "/") for identity in ids]
+    commonest, times = Counter(ids).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{table.path}: id {commonest} stands in {times} rows")
+    return ids
+
+
+def _hint(ids: list[str], others: list[str]) -> str:
+    """Why ids differ, where they are the same numbers written in two ways."""
+    try:
+        same = sorted(map(float, ids)) == sorted(map(float, others))
+    except ValueError:
+        return ""
+    return "; the ids are the same numbers, written otherwise (001, 1 or 1.0): export them as text" if same else ""

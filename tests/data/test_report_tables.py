@@ -1,0 +1,148 @@
+"""CSV files of reports as people have them: what is read, what is refused with its cause, which rows go together."""
+
+import pytest
+
+from modules.data.report_tables import Table, match_rows, read_rows, read_table
+from modules.runtime.errors import InputError
+
+REPORTS = ["Small effusion.", "Edema."]
+
+
+@pytest.fixture
+def read(tmp_path):
+    """``read(content)`` writes bytes or text to a file and reads it."""
+
+    def of(content, **options):
+        path = tmp_path / "a.csv"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return read_table(path, **options)
+
+    return of
+
+
+def texts(table):
+    return [row[table.find("report")] for row in table.rows]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "id,report\n1,Small effusion.\n2,Edema.\n",
+        " ID , Report \n1,Small effusion.\n2,Edema.\n",
+        "\ufeffid,report\r\n1,Small effusion.\r\n2,Edema.\r\n",
+        "id,report\r1,Small effusion.\r2,Edema.\r",
+        "id;report\n1;Small effusion.\n2;Edema.\n",
+        "id\treport\n1\tSmall effusion.\n2\tEdema.\n",
+        "id|report\n1|Small effusion.\n2|Edema.\n",
+        "1;Small effusion.\n2;Edema.\n",
+        "1,Small effusion.\n2,Edema.\n",
+        "\n\nid,report\n\n1,Small effusion.\n\n2,Edema.\n\n",
+        "id,report\n1,Small effusion.\n2,Edema.\n".encode("utf-16"),
+        "id,report\n1,Small effusion.\n2,Edema.\n".encode("utf-16-le"),
+        "id,report\n1,Small effusion.\n2,Edema.\n".encode("utf-16-be"),
+        ",report\n0,Small effusion.\n1,Edema.\n",
+        "report\nSmall effusion.\nEdema.\n",
+        "Small effusion.\nEdema.\n",
+    ],
+)
+def test_every_spelling_of_two_reports(read, content):
+    assert texts(read(content)) == REPORTS
+
+
+def test_a_first_report_of_one_word_is_no_header(read):
+    assert texts(read("normal\nEdema.\n")) == ["normal", "Edema."]
+    assert texts(read("normal\n")) == ["normal"]
+
+
+def test_blank_lines_of_one_column_are_empty_reports(read, capsys):
+    for content in ("\nEdema .\n", "report\n\nEdema .\n", '""\nEdema .\n'):
+        assert texts(read(content)) == ["", "Edema ."]
+        assert "1 blank line(s) or empty cell(s) count as empty reports" in capsys.readouterr().err
+    assert texts(read("Edema .\n\n")) == ["Edema .", ""]
+
+
+def test_what_is_not_plain_is_said(read, capsys):
+    assert texts(read("report\nFr\xe4ktur.\n".encode("cp1252"))) == ["Fr\xe4ktur."]
+    assert "not UTF-8 text (byte 9); read as Windows-1252" in capsys.readouterr().err
+    read("id;report\n1;Edema.\n")
+    assert "columns are separated by ';'" in capsys.readouterr().err
+    read("1,Edema.\n2,Effusion.\n")
+    assert "taken for id and report" in capsys.readouterr().err
+    read("id,report\n1,Edema.\n")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("", "the file is empty"),
+        ("\n\n", "the file is empty"),
+        (b"report\n\x81\n", r"not UTF-8 text \(byte 7\)"),
+        ("id,report\n1,Eff\0usion.\n", "holds NUL bytes"),
+        ('id,report\n1,"Effusion.\n2,Edema.\n', "in row 2 or after it: a quotation mark is never closed"),
+        ('id,report\n1,"The \\"egg shell\\" sign."\n', "a quotation mark stands inside a quoted cell"),
+        ("id,report,split\n1,Effusion.\n", "row 1 has 2 cells where the header has 3"),
+        ("small effusion, edema.\nno edema.\n", "quotation marks around reports with commas"),
+        ("a secret finding, and more.\nb, c.\n", "names no column such as 'report' or 'id'"),
+        ("id,report\n1," + "x" * 140_000, "field larger than field limit"),
+    ],
+)
+def test_what_cannot_be_read_is_named_in_one_line_without_a_report(read, content, cause):
+    with pytest.raises(InputError, match=cause) as caught:
+        read(content)
+    message = str(caught.value)
+    assert "\n" not in message and not {"secret", "egg", "effusion", "Effusion."} & set(message.split())
+
+
+def test_paths_that_are_no_files(tmp_path):
+    with pytest.raises(InputError, match="there is no such file"):
+        read_table(tmp_path / "none.csv")
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read_table(tmp_path)
+
+
+def test_captions_are_rows_of_any_length(tmp_path):
+    (tmp_path / "a.csv").write_text('a dog,"two, dogs"\na cat\n')
+    assert read_rows(tmp_path / "a.csv") == [["a dog", "two, dogs"], ["a cat"]]
+
+
+# ---- which rows belong together
+
+
+@pytest.mark.parametrize("name", ["id", "ID", " Study_ID ", "dicom_id", "IMAGE_PATH", "image_id", "uid", ""])
+def test_rows_are_matched_by_any_column_of_ids(name):
+    references = Table("gts.csv", [name, "report"], [["a", "1"], ["b", "2"]])
+    hypotheses = Table("res.csv", ["report", name.upper()], [["two", "b"], ["one", "a"]])
+    assert [row[0] for row in match_rows(references, hypotheses).rows] == ["one", "two"]
+
+
+def test_rows_are_matched_by_the_column_that_tells_them_apart():
+    names = ["study_id", "dicom_id", "report"]
+    references = Table("gts.csv", names, [["s", "a", "1"], ["s", "b", "2"]])
+    hypotheses = Table("res.csv", names, [["s", "b", "two"], ["s", "a", "one"]])
+    assert [row[2] for row in match_rows(references, hypotheses).rows] == ["one", "two"]
+    windows = Table("res.csv", ["image_path", "report"], [["p\\2.png", "two"], ["p\\1.png", "one"]])
+    unix = Table("gts.csv", ["image_path", "report"], [["p/1.png", "1"], ["p/2.png", "2"]])
+    assert [row[1] for row in match_rows(unix, windows).rows] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "cause"),
+    [
+        ((["id", "report"], [["a", "x"]]), (["study_id", "report"], [["b", "x"]]), "res.csv: no row with id a"),
+        ((["id", "report"], [["1", "x"], ["2", "y"]]), (["ID", "report"], [["1", "x"]]), "res.csv: no row with id 2"),
+        ((["id", "report"], [["001", "x"]]), (["id", "report"], [["1.0", "x"]]), "same numbers, written otherwise"),
+        ((["id", "report"], [["a", "x"], ["a", "y"]]), (["id", "report"], [["a", "x"]]), "id a stands in 2 rows"),
+        ((["report"], [["x"], ["y"]]), (["report"], [["x"]]), "gts.csv has 2 rows and res.csv 1"),
+        ((["report"], []), (["report"], [["x"]]), "gts.csv: no rows below the header"),
+    ],
+)
+def test_rows_that_do_not_belong_together_are_refused(left, right, cause):
+    with pytest.raises(InputError, match=cause):
+        match_rows(Table("gts.csv", *left), Table("res.csv", *right))
+
+
+def test_row_by_row_only_where_a_file_has_no_ids(capsys):
+    with_ids = Table("gts.csv", ["id", "report"], [["a", "x"]])
+    assert match_rows(with_ids, Table("res.csv", ["report"], [["y"]])).rows == [["y"]]
+    assert "only gts.csv has a column of ids: the two files are compared row by row" in capsys.readouterr().err
