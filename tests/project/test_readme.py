@@ -60,19 +60,22 @@ def test_command_line(page, line, monkeypatch):
         resolve_config(given)
         assert not [note for note in ignored if "ignored" in note], f"{page}: {line}"
     elif target.startswith(("scripts/", "benchmarks/")) and target.endswith(".py"):
-        parser = script_parser(Path(target).stem, monkeypatch, Path(target).parent.name)
+        parser = script_parser(Path(target).stem, monkeypatch, ".".join(Path(target).parent.parts))
         monkeypatch.setattr(sys, "argv", [target])
         parser.parse_args(arguments)
 
 
 def test_flags_exist(monkeypatch):
     known = {"--help"} | DOCKER_FLAGS
-    files = [path for room in ("scripts", "benchmarks") for path in sorted((ROOT / room).glob("*.py"))]
+    files = [
+        path for room in ("scripts", "scripts/research", "benchmarks") for path in sorted((ROOT / room).glob("*.py"))
+    ]
     texts = {path: path.read_text(encoding="utf-8") for path in files}
     programs = [
         path for path, text in texts.items() if re.search(r"\bParser\(|build_parser\(", text) and "def main(" in text
     ]
-    parsers = (script_parser(path.stem, monkeypatch, path.parent.name) for path in programs)
+    rooms = {path: ".".join(path.parent.relative_to(ROOT).parts) for path in programs}
+    parsers = (script_parser(path.stem, monkeypatch, rooms[path]) for path in programs)
     for parser in (build_parser("", ""), *parsers):
         known |= {option for action in parser._actions for option in action.option_strings}
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
