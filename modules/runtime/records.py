@@ -57,10 +57,10 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 def require_empty(out: str | Path) -> None:
-    """InputError where ``out`` is there and no empty folder."""
+    """Raise InputError if ``out`` exists and is not an empty folder."""
     out = Path(out)
     if (out.exists() or out.is_symlink()) and not out.is_dir():
-        raise InputError(f"--out {out}: is no folder")
+        raise InputError(f"--out {out}: is not a folder")
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"--out {out}: is not empty; give a new folder, or remove what is in it")
 

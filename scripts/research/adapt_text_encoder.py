@@ -1,11 +1,11 @@
 """Adapt a text encoder to the reports of an annotation, for mining where RadBERT cannot be downloaded.
 
-Its pretraining by masked words (BERT, Devlin et al. 2019) is continued on the training reports, as RadBERT (Yan et al.
-2022) was made from RoBERTa on radiology reports. Validation and test reports are never used. The result is a folder for
-mine_hard_negatives.py --text_encoder and build_prototypes.py --text_encoder.
+Masked-language-model training (BERT, Devlin et al. 2019) is continued on the training reports, as RadBERT (Yan et al.
+2022) was trained from RoBERTa on radiology reports. Validation and test reports are never used. The result is a folder
+for mine_hard_negatives.py --text_encoder and build_prototypes.py --text_encoder.
 
-The weights can remember what they were trained on, word for word, so the folder is patient data like the reports: it
-is readable by you alone; keep it where the reports may be, and do not share it.
+The weights can memorise their training texts word for word, so the folder is patient data like the reports: only you
+can read it; keep it where the reports may be kept, and do not share it.
 
   python scripts/research/adapt_text_encoder.py --ann_path data/iu_xray/annotation.json --out data/iu_xray/encoder
   python scripts/mine_hard_negatives.py --ann_path data/iu_xray/annotation.json --text_encoder data/iu_xray/encoder \\
@@ -17,7 +17,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,7 @@ from modules.runtime.hub import respelled
 from modules.runtime.records import new_folder, require_empty, write_results
 
 if TYPE_CHECKING:
-    from scripts.research.masked_language_model import MaskedLanguageModel, Score
+    from scripts.research.masked_language_model import MaskedLanguageModel
 
 RECORD = "adaptation.json"
 RECORDED = ("epochs", "batch_size", "lr", "max_length", "mask_share", "seed", "dataset_name")
@@ -45,12 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--ann_path", default="data/iu_xray/annotation.json", metavar="FILE", help="default %(default)s")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder to make, readable by you alone")
+    add("--out", required=True, type=Path, metavar="DIR", help="new folder, readable by you alone")
     add(
         "--text_encoder",
         default="minilm",
         metavar="NAME",
-        help="where to start: minilm (a pip package), a local folder with a transformers encoder, or a hub id "
+        help="encoder to start from: minilm (a pip package), a local folder with a transformers encoder, or a hub id "
         "(downloaded once); default %(default)s",
     )
     add(
@@ -67,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=5e-5,
         metavar="R",
-        help="highest learning rate, after 10 %% of the steps; default %(default)s",
+        help="peak learning rate, reached after 10 %% of the steps; default %(default)s",
     )
     add("--max_length", type=int, default=512, metavar="T", help="tokens read of a report; default %(default)s")
     add("--mask_share", type=float, default=0.15, metavar="P", help="words to be predicted; default %(default)s")
@@ -76,14 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="S",
-        help="of order, masks, dropout, a new head and the 5 %% of reports held out; default %(default)s",
+        help="for order, masks, dropout, a new head and the 5 %% of reports held out; default %(default)s",
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default %(default)s")
     return parser
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """InputError for values out of range, and for an --out that could not be written after hours of work."""
+    """InputError for values out of range, and for an --out that cannot be written: now, not after hours of training."""
     for flag, low in (("epochs", 1), ("batch_size", 1), ("max_length", 3), ("seed", 0)):
         if getattr(arguments, flag) < low:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: must be {low} or more")
@@ -92,7 +91,7 @@ def check(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.mask_share < 1:
         raise InputError(f"--mask_share {arguments.mask_share}: must lie between 0 and 1")
     if respelled(arguments.text_encoder) in WITHOUT_WEIGHTS and not Path(arguments.text_encoder).is_dir():
-        raise InputError(f"--text_encoder {arguments.text_encoder}: has no weights that could be adapted")
+        raise InputError(f"--text_encoder {arguments.text_encoder}: has no weights to adapt")
     require_empty(arguments.out)
     parent = next(folder for folder in arguments.out.resolve().parents if folder.is_dir())
     if not os.access(parent, os.W_OK):
@@ -100,9 +99,9 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def distinct_reports(annotation: Annotation, cleaner: str) -> list[str]:
-    """The training reports; of those with the same cleaned text the first.
+    """The training reports; of those with the same cleaned text, the first.
 
-    So none of the texts held out is trained on, and none is learned by heart for being there a hundred times.
+    So no held-out text is trained on, and none is memorised because it occurs a hundred times.
     """
     reports = (" ".join(study.report.split()) for study in annotation.splits["train"])
     first: dict[str, str] = {}
@@ -111,87 +110,59 @@ def distinct_reports(annotation: Annotation, cleaner: str) -> list[str]:
     return list(first.values())
 
 
-def show_progress(items: Iterable, name: str) -> Iterable:
-    """The batches of an epoch behind a bar."""
-    from modules.runtime.run_log import Bar
-
-    return Bar(items, name)
-
-
-def print_score(score: "Score") -> None:
-    """One line; epoch 0 is the encoder as it came."""
-    print(
-        f"epoch {score.epoch}: of {score.words:,} masked words held out: loss {score.loss:.3f}, accuracy "
-        f"{score.accuracy:.3f}",
-        flush=True,
-    )
-
-
-def record_of(arguments: argparse.Namespace, annotation: Annotation, model: "MaskedLanguageModel") -> dict:
-    """What the weights were made from: no text, no id, and no path, so no command line either."""
+def record_of(arguments: argparse.Namespace, annotation: Annotation, model: "MaskedLanguageModel", device: str) -> dict:
+    """What the weights are made from: no text, id or path, and so no command line."""
+    from modules.mining.text_encoders import weights_sha256
     from modules.runtime.environment import provenance
 
     base = arguments.text_encoder
-    made = {name: value for name, value in provenance(str(model.device)).items() if name != "argv"}
     return {
         "base": Path(base).resolve().name if Path(base).is_dir() else base,
-        "base_weights_sha256": model.sha256(),
+        "base_weights_sha256": weights_sha256(model.encoder),
         "new_head": model.new_head,
         "settings": {name: getattr(arguments, name) for name in RECORDED} | {"tokens_read": model.max_length},
         "annotation_sha256": annotation.sha256,
         "train_sha256": annotation.train_sha256,
-        "provenance": made,
+        "provenance": {name: value for name, value in provenance(device).items() if name != "argv"},
     }
 
 
 def adapt(arguments: argparse.Namespace, annotation: Annotation) -> None:
     """Train the encoder, and write it with its tokeniser and record."""
-    from modules.mining.text_encoders import encoder_folder
+    from modules.mining.text_encoders import encoder_folder, weights_sha256
     from modules.runtime.environment import choose_device
-    from scripts.research.masked_language_model import MaskedLanguageModel, hold_out, pretrain
+    from modules.runtime.run_log import Bar
+    from scripts.research.masked_language_model import hold_out, load_masked_lm, pretrain
 
-    device = str(choose_device(arguments.device))
-    model = MaskedLanguageModel(
-        encoder_folder(arguments.text_encoder),
-        max_length=arguments.max_length,
-        mask_share=arguments.mask_share,
-        device=device,
-        seed=arguments.seed,
-    )
-    texts, held_out = hold_out(
-        model.read(distinct_reports(annotation, DATASETS[arguments.dataset_name].cleaner)), arguments.seed
-    )
+    device, seed = str(choose_device(arguments.device)), arguments.seed
+    folder = encoder_folder(arguments.text_encoder)
+    model = load_masked_lm(folder, max_length=arguments.max_length, device=device, seed=seed)
+    reports = distinct_reports(annotation, DATASETS[arguments.dataset_name].cleaner)
+    texts, held_out = hold_out(model.tokenize(reports), seed)
     print(
         f"{len(annotation.splits['train']):,} training reports, {len(texts) + len(held_out):,} different ones with "
-        f"words it knows: {len(texts):,} to train on, {len(held_out):,} held out"
+        f"known words: {len(texts):,} to train on, {len(held_out):,} held out"
     )
     if model.new_head:
-        print(f"{arguments.text_encoder} comes without a whole masked-LM head: what it lacks starts from scratch")
-    record = record_of(arguments, annotation, model)
+        print(f"{arguments.text_encoder} has no complete masked-LM head: what it lacks starts from scratch")
+    record = record_of(arguments, annotation, model, device)
+    sizes = {name: getattr(arguments, name) for name in ("epochs", "batch_size", "lr", "mask_share", "seed")}
     scores = []
-    for score in pretrain(
-        model,
-        texts,
-        held_out,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        lr=arguments.lr,
-        seed=arguments.seed,
-        bar=show_progress,
-    ):
-        print_score(score)
-        scores.append(vars(score))
-    with new_folder(arguments.out) as folder:
-        model.save(folder)
-        write_results(
-            folder / RECORD,
-            record
-            | {
-                "weights_sha256": model.sha256(),
-                "texts": {"trained": len(texts), "held_out": len(held_out)},
-                "held_out_scores": scores,
-            },
+    for score in pretrain(model, texts, held_out, **sizes, progress=Bar):
+        print(
+            f"epoch {score.epoch}: {score.words:,} masked held-out words: loss {score.loss:.3f}, accuracy "
+            f"{score.accuracy:.3f}",
+            flush=True,
         )
+        scores.append(vars(score))
+    record |= {
+        "weights_sha256": weights_sha256(model.encoder),
+        "texts": {"trained": len(texts), "held_out": len(held_out)},
+        "held_out_scores": scores,
+    }
+    with new_folder(arguments.out) as out:
+        model.save(out)
+        write_results(out / RECORD, record)
 
 
 def main() -> None:
@@ -206,7 +177,7 @@ def main() -> None:
         annotation = split_captions(annotation)
     with explain_out_of_memory("lower --batch_size or --max_length"):
         adapt(arguments, annotation)
-    print(f"wrote {arguments.out} in {time.monotonic() - start:.0f} s: as private as the reports, not to be shared")
+    print(f"wrote {arguments.out} in {time.monotonic() - start:.0f} s: as private as the reports, do not share it")
 
 
 if __name__ == "__main__":
