@@ -7,7 +7,7 @@ defaults, presets and checkpoints derive from the file.
 import importlib
 from typing import TYPE_CHECKING
 
-from modules.runtime.errors import InputError
+from modules.runtime.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from models.base import Backbone, BackboneSettings
@@ -23,7 +23,7 @@ MODELS = {
 def location(name: str) -> tuple[str, str]:
     """Module and class of the backbone ``name``; InputError where there is no such name."""
     if name not in MODELS:
-        raise InputError(f"--model_name {name}: must be one of {', '.join(MODELS)}")
+        raise InputError(f"--model_name {name}: must be one of {', '.join(MODELS)}{did_you_mean(name, MODELS)}")
     module, _, kind = MODELS[name].rpartition(".")
     return module, kind
 

@@ -64,6 +64,8 @@ class Settings(BackboneSettings):
         "pretrained GPT-2: a local folder, or a hub id such as gpt2, which is downloaded once; an empty name trains "
         "from random weights",
         file=True,
+        initial=True,
+        vocabulary=True,
     )
     gpt2_layers: int = setting(
         12,

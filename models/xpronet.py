@@ -57,6 +57,7 @@ class Settings(TransformerSettings):
         "initial prototypes, written by scripts/build_prototypes.py or published; an empty name draws them at random",
         train_only=True,
         file=True,
+        initial=True,
     )
     num_cluster: int = setting(20, "XProNet", "classes that have prototypes; the labels have 14", low=1, shapes=True)
     num_protype: int = setting(10, "XProNet", "prototypes of each class", low=1, shapes=True)

@@ -7,7 +7,7 @@ and are built from a Config with ``part_of(config, OptimSettings)``; what belong
 from dataclasses import dataclass, fields
 from typing import Any
 
-from models import MODELS
+from models import MODELS, location
 from models.settings import declared_settings
 from modules.config_checks import check_together
 from modules.data.dataset_specs import DATASETS, DataSpec
@@ -62,7 +62,7 @@ class DataSettings:
         exported=True,
     )
     threshold: int = setting(
-        3, "data", "a token enters the vocabulary from this training count on", low=1, exported=True
+        3, "data", "a token enters the vocabulary from this training count on", low=1, exported=True, vocabulary=True
     )
     num_workers: int = setting(2, "data", "processes that read images", low=0, effect=False)
     worker_timeout: float = setting(
@@ -110,9 +110,11 @@ class NetworkSettings:
     visual_extractor: str = setting(
         "resnet101", "backbone", "torchvision or timm model that gives patch features", exported=True
     )
-    visual_extractor_pretrained: bool = setting(True, "backbone", "start from ImageNet weights", train_only=True)
+    visual_extractor_pretrained: bool = setting(
+        True, "backbone", "start from ImageNet weights", train_only=True, initial=True
+    )
     visual_extractor_weights: str = setting(
-        "", "backbone", "start the visual extractor from this file instead", train_only=True
+        "", "backbone", "start the visual extractor from this file instead", train_only=True, initial=True
     )
     freeze_visual_extractor: bool = setting(False, "backbone", "keep the visual extractor's weights as they are")
     feature_cache: str = setting(
@@ -128,6 +130,7 @@ class NetworkSettings:
         "own statistics, as the published code does",
         choices=("joint", "per_view"),
         exported=True,
+        train_only=True,
     )
     tokenizer: str = setting(
         "auto",
@@ -137,6 +140,7 @@ class NetworkSettings:
         "else word",
         choices=("auto", "word", "bpe"),
         exported=True,
+        vocabulary=True,
     )
     label_path: str = setting(
         "data/iu_xray/labels.pickle",
@@ -303,7 +307,7 @@ class Config(
     )
     log_period: int = setting(1000, "results", "steps between lines in the log", low=1, effect=False, train_only=True)
     monitor_metric: str = setting(
-        "BLEU_4", "results", "validation metric for choosing the best model", choices=MONITORED
+        "BLEU_4", "results", "validation metric for choosing the best model", choices=MONITORED, train_only=True
     )
     monitor_mode: str = setting(
         "max", "results", "whether the metric should grow or fall", choices=("min", "max"), train_only=True
@@ -320,6 +324,7 @@ class Config(
     def __post_init__(self) -> None:
         for item in fields(self):
             check_value(item.name, getattr(self, item.name), item.metadata)
+        location(self.model_name)  # InputError for an unknown one
         for part in type(self).__bases__:
             part_of(self, part)  # each checks which of its own settings exclude one another
         check_together(self)

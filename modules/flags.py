@@ -3,16 +3,17 @@
 import argparse
 import dataclasses
 import functools
+import re
 import types
 import typing
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models import MODELS
 from models.settings import declared_presets
 from modules.config import TRAIN_ONLY, Config
 from modules.data.dataset_specs import DATASETS
-from modules.runtime.errors import InputError
+from modules.runtime.errors import InputError, did_you_mean
 
 # Declared by R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN, but without effect on their results, or
 # decided here in another way. Number of values each takes: 0 (a switch) or 1.
@@ -54,6 +55,7 @@ ALIASES = {
     "head": "num_heads",
     "lr": "lr_ed",
 }
+GROUPS = ("none", "folder", "all")  # how images on a command line make studies (modules/inference/study_files.py)
 # What --self_critical sets unless the flag is given, also over the settings of the weights that it starts from.
 SELF_CRITICAL = {"lr_ve": 1e-5, "lr_ed": 1e-5, "lr_scheduler": "constant", "monitor_metric": "CIDEr"}
 
@@ -91,7 +93,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=formatter_class, allow_abbrev=allow_abbrev, **options)
 
     def error(self, message: str) -> typing.NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
+        raise InputError(f"{message}{self._nearest(message)} (see {self.prog} --help)")
+
+    def _nearest(self, message: str) -> str:
+        """What the mistyped flags, or the mistyped choice, in argparse's ``message`` were most likely meant to be."""
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        if message.startswith("unrecognized arguments:"):
+            flags = [flag for action in shown for flag in action.option_strings]
+            return did_you_mean((word.partition("=")[0] for word in message.split() if word[:2] == "--"), flags)
+        if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            return did_you_mean(found[1], re.split(r"[\s,']+", found[2]))
+        return ""
 
 
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -139,6 +151,38 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], *, defaults
                 default=item.default if defaults else argparse.SUPPRESS,
                 **_argument(item, show_default=defaults),
             )
+
+
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the programs that write reports: which checkpoint reads which studies."""
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="images (PNG, JPEG, DICOM, ...) or folders of them")
+    parser.add_argument("--load", required=True, metavar="PTH", help="a checkpoint of main_train.py: model_best.pth")
+    parser.add_argument(
+        "--group",
+        choices=GROUPS,
+        default="none",
+        help="none: every image is a study; folder: the images in a folder are the views of one study; "
+        "all: all images are (default: %(default)s)",
+    )
+    add_batch_size(parser)
+
+
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """--batch_size, in studies."""
+    parser.add_argument(
+        "--batch_size", type=_positive, default=16, metavar="INT", help="studies at a time (default: %(default)s)"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, at least 1")
+    return int(text)
+
+
+def given_flags(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the flags ``names`` that were given, by name."""
+    return {name: vars(arguments)[name] for name in names if name in arguments}
 
 
 def _argument(item: dataclasses.Field, *, show_default: bool = True) -> dict[str, Any]:
@@ -202,12 +246,6 @@ def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             f"--backbone {given['backbone']} and --model_name {given['model_name']} disagree: give one of them"
         )
     return given, ignored + _preset_notes(given)
-
-
-def idle_in_tests(given: Container[str]) -> str | None:
-    """A line for main_test.py's log that names the flags ``given`` that do nothing there; None where all do."""
-    idle = [f"--{item.name}" for item in dataclasses.fields(Config) if item.name in TRAIN_ONLY and item.name in given]
-    return f"ignored by main_test.py: {', '.join(idle)}" if idle else None
 
 
 def flags_of_training(words: Sequence[str]) -> list[str]:

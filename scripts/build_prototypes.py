@@ -80,12 +80,12 @@ def image_features(config: Config, data, device, mirrored: bool) -> list:
     import torch
 
     from modules.run.build import build_extractor
-    from modules.run.data import build_dataset, build_split_loader
+    from modules.run.data import build_dataset, build_split_loader, check_images
     from modules.runtime.run_log import Bar
 
+    check_images(config, data, ("train",))
     extractor = build_extractor(config, device, pretrained=True).to(device).eval()
     dataset = build_dataset(config, data, "train", augment=False, extractor=extractor)
-    dataset.check_files(dataset.read_image)
     loader = build_split_loader(config, dataset, device, shuffle=False)
     sides: list[list] = [[], []] if mirrored else [[]]
     with torch.inference_mode():

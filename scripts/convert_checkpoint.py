@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import MODELS
 from modules.config import BACKBONE_SETTINGS, DataSettings, NetworkSettings, settings_of
 from modules.decoding.options import DecodingOptions
-from modules.flags import Parser, add_flags, resolve_config
-from modules.run.study_arguments import given_flags
+from modules.flags import Parser, add_flags, given_flags, resolve_config
 from modules.runtime.environment import check_python, provenance
 from modules.runtime.errors import InputError, run_entry_point
 

@@ -13,8 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.annotations import read_annotation
-from modules.flags import Parser, add_flags
-from modules.run.study_arguments import add_batch_size, given_flags
+from modules.flags import Parser, add_batch_size, add_flags, given_flags
 from modules.runtime.environment import check_python
 from modules.runtime.errors import run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains

@@ -14,9 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.flags import Parser, add_flags
-from modules.inference.study_files import StudyFiles, find_studies
-from modules.run.study_arguments import add_study_arguments, checkpoint_name, given_flags, require_checkpoint
+from modules.flags import Parser, add_flags, add_study_arguments, given_flags
+from modules.inference.study_files import StudyFiles, checkpoint_name, find_studies, require_checkpoint
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains

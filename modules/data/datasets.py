@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from modules.data.annotations import Study
 from modules.data.batches import Batch, Pair, Sample, SamplePair, collate
 from modules.data.detection_features import DetectionFeatures
 from modules.data.feature_cache import FeatureCache
-from modules.data.images import ImageFolder, Transform
+from modules.data.images import Transform
 from modules.data.loaders import EpochLoader, build_loader
 from modules.data.sample_order import AUGMENT_NEGATIVE, AUGMENT_POSITIVE, NEIGHBOUR, REPLACEMENT, keyed_generator
 from modules.data.shards import ShardImages
@@ -129,18 +128,6 @@ class ReportDataset(Dataset):
         for index, (row, _) in enumerate(self.samples):
             samples.setdefault(row, []).append(index)
         return [[index for row in shard.rows for index in samples[row]] for shard in self.read_image.shards]
-
-    def check_files(self, folder: ImageFolder | FeatureCache | DetectionFeatures) -> None:
-        """InputError for the first image that is missing, empty or outside ``folder``; none is opened."""
-        found = set()  # a path may come again: captions of one image
-        for study in tqdm(self.studies, desc="looking for the images", leave=False):
-            negatives = study.negative_image_paths[: self.num_views] if self.annotation_negatives else ()
-            if isinstance(folder, ShardImages):
-                negatives = ()  # they stand beside the record, as the manifest says
-            for path in (*(study.image_paths if self.separate else study.image_paths[: self.num_views]), *negatives):
-                if path not in found:
-                    _naming(study, folder.locate, path)
-                    found.add(path)
 
     def _sample(self, epoch: int, index: int) -> Sample:
         row, view = self.samples[index]

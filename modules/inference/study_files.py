@@ -9,7 +9,6 @@ from modules.runtime.errors import InputError
 from modules.runtime.input_files import open_regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".gif", ".webp")
-GROUPS = ("none", "folder", "all")
 
 
 @dataclass(frozen=True)
@@ -75,3 +74,14 @@ def _is_image(path: Path) -> bool:
             return is_dicom(file.read(132))
     except OSError:
         return False
+
+
+def checkpoint_name(path: str) -> str:
+    """How results name a checkpoint: by its file and folder, without the path to them."""
+    return str(Path(*Path(path).absolute().parts[-2:]))
+
+
+def require_checkpoint(path: str) -> None:
+    """InputError where ``--load`` names no file: checked before torch is imported, which takes seconds."""
+    if not Path(path).is_file():
+        raise InputError(f"--load {path}: no such file; it takes a checkpoint of main_train.py, such as model_best.pth")

@@ -1,9 +1,8 @@
 """A run's data: the annotation and what is derived from it, where images come from, data sets and loaders."""
 
 import contextlib
-import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
 
@@ -40,10 +39,8 @@ AnyTokenizer = Union[Tokenizer, "BpeTokenizer"]
 
 # R2GenCMN resizes to 256 and crops 224; other image sizes keep that proportion.
 RESIZE_PER_CROP = 256 / 224
+FIRST_IMAGES = 100  # of a split, among which one must be found
 MEAN_STUDIES = 256  # their mean is off that of all by a sixteenth of the patches' spread
-ASKING = ("strategy", "ithn_variant")  # flags that ask for ITHN by being given, whatever their value
-# Flags of ITHN that the plain backbone goes by too, or that say whether it is trained.
-ALWAYS_IN_USE = ("ithn", "ce_weight")
 
 
 @dataclass
@@ -152,22 +149,13 @@ def build_tokenizer(config: Config, reports: Sequence[str], *, kind: str) -> Any
         if config.tokenizer == "bpe":
             raise InputError(f"{lacking}; add them, or give --tokenizer word")
         logger.warning("%s: the vocabulary is the words of the training reports", lacking)
-    return Tokenizer.from_reports(reports, config.threshold, config.dataset.cleaner)
-
-
-def asks_for_ithn(given: Collection[str]) -> bool:
-    """Whether one of the flags ``given`` asks for ITHN; a Config does not tell a default that was typed out."""
-    return not set(ASKING).isdisjoint(given)
-
-
-def idle_line(given: Collection[str]) -> str | None:
-    """A line for the log of a run without ITHN that names the flags ``given`` that do nothing there, if any."""
-    idle = [
-        f"--{item.name}"
-        for item in dataclasses.fields(Config)
-        if item.name in given and item.metadata["group"] in ("ITHN", "beyond ITHN") and item.name not in ALWAYS_IN_USE
-    ]
-    return f"ignored, because ITHN is off: {', '.join(idle)}" if idle else None
+    found = Tokenizer.from_reports(reports, config.threshold, config.dataset.cleaner)
+    if found.vocab_size == 1:  # <unk> alone
+        raise InputError(
+            f"--threshold {config.threshold}: no word of the training reports in {config.ann_path} occurs that often, "
+            "so the vocabulary would be empty; give a smaller one"
+        )
+    return found
 
 
 def hard_negatives(
@@ -175,7 +163,7 @@ def hard_negatives(
 ) -> tuple[str, HardNegativeIndex | None]:
     """The strategy that --ithn and the available hard negatives lead to, and the index if one was given.
 
-    ``asked``: a flag that was given asks for ITHN (``asks_for_ithn``).
+    ``asked``: a flag that was given asks for ITHN.
     """
     in_annotation = any(study.negative_report for study in annotation.splits["train"])
     # A strategy, variant or option that was asked for must not quietly end in the plain backbone.
@@ -203,20 +191,51 @@ def hard_negatives(
     return config.strategy, None
 
 
+def check_images(config: Config, data: Data, splits: Iterable[str]) -> None:
+    """InputError for the first image of ``splits`` that is missing, empty or outside its folder; none is opened.
+
+    Where unreadable images are replaced (--on_bad_image skip), a folder is refused that has none of the first ones.
+    Call it before weights are fetched, so that a wrong --image_dir is found at once; the main process looks.
+    """
+    skip = config.on_bad_image == "skip"
+    for split in splits if distributed.is_main_process() else ():
+        negatives = split == "train" and data.strategy in NEEDING_NEGATIVES
+        source = _stored_images(config, data, split, negatives=negatives)
+        found, missing, problem = set(), 0, None
+        for study in Bar(data.annotation.splits[split], f"looking for the images of {split}"):
+            # In shards the negatives' images lie next to the record's own, as the manifest says.
+            own_negatives = negatives and data.index is None and not config.shards
+            for path in dict.fromkeys(_paths(config, [study], own_negatives)):
+                if path in found:
+                    continue
+                try:
+                    source.locate(path)
+                    found.add(path)
+                except InputError as error:
+                    problem, missing = problem or f"split '{split}', study {study.id!r}: {error}", missing + 1
+                    if not skip:
+                        raise InputError(problem) from error
+            if skip and (found or missing >= FIRST_IMAGES):
+                break
+        if problem and not found:
+            raise InputError(problem)
+
+
+def _stored_images(config: Config, data: Data, split: str, *, negatives: bool) -> Any:
+    """What knows where the images of a split lie: stored features, shards, or the image folder."""
+    if data.features is not None:
+        return data.features
+    if config.shards:
+        return shard_source(config, data, split, negatives=negatives)
+    return image_folder(config)
+
+
 def image_folder(config: Config) -> ImageFolder:
     """Where the annotation's image paths start."""
     return ImageFolder(config.image_dir, follow_links=config.follow_links)
 
 
-def shard_source(
-    config: Config,
-    annotation: Annotation,
-    split: str,
-    *,
-    negatives: bool,
-    index: HardNegativeIndex | None,
-    num_neighbours: int,
-) -> "ShardImages":
+def shard_source(config: Config, data: Data, split: str, *, negatives: bool) -> "ShardImages":
     """The images of a split in --shards; with ``negatives`` those of the hard negatives must be there too."""
     from modules.data.shards import Manifest, ShardImages, check_manifest, neighbours_sha256
 
@@ -228,9 +247,17 @@ def shard_source(
     manifest = Manifest.load(config.shards)
     wanted = None
     if negatives:
-        wanted = "annotation" if index is None else neighbours_sha256(index.neighbours, manifest.num_neighbours)
-    check_manifest(manifest, config.shards, annotation.sha256, wanted, num_neighbours)
-    return ShardImages(config.shards, manifest.splits[split], [study.image_paths for study in annotation.splits[split]])
+        wanted = "annotation"
+        if data.index is not None:
+            wanted = neighbours_sha256(data.index.neighbours, manifest.num_neighbours)
+    check_manifest(manifest, config.shards, data.annotation.sha256, wanted, _drawn_neighbours(config, data))
+    studies = data.annotation.splits[split]
+    return ShardImages(config.shards, manifest.splits[split], [study.image_paths for study in studies])
+
+
+def _drawn_neighbours(config: Config, data: Data) -> int:
+    """Neighbours that a record's hard negative is drawn from."""
+    return config.num_neighbours if data.strategy in DRAWING_NEIGHBOURS else 1
 
 
 def image_source(
@@ -270,12 +297,17 @@ def feature_source(
     )
 
 
+def _max_views(config: Config) -> int:
+    """Images of a study that are read together."""
+    return 1 if config.detection_features else config.dataset.max_views
+
+
 def _paths(config: Config, studies: Iterable[Study], negatives: bool) -> list[str]:
     """Every image that samples of ``studies`` show, once."""
-    views = None if config.views == "separate" else config.dataset.max_views
+    views = None if config.views == "separate" else _max_views(config)
     paths: dict[str, None] = {}
     for study in studies:
-        paths |= dict.fromkeys(study.image_paths[:views] + (study.negative_image_paths if negatives else ()))
+        paths |= dict.fromkeys(study.image_paths[:views] + (study.negative_image_paths[:views] if negatives else ()))
     return list(paths)
 
 
@@ -321,19 +353,9 @@ def build_dataset(
         transform = train_transform(**look, resize=resize, flip=config.flip) if augment else eval_transform(**look)
     neighbours = data.index.neighbours if negatives and data.index is not None else None
     studies = data.annotation.splits[split] if studies is None else studies
-    if data.features is not None:
-        source = data.features
-    elif config.shards:
-        source = shard_source(
-            config,
-            data.annotation,
-            split,
-            negatives=negatives,
-            index=data.index,
-            num_neighbours=config.num_neighbours if data.strategy in DRAWING_NEIGHBOURS else 1,
-        )
-    elif split == "train" and not augment:  # all of it is seen once per run: nothing to gain from keeping it
-        source = image_folder(config)
+    if data.features is not None or config.shards or (split == "train" and not augment):
+        # The training split without augmentation is seen once per run: nothing to gain from an image cache.
+        source = _stored_images(config, data, split, negatives=negatives)
     else:
         source = image_source(config, studies, transform, negatives=negatives and neighbours is None)
     # Labels that generation must not see do not get near it.
@@ -345,10 +367,10 @@ def build_dataset(
         transform,
         max_seq_length=config.max_seq_length,
         views=config.views,
-        max_views=1 if config.detection_features else config.dataset.max_views,
+        max_views=_max_views(config),
         seed=config.seed,
         neighbours=neighbours,
-        num_neighbours=config.num_neighbours if data.strategy in DRAWING_NEIGHBOURS else 1,
+        num_neighbours=_drawn_neighbours(config, data),
         annotation_negatives=negatives and neighbours is None,
         labels=data.labels.of(studies) if labelled else None,
         on_bad_image=config.on_bad_image,

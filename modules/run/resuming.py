@@ -300,7 +300,7 @@ def bring_best(trainer: Trainer, source: Source, folder: CheckpointFolder) -> No
     just_judged = best.epoch == position["epoch"] - 1 and not position["batches"] and not position["trained"]
     found = source.path if just_judged else source.path.with_name(BEST)
     if not found.is_file():
-        logger.warning("no %s beside --resume: epochs to come choose the best model anew", BEST)
+        logger.warning("no %s next to the checkpoint of --resume: later epochs choose a new best model", BEST)
         trainer.best = Best()
     elif distributed.is_main_process() and not ((folder.path / BEST).is_file() and found.samefile(folder.path / BEST)):
         folder.keep_as_best(found)

@@ -30,15 +30,15 @@ from modules.run.build import (
 )
 from modules.run.data import (
     Data,
-    asks_for_ithn,
     build_dataset,
     build_split_loader,
     cache_features,
-    idle_line,
+    check_images,
     read_data,
     score_tag,
     training_studies,
 )
+from modules.run.idle_flags import asks_for_ithn, flags_in_effect, idle_without_ithn
 from modules.run.results import test_and_write
 from modules.run.resuming import (
     Source,
@@ -57,7 +57,7 @@ from modules.runtime import distributed
 from modules.runtime.distributed import is_main_process
 from modules.runtime.environment import provenance
 from modules.runtime.records import private_folder, write_private, write_results
-from modules.runtime.run_log import Bar, start_log
+from modules.runtime.run_log import Bar, log_to, start_log
 from modules.runtime.shortages import explain_out_of_memory
 from modules.runtime.stopping import GracefulShutdown, Stopped
 from modules.training.checkpoint import load_checkpoint
@@ -86,58 +86,70 @@ class Parts:
 
 
 def run_training(given: Mapping[str, Any], ignored: Sequence[str], shutdown: GracefulShutdown | None = None) -> None:
-    """Train as the flags ``given`` say, continuing from --resume with its settings beneath them; then test.
+    """Train as the flags ``given`` say, continuing from --resume with its settings as defaults; then test.
 
-    Where ``shutdown`` raises Stopped, everything reached so far is saved first.
+    Every input is read and checked before anything in --save_dir is touched. Where ``shutdown`` raises Stopped,
+    everything reached so far is saved first.
     """
     shutdown = shutdown or GracefulShutdown()
-    folder = CheckpointFolder(private_folder(save_dir(given)))
-    with folder.locked() if is_main_process() else contextlib.nullcontext():
+    folder = CheckpointFolder(Path(save_dir(given)))
+    start_log()
+    with contextlib.ExitStack() as opened:
+        if is_main_process():
+            opened.enter_context(folder.locked())
         source = find_source(given, folder)
         start = None if source else find_start(given, folder)
-        config = _settings(given, source, start)
-        private_folder(config.record_dir)  # fail now, not after hours of training
-        _begin(given, ignored, folder, source)
+        for line in ignored:
+            logger.info("%s", line)
+        config, given = _settings(given, source, start)
+        opened.enter_context(explain_out_of_memory(NEED_LESS_MEMORY))
+        parts = _compose(config, source, start, folder.path, frozenset(given), opened)
+        trainer = _trainer(parts, folder, shutdown)
+        if source is not None:
+            restore(trainer, parts.objective, source, parts.config, parts.data)
+        _begin(config, folder, source)
         try:
-            with explain_out_of_memory(NEED_LESS_MEMORY), contextlib.ExitStack() as opened:
-                parts = _compose(config, source, start, folder.path, frozenset(given), opened)
-                _train_and_test(parts, source, folder, shutdown)
+            if source is not None:
+                _log_resumed(trainer, source, folder)
+            trainer.train()
+            _test_best(parts, trainer, folder.path)
         except Stopped as stopped:
-            logger.info("ended by %s; go on with --resume auto --save_dir %s", stopped.name, folder.path)
+            logger.info("ended by %s; continue with --resume auto --save_dir %s", stopped.name, folder.path)
             raise
 
 
-def _settings(given: Mapping[str, Any], source: Source | None, start: Start | None) -> Config:
-    """The flags ``given`` over the settings of the checkpoint that the run starts from, if any."""
+def _settings(given: Mapping[str, Any], source: Source | None, start: Start | None) -> tuple[Config, Mapping[str, Any]]:
+    """The flags ``given`` over the settings of the checkpoint that the run starts from, if any; and those in effect."""
+    loaded = source or start
     saved = source.settings if source else stage_settings(given, start.settings if start else {})
-    config = resolve_config(given, saved)
     if start is not None:
         require_same_network(given, start.settings, start.path)
-    require_weights(config, source is not None or start is not None)
-    return config
+    own_vocabulary = loaded is not None and loaded.tokenizer is not None
+    given, idle = flags_in_effect(given, saved, loaded=loaded is not None, own_vocabulary=own_vocabulary)
+    for line in idle:
+        logger.info("%s", line)
+    config = resolve_config(given, saved)
+    require_weights(config, loaded is not None)
+    return config, given
 
 
-def _begin(given: Mapping[str, Any], ignored: Sequence[str], folder: CheckpointFolder, source: Source | None) -> None:
-    """Make room in the folder, and say what begins."""
-    goes_on = source is not None and source.path.parent.resolve() == folder.path.resolve()
-    aside = folder.move_aside() if is_main_process() and not goes_on else None
-    start_log(folder.path / "train.log")
+def _begin(config: Config, folder: CheckpointFolder, source: Source | None) -> None:
+    """Make room in the folder, now that every input was read, and log what begins."""
+    private_folder(config.record_dir)  # fail now, not after hours of training
+    resumed_here = source is not None and source.path.parent.resolve() == folder.path.resolve()
+    aside = folder.move_aside() if is_main_process() and not resumed_here else None
     if is_main_process():
         folder.sweep()
-    for line in ignored:
-        logger.info("%s", line)
+        log_to(folder.path / "train.log")
     for problem in folder.problems:
         logger.warning("not used: %s", problem)
     if aside is not None:
         logger.info("%s held an earlier run: its files are now in %s", folder.path, aside)
     if source is not None:
-        logger.info("going on from %s", source.path)
-    elif given.get("resume"):
-        logger.info(
-            "--resume auto: no checkpoint in %s, training starts from %s",
-            folder.path,
-            given.get("load") or "the beginning",
-        )
+        logger.info("resuming from %s", source.path)
+    elif config.resume:
+        start = config.load or "the beginning"
+        logger.info("--resume auto: no checkpoint in %s, training starts from %s", folder.path, start)
 
 
 def _compose(
@@ -158,8 +170,9 @@ def _compose(
     # A resumed run keeps the strategy that it began with, whatever its command line repeats.
     asked = source is None and asks_for_ithn(given)
     data = read_data(config, tokenizer=loaded and loaded.tokenizer, asked_for_ithn=asked)
-    if data.strategy == "off" and (line := idle_line(given)):
+    if data.strategy == "off" and (line := idle_without_ithn(given)):
         logger.warning("%s", line)
+    check_images(config, data, ("train", "val", "test"))
     objective = build_objective(config, data, device, pretrained=loaded is None, kind=objective_kind(config))
     if start is not None:
         load_weights(objective, start.content["state_dict"], start.path)
@@ -185,23 +198,23 @@ def _compose(
     return Parts(config, device, data, objective, loaders, tester, scoring)
 
 
-def _train_and_test(parts: Parts, source: Source | None, folder: CheckpointFolder, shutdown: GracefulShutdown) -> None:
-    """Train, from where ``source`` stopped if given, then test the best model and write the results."""
-    trainer = _trainer(parts, folder, shutdown)
-    if source is not None:
-        restore(trainer, parts.objective, source, parts.config, parts.data)
-        bring_best(trainer, source, folder)
-        position = trainer.position
-        before = ", before its validation" if position.trained else ""
-        logger.info("resumed in epoch %d after %d of its batches%s", position.epoch, position.batches, before)
-    trainer.train()
+def _log_resumed(trainer: Trainer, source: Source, folder: CheckpointFolder) -> None:
+    """Bring the best model so far along, and log where training continues."""
+    bring_best(trainer, source, folder)
+    position = trainer.position
+    before = ", before its validation" if position.trained else ""
+    logger.info("resumed in epoch %d after %d of its batches%s", position.epoch, position.batches, before)
+
+
+def _test_best(parts: Parts, trainer: Trainer, folder: Path) -> None:
+    """Test the best model and write the results; nothing where no epoch could be judged."""
     if not trainer.best.epoch:
         logger.warning(
             "no epoch had a validation %s to choose a best model by: the test split was left alone",
             parts.config.monitor_metric,
         )
         return
-    best = folder.path / BEST
+    best = folder / BEST
     if is_main_process():
         load_weights(parts.objective, load_checkpoint(best)["state_dict"], str(best))
     distributed.broadcast_weights(parts.objective)
@@ -213,7 +226,7 @@ def _train_and_test(parts: Parts, source: Source | None, folder: CheckpointFolde
         tester=parts.tester,
         loader=parts.loaders["test"],
         scoring=parts.scoring,
-        folder=folder.path,
+        folder=folder,
         weights=best,
         history=trainer.history,
         best_epoch=trainer.best.epoch,
@@ -252,16 +265,12 @@ def _log_composition(config: Config, device: torch.device, data: Data, datasets:
 def _datasets(config: Config, data: Data, objective: Objective) -> dict[str, Any]:
     extractor = objective.backbone.visual_extractor
     negatives = data.strategy in NEEDING_NEGATIVES
-    datasets = {
+    return {
         split: build_dataset(
             config, data, split, augment=split == "train", extractor=extractor, negatives=negatives and split == "train"
         )
         for split in ("train", "val", "test")
     }
-    if config.on_bad_image == "stop" and is_main_process():
-        for dataset in datasets.values():
-            dataset.check_files(dataset.read_image)
-    return datasets
 
 
 def _trainer(parts: Parts, folder: CheckpointFolder, shutdown: GracefulShutdown) -> Trainer:
@@ -353,23 +362,20 @@ def _saver(parts: Parts, folder: CheckpointFolder) -> Callable[[Trainer, bool], 
 
 
 def _epoch_writer(folder: Path, *, tensorboard: bool) -> Callable[[list[dict]], None]:
-    """A function of the history that brings the files in ``folder`` up to date; ``tensorboard`` adds its own."""
+    """A function of the history that updates history.json, curves.png and, if asked, TensorBoard's files."""
     writer = _tensorboard(folder) if tensorboard else None
 
     def write(history: list[dict]) -> None:
         write_results(folder / "history.json", history)
         write_private(folder / "curves.png", training_curves(history))
         if writer is not None:
-            row = history[-1]
-            for name, value in row.items():
-                if value is not None:
-                    writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-            writer.flush()
+            writer(history[-1])
 
     return write
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path) -> Callable[[Mapping[str, Any]], None]:
+    """A function of an epoch's row; its folder is made for the first one, when an earlier run's was moved aside."""
     from torch.utils.tensorboard import SummaryWriter
 
     # Its thread would print a traceback for a full disk; flush raises the same error here.
@@ -377,4 +383,14 @@ def _tensorboard(folder: Path) -> Any:
         threading.excepthook,
         lambda found: None if isinstance(found.exc_value, OSError) else print_it(found),
     )
-    return SummaryWriter(str(private_folder(folder / "tensorboard")))
+    opened: list[Any] = []
+
+    def write(row: Mapping[str, Any]) -> None:
+        if not opened:
+            opened.append(SummaryWriter(str(private_folder(folder / "tensorboard"))))
+        for name, value in row.items():
+            if value is not None:
+                opened[0].add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+        opened[0].flush()
+
+    return write

@@ -1,8 +1,9 @@
 """Users' mistakes become one line and exit code 2; everything else keeps its traceback."""
 
+import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from modules.runtime.packages import missing_package, remedy
@@ -35,6 +36,13 @@ class ImageError(InputError):
     def __init__(self, message: str, kind: str = "image cannot be decoded"):
         super().__init__(message)
         self.kind = kind
+
+
+def did_you_mean(names: str | Iterable[str], known: Iterable[str]) -> str:
+    """ "; did you mean X?" with what comes closest in ``known`` to each mistyped name; "" where nothing is close."""
+    known, names = list(known), [names] if isinstance(names, str) else names
+    close = [found[0] for name in names if (found := difflib.get_close_matches(name.lower(), known, n=1))]
+    return f"; did you mean {' and '.join(close)}?" if close else ""
 
 
 def one_line(text: str) -> str:

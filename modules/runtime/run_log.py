@@ -1,6 +1,7 @@
 """The run's log: to the terminal without breaking progress bars, and to a file that only its owner can read."""
 
 import logging
+import logging.handlers
 import os
 import sys
 import time
@@ -31,10 +32,10 @@ class _FileHandler(logging.StreamHandler):
         self.said = True
 
 
-def start_log(path: Path) -> logging.Logger:
-    """The logger "ithn", writing to the terminal and appending to ``path`` (mode 0600); call it once per run.
+def start_log() -> logging.Logger:
+    """The logger "ithn", writing to the terminal and, once ``log_to`` names it, to a file; call it once per run.
 
-    Of several processes the first one writes. InputError where the file cannot be written.
+    Of several processes the main one writes.
     """
     logger = logging.getLogger("ithn")
     logger.setLevel(logging.INFO)
@@ -43,17 +44,34 @@ def start_log(path: Path) -> logging.Logger:
     if process_number() > 0:
         logger.addHandler(logging.NullHandler())
         return logger
+    terminal = _BarSafeHandler()
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(terminal)
+    # A run's folder is left alone until its inputs were read: what is said before waits for the file.
+    logger.addHandler(logging.handlers.MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize, flushOnClose=False))
+    return logger
+
+
+def log_to(path: Path) -> None:
+    """Append what was logged since ``start_log``, and all that follows, to ``path`` (mode 0600).
+
+    InputError where it cannot be written.
+    """
+    logger = logging.getLogger("ithn")
+    waiting = [handler for handler in logger.handlers if isinstance(handler, logging.handlers.MemoryHandler)]
+    if not waiting:  # not the main process
+        return
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
         raise InputError(f"file {str(path)!r} cannot be written: {error.strerror}") from error
-    terminal = _BarSafeHandler()
-    terminal.setFormatter(logging.Formatter("%(message)s"))
     file = _FileHandler(os.fdopen(handle, "a", encoding="utf-8"))
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(terminal)
+    for handler in waiting:
+        handler.setTarget(file)
+        handler.flush()
+        logger.removeHandler(handler)
     logger.addHandler(file)
-    return logger
 
 
 class Bar:

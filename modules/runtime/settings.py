@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from modules.runtime.errors import InputError
+from modules.runtime.errors import InputError, did_you_mean
 
 
 def setting(
@@ -24,7 +24,8 @@ def setting(
     """A dataclass field that becomes the flag of the same name; ``low`` and ``high`` are inclusive bounds.
 
     ``facts`` are what else derives from a field: ``effect=False`` where another value gives the same results,
-    ``train_only=True`` where main_test.py has nothing to do with it, ``shapes=True`` where weights are made for it.
+    ``train_only=True`` where main_test.py has nothing to do with it, ``shapes=True`` where weights are made for it,
+    ``initial=True`` where it decides the weights that a new model starts from, ``vocabulary=True`` its vocabulary.
     """
     return dataclasses.field(
         default=default, metadata={"group": group, "help": help, "choices": choices, "low": low, "high": high, **facts}
@@ -35,7 +36,8 @@ def check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     """InputError for a value that is none of the choices or out of the bounds in its field's ``metadata``."""
     choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
     if choices is not None and value not in choices:
-        raise InputError(f"--{name} {value}: must be one of {', '.join(map(str, choices))}")
+        names = list(map(str, choices))
+        raise InputError(f"--{name} {value}: must be one of {', '.join(names)}{did_you_mean(str(value), names)}")
     if value is None or (low is None and high is None):
         return
     if not (value == value and abs(value) != float("inf")):

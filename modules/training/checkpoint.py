@@ -5,6 +5,7 @@ Which files a run keeps, and how one takes the place of another, is modules.trai
 
 import contextlib
 import hashlib
+import logging
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -17,8 +18,9 @@ import torch
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import require_plain_archive
 
+logger = logging.getLogger("ithn")
 FORMAT = "ithn-checkpoint-1"
-# What a test reads of a checkpoint of ours, and what training goes on from.
+# Entries required by main_test.py, and those required by --resume.
 TESTED = {"config": dict, "vocabulary": dict, "history": list, "epoch": int, "strategy": str}
 RESUMED = TESTED | {
     "objective": dict,
@@ -32,7 +34,6 @@ RESUMED = TESTED | {
     "guard": dict,
     "annotation_sha256": str,
 }
-BLOCK = 1 << 20
 
 
 class _Hashed:
@@ -85,7 +86,7 @@ def checksum_file(path: Path) -> Path:
 
 
 def known_checksums(path: Path) -> list[str] | None:
-    """The SHA-256 values that ``path`` may have, None where nothing is known.
+    """The SHA-256 values that ``path`` may have, None where there is no checksum file.
 
     They are two while another file takes its place: whenever that is broken off, one of them is right.
     """
@@ -93,21 +94,42 @@ def known_checksums(path: Path) -> list[str] | None:
         lines = checksum_file(path).read_text(encoding="ascii", errors="replace").splitlines()
     except FileNotFoundError:
         return None
+    except OSError:  # a folder of that name, say
+        return []
     return [line.split(" ")[0] for line in lines if line.strip()]
 
 
-def require_whole(path: Path) -> None:
-    """Raise InputError where ``path`` differs from the checksum beside it, or without one from those in its archive."""
+def require_whole(path: Path) -> bool:
+    """Whether ``path`` agrees with its checksum file, if there is one; InputError where its content is damaged.
+
+    Where it does not agree, the checksums inside the archive decide which of the two files is damaged.
+    """
     known = known_checksums(path)
-    if known is None:
-        # torch writes these and does not look at them.
-        if zipfile.is_zipfile(path) and (entry := zipfile.ZipFile(path).testzip()):
-            raise InputError(f"checkpoint {path}: damaged, its part {entry} differs from its checksum")
-    elif file_sha256(path) not in known:
-        raise InputError(
-            f"checkpoint {path}: damaged, it differs from its checksum in {checksum_file(path).name}; "
-            "take another one (if you have put this file there yourself, delete that checksum)"
-        )
+    if known is not None and file_sha256(path) in known:
+        return True
+    damaged = _damaged_part(path)
+    if damaged is None:
+        return known is None
+    told = "" if known is None else f", it differs from its checksum in {checksum_file(path).name}"
+    raise InputError(f"checkpoint {path}: damaged{told} ({damaged}); take another one")
+
+
+def _damaged_part(path: Path) -> str | None:
+    """What in the archive differs from its own checksums, which torch writes and does not look at; None: nothing."""
+    if not zipfile.is_zipfile(path):
+        # Published files may be of the time before archives.
+        return None if known_checksums(path) is None else "it is not an archive of torch.save"
+    with open(path, "rb") as file:
+        file.seek(-22, os.SEEK_END)
+        end = file.read()
+    if end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
+        return "its end is not that of an archive of torch.save"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = archive.testzip()
+    except Exception as error:  # the reader raises whatever the damaged bytes lead it to
+        return f"its archive cannot be read: {type(error).__name__}"
+    return entry and f"its part {entry} differs from its checksum"
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -123,7 +145,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     require_plain_archive(path, "checkpoint")
     try:
-        require_whole(path)
+        if not require_whole(path):
+            logger.warning(
+                "checkpoint %s: %s does not belong to it or is damaged; the archive's own checksums are right, so the "
+                "checkpoint is used",
+                path,
+                checksum_file(path).name,
+            )
         with _plain_numpy_scalars():
             content = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.runtime.errors import InputError
+from modules.runtime.records import private_folder
 from modules.training.checkpoint import (
     checksum_file,
     file_sha256,
@@ -35,16 +36,22 @@ OF_A_RUN = (*OF_A_TEST, "history.json", "curves.png", "tensorboard", "train.log"
 
 
 class CheckpointFolder:
-    """The checkpoints in ``path``, a folder that is there."""
+    """The checkpoints in ``path``, a folder that ``locked`` makes where it is missing."""
 
     def __init__(self, path: Path):
         self.path = path
         self.problems: list[str] = []  # why newest_valid did not take a later one
         self._current_is_good: bool | None = None  # not known
+        self._unmatched: list[Path] = []  # checkpoints that are whole and differ from their checksum files
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second training out; InputError where one is running. The lock ends with this process."""
+        """Keep a second training out; InputError where one is running. The lock ends with this process.
+
+        A folder that was made for the block is removed after it where nothing else was written there.
+        """
+        made = _missing(self.path)
+        private_folder(self.path)
         try:
             handle = os.open(self.path / LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
         except OSError as error:
@@ -62,10 +69,16 @@ class CheckpointFolder:
                 logger.warning(
                     "the file system of %s has no locks: see to it that no second training writes there", self.path
                 )
-            yield
+            try:
+                yield
+            finally:
+                if made and [entry.name for entry in self.path.glob("*")] == [LOCK]:
+                    (self.path / LOCK).unlink()
+                    for folder in made:
+                        folder.rmdir()
 
     def sweep(self) -> None:
-        """Remove what a killed run left half written, and bring checksums to one line each."""
+        """Remove what a killed run left half written; make each checksum file one line that is right."""
         for name in (*NAMES, *(f"{name}.sha256" for name in NAMES), "epoch_*", "history.json", "curves.png"):
             for orphan in self.path.glob(f".{name}.*.tmp"):
                 orphan.unlink(missing_ok=True)
@@ -73,6 +86,9 @@ class CheckpointFolder:
         for path in self.present():
             if len(known_checksums(path) or ()) > 1 and (digest := file_sha256(path)) in known_checksums(path):
                 self._write_checksums(path, [digest])
+        for path in self._unmatched:
+            if path.is_file() and not checksum_file(path).is_dir():
+                self._write_checksums(path, [file_sha256(path)])
 
     def present(self) -> list[Path]:
         """The checkpoints that are there, latest first."""
@@ -94,6 +110,11 @@ class CheckpointFolder:
             if best:
                 self.keep_as_best(current)
         except OSError as error:
+            if not self.path.is_dir():
+                raise InputError(
+                    f"checkpoint {current}: cannot be written, its folder is gone, and with it this run's checkpoints; "
+                    "start again with another --save_dir"
+                ) from error
             reason = error.strerror or error
             raise InputError(
                 f"checkpoint {current}: cannot be written ({reason}); the previous one is intact. "
@@ -160,6 +181,8 @@ class CheckpointFolder:
                 if path.name == CURRENT:
                     self._current_is_good = False
                 continue
+            if not require_whole(path):
+                self._unmatched.append(path)
             if path.name == CURRENT:
                 return path, content
             found.append((path, content))
@@ -177,6 +200,11 @@ class CheckpointFolder:
         of_epochs = [path.name for path in self.path.glob("epoch_*.pth*")]
         checksums = [checksum_file(Path(name)).name for name in NAMES]
         return set_aside(self.path, (*NAMES, *checksums, *of_epochs, *OF_A_RUN))
+
+
+def _missing(path: Path) -> list[Path]:
+    """``path`` and its parents that do not exist, from the bottom up."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> Path:

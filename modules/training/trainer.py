@@ -188,7 +188,7 @@ class Trainer:
             means = self.means.read()
             bar.show(means)
             if due:
-                logger.info("epoch %d step %d %s", position.epoch, position.steps, _shown(means))
+                logger.info("epoch %d step %d: %s", position.epoch, position.steps, _shown(means))
 
     def _step(self, group: list) -> None:
         """One optimiser step over the batches of ``group``, counted and kept out of the model if it is not finite."""
@@ -267,7 +267,8 @@ class Trainer:
                 self._save(improved=False)
 
     def _log_epoch(self, row: Mapping[str, Any], improved: bool) -> None:
-        logger.info("epoch %d: %s", row["epoch"], _shown({k: v for k, v in row.items() if k != "epoch"}))
+        for line in epoch_table(row):
+            logger.info("%s", line)
         if self.guard.skipped:
             scale = f"; the loss scale is {self.scaler.get_scale():g}" if self.precision == "float16" else ""
             logger.warning(
@@ -281,7 +282,18 @@ class Trainer:
             logger.info("best epoch so far by validation %s = %.4f", self.monitor_metric, self.best.score)
 
 
-def _shown(values: Mapping[str, Any]) -> str:
-    return " ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
-    )
+def epoch_table(row: Mapping[str, Any]) -> list[str]:
+    """An epoch's row of the history as lines for the log: steps, time and rates; losses; validation scores."""
+    minutes, seconds = divmod(round(row["seconds"]), 60)
+    rates = f"learning rates {row['lr_ve']:.3g} (visual extractor) and {row['lr_ed']:.3g}"
+    lines = [f"epoch {row['epoch']}: {row['train_steps']} steps in {minutes} min {seconds:02d} s, {rates}"]
+    counts = ("train_steps", "train_skipped_steps")
+    for name, prefix in (("training", "train_"), ("validation", "val_")):
+        values = {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix) and key not in counts}
+        lines += [f"  {name:<12}{_shown(values)}"] if values else []
+    return lines
+
+
+def _shown(values: Mapping[str, float | None]) -> str:
+    """Values in columns; what is missing is a dash."""
+    return "  ".join(f"{name} {'-' if value is None else format(value, '.4f')}" for name, value in values.items())

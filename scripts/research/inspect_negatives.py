@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from modules.flags import Parser, add_flags
-from modules.run.study_arguments import checkpoint_name, given_flags, require_checkpoint
+from modules.flags import Parser, add_flags, given_flags
+from modules.inference.study_files import checkpoint_name, require_checkpoint
 from modules.runtime.environment import check_python
 from modules.runtime.errors import run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains

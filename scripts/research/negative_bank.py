@@ -17,7 +17,7 @@ from modules.ithn.synthesis import SYNTHESISED
 from modules.labels.labeler import label_reports
 from modules.mining.index import HardNegativeIndex
 from modules.run.build import build_objective, load_weights, prepare_device
-from modules.run.data import build_dataset, build_split_loader, cache_features, read_data
+from modules.run.data import build_dataset, build_split_loader, cache_features, check_images, read_data
 from modules.run.resuming import own_settings
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
@@ -69,6 +69,7 @@ class Inspection:
         config = replace(config, ithn="on", strategy="prior", clamp_segment=False)
         self.device = prepare_device(config)
         data = read_data(config, tokenizer=tokenizer_from_state(content["vocabulary"]))
+        check_images(config, data, ("train",))
         self.objective = build_objective(config, data, self.device, pretrained=False).eval()
         extractor = self.objective.backbone.visual_extractor
         load_weights(self.objective, content["state_dict"], self.paths[0])
@@ -76,7 +77,6 @@ class Inspection:
         rows, neighbours = choose_records(data.index, samples, config.seed)
         studies = [data.annotation.splits["train"][row] for row in rows]
         self.dataset = build_dataset(config, data, "train", augment=False, extractor=extractor, studies=studies)
-        self.dataset.check_files(self.dataset.read_image)
         self.loader = build_split_loader(config, self.dataset, self.device, shuffle=False)
         self.anchor, self.negative = sample_pairs(self.dataset, neighbours)
         self.labels = self._labels() if config.dataset.clinical else None

@@ -15,8 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from modules.flags import Parser, add_flags
-from modules.run.study_arguments import given_flags, require_checkpoint
+from modules.flags import Parser, add_flags, given_flags
+from modules.inference.study_files import require_checkpoint
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
 

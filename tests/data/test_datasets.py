@@ -293,19 +293,6 @@ def test_an_unreadable_image_is_named_in_one_line(make, tmp_path, damage, num_wo
     assert message.startswith("split 'train', study 'b': image ") and "b/1.png'" in message and "\n" not in message
 
 
-def test_missing_files_are_found_before_training(make, tmp_path):
-    dataset = make([study("a"), study("b", images=3), study("c")])
-    dataset.check_files(dataset.read_image)
-    (tmp_path / "b" / "2.png").unlink()
-    dataset.check_files(dataset.read_image)  # a third view is never read
-    (tmp_path / "b" / "1.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"study 'b': image '.*b/1.png' is empty"):
-        dataset.check_files(dataset.read_image)
-    dataset = make([study("a", negative_report="Text .", negative_image_paths=("n.png",))], annotation_negatives=True)
-    with pytest.raises(InputError, match=r"study 'a': image '.*n.png'"):
-        dataset.check_files(dataset.read_image)
-
-
 def test_unreadable_images_are_replaced_the_same_way_every_time(make, tmp_path):
     studies = [study(f"s{number}", images=1) for number in range(150)]
     dataset = make(studies, on_bad_image="skip")

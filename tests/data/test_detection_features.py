@@ -57,7 +57,6 @@ def test_worker_processes_read_what_one_process_reads(coco):
     dataset = ReportDataset(
         studies, Tokenizer.from_reports(["a red square"], 1, "coco"), detections, detections, max_seq_length=8
     )
-    dataset.check_files(detections)
     alone = [dataset[index].positive.images for index in range(len(dataset))]  # leaves a handle open before the fork
     loader = build_loader(dataset, 3, False, num_workers=3)
     for _ in range(2):

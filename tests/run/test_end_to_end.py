@@ -97,7 +97,7 @@ def _check_test_repeats(folder, results, tmp_path):
     folder.rename(moved)
     (moved / "results.json").unlink()
     main_test("--load", moved / "model_best.pth", "--lr_ve", 1e-4, "--num_train_epochs", 9, "--bos_idx", 0)
-    assert "ignored by main_test.py: --epochs, --lr_ve\n" in (moved / "test.log").read_text()
+    assert "no effect here (only training depends on them): --epochs, --lr_ve\n" in (moved / "test.log").read_text()
     again = json.loads((moved / "results.json").read_text())
     assert again["test"] == results["test"] and again["best_epoch"] == results["best_epoch"]
     assert (again["config"]["epochs"], again["config"]["lr_ve"]) == (2, 5e-5)  # what the model was trained with
@@ -180,7 +180,7 @@ def test_a_best_model_that_was_left_behind_is_chosen_anew(train, tmp_path):
         "--epochs", 3, "--monitor_metric", "nll", "--resume", tmp_path / "alone.pth", "--save_dir", tmp_path / "other"
     )
     assert load_checkpoint(other / "model_best.pth")["epoch"] == 3
-    assert "choose the best model anew" in (other / "train.log").read_text()
+    assert "choose a new best model" in (other / "train.log").read_text()
 
 
 @pytest.mark.parametrize("flags", [["--sample_method", "sample"], ["--beam_size", "4"]])
@@ -195,7 +195,7 @@ def test_plain_backbone_needs_no_negatives(train):
     assert load_checkpoint(folder / "model_best.pth")["strategy"] == "off"
     assert "train_contrastive" not in json.loads((folder / "history.json").read_text())[0]
     log = (folder / "train.log").read_text()
-    assert "ignored, because ITHN is off: --alpha, --embedding_dim\n" in log
+    assert "no effect here (ITHN is off): --alpha, --embedding_dim\n" in log
     # What a run began as is not asked again where it goes on.
     train("--resume", "auto", "--strategy", "ithn", "--epochs", 2)
     assert load_checkpoint(folder / "current_checkpoint.pth")["strategy"] == "off"

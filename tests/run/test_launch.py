@@ -131,7 +131,7 @@ def test_after_a_kill_all_start_again_from_the_last_checkpoint(demo, tmp_path):
     )
     log = (tmp_path / "run" / "train.log").read_text()
     assert code == 0 and "of 2 was ended by SIGKILL; starting all 2 again" in said
-    assert "going on from" in log and log.count("epoch 4: ") == log.count("epoch 1: ") == 1
+    assert "resuming from" in log and log.count("epoch 4: ") == log.count("epoch 1: ") == 1
 
 
 @pytest.mark.slow

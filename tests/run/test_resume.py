@@ -183,7 +183,7 @@ def test_auto_takes_the_latest_valid_one_and_says_so(run):
     run("part", "--resume", "auto")
     assert re.search(r"not used: checkpoint .*current_checkpoint.pth: damaged", log.read_text())
     # The best model is of the end of epoch 1, the previous checkpoint of the moment before its validation.
-    assert f"going on from {folder / BEST}" in log.read_text()
+    assert f"resuming from {folder / BEST}" in log.read_text()
     assert_same(load_checkpoint(whole / CURRENT), load_checkpoint(folder / CURRENT))
     for name in (CURRENT, PREVIOUS, BEST):
         (folder / name).write_bytes(b"")

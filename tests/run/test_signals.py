@@ -169,7 +169,7 @@ def test_in_a_step_the_step_is_finished_and_saved(training, monkeypatch, number,
     assert position(training.folder)["total_steps"] == 9
     log = (training.folder / "train.log").read_text()
     assert f"{signal.Signals(number).name}: stopped in epoch 2 after step 2 of it" in log
-    assert f"go on with --resume auto --save_dir {training.folder}" in log
+    assert f"continue with --resume auto --save_dir {training.folder}" in log
 
 
 def test_while_waiting_for_data_the_processes_that_read_end_too(training, monkeypatch):
@@ -272,5 +272,5 @@ def test_the_program_itself_stops_and_goes_on(demo, tmp_path):
         assert process.wait(timeout=60) == 143, "".join(seen)
         assert_nothing_left(process.pid)
         assert "Traceback" not in "".join(seen)
-    assert "going on from" in "".join(seen)
+    assert "resuming from" in "".join(seen)
     assert CheckpointFolder(tmp_path / "run").newest_valid()[0].name == CURRENT

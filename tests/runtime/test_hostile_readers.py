@@ -94,7 +94,7 @@ def read_prototypes(path):
 def own_weights(path):
     try:
         load_weights(torch.nn.Linear(2, 2), str(path))
-    except ValueError as error:  # which compose.build_extractor turns into an InputError
+    except ValueError as error:  # which build_extractor turns into an InputError
         raise InputError(str(error)) from error
 
 

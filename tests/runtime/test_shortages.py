@@ -61,7 +61,7 @@ def test_a_training_that_runs_out_leaves_its_last_checkpoint(train, tmp_path, mo
         return original(self) if len(calls) < 4 else torch.empty(1 << 60)
 
     monkeypatch.setattr(Trainer, "_update", fail)
-    with pytest.raises(InputError, match="lower --batch_size .* so --resume auto goes on from it"):
+    with pytest.raises(InputError, match="lower --batch_size .* continue from it with --resume auto"):
         train("--checkpoint_steps", 2, "--epochs", 3, "--batch_size", 4, "--visual_extractor", "test_efficientnet")
     saved = load_checkpoint(tmp_path / "results" / "current_checkpoint.pth")
     assert saved["position"]["total_steps"] == 2

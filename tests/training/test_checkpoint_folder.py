@@ -1,7 +1,9 @@
 """Whatever moment a run is killed at, two checkpoints and the best are there, whole, and the latest is found."""
 
+import contextlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 
@@ -128,7 +130,7 @@ def test_a_flipped_bit_is_named_and_the_one_before_is_taken(tmp_path, place):
     folder = CheckpointFolder(tmp_path)
     path, found = folder.newest_valid()
     assert (path.name, found["position"]["batches"]) == (PREVIOUS, 2)
-    assert len(folder.problems) == 1 and f"{CURRENT}: damaged, it differs from its checksum" in folder.problems[0]
+    assert len(folder.problems) == 1 and f"{CURRENT}: damaged, it differs from its checksum in" in folder.problems[0]
     # The damaged one is not what is kept.
     folder.save(state(4), best=False)
     assert kept(tmp_path) == {CURRENT: 4, PREVIOUS: 2, BEST: 2}
@@ -151,15 +153,51 @@ def test_no_checkpoint_is_none_and_damaged_ones_are_an_error(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_without_a_checksum_is_read_and_one_with_a_foreign_checksum_is_not(tmp_path):
+def test_a_checkpoint_without_a_checksum_is_read(tmp_path):
     filled(tmp_path)
     checksum_file(tmp_path / CURRENT).unlink()
     assert step_of(tmp_path / CURRENT) == 3
     CheckpointFolder(tmp_path).save(state(4), best=False)
     assert kept(tmp_path) == {CURRENT: 4, PREVIOUS: 3, BEST: 2}
-    checksum_file(tmp_path / CURRENT).write_text("")
-    with pytest.raises(InputError, match="differs from its checksum in current_checkpoint.pth.sha256"):
-        load_checkpoint(tmp_path / CURRENT)
+
+
+@pytest.mark.parametrize("damage", ["byte", "empty", "folder"])
+def test_a_damaged_checksum_file_is_named_and_discards_no_checkpoint(tmp_path, caplog, damage):
+    filled(tmp_path)
+    place = checksum_file(tmp_path / CURRENT)
+    text = place.read_text()
+    place.unlink()
+    if damage == "folder":
+        place.mkdir()
+    else:
+        place.write_text("" if damage == "empty" else text.replace(text[5], "f" if text[5] != "f" else "e", 1))
+    folder = CheckpointFolder(tmp_path)
+    path, content = folder.newest_valid()
+    assert (path.name, content["position"]["batches"]) == (CURRENT, 3) and not folder.problems
+    assert f"{CURRENT}.sha256 does not belong to it or is damaged" in caplog.text
+    if damage != "folder":
+        folder.sweep()
+        assert place.read_text() == text
+
+
+def test_a_folder_that_was_deleted_is_said_to_be_gone(tmp_path):
+    (tmp_path / "run").mkdir()
+    folder = filled(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(InputError, match="its folder is gone, and with it this run's checkpoints") as error:
+        folder.save(state(4), best=True)
+    assert "intact" not in str(error.value)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_that_a_run_made_and_left_empty_is_removed(tmp_path, fails):
+    folder = CheckpointFolder(tmp_path / "new" / "run")
+    with contextlib.suppress(InputError), folder.locked():
+        assert folder.path.is_dir()
+        if fails:
+            raise InputError("an input is missing")
+        folder.save(state(1), best=False)
+    assert (tmp_path / "new").exists() is not fails
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(tmp_path):
