@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.data.annotations import SPLITS
 from modules.flags import Parser
 from modules.prepare.image_placing import WAYS, Placing, keep_settings
-from modules.prepare.openi import OpeniStudy, read_openi
+from modules.prepare.openi import OpeniStudy, annotation_record, order_of_views, place_images, read_openi
 from modules.prepare.splits import read_split, seeded_split
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import check_annotation, write_annotation
 
+Studies = dict[str, list[tuple[str, OpeniStudy]]]  # (id, study) by split
 R2GEN = {"train": 2069, "val": 296, "test": 590}
 HINT = "; --split FILE, with the file that you moved, keeps its split: R2Gen's, where it is R2Gen's annotation.json"
 
@@ -81,9 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose_studies(studies: list[OpeniStudy], split: Path | None, seed: int) -> dict[str, list[tuple[str, OpeniStudy]]]:
+def choose_studies(studies: list[OpeniStudy], split: Path | None, seed: int) -> Studies:
     """(id, study) of every split, in the order of the split's file, or else of the studies."""
-    usable = {study.number: study for study in studies if study.findings.strip() and len(study.images) >= 2}
+    usable = {study.number: study for study in studies if study.is_usable}
     if not usable:
         raise InputError("no study has findings and two images: is this all of Open-i's reports?")
     if split is None:
@@ -110,31 +111,31 @@ def choose_studies(studies: list[OpeniStudy], split: Path | None, seed: int) -> 
     return {name: [(identity, study) for identity, own, study in chosen if own == name] for name in SPLITS}
 
 
-def order_of_views(study: OpeniStudy, frontal_first: bool) -> list[int]:
-    """Indices of the study's images in the order in which they are numbered."""
-    order = list(range(len(study.images)))
-    if frontal_first and study.views:
-        # The first of each view, frontal before lateral, then the rest: R2Gen's annotation names two images.
-        leading = [study.views.index(view) for view in ("frontal", "lateral") if view in study.views]
-        order = leading + [index for index in order if index not in leading]
-    return order
-
-
-def record(identity: str, study: OpeniStudy, split: str, order: list[int]) -> dict:
-    """The annotation's record: the first two images, by their places in images/."""
-    views = [study.views[index] for index in order[:2]] if study.views else []
-    return {
-        "id": identity,
-        "report": study.findings,
-        "image_path": [f"{identity}/{place}.png" for place in (0, 1)],
-        "split": split,
-    } | ({"view": views} if any(views) else {})
-
-
-def records(chosen: dict[str, list[tuple[str, OpeniStudy]]], orders: dict[str, list[int]]) -> dict[str, list[dict]]:
+def records(chosen: Studies, orders: dict[str, list[int]]) -> dict[str, list[dict]]:
     """The annotation."""
     return {
-        split: [record(identity, study, split, orders[identity]) for identity, study in own]
+        split: [annotation_record(identity, study, split, orders[identity]) for identity, study in own]
+        for split, own in chosen.items()
+    }
+
+
+def without_missing_images(chosen: Studies, orders: dict[str, list[int]], arguments: argparse.Namespace) -> Studies:
+    """Place the images; the studies whose two first ones could be read."""
+    targets = {
+        study.images[index]: arguments.out / "images" / identity / f"{place}.png"
+        for studies in chosen.values()
+        for identity, study in studies
+        for place, index in enumerate(orders[identity])
+    }
+    placing = Placing(arguments.place, arguments.resize)
+    keep_settings(arguments.out, placing)
+    missing = place_images(arguments.images, targets, placing, arguments.workers)
+    return {
+        split: [
+            (identity, study)
+            for identity, study in own
+            if missing.isdisjoint(study.images[index] for index in orders[identity][:2])
+        ]
         for split, own in chosen.items()
     }
 
@@ -169,25 +170,7 @@ def main() -> None:
     }
     check_annotation(path, records(chosen, orders), HINT)
     if arguments.images:
-        from modules.prepare.openi_images import place_openi_images
-
-        targets = {
-            study.images[index]: arguments.out / "images" / identity / f"{place}.png"
-            for studies in chosen.values()
-            for identity, study in studies
-            for place, index in enumerate(orders[identity])
-        }
-        placing = Placing(arguments.place, arguments.resize)
-        keep_settings(arguments.out, placing)
-        missing = place_openi_images(arguments.images, targets, placing, arguments.workers)
-        chosen = {
-            split: [
-                (identity, study)
-                for identity, study in own
-                if not {study.images[index] for index in orders[identity][:2]} & missing
-            ]
-            for split, own in chosen.items()
-        }
+        chosen = without_missing_images(chosen, orders, arguments)
     annotation = records(chosen, orders)
     done = write_annotation(path, annotation, HINT)
     print(f"{len(studies)} reports read from {arguments.reports}")

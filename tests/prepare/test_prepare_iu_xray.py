@@ -336,7 +336,7 @@ def test_xml_entities_are_refused():
         b'<AbstractText Label="FINDINGS">&b;</AbstractText></eCitation>'
     )
     for content in (bomb, bomb.decode().encode("utf-16")):
-        with pytest.raises(InputError, match="a.xml: has a document type"):
+        with pytest.raises(InputError, match="a.xml: refused, it has a document type"):
             parse_report(content, "a.xml")
 
 
@@ -345,8 +345,9 @@ def test_xml_entities_are_refused():
     [
         (b"<eCitation>", "not well-formed"),
         (b"<html/>", "not an Open-i report"),
-        (xml_of(3, ["../../x"]), "is not named as Open-i's are"),
+        (xml_of(3, ["../../x"]), "is not an image name of Open-i's"),
         (xml_of(3).replace(b"CXR3", b"CXRx"), "not an Open-i"),
+        (xml_of(3).replace(b'"CXR3"', b'"CXR' + b"3" * 5000 + b'"'), "not an Open-i"),
     ],
 )
 def test_wrong_reports(content, error):
@@ -364,7 +365,7 @@ def test_wrong_sources(openi, tmp_path, monkeypatch):
     (tmp_path / "indiana_reports.csv").write_text("uid,text\n1,a\n")
     with pytest.raises(InputError, match="no column findings"):
         read_openi(tmp_path)
-    with pytest.raises(InputError, match="none of the .* images could be had"):
+    with pytest.raises(InputError, match="none of the .* images could be read"):
         prepare(monkeypatch, "--reports", openi / REPORTS, "--images", tmp_path, "--out", tmp_path / "out")
     with pytest.raises(InputError, match="give --projections"):
         prepare(monkeypatch, "--reports", openi / REPORTS, "--frontal_first", "--out", tmp_path / "out")
@@ -378,6 +379,47 @@ def test_one_line_for_the_user(tmp_path):
         text=True,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no.tgz: no such file" in done.stderr
+
+
+def kaggle(folder, findings, projections):
+    """Kaggle's tables with given findings by uid and (uid, file name, projection) rows; returns the folder."""
+    folder.mkdir(exist_ok=True)
+    for name, rows in (
+        ("indiana_reports.csv", [["uid", "findings"], *findings.items()]),
+        ("indiana_projections.csv", [["uid", "filename", "projection"], *projections]),
+    ):
+        with open(folder / name, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    return folder
+
+
+def test_missing_findings_are_no_reports_and_an_image_is_one_view(tmp_path, monkeypatch):
+    words = dict(enumerate(("Clear.", "nan", "NaN", "None", "", " ", "N/A", "Effusion.", "Edema."), start=1))
+    pair = [
+        (uid, f"{uid}_IM-0001-{view}001.dcm.png", side)
+        for uid in words
+        for view, side in ((1, "Frontal"), (2, "Lateral"))
+    ]
+    rows = [row for row in pair if row[:2] != (8, "8_IM-0001-2001.dcm.png")]  # the eighth has one image, twice
+    rows += [row for row in rows if row[0] in (1, 8)]
+    folder = kaggle(tmp_path / "kaggle", words, rows)
+    studies = {study.number: study for study in read_openi(folder)}
+    assert len(studies["1"].images) == 2 and len(studies["8"].images) == 1
+    prepare(monkeypatch, "--reports", folder, "--out", tmp_path)
+    assert sorted(record["report"] for records in written(tmp_path).values() for record in records) == [
+        "Clear.",
+        "Edema.",
+    ]
+    twice = parse_report(xml_of(2, images_of(2) + images_of(2)), "2.xml")
+    assert list(twice.images) == images_of(2)
+    with pytest.raises(InputError, match="image 1_IM-0001-1001 is listed twice, with another uid or projection"):
+        read_openi(kaggle(folder, words, [*rows, (1, "1_IM-0001-1001.dcm.png", "Lateral")]))
+
+
+@pytest.mark.parametrize("encoding", ["utf-7", "shift_jis", "klingon", "idna", "zlib"])
+def test_encodings_that_are_not_for_xml_get_one_line(encoding):
+    with pytest.raises(InputError, match="a.xml: not well-formed XML"):
+        parse_report(xml_of(3).replace(b"utf-8", encoding.encode()), "a.xml")
 
 
 @pytest.mark.skipif(REAL is None, reason="OPENI_DIR names no folder with Open-i's files and R2Gen's annotation")
