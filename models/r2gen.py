@@ -75,8 +75,9 @@ class ConditionalLayerNorm(LayerNorm):
         super().__init__(d_model)
         self.mlp_gamma = nn.Sequential(nn.Linear(memory_dim, d_model), nn.ReLU(), nn.Linear(d_model, d_model))
         self.mlp_beta = nn.Sequential(nn.Linear(memory_dim, d_model), nn.ReLU(), nn.Linear(d_model, d_model))
-        for linear in (self.mlp_gamma[0], self.mlp_gamma[2], self.mlp_beta[0], self.mlp_beta[2]):
-            nn.init.constant_(linear.bias, 0.1)
+        for part in (*self.mlp_gamma, *self.mlp_beta):
+            if isinstance(part, nn.Linear):
+                nn.init.constant_(part.bias, 0.1)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
         """``x`` (B, T, d) and ``memory`` (B, T, m) -> (B, T, d)."""

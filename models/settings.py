@@ -31,8 +31,7 @@ def declared_presets(name: str) -> dict[str, dict[str, Any]]:
     """``PRESETS`` of the backbone's file: flag values by data set, those of every data set under ``*``."""
     module, _ = location(name)
     for node in _tree(module).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
-        if isinstance(target, ast.Name) and target.id == "PRESETS":
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS":
             return _literal(node.value, module)
     return {}
 
@@ -75,11 +74,11 @@ def _field(node: ast.AnnAssign, module: str) -> tuple[str, type, Any]:
     return name, kind, setting(*values, **facts)
 
 
-def _literal(node: ast.expr | None, module: str) -> Any:
+def _literal(node: ast.expr, module: str) -> Any:
     try:
-        return ast.literal_eval(node)  # type: ignore[arg-type]
+        return ast.literal_eval(node)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{_path(module)}, line {getattr(node, 'lineno', '?')}: must be a literal, as it is read without running "
-            f"the file; found {ast.unparse(node)[:60] if node else 'nothing'}"
+            f"{_path(module)}, line {node.lineno}: must be a literal, as it is read without running the file; found "
+            f"{ast.unparse(node)[:60]}"
         ) from error

@@ -81,7 +81,7 @@ class EncoderDecoder(nn.Module):
     """
 
     att_embed: PatchEmbedding  # (B, S, C) -> (B, S, d)
-    model: Transformer
+    model: Any  # Transformer, with a backbone's further parts by name
     logit: nn.Linear
 
     def memory(self, labels: Tensor | None) -> Any:

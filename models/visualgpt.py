@@ -105,6 +105,7 @@ class VisualGPT(Backbone):
     vocabulary_entry = "decoder.transformer.wte.weight"
     tokenizer_kind = "bpe"
     resources = ("gpt2",)
+    exchanged: Tensor  # (2,) the ids that change places
 
     def __init__(
         self,
@@ -127,7 +128,11 @@ class VisualGPT(Backbone):
         self.register_buffer("exchanged", torch.tensor([0, end_id]), persistent=False)
         published = settings.visualgpt_compat == "published"
         self.masks_pad_token = published and pad_token not in (begin_id, end_id)
-        sizes = {"d_model": settings.d_model, "num_heads": settings.num_heads, "dropout": settings.dropout}
+        sizes: dict[str, Any] = {
+            "d_model": settings.d_model,
+            "num_heads": settings.num_heads,
+            "dropout": settings.dropout,
+        }
         self.encoder = LevelEncoder(
             self.image_dim, d_ff=settings.d_ff, num_layers=settings.num_layers, published=published, **sizes
         )

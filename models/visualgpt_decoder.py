@@ -6,6 +6,7 @@ softmax turns into exactly 0, as it does -inf.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +142,7 @@ class Block(nn.Module):
         """``real`` (B, T, 1): 0 at padding, which then stays 0; None where there is none."""
         a = dropout(x + self.attn(self.ln_1(x), mask, cache), self.dropout, self.training)
         found = self.enc_dec_attn(self.ln_1(a), *source, source_mask)
-        total = 0.0
+        total = torch.zeros_like(a)
         for level, seen in enumerate(found.unbind(1), start=1):
             alpha = getattr(self, f"fc_alpha{level}")(torch.cat([a, seen.to(a.dtype)], dim=-1)).sigmoid()
             language, vision = resurrecting_gates(alpha, self.tau)
@@ -155,12 +156,12 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token and position embeddings, the layers, a final norm."""
 
-    def __init__(self, num_ids: int, num_positions: int, num_layers: int, d_model: int, **block: float):
+    def __init__(self, num_ids: int, num_positions: int, num_layers: int, d_model: int, **block: Any):
         super().__init__()
         self.register_buffer("running_seq", torch.zeros(1, dtype=torch.int64))
         self.wte = nn.Embedding(num_ids, d_model)
         self.wpe = nn.Embedding(num_positions, d_model)
-        self.h = nn.ModuleList(Block(d_model, **block) for _ in range(num_layers))
+        self.h: Any = nn.ModuleList(Block(d_model, **block) for _ in range(num_layers))
         self.ln_f = TorchLayerNorm(d_model)
 
     def sources(self, levels: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -200,7 +201,7 @@ class TiedHead(nn.Module):
 class LanguageModel(nn.Module):
     """The decoder under its published names."""
 
-    def __init__(self, num_ids: int, **transformer: float):
+    def __init__(self, num_ids: int, **transformer: Any):
         super().__init__()
         self.register_buffer("running_mask_self_attention", torch.zeros(1, 1, 0, dtype=torch.bool))
         self.transformer = Transformer(num_ids, **transformer)

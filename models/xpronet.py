@@ -190,6 +190,7 @@ class XProNet(TransformerBackbone):
         auxiliary = {}
         rows = len(tokens) if supervised_rows is None else supervised_rows
         if labels is not None and rows:
+            assert image_response is not None and text_response is not None
             mask = None if features.patch_mask is None else features.patch_mask[:rows]
             seen = mean_over_tokens(image_response[:rows], mask)
             told = mean_over_tokens(text_response[:rows], own_columns(tokens[:rows]))

@@ -1,8 +1,8 @@
-"""Keys and values of the tokens decoded so far, for several hypotheses per study, without ever reordering them.
+"""Keys and values of the tokens decoded so far, for several hypotheses per study, without reordering them.
 
 A slot holds the keys and values of one token of one hypothesis. All hypotheses of a study share its slots, and a
 mask says which slots are a hypothesis's own past: when beams change places, only that mask is reordered. Slots that
-are no live beam's past any more are dropped now and then, so that a step costs much the same at any position.
+no live beam sees are dropped every COMPACTION_INTERVAL steps, so that a step costs much the same at any position.
 
 Shapes: B studies, K hypotheses per study, h heads of width w, slots in the order in which they were filled.
 """
@@ -14,17 +14,18 @@ COMPACTION_INTERVAL = 16  # steps between two compactions
 
 
 class KeyValueCache:
-    """One decoder layer's keys and values, appended in place to a buffer that is made once."""
+    """One decoder layer's keys and values, appended in place to a buffer that is allocated once."""
+
+    buffer: Tensor  # (2, B, h, num_slots, w), from the first ``append`` on
 
     def __init__(self, num_slots: int):
         self.num_slots = num_slots
         self.filled = 0
-        self.buffer: Tensor | None = None  # (2, B, h, num_slots, w)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (B, h, n, w); returns all that are there, as views."""
+        """Add keys and values (B, h, n, w); returns views of all so far, (B, h, slots, w) each."""
         batch, heads, new, width = keys.shape
-        if self.buffer is None:
+        if not self.filled:
             self.buffer = keys.new_empty(2, batch, heads, self.num_slots, width)
         start, self.filled = self.filled, self.filled + new
         self.buffer[0, :, :, start : self.filled] = keys
@@ -45,12 +46,13 @@ class KeyValueCache:
 class DecodingCache:
     """The caches of all layers, the mask of every hypothesis's past, and the position of the newest token."""
 
+    visible: Tensor  # (B, K, filled slots) bool, from the first ``advance`` on
+
     def __init__(self, num_layers: int, num_steps: int, num_hypotheses: int):
         # The first token, begin, is common to all hypotheses and takes one slot.
         num_slots = 1 + (num_steps - 1) * num_hypotheses
         self.layers = [KeyValueCache(num_slots) for _ in range(num_layers)]
         self.position = -1
-        self.visible: Tensor | None = None  # (B, K, filled slots) bool
 
     def advance(self, tokens: Tensor, parents: Tensor | None) -> Tensor | None:
         """Make room for ``tokens`` (B, K); ``parents`` (B, K) are the hypotheses of the last step that they continue.
@@ -65,7 +67,7 @@ class DecodingCache:
             if self.position % COMPACTION_INTERVAL == 0:
                 self.compact()
         own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
-        self.visible = own if self.visible is None else torch.cat([self.visible, own], dim=-1)
+        self.visible = torch.cat([self.visible, own], dim=-1) if self.position else own
         return self.visible.unsqueeze(1) if width > 1 else None
 
     def compact(self) -> None:

@@ -55,6 +55,8 @@ def decode(
 class Search:
     """The loop that all searches share; finished studies leave the batch."""
 
+    state_names: tuple[str, ...]  # the attributes with a row for every study that is still in the batch
+
     def __init__(self, batch_size: int, device: torch.device, options: DecodingOptions):
         self.options = options
         self.device = device
@@ -92,8 +94,20 @@ class Search:
         self.store(torch.arange(len(self.studies), device=self.device))
         return self.result
 
+    def advance(self, log_probs: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """Choose the newest tokens and the hypotheses that they continue, each (B, K), from (B, 1 or K, V+1)."""
+        raise NotImplementedError
+
+    def done(self) -> Tensor:
+        """(B,) bool: nothing that a study's live hypotheses could still become would change its answer."""
+        raise NotImplementedError
+
+    def store(self, rows: Tensor) -> None:
+        """Write the answers of ``rows`` (int64 indices into the batch) into the result."""
+        raise NotImplementedError
+
     def keep(self, rows: Tensor) -> None:
-        """Keep only ``rows`` of every state tensor."""
+        """Keep only ``rows`` (int64 indices) of every state tensor."""
         for name in self.state_names:
             setattr(self, name, getattr(self, name)[rows])
 

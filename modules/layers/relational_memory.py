@@ -11,7 +11,7 @@ product each over all T * s * B rows at its end. Autograd would add them up step
 against 0.60 s, forward and backward, for B = 16, T = 59, s = 3, d = 512 on one core (benchmarks/r2gen_step.py).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +65,13 @@ class Trace(NamedTuple):
             tokens.new_empty(length + 1, slots + 1, batch, width),
             new(slots + 1, batch, 3 * width),
             new(slots, slots + 1, batch, num_heads),
-            *(new(slots * batch, width) for _ in range(6)),
-            new(slots * batch, 2 * width),
+            attended=new(slots * batch, width),
+            updated=new(slots * batch, width),
+            mlp_hidden=new(slots * batch, width),
+            mlp_out=new(slots * batch, width),
+            squashed=new(slots * batch, width),
+            candidate=new(slots * batch, width),
+            gates=new(slots * batch, 2 * width),
         )
 
 
@@ -212,8 +217,8 @@ class RelationalMemory(nn.Module):
 
     def weights(self) -> Weights:
         """The step's weights; the bias of the gates goes with the token's share."""
-        query, key, value, output = self.attn.linears
-        first, _, second, _ = self.mlp
+        linears: Any = (*self.attn.linears, *self.mlp)
+        query, key, value, output, first, _, second, _ = linears
         return Weights(
             torch.cat([query.weight, key.weight, value.weight]),
             output.weight,

@@ -7,6 +7,7 @@ Masks are boolean, True = may be attended to.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -235,7 +236,9 @@ class Decoder(nn.Module):
         final_norm=LayerNorm,
     ):
         super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(d_model, num_heads, d_ff, dropout, norm) for _ in range(num_layers))
+        self.layers: Any = nn.ModuleList(
+            DecoderLayer(d_model, num_heads, d_ff, dropout, norm) for _ in range(num_layers)
+        )
         self.norm = final_norm(d_model)
 
     def source_keys_values(self, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -292,6 +295,8 @@ class TokenEmbedding(nn.Module):
 
 class PositionalEncoding(nn.Module):
     """Adds the sinusoidal table ``pe`` (1, 5000, d), then dropout (Vaswani et al., 2017)."""
+
+    pe: Tensor
 
     def __init__(self, d_model: int, dropout: float, max_length: int = 5000):
         super().__init__()

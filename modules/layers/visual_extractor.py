@@ -5,9 +5,10 @@ Shapes: B studies, N views, S patches of one view (a row-major grid), C = width 
 
 import difflib
 import pickle
+from typing import Any
 
 import torch
-import torchvision
+import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from modules.layers.visual_extractor_weights import load_weights, no_pickles, not_fetched, packaged_weights
@@ -126,7 +127,7 @@ class _VisionTransformerPatches(nn.Module):
     def __init__(self, vit: nn.Module):
         super().__init__()
         vit.heads = nn.Identity()
-        self.vit = vit
+        self.vit: Any = vit
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.vit.conv_proj(images).flatten(2).transpose(1, 2)
@@ -137,10 +138,10 @@ class _VisionTransformerPatches(nn.Module):
 class _TimmPatches(nn.Module):
     """A timm model's feature grid (n, C, h, w), or its patch tokens (n, S, C) without prefix tokens."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         model.reset_classifier(0, "")
-        self.model = model
+        self.model: Any = model
         self.channels_are_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         self.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
 
@@ -167,7 +168,7 @@ def _torchvision_trunk(name: str, pretrained: bool, weights: str | None, image_s
     if weights:
         load_weights(model, weights)
     if name.startswith(RESNETS):
-        trunk = nn.Sequential(*list(model.children())[:-2])  # keys 0..7, as published
+        trunk: nn.Module = nn.Sequential(*list(model.children())[:-2])  # keys 0..7, as published
     elif name.startswith("vit_"):
         trunk = _VisionTransformerPatches(model)
     elif name.startswith("densenet"):
@@ -189,11 +190,11 @@ def _timm_trunk(name: str, pretrained: bool, weights: str | None, image_size: in
     try:
         config = timm.get_pretrained_cfg(name)
         resized = config is not None and config.fixed_input_size and config.input_size[-1] != image_size
-        sizes = {"img_size": image_size} if resized else {}
-        model = timm.create_model(name, pretrained=pretrained and packaged is None, **sizes)
+        sizes: dict[str, Any] = {"img_size": image_size} if resized else {}
+        model: Any = timm.create_model(name, pretrained=pretrained and packaged is None, **sizes)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise not_fetched(name, error) from error
-    if weights or packaged:
-        load_weights(model, weights or packaged)
+    if file := weights or packaged:
+        load_weights(model, file)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     return _TimmPatches(model), tuple(mean), tuple(std)
