@@ -107,12 +107,12 @@ def test_a_vocabulary_without_begin_and_padding_takes_its_end(tmp_path):
 
 
 def test_the_flags_decide_which_tokeniser(folder, tmp_path):
-    def kind(on_gpt2=True, **flags):
-        return type(build_tokenizer(Config(threshold=1, **flags), REPORTS, on_gpt2=on_gpt2))
+    def kind(auto="bpe", **flags):
+        return type(build_tokenizer(Config(threshold=1, **flags), REPORTS, kind=auto))
 
     assert kind(gpt2_path=str(folder)) is BpeTokenizer
-    assert kind(gpt2_path=str(folder), on_gpt2=False) is Tokenizer
-    assert kind(gpt2_path=str(folder), on_gpt2=False, tokenizer="bpe") is BpeTokenizer
+    assert kind(gpt2_path=str(folder), auto="word") is Tokenizer
+    assert kind(gpt2_path=str(folder), auto="word", tokenizer="bpe") is BpeTokenizer
     assert kind(gpt2_path=str(folder), tokenizer="word") is Tokenizer
     assert kind() is Tokenizer
     assert kind(gpt2_path=str(tmp_path)) is Tokenizer  # a folder without BPE files

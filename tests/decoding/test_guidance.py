@@ -218,7 +218,7 @@ def run(monkeypatch, module, *arguments):
     return module.main()
 
 
-def tested(checkpoint: Path, out: Path, *flags: str) -> str:
+def rows_of(checkpoint: Path, out: Path, *flags: str) -> str:
     """res.csv as main_test.py writes it for ``checkpoint``."""
     from modules.flags import parse_flags
     from modules.run.testing import run_testing
@@ -250,8 +250,8 @@ def test_from_training_to_a_report_for_a_loose_image(demo, train, tmp_path, monk
     assert content["mean_patches"].shape == (2, 512) and content["config"]["guidance"] == 1.5
     written = (folder / "res.csv").read_text()
     assert "decoded with guidance 1.5" in (folder / "report.html").read_text()
-    assert tested(best, tmp_path / "again") == written
-    assert tested(best, tmp_path / "plain", "--guidance", "0") != written
+    assert rows_of(best, tmp_path / "again") == written
+    assert rows_of(best, tmp_path / "plain", "--guidance", "0") != written
 
     run(monkeypatch, export, best, "--out", tmp_path / "shared")
     run(monkeypatch, export, tmp_path / "shared", "--out", tmp_path / "back.pth")
