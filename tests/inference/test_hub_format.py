@@ -14,8 +14,8 @@ from modules.inference.hub_format import published_weights, read_hub_folder, sam
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
 from scripts import convert_checkpoint, export
-from tests.golden_support import GOLDEN_DIR, read_golden
-from tests.models.test_golden_r2gen import build
+from tests.golden_support import GOLDEN_DIR
+from tests.models.test_golden import Reference
 
 
 def run(program, monkeypatch, *arguments):
@@ -145,8 +145,8 @@ def test_to_a_published_checkpoint_and_back(trained, tmp_path, monkeypatch, demo
 
 @pytest.mark.parametrize("dataset", ["iu_xray", "mimic_cxr"])
 def test_a_published_checkpoint_goes_both_ways(dataset, tmp_path, monkeypatch):
-    golden = read_golden("R2Gen", dataset)
-    torch.save({"epoch": 7, "state_dict": build(golden).state_dict(), "monitor_best": 0.1}, tmp_path / "r2gen.pth")
+    reference = Reference("R2Gen", dataset)
+    torch.save({"epoch": 7, "state_dict": reference.model.state_dict(), "monitor_best": 0.1}, tmp_path / "r2gen.pth")
     options = (
         "visual_extractor",
         "d_model",
@@ -159,7 +159,7 @@ def test_a_published_checkpoint_goes_both_ways(dataset, tmp_path, monkeypatch):
         "threshold",
         "max_seq_length",
     )
-    flags = [word for name in options for word in (f"--{name}", golden.options[name])]
+    flags = [word for name in options for word in (f"--{name}", reference.golden.options[name])]
     run(
         convert_checkpoint,
         monkeypatch,
@@ -178,7 +178,7 @@ def test_a_published_checkpoint_goes_both_ways(dataset, tmp_path, monkeypatch):
     )
     ours = load_checkpoint(tmp_path / "ours.pth")
     assert dict(enumerate(ours["vocabulary"]["tokens"], 1)) == {
-        int(key): word for key, word in golden.config["idx2token"].items()
+        int(key): word for key, word in reference.golden.config["idx2token"].items()
     }
     run(convert_checkpoint, monkeypatch, tmp_path / "ours.pth", "--to", "published", "--out", tmp_path / "back.pth")
     first, last = (torch.load(tmp_path / name, weights_only=True) for name in ("r2gen.pth", "back.pth"))
