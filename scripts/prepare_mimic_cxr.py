@@ -21,6 +21,7 @@ from modules.flags import Parser
 from modules.labels.tables import write_table
 from modules.prepare.image_placing import MISSING, WAYS, Placing, keep_settings, place_all
 from modules.prepare.mimic_cxr import (
+    SECTIONS,
     MimicImage,
     find_suffix,
     find_tree,
@@ -28,11 +29,13 @@ from modules.prepare.mimic_cxr import (
     read_chexpert,
     read_images,
     read_reports,
+    read_sections,
 )
-from modules.prepare.mimic_sections import SECTIONS, extract_section
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_annotation, check_outputs, contains, write_annotation
+from modules.runtime.records import write_results
 
+SUMMARY = "summary.json"
 R2GEN = {"train": 270790, "val": 2130, "test": 3858}
 _FRONTAL, _LATERAL = ("PA", "AP"), ("LATERAL", "LL")
 
@@ -111,25 +114,31 @@ def check(arguments: argparse.Namespace) -> None:
                 arguments.labels_out,
                 "a table of labels of this program",
                 contains(",".join(label_columns())),
-            )
+            ),
+            Output("--out", arguments.out / SUMMARY, "a summary of this program", contains('"undecidable"')),
         ],
         [("--reports", arguments.reports), ("annotation.json", arguments.out / "annotation.json")],
     )
 
 
-def extract_reports(source: Path, images: list[MimicImage], section: str) -> dict[str, str]:
-    """Study id -> the section of its report; studies without one are left out."""
+def extract_reports(
+    source: Path, images: list[MimicImage], section: str
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Study id -> the section of its report, without studies that have none; and reason -> undecidable study ids."""
     from modules.runtime.run_log import Bar
 
     studies = list({image.study_id: image for image in images}.values())
-    found = {}
+    found, undecidable = {}, defaultdict(list)
     for study, text in Bar(read_reports(source, studies), "reports", total=len(studies)):
-        found[study] = extract_section(text, section)
+        sections = read_sections(text)
+        found[study] = sections.text(section)
+        for doubt in sections.doubts_about(section):
+            undecidable[doubt].append(study)
     if not found:
         raise InputError(f"--reports {source}: holds none of the {len(studies)} reports (s{studies[0].study_id}.txt)")
     if len(found) < len(studies):
         print(f"warning: {len(studies) - len(found)} of {len(studies)} reports are not in {source}", file=sys.stderr)
-    return {study: text for study, text in found.items() if text}
+    return {study: text for study, text in found.items() if text}, undecidable
 
 
 def place_images(arguments: argparse.Namespace, images: list[MimicImage]) -> tuple[list[MimicImage], str]:
@@ -201,6 +210,24 @@ def show_counts(stages: dict[str, Counter], records: str, section: str) -> None:
         print("(R2Gen: --section findings --records image, all views)")
 
 
+def write_summary(arguments: argparse.Namespace, counts: dict[str, Counter], undecidable: dict[str, list[str]]) -> None:
+    """Write summary.json: the counts of every stage, and the studies whose section is undecidable, by reason."""
+    for reason, studies in undecidable.items():
+        print(f"undecidable: {reason}: {len(studies):,} studies, listed in {arguments.out / SUMMARY}")
+    write_results(
+        arguments.out / SUMMARY,
+        {
+            "section": arguments.section,
+            "records": arguments.records,
+            "counts": {stage: {split: own[split] for split in SPLITS} for stage, own in counts.items()},
+            "undecidable": {
+                reason: {"studies": len(studies), "study_ids": sorted(studies)}
+                for reason, studies in undecidable.items()
+            },
+        },
+    )
+
+
 def main() -> None:
     """Read tables and reports, place the images, write the annotation and the labels."""
     arguments = build_parser().parse_args()
@@ -219,7 +246,7 @@ def main() -> None:
         images = [image for image in images if image.view in views]
         stages[f"of the views {' '.join(sorted(views))}"] = images
     labels = read_chexpert(arguments.tables) if arguments.labels_out else None
-    reports = extract_reports(arguments.reports, images, arguments.section)
+    reports, undecidable = extract_reports(arguments.reports, images, arguments.section)
     images = [image for image in images if image.study_id in reports]
     stages[f"with {'findings or impression' if arguments.section == 'both' else arguments.section}"] = images
     if not images:
@@ -239,6 +266,7 @@ def main() -> None:
     counts = {name: Counter(image.split for image in own) for name, own in stages.items()}
     counts["records written"] = Counter({split: len(records) for split, records in annotation.items()})
     show_counts(counts, arguments.records, arguments.section)
+    write_summary(arguments, counts, undecidable)
     place = arguments.out / "images"
     if arguments.place == "none" and not arguments.resize and arguments.images:
         place = find_tree(arguments.images)

@@ -38,8 +38,8 @@ _PLAIN = str.maketrans(
 _HYPHENATED = re.compile(r"(?<=[A-Za-z]{2})-\n\s*(?=[A-Za-z]{2})")
 # A line that begins so begins a sentence, unless the line before it ends in a word that cannot end one.
 _NEW_LINE = re.compile(
-    r"\s*(?:[-*+>]|\(?(?:\d{1,2}|[a-hA-H])[.)])\s"
-    r"|\s*(?:[A-Z][a-z]|[A-Z]{2,5}\s|no\b|there (?:is|are)\b|[A-Za-z][A-Za-z /&()-]{2,40}:)"
+    r"(?:[-*+>]|\(?(?:\d{1,2}|[a-hA-H])[.)])\s"
+    r"|(?:[A-Z][a-z]|[A-Z]{2,5}\s|no\b|there (?:is|are)\b|[A-Za-z][A-Za-z /&()-]{2,40}:)"
 )
 _UNFINISHED = re.compile(
     r"(?:[,/(&-]|\b(?:a|an|the|this|of|or|and|nor|no|not|without|with|in|on|at|to|for|from|by|is|are|was|were|be|been|has"
@@ -48,9 +48,9 @@ _UNFINISHED = re.compile(
     re.IGNORECASE,
 )
 _ITEM = re.compile(
-    r"\n\s*(?:[-*+>]|\(?(?:\d{1,2}|[a-h])[.)])\s+|\s\(?(?:\d{1,2}|[a-h]|[ivx]{1,3})\)\s+(?=[a-z])|\s\d{1,2}\.(?=[a-z]{2})"
+    r"\n(?:[-*+>]|\(?(?:\d{1,2}|[a-h])[.)])\s|\s\(?(?:\d{1,2}|[a-h]|[ivx]{1,3})\)\s+(?=[a-z])|\s\d{1,2}\.(?=[a-z]{2})"
 )
-_SENTENCE_END = re.compile(r"(?<=[.!])\s+|(?<=[^\s,]\?)\s+|(?<=[a-z]{2}[.!?])(?=[a-z])|\n\s*\n")
+_SENTENCE_END = re.compile(r"(?<=[.!])\s+|(?<=[^\s,]\?)\s+|(?<=[a-z]{2}[.!?])(?=[a-z])|\n")
 _SHORT = {
     "and/or": "or", "andor": "or", "w/o": "without", "w/": "with ", "s/p": "status post", "r/o": "rule out",
     "c/w": "consistent with", "vs.": "vs",
@@ -94,8 +94,7 @@ def split_sentences(text: str) -> list[str]:
         text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
         text = _HYPHENATED.sub("", text)
     text = _without_background(text)
-    if "\n" in text:
-        text = _join_lines(text)
+    text = _join_lines(text) if "\n" in text else " ".join(text.split())
     text = _correct(text.lower())
     if "/" in text or "vs." in text or "andor" in text:
         text = _SHORTENED.sub(lambda match: _SHORT[match.group()], text)
@@ -103,7 +102,7 @@ def split_sentences(text: str) -> list[str]:
     if "?" in text:
         text = _DOUBTED.sub("questionable ", text)
     text = _SPACE_BEFORE.sub("", text.replace(" ,", ", "))
-    text = _ITEM.sub("\n\n", text)
+    text = _ITEM.sub("\n", text)
     if any(word in text for word in _PRONOUNS):
         text = _NO_MORE.sub(GONE, text)
     sentences = [" ".join(sentence.split()) for sentence in _SENTENCE_END.split(text)]
@@ -128,21 +127,26 @@ def _without_background(text: str) -> str:
         if not match["background"]:
             continue
         kept.append(text[position : match.start()])
-        paragraph = _PARAGRAPH.match(text, match.end())
-        ends = [paragraph.end()] if paragraph else []
-        ends += [headings[index + 1].start()] if index + 1 < len(headings) else []
-        position = min(ends) if ends else _FIRST_SENTENCE.match(text, match.end()).end()
+        following = headings[index + 1].start() if index + 1 < len(headings) else None
+        paragraph = _PARAGRAPH.match(text, match.end(), len(text) if following is None else following)
+        if paragraph:
+            position = paragraph.end()
+        elif following is not None:
+            position = following
+        else:
+            position = _FIRST_SENTENCE.match(text, match.end()).end()
     return "\n\n".join([*kept, text[position:]]) if kept else text
 
 
 def _join_lines(text: str) -> str:
-    """``text`` with wrapped lines joined, and an empty line before each line that begins a sentence."""
-    lines = text.split("\n")
-    joined = [lines[0]]
-    for before, line in zip(lines, lines[1:], strict=False):
-        starts = not line.strip() or not before.strip() or (_NEW_LINE.match(line) and not _UNFINISHED.search(before))
-        joined += ["\n\n" if starts else " ", line]
-    return "".join(joined)
+    """``text`` with wrapped lines joined; each line that is left begins a sentence. White space is single spaces."""
+    joined: list[str] = []
+    before = ""
+    for line in (" ".join(line.split()) for line in text.split("\n")):
+        starts = not before or (_NEW_LINE.match(line) and not _UNFINISHED.search(before))
+        joined += ["\n" if starts else " ", line] if line else []
+        before = line
+    return "".join(joined[1:])
 
 
 # ---- misspellings
@@ -175,12 +179,12 @@ def _nearest_name(word: str) -> str:
         return word
     for name in _NAMES:
         allowed = 2 if len(name) > 10 else 1
-        if name[0] == word[0] and abs(len(name) - len(word)) <= allowed and _slips(word, name) <= allowed:
+        if name[0] == word[0] and abs(len(name) - len(word)) <= allowed and count_slips(word, name) <= allowed:
             return name
     return word
 
 
-def _slips(first: str, second: str) -> int:
+def count_slips(first: str, second: str) -> int:
     """Letters to insert, delete, replace or swap with their neighbour (optimal string alignment)."""
     before: list[int] = []
     row = list(range(len(second) + 1))

@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from modules.labels.rules import CLASSES
+from modules.labels.sentences import count_slips
 from modules.labels.tables import Table, parse_labels
 from modules.prepare.archives import is_archive, read_files
 from modules.runtime.errors import InputError
@@ -133,15 +135,22 @@ def read_reports(source: Path, studies: Sequence[MimicImage]) -> Iterator[tuple[
     for name, read in read_files(source, ".txt", MAX_REPORT):
         study = re.search(r"(?:^|/)s(\d+)\.txt$", name)
         if study and study[1] in wanted:
-            yield study[1], read().decode("utf-8", "replace")
+            yield study[1], _decoded(read())
 
 
 def _read_text(path: Path) -> str | None:
     try:
         with open(path, "rb") as file:
-            return file.read(MAX_REPORT).decode("utf-8", "replace")
+            return _decoded(file.read(MAX_REPORT))
     except OSError:
         return None
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", "replace")
 
 
 def find_suffix(tree: Path, images: Sequence[MimicImage]) -> str:
@@ -158,3 +167,208 @@ def find_suffix(tree: Path, images: Sequence[MimicImage]) -> str:
 def label_columns() -> list[str]:
     """Header of the label table."""
     return ["study_id", *CLASSES]
+
+
+# ---- sections of a report
+
+SECTIONS = ("findings", "impression", "both")
+# A header's name and what ends it. Without a colon, only the names of sections themselves are headers.
+_NAME = r"(?P<name>[A-Za-z][A-Za-z0-9 \t/,&()'.#-]{0,70}?)"
+_AT_LINE_START = re.compile(rf"^[ \t]*{_NAME}[ \t]*(?P<end>:(?!\d)|;|[ \t]-+[ \t]|$)", re.MULTILINE)
+_IN_A_LINE = re.compile(rf"(?<=[.!?])[ \t]+{_NAME}[ \t]*(?P<end>[:;])(?!\d)")
+_WITHOUT_END = re.compile(
+    r"^[ \t]*(?P<name>(?:[A-Z]{3,10}[ \t])?[A-Z]{6,16})(?P<end>[ \t]+)(?=[^\n]*[a-z])", re.MULTILINE
+)
+_SECTION_WORDS = (
+    "FINDINGS", "FINDING", "IMPRESSION", "IMPRESSIONS", "CONCLUSION", "CONCLUSIONS", "COMPARISON", "COMPARISONS",
+    "INDICATION", "INDICATIONS", "TECHNIQUE", "TECHNIQUES", "EXAMINATION", "EXAMINATIONS", "HISTORY", "CLINICAL",
+    "RECOMMENDATION", "RECOMMENDATIONS", "NOTIFICATION", "NOTIFICATIONS", "ADDENDUM", "PROCEDURE",
+)  # fmt: skip
+_RESULT = r"(?:FINAL )?(?:FINDINGS?|IMPRESSIONS?|CONCLUSIONS?)"
+# The first kind that fits a header's whole name, in capitals and spelt as above, decides.
+_KINDS = (
+    ("both", re.compile(rf"{_RESULT}(?: ?(?:AND|&|/|,|-) ?| ){_RESULT}")),
+    ("findings", re.compile(r"(?:FINAL |CHEST |REFERENCE |TECHNIQUES? AND )?FINDINGS?(?: .*)?|(?:MAIN )?REPORT")),
+    ("impression", re.compile(r"(?:FINAL |CORRECTED |THE )?IMPRESSIONS?(?: .*)?|CONCLUSIONS?|SUMMARY|OPINION")),
+    (
+        "other",
+        re.compile(
+            r"(?:INDICATIONS?|COMPAR(?:ISONS?|E)|TECHNIQUES?|RECOMMENDATIONS?|NOTIFICATIONS?|REASONS?|CLINICAL|HISTORY"
+            r"|WET ?READ|PROCEDURES?|(?:FINAL )?ADDENDUM|AMENDMENT|CORRECTION|STUDY|DATE|CONTRAST|DOSE|TYPE OF"
+            r"|ATTESTATION|DIAGNOSIS|ACCESSION|COMMENTS?|PFI|PROVISIONAL|PRELIMINARY)\b.*"
+            r"|EXAM(?:INATION)?S?(?: .*)?|.*\bHISTORY|.*\bINDICATION|(?:PRIOR|REFERENCE)\b.*|.*\bWET READ"
+        ),
+    ),
+    # "PA AND LATERAL VIEWS OF THE CHEST:" introduces the findings of reports that have no such header.
+    (
+        "views",
+        re.compile(
+            r".*\b(?:CHEST\w*|VIEWS?|RADIOGRAPHS?|FILMS?|X-?RAYS?|CXR|PORTABLE|UPRIGHT|FRONTAL"
+            r"|LAT(?:ERAL)?|RIBS?|BONE WINDOWS?)\b.*"
+        ),
+    ),
+)
+# The names that are headers in small letters or without a colon too.
+_SECTION_NAME = re.compile(
+    rf"{_RESULT}(?: ?(?:AND|&|/) ?{_RESULT})?|(?:CLINICAL |PATIENT )?(?:INDICATIONS?|HISTORY)|CLINICAL INFORMATION"
+    r"|COMPARISONS?|TECHNIQUES?|EXAM(?:INATION)?|STUDY|PROCEDURE|REASON FOR (?:THE )?EXAM(?:INATION)?|WET READ"
+    r"|RECOMMENDATIONS?|NOTIFICATIONS?|(?:FINAL )?ADDENDUM"
+)
+_FINAL_REPORT = re.compile(r"^[^\S\n]*final report\b", re.IGNORECASE | re.MULTILINE)
+_LINE = re.compile(r"_{8,}|-{8,}|={8,}")  # "___" is a removed word, more of them a line across the page
+_PARAGRAPH = re.compile(r"\n[^\S\n]*\n")
+# Why it is undecidable where a section begins or ends.
+NO_HEADER = "text without a header"
+INSIDE = "a section's name inside a paragraph, taken as text"
+SEVERAL = "several final reports"
+TECHNIQUE = "technique and findings under one header"
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The texts of a report by the kind of their headers, and what is undecidable about each section."""
+
+    texts: dict[str, tuple[str, ...]]
+    doubts: dict[str, tuple[str, ...]]
+
+    def doubts_about(self, section: str) -> tuple[str, ...]:
+        """What is undecidable about ``section``, each reason once."""
+        parts = ("findings", "impression") if section == "both" else (section,)
+        return tuple(dict.fromkeys(doubt for part in parts for doubt in self.doubts[part]))
+
+    def text(self, section: str) -> str:
+        """``section`` ("findings", "impression" or "both", findings first) on one line; "" without it.
+
+        A section that occurs more than once is joined.
+        """
+        kinds = {"findings": ("findings",), "impression": ("impression",), "both": ("findings", "impression")}
+        return " ".join(text for kind in (*kinds[section], "both") for text in self.texts[kind])
+
+
+@dataclass(frozen=True)
+class _Header:
+    start: int
+    end: int
+    kind: str
+    name: str  # as it should be spelt, in capitals
+    letters: str  # "upper", "title" or "lower"
+    has_colon: bool
+    starts_line: bool
+    follows: str  # "paragraph", "sentence", or "" inside one
+
+
+def extract_section(text: str, section: str) -> str:
+    """``section`` ("findings", "impression" or "both") of a MIMIC-CXR report on one line; "" without it."""
+    return read_sections(text).text(section)
+
+
+def read_sections(text: str) -> Sections:
+    """Find the sections of a MIMIC-CXR report, which is plain text with headers of many wordings and spellings.
+
+    The final report is read, not a wet read or an addendum. Headers of no known kind ("LUNGS:") are text.
+    """
+    blocks = _FINAL_REPORT.split(text.replace("\r\n", "\n").replace("\r", "\n"))
+    read = [_read_block(_LINE.sub(" ", block)) for block in blocks[1:] or blocks]
+    having = {
+        kind: [index for index, (texts, _) in enumerate(read) if texts[kind] or texts["both"]]
+        for kind in ("findings", "impression")
+    }
+    main = max(having["findings"] or having["impression"], default=len(read) - 1)
+    texts, doubts = (dict(part) for part in read[main])
+    if having["impression"] and not (texts["impression"] or texts["both"]):
+        texts["impression"] = read[having["impression"][-1]][0]["impression"]
+    if len({*having["findings"], *having["impression"]}) > 1:
+        doubts = {section: [*own, SEVERAL] for section, own in doubts.items()}
+    return Sections(
+        {kind: tuple(own) for kind, own in texts.items()}, {section: tuple(own) for section, own in doubts.items()}
+    )
+
+
+def _read_block(text: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The texts under each kind of header, those without a letter left out, and the doubts about each section."""
+    headers, inside = _headers(text)
+    texts: dict[str, list[str]] = {kind: [] for kind, _ in _KINDS}
+    doubts: dict[str, list[str]] = {"findings": [], "impression": []}
+    loose = _is_prose(text[: headers[0].start] if headers else text)
+    ends = [header.start for header in headers[1:]] + [len(text)]
+    for header, end in zip(headers, ends, strict=False):
+        content = text[header.end : end]
+        if header.kind == "other":  # of such a section the first paragraph is its own
+            loose = loose or any(map(_is_prose, _PARAGRAPH.split(content.strip())[1:]))
+        if re.search(r"[^\W_]", content):
+            texts[header.kind].append(" ".join(content.split()))
+        sections = {"both": ("findings", "impression"), "views": ("findings",)}.get(header.kind, (header.kind,))
+        for section in sections if header.kind != "other" else ():
+            if any(header.end <= name.start < end for name in inside):
+                doubts[section].append(INSIDE)
+            if header.name.startswith("TECHNIQUE"):
+                doubts[section].append(TECHNIQUE)
+    texts["findings"] = texts["findings"] or texts["views"]
+    if loose and not (texts["findings"] or texts["both"]):
+        doubts["findings"].append(NO_HEADER)
+        doubts["impression"] += [] if texts["impression"] else [NO_HEADER]
+    return texts, doubts
+
+
+def _is_prose(text: str) -> bool:
+    return len(text.split(maxsplit=2)) > 2 and re.search(r"[a-z][^.!?]*[.!?]", text) is not None
+
+
+def _headers(text: str) -> tuple[list[_Header], list[_Header]]:
+    """The headers of a report in order, and the names of sections that are no headers where they are."""
+    found: dict[int, _Header] = {}
+    for pattern in (_AT_LINE_START, _WITHOUT_END, _IN_A_LINE):
+        for match in pattern.finditer(text):
+            header = _as_header(text, match, pattern is not _IN_A_LINE)
+            if header:
+                found.setdefault(match.start("name"), header)
+    names = [found[start] for start in sorted(found)]
+    letters = {name.letters for name in names if name.starts_line and name.kind != "views"}
+    style = next((kind for kind in ("upper", "title", "lower") if kind in letters), "upper")
+    at_lines = {name.kind for name in names if name.starts_line}
+    headers: list[_Header] = []
+    inside: list[_Header] = []
+    for name in names:
+        result = any(header.kind not in ("other", "views") for header in headers)
+        if name.letters == "upper":
+            counts = not (result and name.kind == "views") and (name.has_colon or bool(name.follows))
+        elif name.letters != style and style != "upper":
+            counts = False
+        elif not name.starts_line:  # "Findings: Clear. Impression: Normal." as one paragraph
+            counts = style != "upper" and (name.kind not in at_lines if name.kind != "other" else not result)
+        elif style == "upper":
+            counts = name.letters == "title" and (
+                name.follows == "paragraph" or (name.follows == "sentence" and name.kind != "other")
+            )
+        else:
+            counts = bool(name.follows)
+        (headers if counts else inside).append(name)
+    return headers, inside
+
+
+def _as_header(text: str, match: re.Match[str], starts_line: bool) -> _Header | None:
+    """The header that ``match`` may be; None for a name of no known kind, and for words that only precede a colon."""
+    words = " ".join(match["name"].split())
+    letters = "upper" if words == words.upper() else "title" if words[0].isupper() else "lower"
+    name = " ".join(map(_spelt, words.upper().replace("(S)", "S").rstrip(" .").split()))
+    kind = next((kind for kind, pattern in _KINDS if pattern.fullmatch(name)), None)
+    has_colon = match["end"].startswith(":")
+    if kind is None or not ((letters == "upper" and has_colon) or _SECTION_NAME.fullmatch(name)):
+        return None
+    before = text[max(0, match.start() - 200) : match.start("name")]
+    gap = before[len(before.rstrip()) :]
+    follows = (
+        "paragraph" if gap == before or gap.count("\n") > 1 else "sentence" if before.rstrip()[-1] in ".!?:;" else ""
+    )
+    return _Header(match.start(), match.end(), kind, name, letters, has_colon, starts_line, follows)
+
+
+@lru_cache(maxsize=1 << 14)
+def _spelt(word: str) -> str:
+    """``word`` of a header, in capitals, as it should be spelt: one slip, or two in ten letters and more."""
+    for part in re.findall(r"[A-Z]{6,}", word):
+        for name in _SECTION_WORDS if part not in _SECTION_WORDS else ():
+            slips = count_slips(part, name) if abs(len(part) - len(name)) < 3 else 3
+            if slips == 1 or (slips == 2 and len(name) > 9 and part[0] == name[0]):
+                return word.replace(part, name)
+    return word

@@ -15,7 +15,7 @@ from PIL import Image
 from modules.data.annotations import read_annotation
 from modules.labels.study_labels import read_labels
 from modules.prepare import mimic_cxr
-from modules.prepare.mimic_sections import extract_section
+from modules.prepare.mimic_cxr import extract_section
 from modules.runtime.errors import InputError
 from scripts import prepare_mimic_cxr
 
@@ -309,6 +309,26 @@ def test_what_is_not_there(physionet, tmp_path, monkeypatch):
         ("FINDINGS:\r\nClear.\r\nIMPRESSION:\r\nNormal.\r\n", "Clear.", "Normal."),
         ("No header at all.", "", ""),
         ("", "", ""),
+        ("FINDINGS: ___.\nIMPRESSION: Normal.", "", "Normal."),
+        # Small letters, other marks than a colon, or none.
+        ("findings: clear.\n\nimpression: normal.", "clear.", "normal."),
+        ("Indication: Pain. Findings: Clear. Impression: Normal.", "Clear.", "Normal."),
+        ("Findings and impression: Clear.", "Clear.", "Clear."),
+        ("FINDINGS; Clear.\nIMPRESSION - Normal.", "Clear.", "Normal."),
+        ("FINDINGS\n Clear.\n\n IMPRESSION\n Normal.", "Clear.", "Normal."),
+        ("FINDINGS  Clear lungs.\n\n IMPRESSION Normal chest.", "Clear lungs.", "Normal chest."),
+        # Names of sections inside a paragraph are text; at the start of a paragraph they are headers.
+        (
+            "FINDINGS: Clear. Study: rotated. History: surgery.\nExam: no change. Heart normal.\n\nIMPRESSION: Fine.",
+            "Clear. Study: rotated. History: surgery. Exam: no change. Heart normal.",
+            "Fine.",
+        ),
+        ("FINDINGS: Clear.\n\nComparison: film with effusion.\n\nIMPRESSION: Fine.", "Clear.", "Fine."),
+        ("FINDINGS: Clear. TECHNIQUE: Two views.\n\nIMPRESSION: Fine.", "Clear.", "Fine."),
+        ("FINDINGS: Clear.\n\nCHEST: Small heart.\n\nIMPRESSION: Fine.", "Clear. CHEST: Small heart.", "Fine."),
+        # An addendum that calls itself a final report too.
+        ("FINAL REPORT\nFINDINGS: Clear.\n\nIMPRESSION: Fine.\n\nFINAL REPORT\nADDENDUM  Told.", "Clear.", "Fine."),
+        ("FINDINGS: Clear.\n\nIMPRESSION: Fine.\n\nFINAL ADDENDUM\nADDENDUM: Told.", "Clear.", "Fine."),
     ],
 )
 def test_sections(report, findings, impression):
@@ -316,6 +336,63 @@ def test_sections(report, findings, impression):
     assert extract_section(report, "impression") == impression
     both = findings if findings == impression else " ".join(filter(None, (findings, impression)))
     assert extract_section(report, "both") == both
+
+
+# Spellings of MIT-LCP's published section parser, and slips of the same kinds.
+@pytest.mark.parametrize(
+    ("section", "names"),
+    [
+        (
+            "findings",
+            "FINDING FINDINS FINDINDGS FINDGINGS FINDNGS FINDNINGS FINIDNGS FINDIGS FIDINGS INDINGS Fndings",
+        ),
+        (
+            "impression",
+            "IMPRESSON IMPRRESSION IMPRESSOIN IMPRSSION IMPRESION IMPERSSION MPRESSION IMPESSION IMORESSION IMPRSESION",
+        ),
+        (
+            "other",
+            "NDICATION IDICATION INDICTION COMPARISION COMPARSION COMPARRISON COMPARISIONS COMAPRISON TECHNQUE HISTROY "
+            "RECOMENDATIONS NOTIFCATION",
+        ),
+    ],
+)
+def test_misspelt_headers(section, names):
+    for name in names.split():
+        report = f"FINDINGS: Before.\n\n{name}: Text of it.\n\nTECHNIQUE: Two views."
+        expected = {"findings": ("Before. Text of it.", ""), "impression": ("Before.", "Text of it.")}
+        found = extract_section(report, "findings"), extract_section(report, "impression")
+        assert found == expected.get(section, ("Before.", "")), name
+
+
+@pytest.mark.parametrize(
+    ("report", "findings", "impression"),
+    [
+        (REPORT, (), ()),
+        ("CHEST, TWO VIEWS\n\nThe lungs are clear.", (mimic_cxr.NO_HEADER,), (mimic_cxr.NO_HEADER,)),
+        ("COMPARISON: June.\n\nThe lungs are clear.\n\nIMPRESSION: Fine.", (mimic_cxr.NO_HEADER,), ()),
+        ("FINDINGS: Clear. Comparison: none.\n\nIMPRESSION: Fine.", (mimic_cxr.INSIDE,), ()),
+        ("FINAL REPORT\nFINDINGS: A.\nFINAL REPORT\nFINDINGS: B.", (mimic_cxr.SEVERAL,), (mimic_cxr.SEVERAL,)),
+        ("TECHNIQUE AND FINDINGS: Two views. Clear.", (mimic_cxr.TECHNIQUE,), ()),
+        ("INDICATION: Pain.\n\nIMPRESSION: Fine.", (), ()),
+    ],
+)
+def test_undecidable_sections(report, findings, impression):
+    sections = mimic_cxr.read_sections(report)
+    assert sections.doubts_about("findings") == findings and sections.doubts_about("impression") == impression
+    assert sections.doubts_about("both") == tuple(dict.fromkeys(findings + impression))
+
+
+def test_undecidable_studies_are_listed(physionet, tmp_path, monkeypatch, capsys):
+    for subject, study, _, _ in STUDIES:
+        path = tmp_path / f"reports/files/p{str(subject)[:2]}/p{subject}/s{study}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"The lungs are clear at 37\xb0." if study == 50000002 else REPORT.encode())
+    prepare(monkeypatch, physionet, tmp_path / "out", reports=tmp_path / "reports", images=False)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["undecidable"] == {mimic_cxr.NO_HEADER: {"studies": 1, "study_ids": ["50000002"]}}
+    assert summary["counts"]["records written"] == {"train": 3, "val": 2, "test": 3}
+    assert "1 studies, listed in" in capsys.readouterr().out
 
 
 def test_a_long_line_takes_no_time():
