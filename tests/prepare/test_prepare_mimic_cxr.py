@@ -342,10 +342,7 @@ def test_sections(report, findings, impression):
 @pytest.mark.parametrize(
     ("section", "names"),
     [
-        (
-            "findings",
-            "FINDING FINDINS FINDINDGS FINDGINGS FINDNGS FINDNINGS FINIDNGS FINDIGS FIDINGS INDINGS Fndings",
-        ),
+        ("findings", "FINDING FINDINS FINDINDGS FINDGINGS FINDNGS FINDNINGS FINIDNGS FINDIGS FIDINGS INDINGS Fndings"),
         (
             "impression",
             "IMPRESSON IMPRRESSION IMPRESSOIN IMPRSSION IMPRESION IMPERSSION MPRESSION IMPESSION IMORESSION IMPRSESION",
