@@ -13,6 +13,7 @@ from models import backbone_class, settings_class
 from modules.config import NO_EFFECT_ON_RESULTS, Config
 from modules.data.tokenizers import clean_report
 from modules.evaluation.report_statistics import save_statistics
+from modules.evaluation.score_names import SELECTION
 from modules.evaluation.tester import Tester
 from modules.ithn.objective import Objective
 from modules.pages.exports import write_caption_exports, write_exports, write_labelled
@@ -155,7 +156,7 @@ def _append_record(tested: Tested) -> None:
         config.dataset_name,
         epoch=tested.best_epoch,
         seed=config.seed,
-        val=tested.validation,
+        val={name: value for name, value in tested.validation.items() if name != SELECTION},
         test=tested.recorded(),
         extra=about,
     )

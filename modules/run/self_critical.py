@@ -7,7 +7,9 @@ from modules.config import Config
 from modules.data.captions import references
 from modules.data.datasets import ReportDataset
 from modules.data.tokenizers import clean_report
+from modules.evaluation.labeler_fit import misfit
 from modules.run.data import Data, score_tag
+from modules.runtime.errors import InputError
 from modules.training.rewards import Reward, training_frequencies
 from modules.training.self_critical import SelfCritical
 
@@ -21,6 +23,8 @@ def equip(config: Config, data: Data, objective: SelfCritical, dataset: ReportDa
     for study in dataset.studies:
         own = texts.setdefault(study.study_id, {})
         own.update(dict.fromkeys(clean_report(text, data.tokenizer.cleaner) for text in references(study)))
+    if config.scst_reward == "clinical_f1" and (reason := misfit([study.report for study in dataset.studies])):
+        raise InputError(f"--scst_reward clinical_f1: {reason}; choose another, such as CIDEr")
     frequencies = None
     if config.scst_reward == "CIDEr":
         frequencies = training_frequencies(folder / FREQUENCIES, [list(own) for own in texts.values()])

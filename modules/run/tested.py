@@ -1,6 +1,7 @@
 """A tested model: what it wrote, what that scored, and what it was; results.json, log and record derive from it."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from modules.config import Config
 from modules.evaluation.bootstrap import LEVEL, RESAMPLES
 from modules.evaluation.clinical_scores import MIN_POSITIVES
 from modules.evaluation.diversity import collapse_statistics, collapse_warning, unk_warning
-from modules.evaluation.score_names import FULL, tagged, untagged, with_aliases
+from modules.evaluation.score_names import FULL, SELECTION, tagged, untagged, with_aliases
 from modules.evaluation.tester import Predictions
 from modules.run.data import Data
 from modules.run.scoring import Scored, class_tables
@@ -49,7 +50,7 @@ class Tested:
             name.removeprefix("val_"): value for row in rows for name, value in row.items() if name.startswith("val_")
         }
 
-    @property
+    @functools.cached_property
     def variety(self) -> dict[str, dict[str, float | int | None]]:
         """The collapse statistics of each system's reports, and of the references."""
         texts = dict(self.reports) | {"references": self.found.references}
@@ -63,14 +64,19 @@ class Tested:
             collapse_warning(variety[MODEL]),
             unk_warning(variety[MODEL]["unk_share"], variety["references"]["unk_share"]),
         ]
-        if studies is not None and len(set(studies.tolist())) == 1:
-            lines.append("CIDEr is 0 whatever is generated: with a single test study no n-gram is rarer than another")
+        if len(set(self.found.references)) == 1 or (studies is not None and len(set(studies.tolist())) == 1):
+            lines.append("CIDEr is 0 whatever is generated: with one study, or equal references, no n-gram is rare")
+        if judged := [row["epoch"] for row in self.history if row.get(f"val_{SELECTION}") is not None]:
+            lines.append(
+                f"epochs {', '.join(map(str, judged))} wrote many <unk> in validation and were judged by "
+                f"{self.config.monitor_metric} without the hits of <unk>"
+            )
         if skipped := sum(row.get("train_skipped_steps") or 0 for row in self.history):
             steps = sum(row.get("train_steps") or 0 for row in self.history)
             lines.append(f"{skipped} of {steps} training steps were skipped: their loss or gradient was not finite")
         return [line for line in lines if line]
 
-    @property
+    @functools.cached_property
     def by_reference(self) -> dict[str, dict[str, Any]]:
         """Scores of the reports whose reference is a training report word for word ("seen"), and of the others.
 
@@ -135,7 +141,7 @@ class Tested:
         lines = [f"test, {system}: {self._logged(self.scores[system])}" for system in self.scores]
         for name, part in self.by_reference.items():
             if scores := part["scores"].get(MODEL):
-                lines.append(f"test, {part['reports']} references {name} in training: {self._logged(scores)}")
+                lines.append(f"test, references {name} in training ({part['reports']}): {self._logged(scores)}")
         variety, references = self.variety[MODEL], self.variety["references"]
         return [
             *lines,

@@ -13,7 +13,7 @@ from modules.runtime.errors import InputError
 from scripts.experiments.files import choose, read_datasets, read_table
 from scripts.experiments.plan import UNAVAILABLE, plan
 from scripts.experiments.score_table import Cell, ScoreTable, TableRow
-from scripts.experiments.tables import check_columns, gather, write
+from scripts.experiments.tables import _with_holm, check_columns, gather, write
 from tests.experiment_support import MODELS, by_name, finish, planned, write_files
 
 
@@ -56,6 +56,21 @@ def test_table_has_spread_intervals_marks_floors_and_the_papers_figures(finished
     assert csv_text.splitlines()[0].startswith("dataset,method,source,paper_dataset,BLEU_4_mean,BLEU_4_sd,BLEU_4_low")
     assert f"\\textbf{{{cell.mean:.3f}}} $\\pm$ 0.001 $^{{**}}$" in latex and r"Base\_1" in latex
     assert latex.count(r"\begin") == latex.count(r"\end") == 2
+
+
+def test_stars_are_given_after_holms_correction_for_the_whole_table():
+    rows = [
+        TableRow(
+            "ithn", "data", "3 seeds", {"a": Cell(0.2, p=0.02), "b": Cell(0.2, p=0.001), "hidden": Cell(1, p=0.04)}
+        ),
+        TableRow("base", "data", "3 seeds", {"a": Cell(0.1), "b": Cell(0.1)}),
+        TableRow("mochi", "data", "3 seeds", {"a": Cell(0.2, p=0.03)}),
+    ]
+    ithn, base, mochi = _with_holm(rows, ["a", "b"])
+    # Three tests are shown: 3 x .001, 2 x .02, 1 x .03 but not below the one before.
+    assert (ithn.cells["b"].p_holm, ithn.cells["a"].p_holm, mochi.cells["a"].p_holm) == (0.003, 0.04, 0.04)
+    assert (ithn.cells["b"].mark, ithn.cells["a"].mark) == ("**", "*")
+    assert base.cells["a"].p_holm is None and ithn.cells["hidden"].p_holm is None and ithn.cells["hidden"].mark == ""
 
 
 def test_table_of_unfinished_work_says_so(finished):
