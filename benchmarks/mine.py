@@ -100,12 +100,12 @@ def measure_search(count: int, arguments: argparse.Namespace, device: str) -> di
 
 def measure_embedding(arguments: argparse.Namespace, device: str) -> dict:
     """Texts per second of the text encoder on a random sample of distinct training reports."""
-    from modules.mining.text_encoders import TransformerEncoder, build_text_encoder
+    from modules.mining.text_encoders import EncoderOptions, TransformerEncoder, build_text_encoder
 
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
     texts = sorted({study.report for study in annotation.splits["train"]})
     sample = random.Random(0).sample(texts, min(arguments.sample, len(texts)))
-    encoder = build_text_encoder(arguments.text_encoder, pooling="mean", max_length=512, device=device, batch_size=32)
+    encoder = build_text_encoder(arguments.text_encoder, EncoderOptions(device=device))
     if isinstance(encoder, TransformerEncoder):
         encoder.encode(sample[:32])
     seconds = in_rounds({"embed": lambda: encoder.encode(sample)}, arguments.rounds, arguments.clock, device)["embed"]

@@ -12,6 +12,7 @@ Pass the file to main_train.py as --init_protypes_path; the other flags it needs
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from modules.flags import Parser, add_flags, boolean
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
+from modules.runtime.settings import part_of
 
 # Flags with the meaning they have in main_train.py.
 SHARED = (
@@ -41,6 +43,8 @@ SHARED = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
+    from modules.mining.text_encoders import ENCODER_HELP, RADBERT
+
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add_flags(parser, SHARED, defaults=True)
@@ -55,13 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="{true,false}",
         help="half of them from mirrored images; default true, as published",
     )
-    add(
-        "--text_encoder",
-        default="zzxslp/RadBERT-RoBERTa-4m",
-        metavar="NAME",
-        help="hub id of a transformers encoder (downloaded once), a local folder with one, minilm (a pip package) or "
-        "tfidf; default %(default)s",
-    )
+    add("--text_encoder", default=RADBERT, metavar="NAME", help=f"{ENCODER_HELP}; default %(default)s")
     add("--pooling", default="mean", choices=("mean", "first"), help="of the encoder's tokens; default %(default)s")
     add("--max_length", type=int, default=512, metavar="T", help="tokens read of a report; default %(default)s")
     add(
@@ -102,17 +100,12 @@ def text_features(arguments: argparse.Namespace, reports: list[str], device: str
     import numpy as np
     from scipy import sparse
 
-    from modules.mining.text_encoders import build_text_encoder
+    from modules.mining.text_encoders import EncoderOptions, TransformerEncoder, build_text_encoder
 
-    if arguments.text_encoder == "tfidf" and arguments.pooling != "mean":
-        print(f"note: --pooling {arguments.pooling} does nothing with --text_encoder tfidf, which has no tokens")
-    encoder = build_text_encoder(
-        arguments.text_encoder,
-        pooling=arguments.pooling,
-        max_length=arguments.max_length,
-        device=device,
-        batch_size=arguments.batch_size,
-    )
+    options = dataclasses.replace(part_of(arguments, EncoderOptions), device=device)
+    encoder = build_text_encoder(arguments.text_encoder, options)
+    if options.pooling != "mean" and not isinstance(encoder, TransformerEncoder):
+        print(f"note: --pooling {options.pooling} has no effect with --text_encoder {arguments.text_encoder}")
     rows = {text: row for row, text in enumerate(dict.fromkeys(reports))}
     vectors = encoder.encode(list(rows), progress=True)
     if sparse.issparse(vectors):

@@ -14,6 +14,7 @@ the mean of the last hidden states over all tokens (--pooling mean) or by the fi
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -30,6 +31,7 @@ from modules.runtime.errors import InputError, one_line, run_entry_point
 from modules.runtime.launch import launched, process_device, start_processes
 from modules.runtime.output_files import Output, check_outputs, contains
 from modules.runtime.records import private_folder
+from modules.runtime.settings import part_of
 
 RECORDED = (
     "text_encoder",
@@ -48,6 +50,8 @@ ALIKE = 0.999
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
+    from modules.mining.text_encoders import ENCODER_HELP, RADBERT
+
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--ann_path", default="data/iu_xray/annotation.json", metavar="FILE", help="default %(default)s")
@@ -58,13 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="index to write (.safetensors), readable by you alone; of what may be there it replaces an index only",
     )
-    add(
-        "--text_encoder",
-        default="zzxslp/RadBERT-RoBERTa-4m",
-        metavar="NAME",
-        help="hub id of a transformers encoder (downloaded once), a local folder with one, minilm (a pip package), "
-        "tfidf, labels (overlap of the 14 labels by rules) or random; default %(default)s",
-    )
+    add("--text_encoder", default=RADBERT, metavar="NAME", help=f"{ENCODER_HELP}; default %(default)s")
     add("--pooling", default="mean", choices=("mean", "first"), help="of the encoder's tokens; default %(default)s")
     add("--top_k", type=int, default=5, metavar="K", help="neighbours kept per report; default %(default)s")
     add(
@@ -134,6 +132,8 @@ def _add_resources(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """InputError for values out of range, and for an --out that could not be written after hours of work."""
+    from modules.mining.text_encoders import TEXT_ENCODERS
+
     for flag, low in (
         ("top_k", 1),
         ("batch_size", 1),
@@ -145,9 +145,10 @@ def check(arguments: argparse.Namespace) -> None:
     ):
         if getattr(arguments, flag) < low:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: must be {low} or more")
-    labelled = arguments.exclude_same_labels or arguments.text_encoder == "labels"
+    kind = TEXT_ENCODERS.get(arguments.text_encoder)
+    labelled = arguments.exclude_same_labels or (kind is not None and kind.clinical)
     if labelled and not DATASETS[arguments.dataset_name].clinical:
-        wrong = "--exclude_same_labels" if arguments.exclude_same_labels else "--text_encoder labels"
+        wrong = "--exclude_same_labels" if arguments.exclude_same_labels else f"--text_encoder {arguments.text_encoder}"
         raise InputError(f"{wrong}: there are no clinical labels on {arguments.dataset_name}")
     if arguments.out.is_dir():
         raise InputError(f"--out {arguments.out}: is a folder; give a file name, such as negatives.safetensors")
@@ -162,26 +163,15 @@ def check(arguments: argparse.Namespace) -> None:
 
 def embed(arguments: argparse.Namespace, texts: list[str], device: str) -> tuple:
     """Embeddings of the texts, one row each, and the encoder's description."""
-    from modules.mining.baselines import ENCODERS
-    from modules.mining.text_encoders import TfidfEncoder, build_text_encoder
+    from modules.mining.text_encoders import EncoderOptions, TransformerEncoder, build_text_encoder
     from modules.runtime import distributed
 
-    if arguments.text_encoder in ENCODERS:
-        encoder = ENCODERS[arguments.text_encoder](arguments.seed)
-        return encoder.encode(texts, progress=distributed.is_main_process()), encoder.describe()
-    if arguments.text_encoder == "tfidf" and arguments.pooling != "mean" and distributed.is_main_process():
-        print(f"note: --pooling {arguments.pooling} does nothing with --text_encoder tfidf, which has no tokens")
+    options = dataclasses.replace(part_of(arguments, EncoderOptions), device=device)
     with distributed.main_process_first():
-        encoder = build_text_encoder(
-            arguments.text_encoder,
-            pooling=arguments.pooling,
-            max_length=arguments.max_length,
-            device=device,
-            batch_size=arguments.batch_size,
-        )
+        encoder = build_text_encoder(arguments.text_encoder, options)
     shown = distributed.is_main_process()
-    if isinstance(encoder, TfidfEncoder):
-        return encoder.encode(texts, progress=shown), encoder.describe()
+    if shown and options.pooling != "mean" and not isinstance(encoder, TransformerEncoder):
+        print(f"note: --pooling {options.pooling} has no effect with --text_encoder {arguments.text_encoder}")
     cache = None if arguments.cache == "none" else Path(arguments.cache or arguments.out.parent / "embeddings")
     return encoder.encode(texts, cache_dir=cache, progress=shown), encoder.describe()
 

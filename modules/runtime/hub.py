@@ -8,17 +8,6 @@ from modules.runtime.errors import InputError
 _CONFIGURATION = ("*.json", "*.txt", "*.model")  # also the vocabularies of all tokenisers
 
 
-def download_encoder(name: str, *, tfidf: bool) -> Path:
-    """Folder with the files of the text encoder ``name``; see ``download_model``. ``tfidf``: it would do as well."""
-    return download_model(
-        name,
-        flag="--text_encoder",
-        otherwise="'--text_encoder tfidf' needs no weights"
-        if tfidf
-        else "'--text_encoder minilm' comes as a pip package",
-    )
-
-
 def respelled(name: str) -> str:
     """``name`` without what people add to one of our own names, as in TF-IDF; a hub id with its owner stays."""
     return name if "/" in name else re.sub(r"[^a-z0-9]", "", name.lower())

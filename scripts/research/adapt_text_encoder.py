@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 RECORD = "adaptation.json"
 RECORDED = ("epochs", "batch_size", "lr", "max_length", "mask_share", "seed", "dataset_name")
-WITHOUT_WEIGHTS = ("tfidf", "labels", "random")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,7 +89,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--lr {arguments.lr}: must be a finite number above 0")
     if not 0 < arguments.mask_share < 1:
         raise InputError(f"--mask_share {arguments.mask_share}: must lie between 0 and 1")
-    if respelled(arguments.text_encoder) in WITHOUT_WEIGHTS and not Path(arguments.text_encoder).is_dir():
+    from modules.mining.text_encoders import TEXT_ENCODERS, WITH_WEIGHTS
+
+    without_weights = TEXT_ENCODERS.keys() - set(WITH_WEIGHTS)
+    if respelled(arguments.text_encoder) in without_weights and not Path(arguments.text_encoder).is_dir():
         raise InputError(f"--text_encoder {arguments.text_encoder}: has no weights to adapt")
     require_empty(arguments.out)
     parent = next(folder for folder in arguments.out.resolve().parents if folder.is_dir())

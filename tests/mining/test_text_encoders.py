@@ -18,7 +18,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from modules.mining.index import HardNegativeIndex
-from modules.mining.text_encoders import TfidfEncoder, TransformerEncoder, build_text_encoder, encoder_folder
+from modules.mining.text_encoders import (
+    EncoderOptions,
+    TfidfEncoder,
+    TransformerEncoder,
+    build_text_encoder,
+    encoder_folder,
+)
 from modules.runtime.errors import InputError
 from tests.gloo_support import run_together
 
@@ -282,7 +288,7 @@ def test_broken_weights_are_refused(copy):
 
 
 def build(name):
-    return build_text_encoder(name, pooling="mean", max_length=512, device="cpu", batch_size=2)
+    return build_text_encoder(name, EncoderOptions(batch_size=2))
 
 
 def test_names_lead_to_encoders(folder, monkeypatch):

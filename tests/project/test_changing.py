@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
+from modules.mining.index import HardNegativeIndex
+
 ROOT = Path(__file__).resolve().parents[2]
 # Runs commands of the project one after the other in one process, as importing torch takes longer than they do.
 RUN_ALL = """
@@ -65,6 +67,24 @@ class Project:
 @pytest.fixture
 def project(tmp_path):
     return Project(tmp_path / "project")
+
+
+def test_a_text_encoder(project, demo):
+    """One entry: known to the flags, and mined with."""
+    project.insert(
+        "modules/mining/text_encoders.py",
+        '    "unlike": EncoderKind("directions of another seed", lambda options: RandomEncoder(options.seed + 1)),\n',
+        after="TEXT_ENCODERS: dict[str, EncoderKind] = {\n",
+    )
+    mine = ["scripts/mine_hard_negatives.py", "--ann_path", demo / "annotation.json", "--device", "cpu"]
+    shown = project.run(
+        [*mine, "--text_encoder", "unlike", "--out", "unlike.safetensors"],
+        [*mine, "--text_encoder", "random", "--seed", 1, "--out", "random.safetensors"],
+        ["scripts/mine_hard_negatives.py", "--help"],
+    )
+    assert "unlike (directions of another seed)" in " ".join(shown.split())
+    one, other = (HardNegativeIndex.load(project.root / f"{name}.safetensors") for name in ("unlike", "random"))
+    assert one.metadata["flags"]["text_encoder"] == "unlike" and (one.neighbours == other.neighbours).all()
 
 
 def test_a_data_set(project, demo):

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from modules.data.annotations import read_annotation
-from modules.mining.text_encoders import build_text_encoder
+from modules.mining.text_encoders import EncoderOptions, build_text_encoder
 from scripts.research.adapt_text_encoder import RECORD, distinct_reports
 from scripts.research.masked_language_model import MaskedLanguageModel, hold_out
 from tests.hostile_support import Touch, refused, run
@@ -148,7 +148,7 @@ def weights(folder):
 
 
 def embed(folder):
-    encoder = build_text_encoder(str(folder), pooling="mean", max_length=512, device="cpu", batch_size=8)
+    encoder = build_text_encoder(str(folder), EncoderOptions(batch_size=8))
     return encoder.encode(REPORTS), encoder.describe()["weights_sha256"]
 
 
