@@ -60,8 +60,10 @@ def pipelines(folder: Path, names: list[str]) -> dict[str, Callable[[], Iterable
     from torchvision import transforms
 
     from modules.data.image_cache import build_image_cache
-    from modules.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, train_transform
+    from modules.data.images import ImageFolder
     from modules.data.sample_order import keyed_generator
+    from modules.data.transforms import train_transform
+    from modules.layers.visual_extractor import IMAGENET_MEAN, IMAGENET_STD
 
     usual = transforms.Compose(
         [
@@ -72,7 +74,7 @@ def pipelines(folder: Path, names: list[str]) -> dict[str, Callable[[], Iterable
             transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
-    images, ours = ImageFolder(folder), train_transform(CROP, RESIZE)
+    images, ours = ImageFolder(folder), train_transform(CROP, IMAGENET_MEAN, IMAGENET_STD, resize=RESIZE)
     (folder / "cache").mkdir(mode=0o700)
 
     def build():

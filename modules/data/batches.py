@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from modules.data.images import Transform
+from modules.data.transforms import Transform
 
 
 def _map_tensors(record, function: Callable[[Tensor], Tensor]):
@@ -59,8 +59,7 @@ class Batch:
             if pair is None:
                 continue
             if pair.images.dtype == torch.uint8:
-                absent = ~pair.view_mask[..., None, None, None]
-                pair.images = self.transform.normalise(pair.images).masked_fill_(absent, 0)
+                pair.images = self.transform.normalise(pair.images, pair.view_mask)
             pair.view_mask = own.view_mask
         return batch
 

@@ -13,11 +13,11 @@ from modules.data.annotations import Study
 from modules.data.batches import Batch, Pair, Sample, SamplePair, collate
 from modules.data.detection_features import DetectionFeatures
 from modules.data.feature_cache import FeatureCache
-from modules.data.images import Transform
 from modules.data.loaders import EpochLoader, build_loader
 from modules.data.sample_order import AUGMENT_NEGATIVE, AUGMENT_POSITIVE, NEIGHBOUR, REPLACEMENT, keyed_generator
 from modules.data.shards import ShardImages
 from modules.data.tokenizers import Tokenizer, clean_report
+from modules.data.transforms import Transform
 from modules.runtime.errors import InputError
 
 __all__ = ["Batch", "EpochLoader", "Pair", "ReportDataset", "build_loader", "collate"]

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modules.data.images import ImageFolder, Transform
+from modules.data.images import ImageFolder
+from modules.data.transforms import Transform
 from modules.runtime import distributed
 from modules.runtime.errors import InputError
 

@@ -24,8 +24,9 @@ import PIL
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modules.data.images import ImageFolder, Transform, stored_shape
+from modules.data.images import ImageFolder, stored_shape
 from modules.data.loaders import GuardedLoader
+from modules.data.transforms import Transform
 from modules.runtime.errors import InputError
 
 logger = logging.getLogger("ithn")

@@ -1,19 +1,15 @@
-"""Images from disk, DICOM too, to normalised tensors: all come in as 8 bits, and no path leaves the image folder."""
+"""Images from disk, DICOM too, as 8-bit pictures; no path leaves the image folder."""
 
 import errno
 import os
 import stat
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from modules.data.bit_depths import eight_bits
 from modules.data.codestreams import read_jpeg2000
@@ -21,8 +17,6 @@ from modules.data.dicom import dicom_shape, is_dicom, load_dicom
 from modules.runtime.errors import ImageError, InputError
 from modules.runtime.input_files import open_regular
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 89_000_000  # just below where Pillow starts to warn of decompression bombs
 MAX_BYTES = 2**30  # of a file, which some decoders read whole; 16-bit colour of MAX_PIXELS takes half of it
 MAX_ASPECT = 50  # a thin strip resized by its shorter side would take gigabytes
@@ -265,87 +259,3 @@ def _scale_to_bytes(image: Image.Image) -> np.ndarray:
     if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF's WhiteIsZero, which Pillow inverts up to 8 bits only
         scaled = 255 - scaled
     return scaled
-
-
-@dataclass(frozen=True)
-class Transform:
-    """PIL image -> (3, size, size) float32, normalised; make one with ``train_transform`` or ``eval_transform``.
-
-    The two halves can be had apart: ``pixels`` stays uint8, which is what travels from the loader's processes (a
-    quarter of the shared memory), and ``normalise`` follows on the device.
-    """
-
-    size: int
-    resize: int | None  # shorter side before the random crop; None: straight to size x size
-    flip: bool
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, image: Image.Image, rng: torch.Generator | None = None) -> Tensor:
-        """``rng`` decides crop and flip; evaluation needs none."""
-        return self.normalise(self.pixels(image, rng))
-
-    def blank(self, num_views: int) -> Tensor:
-        """(N, 3, size, size) uint8 of zeros, for a sample's views."""
-        return torch.zeros(num_views, 3, self.size, self.size, dtype=torch.uint8)
-
-    def resized_size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after resizing; the longer side is rounded down, as torchvision does."""
-        if self.resize is None:
-            return self.size, self.size
-        if width <= height:
-            return self.resize, int(self.resize * height / width)
-        return int(self.resize * width / height), self.resize
-
-    def resized(self, image: Image.Image) -> np.ndarray:
-        """(1 or 3, H, W) uint8: the part that no random number touches, which modules/data/image_cache.py keeps."""
-        image = image.resize(self.resized_size(*image.size), Image.Resampling.BILINEAR)
-        values = np.array(image)  # (H, W) or (H, W, 3)
-        return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
-
-    def pixels(self, image: Image.Image | np.ndarray, rng: torch.Generator | None = None) -> Tensor:
-        """(3, size, size) uint8 after resizing, unless ``image`` is ``resized`` already, and cropping.
-
-        One channel is spread over three.
-        """
-        values = self.resized(image) if isinstance(image, Image.Image) else image
-        if self.resize is not None:
-            values = self._crop(values, rng)
-        return torch.from_numpy(np.array(values, order="C")).expand(3, -1, -1)
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """(..., 3, H, W) uint8 -> float32 = (pixel / 255 - mean) / std."""
-        # 255 as a tensor: a GPU would multiply by the reciprocal of a number, and differ from the CPU in the last bit.
-        white, mean, std = (
-            torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in ([255.0], self.mean, self.std)
-        )
-        scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return scaled.div_(white).sub_(mean).div_(std)
-
-    def _crop(self, values: np.ndarray, rng: torch.Generator) -> np.ndarray:
-        height, width = values.shape[1:]
-        top = int(torch.randint(height - self.size + 1, (), generator=rng))
-        left = int(torch.randint(width - self.size + 1, (), generator=rng))
-        mirrored = bool(torch.rand((), generator=rng) < 0.5)
-        values = values[:, top : top + self.size, left : left + self.size]
-        return values[:, :, ::-1] if mirrored and self.flip else values
-
-
-def train_transform(
-    size: int = 224,
-    resize: int = 256,
-    flip: bool = True,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-) -> Transform:
-    """Shorter side to ``resize``, random crop, with ``flip`` mirrored half of the times; called as t(image, rng)."""
-    if size > resize:
-        raise InputError(f"image size {size} is larger than the resized image, {resize}; crop at most {resize}")
-    return Transform(size, resize, flip, tuple(map(float, mean)), tuple(map(float, std)))
-
-
-def eval_transform(
-    size: int = 224, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> Transform:
-    """Resize to exactly ``size`` x ``size``, whatever the aspect ratio; called as t(image)."""
-    return Transform(size, None, False, tuple(map(float, mean)), tuple(map(float, std)))

@@ -10,9 +10,10 @@ from pathlib import Path
 from PIL import Image
 
 from modules.data.annotations import Study
-from modules.data.images import ImageFolder, open_image, train_transform
+from modules.data.images import ImageFolder, open_image
 from modules.data.sample_order import ORDER, keyed_generator
 from modules.data.shards import Shard
+from modules.data.transforms import size_by_shorter_side
 from modules.runtime.errors import InputError
 from modules.runtime.records import write_private
 
@@ -93,8 +94,7 @@ def packed_image(path: str, resize: int) -> tuple[str, bytes]:
     image = open_image(path)
     content = Path(path).read_bytes()
     if resize and min(image.size) > resize:
-        size = train_transform(size=resize, resize=resize).resized_size(*image.size)
-        image = image.resize(size, Image.Resampling.BILINEAR)
+        image = image.resize(size_by_shorter_side(*image.size, resize), Image.Resampling.BILINEAR)
     elif content.startswith(b"\x89PNG"):
         return "png", content
     elif content.startswith(b"\xff\xd8"):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from modules.data.images import Transform
+from modules.data.transforms import Transform
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.tester import autocast
 from modules.inference.attention import recorded_attention, view_maps
@@ -150,8 +150,7 @@ class Predictor:
             for view, image in enumerate(images):
                 pixels[row, view] = self.transform.pixels(image)
                 view_mask[row, view] = True
-        absent = ~view_mask[..., None, None, None].to(self.device)
-        return self.transform.normalise(pixels.to(self.device)).masked_fill_(absent, 0), view_mask
+        return self.transform.normalise(pixels.to(self.device), view_mask.to(self.device)), view_mask
 
     def _report(self, tokens: Tensor, log_probs: Tensor, maps: Tensor | None, pooled: np.ndarray) -> WrittenReport:
         """One row: ``tokens`` (L,) with 0 after the end, ``log_probs`` (L,), ``maps`` (L, N, g, g)."""

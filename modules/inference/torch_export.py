@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from modules.data.images import Transform
+from modules.data.transforms import Transform
 from modules.inference.hub_format import VOCABULARY
 from modules.runtime.errors import InputError
 from modules.runtime.records import private_folder, write_private

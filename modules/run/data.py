@@ -14,9 +14,10 @@ from models.base import BackboneSettings
 from modules.config import Config
 from modules.data.annotations import Annotation, Study, read_annotation
 from modules.data.datasets import EpochLoader, ReportDataset, build_loader
-from modules.data.images import ImageFolder, Transform, eval_transform, train_transform
+from modules.data.images import ImageFolder
 from modules.data.loaders import LimitedLoader
 from modules.data.tokenizers import Tokenizer
+from modules.data.transforms import Transform, eval_transform, train_transform
 from modules.ithn.synthesis import DRAWING_NEIGHBOURS, NEEDING_NEGATIVES
 from modules.mining.index import HardNegativeIndex
 from modules.runtime import distributed
@@ -37,8 +38,6 @@ if TYPE_CHECKING:  # what only some runs need is imported where it is used
 logger = logging.getLogger("ithn")
 AnyTokenizer = Union[Tokenizer, "BpeTokenizer"]
 
-# R2GenCMN resizes to 256 and crops 224; other image sizes keep that proportion.
-RESIZE_PER_CROP = 256 / 224
 FIRST_IMAGES = 100  # of a split, among which one must be found
 MEAN_STUDIES = 256  # their mean is off that of all by a sixteenth of the patches' spread
 
@@ -230,6 +229,12 @@ def _stored_images(config: Config, data: Data, split: str, *, negatives: bool) -
     return image_folder(config)
 
 
+def image_transform(config: Config, extractor: "VisualExtractor", *, augment: bool = False) -> Transform:
+    """From an image to the input of ``extractor``; ``augment`` adds training's random crop and flip."""
+    look = {"size": config.image_size, "mean": extractor.mean, "std": extractor.std}
+    return train_transform(**look, flip=config.flip) if augment else eval_transform(**look)
+
+
 def image_folder(config: Config) -> ImageFolder:
     """Where the annotation's image paths start."""
     return ImageFolder(config.image_dir, follow_links=config.follow_links)
@@ -290,7 +295,7 @@ def feature_source(
         image_folder(config),
         _paths(config, studies, negatives=True),
         extractor=extractor,
-        transform=eval_transform(size=config.image_size, mean=extractor.mean, std=extractor.std),
+        transform=image_transform(config, extractor),
         device=device,
         batch_size=config.batch_size,
         progress=Bar,
@@ -348,9 +353,7 @@ def build_dataset(
     if data.features is not None:
         transform = data.features
     else:
-        look = {"size": config.image_size, "mean": extractor.mean, "std": extractor.std}
-        resize = round(config.image_size * RESIZE_PER_CROP)
-        transform = train_transform(**look, resize=resize, flip=config.flip) if augment else eval_transform(**look)
+        transform = image_transform(config, extractor, augment=augment)
     neighbours = data.index.neighbours if negatives and data.index is not None else None
     studies = data.annotation.splits[split] if studies is None else studies
     if data.features is not None or config.shards or (split == "train" and not augment):

@@ -10,14 +10,14 @@ from PIL import Image
 
 from models.base import Backbone
 from modules.data.bpe_tokenizer import tokenizer_from_state
-from modules.data.images import eval_transform, open_image, refuse_blank
+from modules.data.images import open_image, refuse_blank
 from modules.flags import resolve_config
 from modules.inference.prediction import Predictor
 from modules.inference.study_files import StudyFiles
 from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
 from modules.run.build import build_backbone, build_extractor, decoding_options, load_weights, prepare_device
-from modules.run.data import score_tag
+from modules.run.data import image_transform, score_tag
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import FORMAT, load_checkpoint
 
@@ -57,7 +57,7 @@ def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
         tokenizer=tokenizer,
         device=device,
         precision=config.precision,
-        transform=eval_transform(size=config.image_size, mean=extractor.mean, std=extractor.std),
+        transform=image_transform(config, extractor),
         num_views=1 if config.views == "separate" else config.dataset.max_views,
         decoding=decoding_options(config),
     )

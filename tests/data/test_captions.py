@@ -7,11 +7,13 @@ import pytest
 from modules.data.annotations import Study, read_annotation
 from modules.data.captions import captions_by_sample, first_of_each_image, references, split_captions
 from modules.data.datasets import ReportDataset, collate
-from modules.data.images import ImageFolder, eval_transform
+from modules.data.images import ImageFolder
 from modules.data.tokenizers import Tokenizer, clean_report
+from modules.data.transforms import eval_transform
 from modules.mining.index import HardNegativeIndex
 from modules.runtime.errors import InputError
 from tests.coco_support import coco_records, make_coco
+from tests.transform_support import LOOK
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,8 @@ def test_samples_of_an_image_share_it_and_their_key(coco):
     annotation = split_captions(read_annotation(coco / "annotation.json"))
     train = annotation.splits["train"]
     tokenizer = Tokenizer.from_reports([study.report for study in train], 2, "coco")
-    dataset = ReportDataset(train, tokenizer, ImageFolder(coco / "images"), eval_transform(32), max_seq_length=20)
+    transform = eval_transform(32, *LOOK)
+    dataset = ReportDataset(train, tokenizer, ImageFolder(coco / "images"), transform, max_seq_length=20)
     batch = collate([dataset[index] for index in (0, 3, 4)])
     assert batch.ids == ["101#0", "101#3", "102#0"] and batch.report_key[0] == batch.report_key[1]
     assert batch.report_key[0] != batch.report_key[2]
@@ -105,7 +108,7 @@ def test_references_of_a_split_go_by_sample(coco):
             annotation.splits["test"],
             tokenizer,
             ImageFolder(coco / "images"),
-            eval_transform(32),
+            eval_transform(32, *LOOK),
             max_seq_length=20,
             views=views,
         )

@@ -9,10 +9,12 @@ from PIL import Image
 
 from modules.data.annotations import Study
 from modules.data.datasets import ReportDataset, build_loader
-from modules.data.images import ImageFolder, eval_transform, train_transform
+from modules.data.images import ImageFolder
 from modules.data.sample_order import AUGMENT_POSITIVE, keyed_generator
 from modules.data.tokenizers import Tokenizer
+from modules.data.transforms import eval_transform, train_transform
 from modules.runtime.errors import InputError
+from tests.transform_support import LOOK
 
 torch.set_num_threads(1)
 SIZE = 16
@@ -34,7 +36,7 @@ def make(tmp_path):
                 (tmp_path / path).parent.mkdir(exist_ok=True)
                 Image.new("L", (20, 24), number * 10 + view).save(tmp_path / path)
         reports = [one.report for one in studies]
-        options = {"transform": eval_transform(SIZE), "max_seq_length": 60} | options
+        options = {"transform": eval_transform(SIZE, *LOOK), "max_seq_length": 60} | options
         tokenizer = Tokenizer.from_reports(reports, 1, "iu_xray")
         return ReportDataset(studies, tokenizer, ImageFolder(tmp_path), **options)
 
@@ -202,7 +204,7 @@ def varied(tmp_path):
         Image.fromarray(rng.integers(0, 256, (30, 40), dtype=np.uint8)).save(tmp_path / path)
     tokenizer = Tokenizer.from_reports([one.report for one in studies], 1, "iu_xray")
     return ReportDataset(
-        studies, tokenizer, ImageFolder(tmp_path), train_transform(SIZE, 24), max_seq_length=60, seed=7,
+        studies, tokenizer, ImageFolder(tmp_path), train_transform(SIZE, *LOOK, resize=24), max_seq_length=60, seed=7,
         neighbours=np.roll(np.arange(11, dtype=np.int32), 1)[:, None],
     )  # fmt: skip
 

@@ -8,12 +8,14 @@ import torch
 from torchvision.models import resnet18
 
 from modules.data.feature_cache import build_feature_cache
-from modules.data.images import ImageFolder, eval_transform
+from modules.data.images import ImageFolder
+from modules.data.transforms import eval_transform
 from modules.layers.visual_extractor import VisualExtractor
 from modules.runtime.errors import InputError
 from modules.runtime.records import private_folder
 from modules.runtime.run_log import Bar
 from tests.gloo_support import run_together
+from tests.transform_support import LOOK
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def build(demo, folder, extractor, **changes):
     paths = sorted(path.relative_to(demo / "images").as_posix() for path in (demo / "images").glob("*/*.png"))[:5]
     settings = {
         "extractor": extractor,
-        "transform": eval_transform(32),
+        "transform": eval_transform(32, *LOOK),
         "device": torch.device("cpu"),
         "batch_size": 2,
         "progress": Bar,
@@ -38,7 +40,7 @@ def test_features_are_the_extractors(demo, tmp_path, extractor):
     cache = build(demo, tmp_path, extractor)
     images = ImageFolder(demo / "images")
     for path in cache.rows:
-        pixels = eval_transform(32)(images(path))
+        pixels = eval_transform(32, *LOOK)(images(path))
         expected, _, _ = extractor(pixels[None, None])
         torch.testing.assert_close(cache(path), expected[0], rtol=1e-5, atol=1e-5)
     assert oct(cache.file.stat().st_mode)[-3:] == "600" and len(list(tmp_path.iterdir())) == 1
@@ -68,7 +70,7 @@ def test_the_file_is_found_again_and_belongs_to_weights_and_images(demo, tmp_pat
     assert build(demo, tmp_path, Unused()).file == first.file
     torch.manual_seed(1)
     assert build(demo, tmp_path, VisualExtractor("resnet18", image_size=32, frozen=True)).file != first.file
-    assert build(demo, tmp_path, extractor, transform=eval_transform(32, mean=(0.5,) * 3)).file != first.file
+    assert build(demo, tmp_path, extractor, transform=eval_transform(32, (0.5,) * 3, LOOK[1])).file != first.file
     image = demo / "images" / next(iter(first.rows))
     status = image.stat()
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))

@@ -15,12 +15,14 @@ from PIL import Image
 from modules.data import image_cache
 from modules.data.datasets import collate
 from modules.data.image_cache import build_image_cache
-from modules.data.images import ImageFolder, eval_transform, train_transform
+from modules.data.images import ImageFolder
 from modules.data.sample_order import keyed_generator
+from modules.data.transforms import eval_transform, train_transform
 from modules.runtime.errors import InputError
+from tests.transform_support import LOOK
 
 torch.set_num_threads(1)
-TRAIN, EVALUATION = train_transform(16, 24), eval_transform(16)
+TRAIN, EVALUATION = train_transform(16, *LOOK, resize=24), eval_transform(16, *LOOK)
 
 
 def noise(*shape, seed=0):
@@ -102,11 +104,12 @@ def test_one_private_file_is_made_once(pictures, tmp_path, monkeypatch, caplog):
     again = build(pictures, tmp_path / "cache")
     assert not names and again.file == first.file and again.file.stat().st_mtime_ns == made.st_mtime_ns
     # Crop, flip and normalisation come later: they share the file.
-    assert build(pictures, tmp_path / "cache", train_transform(20, 24, flip=False, mean=(0.5,) * 3)).file == first.file
+    other = train_transform(20, (0.5,) * 3, LOOK[1], resize=24, flip=False)
+    assert build(pictures, tmp_path / "cache", other).file == first.file
     # What changes the pixels, or decides which may be seen, does not.
     for change in (
         {"transform": EVALUATION},
-        {"transform": train_transform(16, 25)},
+        {"transform": train_transform(16, *LOOK, resize=25)},
         {"follow_links": True},
         {"max_pixels": 10**4},
     ):

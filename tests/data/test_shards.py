@@ -166,13 +166,14 @@ def test_evaluation_reads_in_order(shards, demo):
 
 
 def test_smaller_images_are_what_training_crops_from(demo, tmp_path):
-    from modules.data.images import train_transform
+    from modules.data.transforms import train_transform
+    from tests.transform_support import LOOK
 
     make(tmp_path / "small", demo, "--resize", 40)
     images, folder = split_images(tmp_path / "small", demo), ImageFolder(demo / "images")
     path = images.paths[0][0]
     assert min(images(path).size) == 40 < min(folder(path).size)
-    transform = train_transform(size=32, resize=40)
+    transform = train_transform(32, *LOOK, resize=40)
     seed = torch.Generator
     assert torch.equal(
         transform.pixels(images(path), seed().manual_seed(3)), transform.pixels(folder(path), seed().manual_seed(3))

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from models import MODELS
-from modules.data.images import eval_transform
+from modules.data.transforms import eval_transform
 from modules.decoding.options import DecodingOptions
 from modules.inference import torch_export as programs
 from modules.runtime.errors import InputError
 from scripts import export, predict
 from tests.run.test_plugin import OWN_FLAGS, build
+from tests.transform_support import LOOK
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 6
@@ -29,7 +30,7 @@ LENGTH = 6
 def test_programs_are_the_backbone(demo, demo_labels, demo_index, tmp_path, name):
     """Their log-probabilities are forward's, their greedy reports the search's, and a changed weight is noticed."""
     _, data, objective, _ = build(demo, demo_index, "--model_name", name, "--ithn", "off", *OWN_FLAGS[name])
-    backbone, transform = objective.backbone.eval(), eval_transform(size=32)
+    backbone, transform = objective.backbone.eval(), eval_transform(32, *LOOK)
     sizes = {"num_views": 2, "length": LENGTH, "num_ids": data.tokenizer.num_ids}
     written = programs.export_programs(backbone, transform, **sizes)
     programs.write_programs(tmp_path, written, {"any_length": backbone.any_length}, data.tokenizer.state())

@@ -171,7 +171,7 @@ def test_script_says_that_nothing_is_pooled(mine, capsys):
     mine(REPORTS, "--top_k", 1)
     assert "--pooling" not in capsys.readouterr().out
     mine(REPORTS, "--top_k", 1, "--pooling", "first")
-    assert "--pooling first does nothing with --text_encoder tfidf" in capsys.readouterr().out
+    assert "--pooling first has no effect with --text_encoder tfidf" in capsys.readouterr().out
 
 
 def test_script_restores_the_literal_rule(mine):
