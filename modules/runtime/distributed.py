@@ -1,19 +1,17 @@
-"""Several processes: joining them, the features and counts of all of them; with one process everything is the identity.
+"""Several processes: joining them, and bringing together their features, counts and texts.
 
-Batches must have the same number of rows in every process. What is no tensor travels as JSON, never as a pickle: a
-process runs nothing that came over the network.
+With one process every function is the identity. Batches must have the same number of rows in every process.
 """
 
 import contextlib
 import ctypes
 import inspect
-import json
 import multiprocessing
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +24,7 @@ from modules.runtime.errors import InputError, error_line
 from modules.runtime.launch import launched
 from modules.runtime.stopping import GracefulShutdown
 
-# The longest that processes wait for one another: the first one scores a validation split alone.
+# How long processes wait for one another: the main process scores a validation split alone.
 TIMEOUT = timedelta(hours=1)
 _LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "connection refused", "aborted")
 
@@ -47,13 +45,13 @@ def world_size() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes, scores and speaks."""
+    """Whether this process writes, scores and logs for all of them."""
     return rank() == 0
 
 
 @contextlib.contextmanager
 def processes(device: str, shutdown: GracefulShutdown | None = None) -> Iterator[None]:
-    """Join the processes that were launched together, NCCL between GPUs and gloo between CPUs; leave them at the end.
+    """Join the processes that were launched together (NCCL between GPUs, gloo between CPUs), and leave at the end.
 
     ``device`` as in --device. Inside, a user's mistake (InputError) is printed once, however many processes meet it,
     and ends this process with code 2. The loss of another process is one line and code 1, or no line where
@@ -65,7 +63,7 @@ def processes(device: str, shutdown: GracefulShutdown | None = None) -> Iterator
     _end_with_parent()
     gpus = device != "cpu" and torch.cuda.is_available()
     store, own, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # Both backends: tensors on the CPU, such as texts on their way to be scored, never pass through a GPU.
+    # Both backends: what is on the CPU, such as generated texts, never passes through a GPU.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=own, world_size=count, timeout=TIMEOUT
     )
@@ -88,22 +86,22 @@ def processes(device: str, shutdown: GracefulShutdown | None = None) -> Iterator
 
 
 def _end_with_parent() -> None:
-    """Have the system end this process when its launcher is killed: nobody would be left to do it."""
+    """Ask the system to end this process when its launcher is killed, which could not do so any more."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _say_once(store: dist.Store, line: str) -> None:
-    """Print ``line`` unless another process has said it."""
-    with contextlib.suppress(RuntimeError):  # the store's host is gone
+    """Print ``line`` unless another process has printed it."""
+    with contextlib.suppress(RuntimeError):  # the process that holds the store is gone
         if store.add(f"said/{line}", 1) > 1:
             return
     print(line, file=sys.stderr, flush=True)
 
 
 def _leave(code: int) -> None:
-    """End this process and its children at once: the destructors of a broken group would wait for the others."""
+    """Exit immediately, with child processes: destructors of a broken process group would wait for the others."""
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()
@@ -111,6 +109,8 @@ def _leave(code: int) -> None:
 
 
 class _Gather(torch.autograd.Function):
+    """torch.distributed.nn has such a function, deprecated in favour of a private one."""
+
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.rows = len(x)
@@ -149,19 +149,16 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def broadcast_object(value: Any) -> Any:
-    """What the first process passes as ``value`` (anything JSON can hold); the others' is not looked at."""
+    """The main process's ``value`` (tensors and plain Python values) in every process."""
     if not is_distributed():
         return value
-    content = _encoded(value) if is_main_process() else torch.empty(0, dtype=torch.uint8)
-    length = torch.tensor([len(content)])
-    dist.broadcast(length, 0)
-    content = content if is_main_process() else torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(content, 0)
-    return _decoded(content)
+    values = [value]
+    dist.broadcast_object_list(values, 0, **_safe(dist.broadcast_object_list))
+    return values[0]
 
 
 def broadcast_rows(rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The first process's float32 ``rows``, which have that ``shape``; the others' are not looked at."""
+    """The main process's float32 ``rows``, which have that ``shape``, in every process."""
     if not is_distributed():
         return rows
     found = torch.from_numpy(rows).clone() if is_main_process() else torch.empty(shape)
@@ -171,7 +168,7 @@ def broadcast_rows(rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """A block that the others enter when the first process has left it: what it fetched is in the cache then."""
+    """A block that the other processes enter after the main process has left it, when its downloads are cached."""
     if not is_main_process():
         broadcast_object(None)
     yield
@@ -180,62 +177,38 @@ def main_process_first() -> Iterator[None]:
 
 
 def gather_batches(texts: Sequence[Any], rows: Sequence[Tensor]) -> tuple[list[Any], list[Tensor]] | None:
-    """Bring batches that were shared out in turn (batch b to process b mod world) back into their order.
+    """Restore the order of batches that the processes took in turn (batch b by process b mod world).
 
-    ``texts`` and ``rows`` hold this process's batches: anything JSON can hold, and tensors on the CPU whose shapes
-    differ in the first dimension only. Returns all of them in the first process, None in the others.
+    ``texts`` (plain Python values) and ``rows`` (tensors on the CPU) are this process's batches. Returns those of all
+    processes in the main process, None in the others.
     """
     if not is_distributed():
         return list(texts), list(rows)
-    headers = _gather_bytes(_encoded([list(texts), [len(part) for part in rows]]))
-    own = torch.cat(list(rows)) if rows else torch.empty(0)
-    contents = _gather_bytes(own.contiguous().view(-1).view(torch.uint8))
-    if headers is None:
+    found = [[] for _ in range(world_size())] if is_main_process() else None
+    dist.gather_object(list(zip(texts, rows, strict=True)), found, 0, **_safe(dist.gather_object))
+    if found is None:
         return None
-    found = [
-        [*zip(*_of_process(header, content, own), strict=True)]
-        for header, content in zip(headers, contents, strict=True)
-    ]
     turns = range(max(map(len, found)))
     ordered = [batches[turn] for turn in turns for batches in found if turn < len(batches)]
     return [text for text, _ in ordered], [part for _, part in ordered]
 
 
-def _of_process(header: Tensor, content: Tensor, like: Tensor) -> tuple[list[Any], list[Tensor]]:
-    texts, counts = _decoded(header)
-    rows = content.view(like.dtype).view(-1, *like.shape[1:]) if counts else like[:0]
-    return texts, list(rows.split(counts))
-
-
-def _gather_bytes(own: Tensor) -> list[Tensor] | None:
-    """The 1-d uint8 tensors of all processes, of any lengths, in the first process; None in the others."""
-    lengths = gather(torch.tensor([len(own)])).tolist()
-    padded = torch.zeros(max(lengths), dtype=torch.uint8)
-    padded[: len(own)] = own
-    parts = [torch.empty_like(padded) for _ in lengths] if is_main_process() else None
-    dist.gather(padded, parts, 0)
-    return None if parts is None else [part[:length].clone() for part, length in zip(parts, lengths, strict=True)]
-
-
-def _encoded(value: Any) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def _decoded(content: Tensor) -> Any:
-    return json.loads(content.numpy().tobytes())
+def _safe(collective: Callable) -> dict[str, bool]:
+    """weights_only=True where this torch has it: without it, objects travel as pickles, which may run code."""
+    return {"weights_only": True} if "weights_only" in inspect.signature(collective).parameters else {}
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
-    """What to call instead of ``module`` so that its gradients are the mean over the processes.
+    """A wrapper of ``module`` whose gradients are averaged over the processes.
 
-    All of them start from the first one's weights and buffers. From then on buffers are each process's own: those
-    that must agree are computed from gathered features, and running statistics are averaged now and then.
+    All processes start from the main process's weights and buffers. Afterwards each has its own buffers: those that
+    must agree are computed from gathered features, and running statistics are averaged when they are needed.
     """
     if not is_distributed():
         return module
     broadcast_weights(module)
     device, wrapper = next(module.parameters()).device, nn.parallel.DistributedDataParallel
-    # Broadcasting before every forward pass would send the memory of the previous epoch's negatives along.
+    # Otherwise every forward pass would broadcast all buffers, the memory of the previous epoch's negatives included.
     name = (
         "forward_sync_buffers"
         if "forward_sync_buffers" in inspect.signature(wrapper).parameters
@@ -250,16 +223,16 @@ def data_parallel(module: nn.Module) -> nn.Module:
 
 
 def no_gradient_sync(parallel: nn.Module) -> contextlib.AbstractContextManager:
-    """A block whose gradients each process adds up by itself, to be brought together with those that follow it."""
+    """Context in which gradients accumulate locally, to be averaged by the next backward pass outside it."""
     return parallel.no_sync() if is_distributed() else contextlib.nullcontext()
 
 
 @torch.no_grad()
 def average_running_statistics(module: nn.Module) -> None:
-    """Give all processes the mean of their running means and variances (batch normalisation).
+    """Replace running means and variances (batch normalisation) by their mean over the processes.
 
-    In training each process keeps its own, which no loss depends on. They are moving averages, linear in what was
-    seen, so it makes no difference when or how often they are averaged.
+    In training each process keeps its own, on which no loss depends. They are moving averages, linear in the batches,
+    so it makes no difference when or how often they are averaged.
     """
     if not is_distributed():
         return
@@ -272,27 +245,27 @@ def average_running_statistics(module: nn.Module) -> None:
 
 @torch.no_grad()
 def broadcast_weights(module: nn.Module) -> None:
-    """Give all processes the first one's parameters and buffers."""
+    """Copy the main process's parameters and buffers to all processes."""
     if is_distributed():
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.data, 0)
 
 
-# ---- the state of the random generators, which a checkpoint keeps; with several processes they are seeded by key
+# ---- random generators: their state is part of a checkpoint; several processes seed them by key instead
 
 
 def rng_state() -> dict[str, Any]:
-    """State of torch's generators on every device; augmentation and order are keyed by epoch and need none."""
+    """State of torch's generators on every device; augmentation and order are seeded by epoch and need none."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
 def restore_rng_state(state: Mapping[str, Any]) -> None:
-    """Set torch's generators to a kept state; GPU states are skipped where the number of GPUs has changed."""
+    """Set torch's generators to a saved state; GPU states are skipped if the number of GPUs has changed."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def seed_by(*key: int) -> None:
-    """Seed torch's generators on every device by ``key`` alone."""
+    """Seed torch's generators on every device from ``key`` alone."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))

@@ -12,12 +12,10 @@ from tests.conftest import TINY
 from tests.gloo_support import run_together
 
 
-class Scores:
-    """Stands for modules.run.scoring.Scoring, in the process that scores."""
-
-    def validation(self, found):
-        assert distributed.is_main_process()
-        return {"words": sum(map(len, found.generated)) / len(found.ids), "METEOR": None}
+def score(found):
+    """Stands for modules.run.scoring.Scoring.validation, in the process that scores."""
+    assert distributed.is_main_process()
+    return {"words": sum(map(len, found.generated)) / len(found.ids), "METEOR": None}
 
 
 def evaluated(demo, method: str, views: str, guidance: float) -> dict:
@@ -57,7 +55,7 @@ def evaluated(demo, method: str, views: str, guidance: float) -> dict:
     torch.rand(distributed.rank())  # what is drawn before must not matter
     with training_studies(config, data, objective.backbone.visual_extractor, device) as guide:
         tester = build_tester(
-            config, data.tokenizer, objective, device, Scores() if distributed.is_main_process() else None, guide
+            config, data.tokenizer, objective, device, score if distributed.is_main_process() else None, guide
         )
         scores, found = tester.evaluate(loader, "test")
     return {
