@@ -1,12 +1,12 @@
-"""The rule labeler against labels that a CSV file brings (the CheXpert labeler's, say), and its speed.
+"""Agreement of the rule labeler with the labels of a CSV file (such as the CheXpert labeler's), and its speed.
 
-  python benchmarks/label_reports.py labelled.csv               a column report or findings, and the 14 classes by name
+  python benchmarks/label_reports.py labelled.csv               columns: report or findings, and the 14 classes
   python benchmarks/label_reports.py labelled.csv --folds 10    cross-validation over the phrase tables (minutes)
 
-Agreement on texts that the rules were written from says little about others. --folds asks how much of it rests on
-single texts: for each fold, every alternative of every phrase table whose help shows in that fold's texts alone is
-taken out before the fold is labelled. What remains optimistic: the wording of the alternatives, and those that no
-text needs.
+Agreement on the texts that the rules were written from says little about other texts. --folds measures how much of it
+depends on single texts: before a fold is labelled, every alternative of every phrase table that only improves texts of
+that fold is removed. This is still optimistic: the wording of the alternatives has seen all texts, and alternatives
+that no text needs stay.
 """
 
 import random
@@ -31,7 +31,7 @@ _OPENING = re.compile(r"\((?:\?(?:[:=!]|<[=!]))?")
 
 
 def f1(truth: list[Labels], ours: list[Labels], value: int, columns: list[int]) -> tuple[float, int]:
-    """F1 of one label over the given classes, and how often the file has it."""
+    """F1 of one label over the given classes, and its count in the file."""
     pairs = [(row[column], other[column]) for row, other in zip(truth, ours, strict=True) for column in columns]
     both = sum(pair == (value, value) for pair in pairs)
     there, here = sum(first == value for first, _ in pairs), sum(second == value for _, second in pairs)
@@ -47,7 +47,7 @@ def print_agreement(truth: list[Labels], ours: list[Labels]) -> None:
 
 
 def print_speed(reports: list[str]) -> None:
-    """Reports per CPU second, with an empty cache of sentences and without one."""
+    """Print reports per CPU second, starting with an empty cache of sentences, and without a cache."""
     uncached = RuleLabeler()
     uncached.label_sentence = uncached._label_sentence
     for name, labeler in (("as it is", RuleLabeler()), ("without its cache of sentences", uncached)):
@@ -97,7 +97,7 @@ def places() -> list[Place]:
 
 
 def without(taken_out: list[Place]) -> RuleLabeler:
-    """The labeler without these alternatives; they match nothing any more."""
+    """The labeler with these alternatives replaced by patterns that never match."""
     changed: dict[str, clinical_rules.Table] = {}
     cut: dict[tuple, list[tuple[int, int]]] = {}
     for table, key, start, end in sorted(taken_out, key=lambda place: place[2] - place[3]):  # the longest first
@@ -118,12 +118,12 @@ def without(taken_out: list[Place]) -> RuleLabeler:
 
 
 def correct(truth: Labels, ours: Labels) -> int:
-    """In how many classes two labels agree."""
+    """Number of classes in which two label vectors agree."""
     return sum(first == second for first, second in zip(truth, ours, strict=True))
 
 
 def supports(reports: list[str], truth: list[Labels]) -> dict[Place, set[int]]:
-    """For each alternative, the reports that are labelled worse without it."""
+    """For each alternative, the reports whose labels get worse without it."""
     base = RuleLabeler()
     found = [correct(row, list(base.label_report(report).values())) for row, report in zip(truth, reports, strict=True)]
     sentences = [split_sentences(report) for report in reports]
@@ -144,7 +144,7 @@ def supports(reports: list[str], truth: list[Labels]) -> dict[Place, set[int]]:
 
 
 def cross_validate(reports: list[str], truth: list[Labels], folds: int, seed: int) -> list[Labels]:
-    """The labels of each report, by the alternatives that reports of other folds need (or that none needs)."""
+    """Labels of each report, made with the alternatives that reports of other folds need, or that none needs."""
     support = supports(reports, truth)
     order = list(range(len(reports)))
     random.Random(seed).shuffle(order)
@@ -158,12 +158,12 @@ def cross_validate(reports: list[str], truth: list[Labels], folds: int, seed: in
 
 
 def main() -> None:
-    """Compare, time, and cross-validate if asked."""
+    """Print agreement and speed, and the cross-validated agreement if --folds is given."""
     parser = Parser(description=__doc__)
     parser.add_argument("labelled", metavar="LABELLED.csv", help="reports and their labels")
     parser.add_argument("--column", help="the column with the reports (default: report, reports or findings)")
-    parser.add_argument("--folds", type=int, default=0, help="cross-validate with so many folds (default: not at all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the folds (default: %(default)s)")
+    parser.add_argument("--folds", type=int, default=0, help="number of folds of the cross-validation (default: none)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the folds (default: %(default)s)")
     arguments = parser.parse_args()
     table = read_table(arguments.labelled)
     column, truth = report_column(table, arguments.column), parse_labels(table)

@@ -2,8 +2,8 @@
 
 The output has the input's columns, then the classes by name: 1 positive, 0 negative, -1 uncertain, empty unmentioned.
 From an annotation.json the columns are id, split and report: main_train.py --label_path takes the output.
-OUT.provenance.json, beside it, says what it was made from. A file that is there is replaced only where this program
-wrote it and it was not changed since.
+OUT.provenance.json, in the same folder, records what it was made from. An existing file is replaced only if this
+program wrote it and it has not been changed since.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """InputError where something would be lost: labels that a person has corrected, for one."""
+    """Raise InputError if something would be lost, such as labels that a person has corrected."""
     origin = origin_of(arguments.out)
     check_outputs(
         [
@@ -105,22 +105,22 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def origin_of(out: str | Path) -> Path:
-    """The file beside ``out`` that says what it was made from."""
+    """Path of the record of what ``out`` was made from, in the same folder."""
     try:
         return Path(out).with_suffix(".provenance.json")
     except ValueError:
-        raise InputError(f"--out {out}: names no file") from None
+        raise InputError(f"--out {out}: is not the name of a file") from None
 
 
 def is_own(out: Path) -> bool:
-    """Whether the file beside ``out`` says that this program wrote it, and it was left as it was."""
+    """Whether this program wrote ``out`` according to its record, and it has not been changed since."""
     from modules.runtime.environment import file_sha256
 
     return json.loads(origin_of(out).read_text(encoding="utf-8"))["output_sha256"] == file_sha256(out)
 
 
 def write_origin(arguments: argparse.Namespace) -> None:
-    """Beside OUT.csv, in OUT.provenance.json: what it was made from, by what, with hashes of both."""
+    """Write OUT.provenance.json: what OUT.csv was made from, by what, with the hashes of both."""
     from modules.runtime.environment import file_sha256, provenance
     from modules.runtime.records import write_results
 

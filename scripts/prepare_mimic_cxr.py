@@ -1,11 +1,11 @@
-"""Make data/mimic_cxr (annotation.json and images) of PhysioNet's files, as R2Gen has it.
+"""Make data/mimic_cxr (annotation.json, images, summary.json) from PhysioNet's files, in R2Gen's layout.
 
   --reports  mimic-cxr-reports.zip, or the folder of MIMIC-CXR in which files/p10/... holds the reports
   --tables   the folder with mimic-cxr-2.0.0-split.csv.gz and -metadata.csv.gz (-chexpert.csv.gz for --labels_out)
   --images   the folder of MIMIC-CXR-JPG in which files/p10/... holds the images; DICOM files of MIMIC-CXR will do
 
 All of this needs credentialed access at PhysioNet, whose data use agreement also covers what is written here. The split
-is the official one, which keeps patients whole. Nothing is written outside --out, but for --labels_out.
+is the official one, which keeps patients whole. Nothing is written outside --out, except --labels_out.
 """
 
 import argparse
@@ -59,13 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--section",
         choices=SECTIONS,
         default="findings",
-        help="what of a report is to be written (default %(default)s, as R2Gen)",
+        help="section of the report to write (default %(default)s, as R2Gen)",
     )
     parser.add_argument(
         "--records",
         choices=("image", "study"),
         default="image",
-        help="a record for each image, as R2Gen, or for each study with all its images (default image)",
+        help="one record per image, as R2Gen, or per study with all its images (default image)",
     )
     parser.add_argument("--views", nargs="+", metavar="VIEW", help="take only these view positions, e.g. PA AP")
     parser.add_argument(
@@ -79,13 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="PX",
-        help="write the images anew as JPEG with this shorter side, e.g. 256",
+        help="re-encode the images as JPEG with this shorter side, e.g. 256",
     )
     parser.add_argument(
         "--labels_out",
         type=Path,
         metavar="CSV",
-        help="write the CheXpert labels of every study as --label_path of main_train.py takes them",
+        help="write the CheXpert labels of every study, for --label_path of main_train.py",
     )
     parser.add_argument(
         "--workers",
@@ -142,7 +142,7 @@ def extract_reports(
 
 
 def place_images(arguments: argparse.Namespace, images: list[MimicImage]) -> tuple[list[MimicImage], str]:
-    """The images that could be had, and the ending of their files in the output folder."""
+    """The images that could be read, and the extension of their files in the output folder."""
     from modules.runtime.run_log import Bar
 
     tree = find_tree(arguments.images)
@@ -178,7 +178,7 @@ def frontal_and_lateral_first(images: list[MimicImage]) -> list[MimicImage]:
 
 
 def build_records(images: list[MimicImage], reports: dict[str, str], records: str, ending: str) -> dict[str, list]:
-    """The annotation: one record an image, or one a study with a frontal view first."""
+    """The annotation: one record per image, or one per study with a frontal view first."""
     groups = defaultdict(list)
     for image in images:
         groups[image.dicom_id if records == "image" else f"s{image.study_id}"].append(image)
@@ -201,7 +201,7 @@ def build_records(images: list[MimicImage], reports: dict[str, str], records: st
 
 
 def show_counts(stages: dict[str, Counter], records: str, section: str) -> None:
-    """Print one row for each stage, and R2Gen's."""
+    """Print one row per stage, and R2Gen's numbers."""
     width = max(map(len, stages)) + 2
     print(" " * width + "".join(f"{split:>10}" for split in SPLITS))
     for name, counts in (stages | {"R2Gen's records": Counter(R2GEN)}).items():
@@ -240,7 +240,7 @@ def main() -> None:
         known = {image.view for image in images}
         if views - known:
             raise InputError(
-                f"--views {' '.join(sorted(views - known))}: no image has it; the metadata have "
+                f"--views {' '.join(sorted(views - known))}: no image of this view; the metadata list "
                 f"{', '.join(sorted(filter(None, known)))}"
             )
         images = [image for image in images if image.view in views]
@@ -257,7 +257,7 @@ def main() -> None:
         images, ending = place_images(arguments, images)
         stages["whose file is there"] = images
         if not images:
-            raise InputError(f"--images {arguments.images}: no image of them could be had")
+            raise InputError(f"--images {arguments.images}: none of the images could be read")
     annotation = build_records(images, reports, arguments.records, ending)
     done = write_annotation(path, annotation)
     if arguments.labels_out:

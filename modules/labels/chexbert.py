@@ -1,4 +1,4 @@
-"""CheXbert (Smit et al., 2020, arXiv:2004.09167): a BERT with one head per observation, from its public checkpoint.
+"""CheXbert (Smit et al., 2020, arXiv:2004.09167): BERT with one head per observation, from the public checkpoint.
 
 Shapes: B reports of a batch, T word pieces, H hidden units.
 """
@@ -16,7 +16,7 @@ from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import require_plain_archive
 
-# The order of the heads, and what the classes of a head stand for: blank, positive, negative, uncertain.
+# The order of the heads, and the classes of a head: blank, positive, negative, uncertain.
 CONDITIONS = (
     "Enlarged Cardiomediastinum",
     "Cardiomegaly",
@@ -34,8 +34,8 @@ CONDITIONS = (
     "No Finding",
 )
 VALUES = (np.nan, 1.0, 0.0, -1.0)
-_SIZES = [2 if name == "No Finding" else len(VALUES) for name in CONDITIONS]  # that head knows blank and positive only
-# In the checkpoint but of no use: the heads read the first token itself, and positions are counted anew.
+_SIZES = [2 if name == "No Finding" else len(VALUES) for name in CONDITIONS]  # that head has blank and positive only
+# Unused parts of the checkpoint: the heads read the first token itself, and position ids are recomputed.
 _UNUSED = ("bert.pooler.", "bert.embeddings.position_ids")
 
 
@@ -43,7 +43,7 @@ class Chexbert(nn.Module):
     """The labeler in evaluation mode, on the CPU until it is moved.
 
     ``path`` is chexbert.pth; ``encoder`` a folder with config.json and vocab.txt of its BERT, or the id of a model on
-    the Hugging Face hub, whose two files are downloaded. InputError where either cannot be read or does not fit.
+    the Hugging Face hub, whose two files are downloaded. InputError if either cannot be read or does not fit.
     """
 
     def __init__(self, path: str, encoder: str = "bert-base-uncased", *, batch_size: int = 32) -> None:
@@ -55,9 +55,9 @@ class Chexbert(nn.Module):
         self._batch_size, self._max_length = batch_size, config.max_position_embeddings
         try:
             self.bert = BertModel(config, add_pooling_layer=False)
-        except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # sizes that do not go together
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # inconsistent sizes
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"--chexbert_encoder {encoder}: its config.json makes no BERT: {reason}") from error
+            raise InputError(f"--chexbert_encoder {encoder}: its config.json is not a BERT's: {reason}") from error
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.linear_heads = nn.ModuleList(nn.Linear(config.hidden_size, size) for size in _SIZES)
         try:
@@ -82,7 +82,7 @@ class Chexbert(nn.Module):
         labels = np.empty((len(texts), len(CLASSES)))
         columns = [CLASSES.index(name) for name in CONDITIONS]
         device = self.linear_heads[0].weight.device
-        # Longest first: batches need little padding, and the one that needs most memory comes at once.
+        # Longest first: batches need little padding, and the largest one shows at once whether memory suffices.
         order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
         with tqdm(total=len(texts), desc="CheXbert", unit="report", leave=False, disable=None) as bar:
             for start in range(0, len(order), self._batch_size):
@@ -107,20 +107,20 @@ def _read_weights(path: str) -> dict[str, Tensor]:
     require_plain_archive(path, "--chexbert_path")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader raises whatever the damaged bytes lead it to
+    except Exception as error:  # damaged bytes raise many kinds of errors
         raise InputError(
             f"--chexbert_path {path}: damaged, or holds more than tensors and plain values "
             f"({type(error).__name__}); it was not loaded"
         ) from error
     weights = content.get("model_state_dict") if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
-        raise InputError(f"--chexbert_path {path}: has no model_state_dict, as CheXbert's checkpoint has")
+        raise InputError(f"--chexbert_path {path}: has no model_state_dict, which CheXbert's checkpoint has")
     if not all(
         isinstance(key, str) and isinstance(value, Tensor) and value.layout is torch.strided
         for key, value in weights.items()
     ):
-        raise InputError(f"--chexbert_path {path}: its model_state_dict holds other things than dense tensors by name")
-    # It was saved from several GPUs, under the wrapper's names.
+        raise InputError(f"--chexbert_path {path}: its model_state_dict does not map names to dense tensors")
+    # Saved by DataParallel, which prefixes the names.
     named = {key.removeprefix("module."): value for key, value in weights.items()}
     return {key: value for key, value in named.items() if not key.startswith(_UNUSED)}
 
@@ -135,9 +135,9 @@ def _read_encoder(encoder: str) -> tuple[Any, Any]:
             f"--chexbert_encoder {encoder}: its configuration and vocabulary cannot be read ({type(error).__name__}); "
             "give a folder with BERT-base's config.json and vocab.txt, or a hub id where there is a network"
         ) from error
-    if len(tokenizer) != config.vocab_size:  # without vocab.txt the library makes one of its special tokens
+    if len(tokenizer) != config.vocab_size:  # without vocab.txt the library builds a vocabulary of its special tokens
         raise InputError(
-            f"--chexbert_encoder {encoder}: its vocab.txt is missing or another model's: {len(tokenizer)} "
+            f"--chexbert_encoder {encoder}: its vocab.txt is missing or belongs to another model: {len(tokenizer)} "
             f"words where config.json says {config.vocab_size}"
         )
     return config, tokenizer

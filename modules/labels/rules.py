@@ -1,13 +1,13 @@
-"""Phrase tables of the rule-based CheXpert-style labeler: what names, what negates and what doubts an observation.
+"""Phrase tables of the rule-based CheXpert-style labeler: which words name, negate and doubt an observation.
 
-Every entry is a regular expression over one lower-cased sentence with single spaces. The conventions are those of
-the CheXpert labeler (Irvin et al., 2019, arXiv:1901.07031), which are not always what a radiologist means: a stable
-heart size counts as uncertain, any "contour" as a mention of the cardiomediastinum, an endplate as a device.
+Every entry is a regular expression over one sentence as ``sentences.split_sentences`` returns it. The conventions are
+those of the CheXpert labeler (Irvin et al., 2019, arXiv:1901.07031), which a radiologist does not always share: a
+stable heart size counts as uncertain, any "contour" as a mention of the cardiomediastinum, an endplate as a device.
 """
 
 Table = str | dict[str, str] | tuple[tuple[str, str, int], ...]
 
-# The tables below that make up the labeler.
+# The tables that make up the labeler; ``labeler.RuleLabeler`` takes replacements for them by name.
 TABLES = (
     "FINDINGS", "ANATOMY", "NOT_MENTIONS", "WEAK_MENTIONS", "IMPLIED", "OTHER_FINDINGS", "SCOPE_END", "ONE_SIDE",
     "KEPT", "NEGATION_BEFORE", "UNCERTAIN_BEFORE", "DENIAL_DOUBTED", "UNCERTAIN_AFTER", "NEGATION_AFTER",
@@ -31,7 +31,7 @@ CLASSES = (
     "Support Devices",
 )
 
-# Child -> parent in the observations' hierarchy (Irvin et al., 2019, figure 1), children before their parents' parents.
+# Child -> parent in the hierarchy of observations (Irvin et al., 2019, figure 1), from the leaves to the roots.
 PARENTS = {
     "Cardiomegaly": "Enlarged Cardiomediastinum",
     "Pneumonia": "Consolidation",
@@ -65,7 +65,7 @@ FINDINGS = {
     r"|support (?:apparatus|equipment)",
 }
 
-# Anatomy whose size or outline is reported: its label follows from "normal", "stable" or "enlarged" beside it.
+# Anatomy whose size or outline is reported: its label follows from "normal", "stable" or "enlarged" in its sentence.
 ANATOMY = {
     "Enlarged Cardiomediastinum": r"(?<=\s)mediastinum|mediastinal (?:silhouette|configuration)s?"
     r"|cardiomediastinum|(?:cardiomediastinal|pericardial) silhouettes?|contours?\b",
@@ -223,7 +223,7 @@ ENLARGED = {
     "Cardiomegaly": r"(?<!stable )\benlarged\b|\b(?:large|increased|enlargement)\b",
 }
 
-# Slips of the CheXpert labeler's parser, in terse sentences above all: (class, pattern, label).
+# Parsing errors of the CheXpert labeler, mostly in terse sentences: (class, pattern, label).
 CONVENTIONS = (
     ("Cardiomegaly", r"\bthe heart size(?: size)? and .*\bappear\b", 1),
     ("Cardiomegaly", r"\bthe heart pulmonary \w+ appear|\btechnical factors heart size\b|\bheart size xxxx within", 1),

@@ -21,7 +21,7 @@ _BACKGROUND = (
 _RESULT = r"(?:findings?|impressions?|conclusions?|opinion|interpretation|report|assessment)"
 # At the start of a line or sentence; those of results anywhere, since "Indication: pain Findings: ..." occurs.
 _HEADING = re.compile(
-    rf"(?:^|(?<=[.;]))[^\S\n]*(?P<background>{_BACKGROUND})[^\S\n]*(?::(?!\d)|$)"
+    rf"(?:^|(?<=[.;]))[^\S\n]*(?P<background>{_BACKGROUND})[^\S\n]*(?::|$)"
     rf"|\b{_RESULT}[^\S\n]*:|^[^\S\n]*[a-z][a-z /&,()-]{{2,40}}:",
     re.IGNORECASE | re.MULTILINE,
 )

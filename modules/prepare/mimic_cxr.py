@@ -1,4 +1,4 @@
-"""MIMIC-CXR as PhysioNet publishes it: the tables of MIMIC-CXR-JPG, the reports, and the trees of both."""
+"""Reads MIMIC-CXR as PhysioNet publishes it: the tables of MIMIC-CXR-JPG, and reports with their sections."""
 
 import csv
 import gzip
@@ -20,12 +20,12 @@ SPLIT_NAMES = {"train": "train", "validate": "val", "test": "test"}
 MAX_REPORT = 2**20  # bytes
 SUFFIXES = (".jpg", ".png", ".dcm")
 _MAX_TABLE = 2**30  # bytes, unpacked; the metadata have some 60 million
-_READERS = 16  # threads: small files on a network file system are waited for, not computed
+_READERS = 16  # threads: reading small files from a network file system is mostly waiting
 
 
 @dataclass(frozen=True)
 class MimicImage:
-    """One radiograph; ``view`` is "PA", "AP", "LATERAL", ..., or "" where the metadata have none."""
+    """One radiograph; ``view`` is "PA", "AP", "LATERAL", ..., or "" where the metadata do not say."""
 
     dicom_id: str
     study_id: str
@@ -35,17 +35,20 @@ class MimicImage:
 
     @property
     def folder(self) -> str:
-        """p10/p10000032/s50414267: the study's place in every tree of MIMIC-CXR."""
+        """Folder of the study in every tree of MIMIC-CXR, such as p10/p10000032/s50414267."""
         return f"p{self.subject_id[:2]}/p{self.subject_id}/s{self.study_id}"
 
 
 def find_table(folder: Path, kind: str) -> Path | None:
-    """mimic-cxr-2.0.0-``kind``.csv.gz in ``folder``, of any 2.x version, unpacked or not; None without it."""
+    """Return mimic-cxr-2.0.0-``kind``.csv.gz in ``folder``, of any 2.x version, unpacked or not, or None."""
     return next(iter(sorted(folder.glob(f"mimic-cxr-2.*-{kind}.csv*"), reverse=True)), None)
 
 
 def read_images(folder: Path) -> list[MimicImage]:
-    """All images of the split table, in its order, with their views from the metadata table."""
+    """Return all images of the split table, in its order, with their views from the metadata table.
+
+    InputError for tables that are missing, unreadable or hold unexpected values.
+    """
     paths = {kind: find_table(folder, kind) for kind in ("split", "metadata")}
     for kind, path in paths.items():
         if path is None:
@@ -69,7 +72,7 @@ def read_images(folder: Path) -> list[MimicImage]:
                 f"{', '.join(SPLIT_NAMES)}"
             )
         if identity in images:
-            raise InputError(f"{paths['split']}: image {identity} is there twice")
+            raise InputError(f"{paths['split']}: image {identity} occurs twice")
         images[identity] = MimicImage(identity, study, subject, SPLIT_NAMES[row["split"]], views.get(identity, ""))
     if not images:
         raise InputError(f"{paths['split']}: has no rows")
@@ -77,7 +80,7 @@ def read_images(folder: Path) -> list[MimicImage]:
 
 
 def read_chexpert(folder: Path) -> list[list[str]]:
-    """Rows of study id and the 14 labels in the order of CLASSES ("1", "0", "-1", "")."""
+    """Return rows of study id and the 14 labels in the order of CLASSES ("1", "0", "-1", "")."""
     path = find_table(folder, "chexpert")
     if path is None:
         raise InputError(f"--tables {folder}: no mimic-cxr-2.0.0-chexpert.csv.gz there, which --labels_out needs")
@@ -106,12 +109,12 @@ def _rows(path: Path, *columns: str) -> Iterator[dict[str, str]]:
         )
     for number, row in enumerate(reader, start=1):
         if None in row or None in row.values():
-            raise InputError(f"{path}: row {number} has not as many cells as the header")
+            raise InputError(f"{path}: row {number} does not have as many cells as the header")
         yield row
 
 
 def find_tree(folder: Path) -> Path:
-    """The folder of p10, p11, ...: ``folder`` itself or where PhysioNet's downloads have it below."""
+    """Return the folder of p10, p11, ...: ``folder`` itself, or its subfolder in PhysioNet's downloads."""
     for place in ("files", "", "mimic-cxr-reports/files", "mimic-cxr-reports"):
         if any((folder / place).glob("p[0-9][0-9]")):
             return folder / place
@@ -121,7 +124,7 @@ def find_tree(folder: Path) -> Path:
 def read_reports(source: Path, studies: Sequence[MimicImage]) -> Iterator[tuple[str, str]]:
     """Yield (study id, text) of the reports in mimic-cxr-reports.zip or in a tree.
 
-    ``studies``: one image of each study that is wanted. A study without a report is passed over.
+    ``studies``: one image of each wanted study. Studies without a report are skipped.
     """
     if source.exists() and not is_archive(source):
         tree = find_tree(source)
@@ -154,7 +157,7 @@ def _decoded(content: bytes) -> str:
 
 
 def find_suffix(tree: Path, images: Sequence[MimicImage]) -> str:
-    """Ending of the image files in a tree: that of the first one found."""
+    """Return the file extension of the first image found in a tree; InputError where there is none."""
     for image in images:
         for suffix in SUFFIXES:
             if (tree / image.folder / f"{image.dicom_id}{suffix}").is_file():
@@ -165,7 +168,7 @@ def find_suffix(tree: Path, images: Sequence[MimicImage]) -> str:
 
 
 def label_columns() -> list[str]:
-    """Header of the label table."""
+    """Return the header of the label table."""
     return ["study_id", *CLASSES]
 
 
@@ -174,8 +177,8 @@ def label_columns() -> list[str]:
 SECTIONS = ("findings", "impression", "both")
 # A header's name and what ends it. Without a colon, only the names of sections themselves are headers.
 _NAME = r"(?P<name>[A-Za-z][A-Za-z0-9 \t/,&()'.#-]{0,70}?)"
-_AT_LINE_START = re.compile(rf"^[ \t]*{_NAME}[ \t]*(?P<end>:(?!\d)|;|[ \t]-+[ \t]|$)", re.MULTILINE)
-_IN_A_LINE = re.compile(rf"(?<=[.!?])[ \t]+{_NAME}[ \t]*(?P<end>[:;])(?!\d)")
+_AT_LINE_START = re.compile(rf"^[ \t]*{_NAME}[ \t]*(?P<end>(?<=[A-Za-z)]):|:(?!\d)|;|[ \t]-+[ \t]|$)", re.MULTILINE)
+_IN_A_LINE = re.compile(rf"(?<=[.!?])[ \t]+{_NAME}[ \t]*(?P<end>(?<=[A-Za-z)]):|[:;](?!\d))")
 _WITHOUT_END = re.compile(
     r"^[ \t]*(?P<name>(?:[A-Z]{3,10}[ \t])?[A-Z]{6,16})(?P<end>[ \t]+)(?=[^\n]*[a-z])", re.MULTILINE
 )

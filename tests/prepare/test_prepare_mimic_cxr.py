@@ -166,7 +166,7 @@ def test_one_record_a_study_sections_and_views(physionet, tmp_path, monkeypatch)
     found = prepare(monkeypatch, physionet, tmp_path / "pa", "--section", "both", "--views", "PA", images=False)
     assert found["val"] == [] and {record["view"][0] for record in found["train"] + found["test"]} == {"PA"}
     assert found["train"][0]["report"].endswith("There is no effusion. No acute process.")
-    with pytest.raises(InputError, match="--views SIDE: no image has it; the metadata have AP, LATERAL, LL, PA"):
+    with pytest.raises(InputError, match="--views SIDE: no image of this view; the metadata list AP, LATERAL, LL, PA"):
         prepare(monkeypatch, physionet, tmp_path, "--views", "SIDE")
 
 
@@ -246,8 +246,8 @@ COLUMNS = ["dicom_id", "study_id", "subject_id", "split"]
         ([COLUMNS, ["../../x", "50000001", "10000032", "train"]], "an image"),
         ([COLUMNS, ["abcd", "50000001", "../10", "train"]], "expected an image"),
         ([COLUMNS, ["abcd", "50000001", "10000032", "val"]], "one of train, validate"),
-        ([COLUMNS, ["abcd", "50000001"]], "row 1 has not as many cells"),
-        ([COLUMNS, *[["abcd", "50000001", "10000032", "train"]] * 2], "there twice"),
+        ([COLUMNS, ["abcd", "50000001"]], "row 1 does not have as many cells"),
+        ([COLUMNS, *[["abcd", "50000001", "10000032", "train"]] * 2], "occurs twice"),
         ([COLUMNS], "has no rows"),
     ],
 )
@@ -315,6 +315,7 @@ def test_what_is_not_there(physionet, tmp_path, monkeypatch):
         ("Indication: Pain. Findings: Clear. Impression: Normal.", "Clear.", "Normal."),
         ("Findings and impression: Clear.", "Clear.", "Clear."),
         ("FINDINGS; Clear.\nIMPRESSION - Normal.", "Clear.", "Normal."),
+        ("FINDINGS:Clear.\nIMPRESSION:1. Normal.", "Clear.", "1. Normal."),
         ("FINDINGS\n Clear.\n\n IMPRESSION\n Normal.", "Clear.", "Normal."),
         ("FINDINGS  Clear lungs.\n\n IMPRESSION Normal chest.", "Clear lungs.", "Normal chest."),
         # Names of sections inside a paragraph are text; at the start of a paragraph they are headers.
