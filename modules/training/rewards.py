@@ -42,7 +42,9 @@ class Reward:
 
 def _scorer(name: str, frequencies: Frequencies | None, java_timeout: float) -> Callable[[list, list], np.ndarray]:
     if name == "CIDEr":
-        return lambda references, texts: cider_scores(references, texts, *frequencies)
+        assert frequencies is not None
+        counts, studies = frequencies
+        return lambda references, texts: cider_scores(references, texts, counts, studies)
     if name == "clinical_f1":
         return _clinical_f1
     [metric] = [metric for metric in SENTENCE_METRICS if name in [score.name for score in metric.scores]]
