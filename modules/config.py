@@ -373,6 +373,8 @@ def _require_agreement() -> None:
 
 
 _require_agreement()
+# What older results were made with where they do not say.
+OLDER_VALUES = {item.name: item.metadata.get("before", item.default) for item in fields(Config)}
 # Another value gives the same results.
 NO_EFFECT_ON_RESULTS = settings_with("effect", False)
 # Without effect where a model is only tested.

@@ -38,6 +38,7 @@ class DecodingOptions:
         "decoding",
         "never write <unk>, which counts as a hit where a reference has a rare word; main_test.py: false for published "
         "checkpoints, whose figures were made with <unk>",
+        before=False,
     )
     guidance: float = setting(
         0.0,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from models import backbone_class, settings_class
-from modules.config import NO_EFFECT_ON_RESULTS, Config
+from modules.config import NO_EFFECT_ON_RESULTS, OLDER_VALUES, Config
 from modules.data.tokenizers import clean_report
 from modules.evaluation.report_statistics import save_statistics
 from modules.evaluation.score_names import SELECTION
@@ -109,12 +109,11 @@ def _keep_others(folder: Path, config: Config, checkpoint_sha256: str) -> None:
     """Results in ``folder`` that other settings or another checkpoint gave are moved, not written over."""
     if not (folder / "results.json").is_file():
         return
-    # As JSON gives it back: tuples become lists. What an older file lacks had its default.
+    # As JSON gives it back: tuples become lists.
     ours = json.loads(json.dumps(dataclasses.asdict(config)))
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     try:
         content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        theirs = defaults | content["config"]
+        theirs = OLDER_VALUES | content["config"]
         same = content["provenance"]["checkpoint_sha256"] == checkpoint_sha256 and all(
             theirs[name] == ours[name] for name in ours.keys() - NO_EFFECT_ON_RESULTS
         )

@@ -25,7 +25,8 @@ def setting(
 
     ``facts`` are what else derives from a field: ``effect=False`` where another value gives the same results,
     ``train_only=True`` where main_test.py has nothing to do with it, ``shapes=True`` where weights are made for it,
-    ``initial=True`` where it decides the weights that a new model starts from, ``vocabulary=True`` its vocabulary.
+    ``initial=True`` where it decides the weights that a new model starts from, ``vocabulary=True`` its vocabulary,
+    ``before=VALUE`` how results were made before the setting existed, if not with its default.
     """
     return dataclasses.field(
         default=default, metadata={"group": group, "help": help, "choices": choices, "low": low, "high": high, **facts}

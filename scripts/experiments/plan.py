@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.config import NO_EFFECT_ON_RESULTS, Config
+from modules.config import NO_EFFECT_ON_RESULTS, OLDER_VALUES, Config
 from modules.evaluation.settings import ScoringSettings
 from modules.flags import parse_flags, resolve_config, stage_settings
 from modules.ithn.synthesis import NEEDING_NEGATIVES
@@ -217,9 +217,8 @@ def _with_index(run: Run, index: Index) -> Run:
 
 
 def _settings(config: Mapping[str, Any], annotation_sha256: str) -> dict[str, Any]:
-    """The settings that decide the results; those that ``config`` lacks, being older, have their default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    known = {name: config.get(name, default) for name, default in defaults.items() if name not in NO_EFFECT_ON_RESULTS}
+    """The settings that decide the results; those that ``config`` lacks, being older, as they were then."""
+    known = {name: config.get(name, value) for name, value in OLDER_VALUES.items() if name not in NO_EFFECT_ON_RESULTS}
     known["negative_index"] = Path(known["negative_index"]).name if known["ithn"] != "off" else ""
     known["feature_cache"] = bool(known["feature_cache"])  # a cache alters the samples, its folder nothing
     # As JSON gives it back: tuples become lists.

@@ -352,6 +352,17 @@ def test_every_flag_that_is_not_compared_exists():
     assert {field.name for field in dataclasses.fields(Config)} >= NO_EFFECT_ON_RESULTS
 
 
+def test_results_older_than_a_setting_were_made_as_it_was_then(files):
+    """Before --suppress_unk there was nothing that kept <unk> from being written."""
+    run = by_name(planned(files))["base seed 1"]
+    finish(run)
+    content = json.loads((run.folder / "results.json").read_text())
+    del content["config"]["suppress_unk"], content["config"]["meteor_timeout"]
+    (run.folder / "results.json").write_text(json.dumps(content))
+    run = by_name(planned(files))["base seed 1"]
+    assert (run.state, run.reason) == (CHANGED, "suppress_unk False, now True")
+
+
 def test_flags_of_results_train_nothing_anew_unless_they_choose_the_model():
     flags = {field.name for field in dataclasses.fields(Config) if field.metadata["group"] in ("results", "scores")}
     choosing = {"monitor_metric", "monitor_mode", "early_stop", "start_eval_epoch"}
