@@ -84,8 +84,10 @@ class RuleLabeler:
             if label != NEGATIVE:
                 labels += [(other, UNCERTAIN) for other, cause in self._implied.items() if cause.match(match.group())]
         for name, pattern in self._anatomy.items():
-            if pattern.search(sentence):
-                labels.append((name, self._judge_anatomy(name, sentence)))
+            found = pattern.search(sentence)
+            if found:
+                enlarged = self._cues["IS_ENLARGED"].match(sentence, found.end())
+                labels.append((name, POSITIVE if enlarged else self._judge_anatomy(name, sentence)))
         return tuple((name, self._convention(name, sentence, label)) for name, label in labels)
 
     def _mentions(self, sentence: str) -> Iterator[tuple[str, re.Match[str]]]:

@@ -11,7 +11,8 @@ Table = str | dict[str, str] | tuple[tuple[str, str, int], ...]
 TABLES = (
     "FINDINGS", "ANATOMY", "NOT_MENTIONS", "WEAK_MENTIONS", "IMPLIED", "OTHER_FINDINGS", "SCOPE_END", "ONE_SIDE",
     "KEPT", "NEGATION_BEFORE", "UNCERTAIN_BEFORE", "DENIAL_DOUBTED", "UNCERTAIN_AFTER", "NEGATION_AFTER",
-    "DENIED_AFTER", "NORMAL", "NOT_NORMAL", "SIZE_DOUBTED", "STABLE", "STABLE_BEFORE_NORMAL", "ENLARGED", "CONVENTIONS",
+    "DENIED_AFTER", "IS_ENLARGED", "NORMAL", "NOT_NORMAL", "SIZE_DOUBTED", "STABLE", "STABLE_BEFORE_NORMAL", "ENLARGED",
+    "CONVENTIONS",
 )  # fmt: skip
 
 CLASSES = (
@@ -45,7 +46,7 @@ PARENTS = {
 FINDINGS = {
     "Enlarged Cardiomediastinum": r"(?<=widened )mediastinum|(?<!no )(?<!typical )(?<!without )mediastinal widening",
     "Cardiomegaly": r"cardiomegaly|cardiac enlargement|enlarged heart|enlargement of the (?:heart|cardiac)"
-    r"|ventricular enlargement",
+    r"|(?:ventricular|\blv) enlargement",
     "Lung Lesion": r"\bmass(?:es|like)?\b|\bnodules?\b|nodular (?:densit|opaci)\w+|\blump\w*"
     r"|cavitary lesions?|carcinomas?|neoplasms?|tumou?rs?\b|metastas[ei]s",
     "Lung Opacity": r"opaci\w+|air ?-?space disease|infiltrat\w+|interstitial (?:marking|pattern|lung)\w*"
@@ -54,8 +55,8 @@ FINDINGS = {
     "Edema": r"edema|heart failure|\bchf\b|(?:vascular|pulmonary) congestion|vascular prominence|indistinctness",
     "Consolidation": r"consolidat\w+",
     "Pneumonia": r"pneumonias?\b|infecti\w+|\bpna\b",
-    "Atelectasis": r"atelecta\w+|\bcollapse[ds]?\b",
-    "Pneumothorax": r"pneumothora\w+|\bptx\b",
+    "Atelectasis": r"atelecta\w+|\batx\b|\bcollapse[ds]?\b",
+    "Pneumothorax": r"pneumo-?thora\w+|\bptx\b",
     "Pleural Effusion": r"effusions?|pleural fluid",
     "Pleural Other": r"pleural thickening|fibrosis|fibrothorax|pleural (?:parenchymal )?scar\w*",
     "Fracture": r"fractur\w+",
@@ -109,7 +110,7 @@ _PRESENT = (  # how something that is there is described: "no effusion, small no
 _NO_OR = r"(?![^;:]*\b(?:or|nor)\b)"  # but "no fracture, small nodule, or effusion" is one list
 SCOPE_END = (
     r":|\(|;(?! (?:or|nor)\b)(?![^;]*; (?:or|nor)\b)|(?:^| )-+ |(?:,|\band) there (?:is|are)\b"
-    r"|\b(?:but|however|although|though|except|whereas|while|apart from|other than)\b|(?<!not )\byet\b"
+    r"|\b(?:but|however|although|though|except|whereas|while|apart from|other than|positive for)\b|(?<!not )\byet\b"
     r"|, (?=(?:findings?|this|these|which|consistent|compatible|suggest\w*|likely|possibl[ey]|probabl[ey])\b)"
     r"|\b(?:and|which|that) (?=(?:may|might|could|likely|probably|possibly)\b)"
     r"|, (?!(?:or|and|nor)\b)(?=[^,]*\b(?:(?:is|are) (?:again|still|unchanged|stable|new)|remains?|persists?"
@@ -151,8 +152,8 @@ NEGATION_BEFORE = (
 UNCERTAIN_BEFORE = (
     r"\b(?:may|might|could|would|possibl[ey]|possibilit\w+|probabl[ey]|likely|perhaps|suspicious for|suspect\w*"
     r"|suspicion|concern\w*|question(?:able|ed| of)|query\b|worrisome|equivocal|doubtful|unclear|uncertain|whether"
-    r"|presum\w*|potential\w*|differential|consider(?:ations?)?\b|exclud(?:e[sd]?|ing)|rul(?:es?|ed|ing) out|r / o"
-    r"|(?:evaluat\w+|assess\w*|correlat\w+) for|(?:thought|believed|felt) to (?:be|represent|reflect|indicate)"
+    r"|presum\w*|if any|potential\w*|differential|consider(?:ations?)?\b|exclud(?:e[sd]?|ing)|rul(?:es?|ed|ing) out"
+    r"|r / o|(?:evaluat\w+|assess\w*|correlat\w+) for|(?:thought|believed|felt) to (?:be|represent|reflect|indicate)"
     r"|suggests?\b|suggestion|favou?rs?\b|favou?red over"
     r"|(?:versus|vs|(?<!acute )(?<!left )(?<!right )(?<!old )or)(?: \w+){0,2} $)|/ $"
 )
@@ -163,10 +164,11 @@ DENIAL_DOUBTED = (
 )
 # Cues after a finding; those that begin with ^ must stand right after it.
 UNCERTAIN_AFTER = (
-    r"^ (?:(?:versus|vs)\b|/|favou?red over\b)|^(?: \w+){0,2} (?:more|less|most) likely\b"
+    r"^ (?:(?:versus|vs)\b|/|favou?red over\b)|^,? if (?:any|present)\b|^(?: \w+){0,2} (?:more|less|most) likely\b"
     r"|^(?:(?:,(?! (?:no|without|there|and)\b)(?: [\w-]+){1,3})*,)? or\b"  # "effusion, small mass, or both"
     r"|^ (?:can|could|may|might|would) (?:also )?(?:be (?:present|there|hidden)|have|look|give|(?:co-?)?exist|appear)\b"
-    r"|\b(?:(?:cannot|can not|could not|not)(?: \w+){0,2} (?:excluded|ruled out)|difficult to exclude"
+    r"|\b(?:(?:cannot|can not|could not|not)(?: \w+){0,2} (?:excluded|ruled out)"
+    r"|difficult to (?:exclude|assess|evaluate)"
     r"|(?:must|should|needs? to|has to|have to|to) be (?:\w+ )?(?:excluded|ruled out|considered)"
     r"|(?:is|are|remains?|seems?|appears?)(?: considered)? (?:possible|suspected|questioned|doubtful|questionable"
     r"|uncertain|unclear|(?:\w+ )?(?:un|less )?likely|favou?red(?! (?:to|as))|(?:in|on) the differential"
@@ -180,8 +182,9 @@ _EARLIER = (
 _PARTLY = r"(?:not|never|nearly|almost|near|partial(?:ly)?|partly|largely|mostly|incomplete(?:ly)?|only|somewhat)"
 _GONE = r"(?:removed|resolved|cleared|gone|disappeared|withdrawn(?! (?:by|to|slightly|\d))|pulled(?! back)|taken out)"
 _NOT_THERE = (
-    r"(?:not (?:(?!previously)\w+ )?(?:seen|visible|identified|visuali[sz]ed|present|demonstrated|evident|appreciated"
-    rf"|apparent|noted|found|detected){_EARLIER}|no longer|absent|{_GONE})\b"
+    r"(?:not (?!(?:well|clearly|fully|adequately) (?:seen|visuali[sz]ed))(?:(?!previously)\w+ )?"
+    r"(?:seen|visible|identified|visuali[sz]ed|present|demonstrated|evident|appreciated|apparent|noted|found|detected)"
+    rf"{_EARLIER}|no longer|absent|{_GONE})\b"
 )
 NEGATION_AFTER = (
     rf"^,?(?: (?!previously\b)\w+)? {_NOT_THERE}|^ removal\b|\[gone\]"
@@ -202,6 +205,11 @@ DENIED_AFTER = (
 NORMAL = (
     r"\b(?:normal|unremarkable|(?:is|are) clear|not (?:\w+ )?(?:enlarged|widened)"
     r"|no (?:\w+ ){0,2}(?:enlargement|widening) of)\b"
+)
+# Right after the name; outranks "clear" and "unremarkable" elsewhere in the sentence, but not "normal".
+IS_ENLARGED = (
+    r" (?:is|are|appears?|remains?|looks?)(?: (?!no|possibl|probabl|question)\w+){0,2} (?:enlarged|widened|dilated)\b"
+    r"(?!.*\bnormal\b)"
 )
 NOT_NORMAL = (
     r"(?<!at the)(?<!at)(?<!within)(?: upper| top| first) limits? of normal|at top limits"

@@ -79,6 +79,7 @@ SENTENCES = [
     ("The cardiac shadow is enlarged.", {"Cardiomegaly": 1}),
     ("The cardiomediastinum is normal.", {"Enlarged Cardiomediastinum": 0}),
     ("The heart is possibly enlarged.", {"Cardiomegaly": -1}),
+    ("The lungs are clear and the heart is mildly enlarged.", {"Cardiomegaly": 1}),
     ("Mild congestive heart failure.", {"Edema": 1, "Cardiomegaly": -1}),  # as the CheXpert labeler: in doubt
     ("No CHF.", {"Edema": 0}),
     # What has not changed is there, and so is what has not gone.
@@ -112,6 +113,9 @@ SENTENCES = [
     ("No edema with a moderate left effusion.", {"Edema": 0, "Pleural Effusion": 1}),
     ("No edema, left chest tube in place.", {"Edema": 0, "Support Devices": 1}),
     ("No edema yet a right effusion.", {"Edema": 0, "Pleural Effusion": 1}),
+    ("Negative for edema, positive for effusion.", {"Edema": 0, "Pleural Effusion": 1}),
+    ("There is no doubt of an effusion.", {"Pleural Effusion": 1}),
+    ("The film of June showed atelectasis, now resolved.", {"Atelectasis": 0}),
     ("No edema small left effusion.", {"Edema": 0, "Pleural Effusion": 1}),  # as cleaned texts have it
     ("No edema - right effusion - no fracture", {"Edema": 0, "Pleural Effusion": 1, "Fracture": 0}),
     ("No fracture; edema; or effusion.", {"Fracture": 0, "Edema": 0, "Pleural Effusion": 0}),
@@ -135,6 +139,8 @@ SENTENCES = [
     ("Opacity: atelectasis, pneumonia, or both.", {"Lung Opacity": 1, "Atelectasis": -1, "Pneumonia": -1}),
     ("An acute or subacute fracture.", {"Fracture": 1}),
     ("It is not possible to exclude an effusion.", {"Pleural Effusion": -1}),
+    ("A nodule is not well seen.", {"Lung Lesion": -1}),
+    ("A small effusion, if any.", {"Pleural Effusion": -1}),
     # Spelling and abbreviations.
     ("Small pleural effusoin and pnuemonia.", {"Pleural Effusion": 1, "Pneumonia": 1}),
     ("Pneumonitis.", {}),
