@@ -115,7 +115,11 @@ class ITHNSettings:
     @property
     def variant(self) -> Variant:
         """The choices of --ithn_variant, with the settings that were given in their place."""
-        given = {name: getattr(self, name) for name in ("ce_weight", "detach_negative", "renormalise_negative")}
+        given = {
+            "ce_weight": self.ce_weight,
+            "detach_negative": self.detach_negative,
+            "renormalise_negative": self.renormalise_negative,
+        }
         return replace(
             VARIANTS[self.ithn_variant], **{name: value for name, value in given.items() if value is not None}
         )

@@ -11,6 +11,7 @@ import pytest
 from conftest import TINY
 
 from modules.mining.index import HardNegativeIndex
+from tests.project.test_settings_are_read import unread_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 # Runs commands of the project one after the other in one process, as importing torch takes longer than they do.
@@ -42,6 +43,15 @@ class Project:
         before = path.read_text(encoding="utf-8")
         assert before.count(after) == 1, f"{file}: {after!r} stands there {before.count(after)} times"
         path.write_text(before.replace(after, after + text), encoding="utf-8")
+
+    def changed(self) -> list[str]:
+        """The files that were changed or added."""
+        names = sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*.py"))
+        return [
+            name
+            for name in names
+            if not (ROOT / name).is_file() or (ROOT / name).read_bytes() != (self.root / name).read_bytes()
+        ]
 
     def run(self, *commands: list) -> str:
         """What the commands (program, flag, value, ...) print; all of them must succeed."""
@@ -199,3 +209,74 @@ def test_a_backbone_with_its_own_setting(project, demo):
     assert "--bag_width 0: must be at least 1" in lines[0]
     contradiction = "error: --bag_width 10: contradicts checkpoint run/model_best.pth, which holds"
     assert all(line.startswith(contradiction) for line in lines[1:]), lines
+
+
+UNIFORMITY = '''
+
+def uniformity_loss(report: Tensor) -> Tensor:
+    """log mean exp(-2 |u_i - u_j|^2) of the reports u (B, D), a scalar (Wang and Isola, 2020)."""
+    return torch.pdist(report).square().mul(-2).exp().mean().log()
+'''
+UNIFORMITY_WEIGHT = """    uniformity_weight: float = setting(0.0, "ITHN", "weight of the uniformity", low=0.0)
+"""
+
+
+def test_a_weighted_loss_term(project, demo, demo_index):
+    """Settings, losses and objective: in the help text, the loss, the log and the history; unused it is found."""
+    project.insert(
+        "modules/ithn/settings.py",
+        UNIFORMITY_WEIGHT,
+        after='"ITHN", "leave out off-diagonal pairs of the same study or the same text")\n',
+    )
+    assert unread_settings(project.root) == ["uniformity_weight"]
+    losses = project.root / "modules" / "ithn" / "losses.py"
+    losses.write_text(losses.read_text() + UNIFORMITY)
+    for text, after in (
+        ("    uniformity_loss,\n", "    token_nll,\n"),
+        (', "uniformity": self.settings.uniformity_weight', '"cosine": self.settings.cosine_weight'),
+        ('\n        terms["uniformity"] = uniformity_loss(u)', "self.settings.contrastive_form, rows, excluded)"),
+    ):
+        project.insert("modules/ithn/objective.py", text, after=after)
+    assert len(project.changed()) == 3 and not unread_settings(project.root)
+
+    train = ["main_train.py", "--ann_path", demo / "annotation.json", "--image_dir", demo / "images", *TINY]
+    # One step of all samples: its loss is the sum of the logged terms.
+    train += ["--negative_index", demo_index, "--batch_size", 32, "--epochs", 1, "--save_dir", "run"]
+    shown = project.run(["main_train.py", "--help"], [*train, "--uniformity_weight", 3])
+    assert "--uniformity_weight FLOAT" in shown and "weight of the uniformity (default: 0.0)" in shown
+    [row] = json.loads((project.root / "run" / "history.json").read_text())
+    assert row["train_uniformity"] < 0 and "train_uniformity=" in (project.root / "run" / "train.log").read_text()
+    weights = {"nll": 1, "contrastive": 0.1, "cosine": 0.2, "uniformity": 3}
+    expected = sum(weight * row[f"train_{name}"] for name, weight in weights.items())
+    assert row["train_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+MIDPOINT = '''def midpoint(image: Tensor, report: Tensor, negative: Tensor, hardness: float) -> Tensor:
+    """The mean of u~ and u, (B, D)."""
+    return (report + negative) / 2
+
+
+'''
+
+
+def test_a_synthesis_strategy(project, demo, demo_index):
+    """A function and a line of the table, in one file: --strategy, its help text and the probes know it."""
+    path = project.root / "modules" / "ithn" / "synthesis.py"
+    text = path.read_text()
+    table, first = "@dataclass(frozen=True)\nclass Strategy:", "STRATEGIES: dict[str, Strategy] = {\n"
+    line = '    "midpoint": Strategy(midpoint, "halfway to the report"),\n'
+    path.write_text(text.replace(table, MIDPOINT + table).replace(first, first + line))
+    assert len(project.changed()) == 1
+
+    train = ["main_train.py", "--ann_path", demo / "annotation.json", "--image_dir", demo / "images", *TINY]
+    train += ["--negative_index", demo_index, "--epochs", 1, "--keep_epochs", "true", "--save_dir", "run"]
+    probe = ["scripts/research/inspect_negatives.py", "--load", "run/epoch_0001.pth", "--out", "negatives"]
+    shown = project.run(
+        ["main_train.py", "--help"], [*train, "--strategy", "midpoint"], [*probe, "--lambdas", 0.5, "--device", "cpu"]
+    )
+    assert "{midpoint,ithn," in shown and "midpoint: halfway to the report;" in " ".join(shown.split())
+    assert json.loads((project.root / "run" / "results.json").read_text())["strategy"] == "midpoint"
+    [row] = json.loads((project.root / "run" / "history.json").read_text())
+    # Other strategies take no step in the first epoch, whose hardness is 0.
+    assert row["train_cos_harder"] != pytest.approx(row["train_cos_negative"], rel=1e-3)
+    assert "midpoint" in (project.root / "negatives" / "negatives.md").read_text()
