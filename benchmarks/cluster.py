@@ -68,7 +68,7 @@ def count(arguments: argparse.Namespace, device: str, batch_size: int) -> dict[s
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from modules.evaluation.tester import autocast
+    from modules.runtime.environment import autocast
 
     case = {
         "batch_size": batch_size,

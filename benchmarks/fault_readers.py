@@ -39,7 +39,7 @@ def _step(objective, batch, epoch: int, precision: str):
     """One optimiser step; returns the loss."""
     import torch
 
-    from modules.evaluation.tester import autocast
+    from modules.runtime.environment import autocast
 
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16 if precision == "float16" else 1.0)

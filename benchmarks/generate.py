@@ -58,7 +58,7 @@ def build_search(
     from models import backbone_class, settings_class
     from models.base import VisualFeatures
     from modules.decoding.options import DecodingOptions
-    from modules.evaluation.tester import autocast
+    from modules.runtime.environment import autocast
 
     class NoExtractor(nn.Module):
         width = 2048

@@ -79,7 +79,7 @@ class Step:
         """Forward, backward and optimiser, to be called in turn, as modules/training/trainer.py does."""
         import torch
 
-        from modules.evaluation.tester import autocast
+        from modules.runtime.environment import autocast
 
         last = []
 
@@ -111,6 +111,7 @@ def build_step(arguments: argparse.Namespace, device: str, case: dict[str, Any])
     from modules.ithn.settings import ITHNSettings
     from modules.layers.visual_extractor import VisualExtractor
     from modules.training.optimizers import build_optimizer
+    from modules.training.settings import OptimSettings
 
     torch.backends.cudnn.benchmark = True
     if arguments.visual_extractor == "none":
@@ -122,16 +123,7 @@ def build_step(arguments: argparse.Namespace, device: str, case: dict[str, Any])
     objective = Objective(model, ITHNSettings(strategy=case["strategy"])).to(device).train()
     if case["compile"]:
         objective.compile()
-    optimizer = build_optimizer(
-        objective,
-        optim="Adam",
-        lr_ve=5e-5,
-        lr_ed=7e-4,
-        weight_decay=5e-5,
-        adam_betas=(0.9, 0.98),
-        adam_eps=1e-9,
-        amsgrad=True,
-    )
+    optimizer = build_optimizer(objective, OptimSettings())
     scaler = torch.amp.GradScaler(device.split(":")[0], init_scale=2.0**16 if case["precision"] == "float16" else 1.0)
     return Step(objective, optimizer, scaler, random_batch(arguments, device, case), device, case["precision"])
 
@@ -189,7 +181,7 @@ def extractor_alone(step: Step) -> Callable[[], object]:
     """Forward and backward of the visual extractor on every image of the batch, from a given gradient."""
     import torch
 
-    from modules.evaluation.tester import autocast
+    from modules.runtime.environment import autocast
 
     extractor = step.objective.backbone.visual_extractor
     pairs = [pair for pair in (step.batch.positive, step.batch.negative) if pair is not None]

@@ -12,10 +12,10 @@ from models.settings import declared_settings
 from modules.config_checks import check_together
 from modules.data.dataset_specs import DATASETS, DataSpec
 from modules.decoding.options import DecodingOptions
-from modules.evaluation.metric_table import MONITORED, REWARDS
 from modules.evaluation.settings import ScoringSettings
 from modules.ithn.settings import ITHNSettings
 from modules.runtime.settings import check_value, part_of, setting
+from modules.training.settings import LoopSettings, OptimSettings, SelfCriticalSettings
 
 BACKBONE_SETTINGS = tuple(declared_settings(name) for name in MODELS)
 
@@ -164,68 +164,11 @@ class NetworkSettings:
     )
 
 
-@dataclass(frozen=True)
-class OptimSettings:
-    """Optimiser, learning rates and their schedule."""
-
-    epochs: int = setting(100, "optimisation", "training epochs", low=1)
-    optim: str = setting("Adam", "optimisation", "optimiser", choices=("Adam", "AdamW", "RAdam", "SGD"))
-    lr_ve: float = setting(5e-5, "optimisation", "learning rate of the visual extractor", low=0.0)
-    lr_ed: float = setting(7e-4, "optimisation", "learning rate of everything else", low=0.0)
-    weight_decay: float = setting(5e-5, "optimisation", "weight decay", low=0.0)
-    adam_betas: tuple[float, float] = setting((0.9, 0.98), "optimisation", "betas of Adam: two values")
-    adam_eps: float = setting(1e-9, "optimisation", "epsilon of Adam", low=0.0)
-    amsgrad: bool = setting(True, "optimisation", "the AMSGrad variant of Adam")
-    lr_scheduler: str = setting(
-        "StepLR",
-        "optimisation",
-        "learning-rate schedule, stepped once per epoch; ReduceLROnPlateau waits for validation BLEU-3 and BLEU-4",
-        choices=("StepLR", "ReduceLROnPlateau", "CosineAnnealingLR", "constant"),
-    )
-    step_size: int = setting(50, "optimisation", "epochs between the steps of StepLR", low=1)
-    gamma: float = setting(0.1, "optimisation", "factor of StepLR and ReduceLROnPlateau", low=0.0)
-    plateau_patience: int = setting(1, "optimisation", "epochs without a better BLEU-3 or BLEU-4 that are borne", low=0)
-    scale_lr: str = setting(
-        "none",
-        "optimisation",
-        "learning rates for several processes: as given (none), times their number (linear) or its square root (sqrt)",
-        choices=("none", "linear", "sqrt"),
-    )
-    grad_accumulation: int = setting(1, "optimisation", "batches per optimiser step", low=1)
-    clip_norm: float = setting(0.0, "optimisation", "clip the gradient's norm; 0 is off", low=0.0)
-    clip_value: float = setting(0.0, "optimisation", "clip gradient values; 0 is off (R2Gen: 0.1)", low=0.0)
-
-
-@dataclass(frozen=True)
-class SelfCriticalSettings:
-    """The self-critical stage."""
-
-    self_critical: bool = setting(
-        False,
-        "self-critical",
-        "second stage, from the weights of --load: a metric of sampled "
-        "reports is maximised in place of the cross entropy (docs/SELF_CRITICAL.md)",
-    )
-    scst_reward: str = setting(
-        "CIDEr",
-        "self-critical",
-        "metric of a sampled report; CIDEr is CIDEr-D with the training split's document frequencies",
-        choices=REWARDS,
-    )
-    scst_baseline: str = setting(
-        "greedy",
-        "self-critical",
-        "what a sample must exceed: its study's greedy report, or the mean of its samples",
-        choices=("greedy", "mean"),
-    )
-    scst_samples: int = setting(5, "self-critical", "reports sampled per study", low=1)
-    scst_ce_weight: float = setting(0.0, "self-critical", "weight of the cross entropy that goes on beside it", low=0.0)
-
-
 # Dataclasses take up their bases from the last to the first: read upwards, this is the order of --help.
 @dataclass(frozen=True)
 class Config(
     ScoringSettings,
+    LoopSettings,
     SelfCriticalSettings,
     OptimSettings,
     DecodingOptions,
@@ -287,35 +230,6 @@ class Config(
     save_dir: str = setting("results/iu_xray", "results", "folder of checkpoints and results", effect=False)
     record_dir: str = setting("records/", "results", "folder of <dataset>.csv, one line per run", effect=False)
     exp_name: str = setting("", "results", "name of the run in records and report", effect=False)
-    save_period: int = setting(
-        1, "results", "epochs between checkpoints; the best model is always kept", low=1, effect=False, train_only=True
-    )
-    keep_epochs: bool = setting(
-        False,
-        "results",
-        "keep the checkpoint of every epoch that is saved, as epoch_<n>.pth",
-        effect=False,
-        train_only=True,
-    )
-    checkpoint_steps: int = setting(
-        0,
-        "results",
-        "optimiser steps between further checkpoints within an epoch; 0: none",
-        low=0,
-        effect=False,
-        train_only=True,
-    )
-    log_period: int = setting(1000, "results", "steps between lines in the log", low=1, effect=False, train_only=True)
-    monitor_metric: str = setting(
-        "BLEU_4", "results", "validation metric for choosing the best model", choices=MONITORED, train_only=True
-    )
-    monitor_mode: str = setting(
-        "max", "results", "whether the metric should grow or fall", choices=("min", "max"), train_only=True
-    )
-    early_stop: int = setting(
-        50, "results", "stop after more than this many epochs without improvement", low=1, train_only=True
-    )
-    start_eval_epoch: int = setting(0, "results", "no validation before this epoch", low=0, train_only=True)
     tensorboard: bool = setting(
         True, "results", "write TensorBoard curves (numbers only) into --save_dir", effect=False, train_only=True
     )

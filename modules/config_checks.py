@@ -28,8 +28,6 @@ def _check_network(config: Any) -> None:
     for name in ("feature_cache", "image_cache", "length_bucketing", "detection_features"):
         if config.shards and getattr(config, name):
             raise InputError(f"--shards {config.shards}: does not go with --{name}; leave one of them out")
-    if not all(0.0 <= beta < 1.0 for beta in config.adam_betas):
-        raise InputError(f"--adam_betas {config.adam_betas}: both must be in [0, 1)")
 
 
 def _check_inputs(config: Any) -> None:
@@ -63,8 +61,6 @@ def _check_scores(config: Any) -> None:
 
 
 def _check_stage(config: Any) -> None:
-    if config.self_critical and config.scst_baseline == "mean" and config.scst_samples < 2:
-        raise InputError("--scst_baseline mean: one sample is its own mean; give --scst_samples 2 or more")
     if config.self_critical and config.compile:
         raise InputError("--compile: not with --self_critical, whose steps generate reports; leave one of them out")
     if config.scst_reward == "clinical_f1" and not config.dataset.clinical:

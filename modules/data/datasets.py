@@ -26,6 +26,15 @@ MOST_REPLACEMENTS = 100
 T = TypeVar("T")
 
 
+def list_samples(studies: Sequence[Study], views: str) -> list[tuple[int, int]]:
+    """The samples of ``studies``, (row of the study, index of its view): a study each, or each image by itself."""
+    return [
+        (row, view)
+        for row, study in enumerate(studies)
+        for view in range(len(study.image_paths) if views == "separate" else 1)
+    ]
+
+
 class ReportDataset(Dataset):
     """The studies of one split as Samples; ``dataset[epoch, index]`` depends on nothing but seed, epoch and index.
 
@@ -73,12 +82,7 @@ class ReportDataset(Dataset):
         # A data set with one image per study has no second view to leave empty.
         most = max((len(study.image_paths) for study in studies), default=1)
         self.num_views = 1 if self.separate else min(max_views, most)
-        # A sample is a study, or one of its images: (row of the study, index of its view).
-        self.samples = [
-            (row, view)
-            for row, study in enumerate(studies)
-            for view in range(len(study.image_paths) if self.separate else 1)
-        ]
+        self.samples = list_samples(studies, views)
         self.report_keys = _report_keys(studies, tokenizer.cleaner)
 
     def __len__(self) -> int:

@@ -15,9 +15,8 @@ from modules.data.captions import collapse_repeats
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.score_names import SELECTION, tagged
 from modules.runtime import distributed
+from modules.runtime.environment import autocast
 from modules.runtime.errors import InputError
-
-AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -31,14 +30,6 @@ class Predictions:
     reports: list[str] = field(default_factory=list)  # unchanged, from the annotation
     nll: Tensor | None = None  # (samples, 2) float64: a reference's negative log-likelihood, and its tokens
     visual_features: Tensor | None = None  # (studies, C) pooled, on the CPU
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The autocast context of a ``--precision``; float32 is none."""
-    dtype = AUTOCAST[precision]
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
 
 
 class Tester:

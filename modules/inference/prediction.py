@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from modules.data.transforms import Transform
 from modules.decoding.options import DecodingOptions
-from modules.evaluation.tester import autocast
 from modules.inference.attention import recorded_attention, view_maps
+from modules.runtime.environment import autocast
 from modules.runtime.errors import InputError
 
 WARNING = (

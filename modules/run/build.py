@@ -12,6 +12,7 @@ from torch import nn
 from models import backbone_class
 from models.base import Backbone
 from modules.config import Config
+from modules.data.datasets import list_samples
 from modules.data.tokenizers import clean_report
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.tester import Predictions, Tester
@@ -19,7 +20,7 @@ from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
 from modules.ithn.weights import load_published_state
 from modules.layers.visual_extractor import VisualExtractor
-from modules.run.data import AnyTokenizer, Data, backbone_settings, clusters, count_samples, score_tag
+from modules.run.data import AnyTokenizer, Data, backbone_settings, clusters, score_tag
 from modules.runtime import distributed
 from modules.runtime.environment import choose_device, choose_precision
 from modules.runtime.errors import InputError
@@ -71,19 +72,10 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
         raise InputError(str(error)) from error
 
 
-def objective_kind(config: Config) -> type[Objective]:
-    """The objective that a training with these flags minimises."""
-    if not config.self_critical:
-        return Objective
-    from modules.training.self_critical import SelfCritical
-
-    return SelfCritical
-
-
 def build_objective(
-    config: Config, data: Data, device: torch.device, *, pretrained: bool, kind: type[Objective] = Objective
+    config: Config, data: Data, device: torch.device, *, pretrained: bool, make: Callable[..., Objective] = Objective
 ) -> Objective:
-    """Backbone and losses, on ``device``."""
+    """Backbone and losses, on ``device``; ``make`` takes the arguments of Objective."""
     if config.detection_features:
         from modules.data.detection_features import DetectionExtractor
 
@@ -93,8 +85,8 @@ def build_objective(
             extractor = build_extractor(config, device, pretrained=pretrained)
     backbone = build_backbone(config, extractor, data.tokenizer, pretrained=pretrained)
     settings = dataclasses.replace(part_of(config, ITHNSettings), strategy=data.strategy)
-    samples = count_samples(config, data.annotation.splits["train"])
-    objective = kind(backbone, settings, n_samples=samples).to(device)
+    samples = len(list_samples(data.annotation.splits["train"], config.views))
+    objective = make(backbone, settings, n_samples=samples).to(device)
     if config.sync_bn:
         from modules.training.sync_norm import with_common_statistics
 

@@ -316,11 +316,6 @@ def _paths(config: Config, studies: Iterable[Study], negatives: bool) -> list[st
     return list(paths)
 
 
-def count_samples(config: Config, studies: tuple[Study, ...]) -> int:
-    """Samples that a split makes: its studies, or their images."""
-    return len(studies) if config.views == "paired" else sum(len(study.image_paths) for study in studies)
-
-
 def one_per_image(config: Config, studies: Sequence[Study]) -> Sequence[Study]:
     """``studies``; where every caption of an image is one, the first of each image."""
     if not config.captioning:

@@ -24,7 +24,7 @@ from modules.run.tested import MODEL, Tested
 from modules.run.training_free import training_free_reports
 from modules.runtime.environment import file_sha256, provenance
 from modules.runtime.records import append_record, write_report_tables, write_results
-from modules.training.checkpoint_folder import OF_A_TEST, set_aside
+from modules.training.checkpoint_folder import TEST_FILES, set_aside
 
 logger = logging.getLogger("ithn")
 
@@ -123,7 +123,7 @@ def _keep_others(folder: Path, config: Config, checkpoint_sha256: str) -> None:
         logger.info(
             "%s held the results of other settings or another checkpoint: they are now in %s",
             folder,
-            set_aside(folder, OF_A_TEST),
+            set_aside(folder, TEST_FILES),
         )
 
 

@@ -22,8 +22,7 @@ from modules.runtime.errors import InputError
 from modules.training.checkpoint import FORMAT, TESTED, load_checkpoint, require_entries, require_resumable
 from modules.training.checkpoint_folder import BEST, CheckpointFolder
 from modules.training.optimizers import learning_rate_factor, scale_learning_rates
-from modules.training.trainer import Trainer
-from modules.training.training_state import Best
+from modules.training.trainer import Best, Trainer
 
 logger = logging.getLogger("ithn")
 

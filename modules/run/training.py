@@ -12,22 +12,13 @@ from typing import Any
 import torch
 
 from modules.config import Config
-from modules.evaluation.metric_table import smaller_is_better
-from modules.evaluation.score_names import tagged
 from modules.evaluation.tester import Tester
 from modules.flags import resolve_config, stage_settings
 from modules.ithn.objective import Objective
 from modules.ithn.synthesis import NEEDING_NEGATIVES
 from modules.ithn.weights import published_state
 from modules.pages.plots import training_curves
-from modules.run.build import (
-    build_objective,
-    build_tester,
-    load_weights,
-    objective_kind,
-    prepare_device,
-    with_precision,
-)
+from modules.run.build import build_objective, build_tester, load_weights, prepare_device, with_precision
 from modules.run.data import (
     Data,
     build_dataset,
@@ -57,12 +48,14 @@ from modules.runtime import distributed
 from modules.runtime.distributed import is_main_process
 from modules.runtime.environment import provenance
 from modules.runtime.records import private_folder, write_private, write_results
-from modules.runtime.run_log import Bar, log_to, start_log
+from modules.runtime.run_log import log_to, start_log
+from modules.runtime.settings import part_of
 from modules.runtime.shortages import explain_out_of_memory
 from modules.runtime.stopping import GracefulShutdown, Stopped
 from modules.training.checkpoint import load_checkpoint
 from modules.training.checkpoint_folder import BEST, CheckpointFolder
-from modules.training.optimizers import build_optimizer, build_scheduler, learning_rate_factor
+from modules.training.optimizers import learning_rate_factor, learning_rates
+from modules.training.settings import LoopSettings, OptimSettings
 from modules.training.trainer import Trainer
 
 logger = logging.getLogger("ithn")
@@ -173,18 +166,19 @@ def _compose(
     if data.strategy == "off" and (line := idle_without_ithn(given)):
         logger.warning("%s", line)
     check_images(config, data, ("train", "val", "test"))
-    objective = build_objective(config, data, device, pretrained=loaded is None, kind=objective_kind(config))
+    make: Callable[..., Objective] = Objective
+    if config.self_critical:
+        from modules.run.self_critical import self_critical_objective
+
+        with distributed.main_process_first():
+            make = self_critical_objective(config, data, folder)
+    objective = build_objective(config, data, device, pretrained=loaded is None, make=make)
     if start is not None:
         load_weights(objective, start.content["state_dict"], start.path)
     if source is not None:
         restore_extractor(objective, source)
     cache_features(config, data, objective.backbone.visual_extractor, device)
     datasets = _datasets(config, data, objective)
-    if config.self_critical:
-        from modules.run.self_critical import equip
-
-        with distributed.main_process_first():
-            equip(config, data, objective, datasets["train"], folder)
     _log_composition(config, device, data, datasets)
     loaders = {}
     for split, dataset in datasets.items():
@@ -234,7 +228,7 @@ def _test_best(parts: Parts, trainer: Trainer, folder: Path) -> None:
 
 
 def _log_composition(config: Config, device: torch.device, data: Data, datasets: Mapping[str, Any]) -> None:
-    """Log what is trained on what; what a step of all processes is, and what that does to the learning rates."""
+    """Log what is trained on what."""
     logger.info(
         "%s on %s: %d training, %d validation and %d test samples, vocabulary %d, %s",
         config.model_name,
@@ -243,6 +237,10 @@ def _log_composition(config: Config, device: torch.device, data: Data, datasets:
         data.tokenizer.vocab_size,
         "no ITHN" if data.strategy == "off" else f"ITHN ({config.ithn_variant}), strategy {data.strategy}",
     )
+
+
+def _log_step_size(config: Config, rates: Mapping[str, float]) -> None:
+    """Log what a step of all processes is, and the learning rates that it starts with."""
     count, accumulated = distributed.world_size(), config.grad_accumulation
     parts = [
         f"{config.batch_size} samples",
@@ -250,13 +248,15 @@ def _log_composition(config: Config, device: torch.device, data: Data, datasets:
         *([f"{count} processes"] if count > 1 else []),
     ]
     factor = learning_rate_factor(config.scale_lr, count)
+    shown = f"learning rate {rates['lr_ed']:g}, visual extractor not trained"
+    if "lr_ve" in rates:
+        shown = f"learning rates {rates['lr_ve']:g} and {rates['lr_ed']:g}"
     logger.info(
-        "a step takes %d samples (%s); precision %s; learning rates %g and %g (--scale_lr %s%s)",
+        "a step takes %d samples (%s); precision %s; %s (--scale_lr %s%s)",
         config.batch_size * accumulated * count,
         " x ".join(parts),
         config.precision,
-        config.lr_ve * factor,
-        config.lr_ed * factor,
+        shown,
         config.scale_lr,
         f": x {factor:.4g}" if factor != 1 else "",
     )
@@ -274,56 +274,26 @@ def _datasets(config: Config, data: Data, objective: Objective) -> dict[str, Any
 
 
 def _trainer(parts: Parts, folder: CheckpointFolder, shutdown: GracefulShutdown) -> Trainer:
-    config, objective = parts.config, parts.objective
-    factor = learning_rate_factor(config.scale_lr, distributed.world_size())
-    optimizer = build_optimizer(
-        objective,
-        optim=config.optim,
-        lr_ve=config.lr_ve * factor,
-        lr_ed=config.lr_ed * factor,
-        weight_decay=config.weight_decay,
-        adam_betas=config.adam_betas,
-        adam_eps=config.adam_eps,
-        amsgrad=config.amsgrad,
-    )
-    scheduler = build_scheduler(
-        optimizer,
-        lr_scheduler=config.lr_scheduler,
-        step_size=config.step_size,
-        gamma=config.gamma,
-        plateau_patience=config.plateau_patience,
-        epochs=config.epochs,
-        plateau_metrics=tuple(tagged(name, score_tag(config)) for name in ("BLEU_3", "BLEU_4")),
-    )
+    config = parts.config
     if config.compile:
-        objective.compile()
-    return Trainer(
-        objective,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        parts.objective.compile()
+    writes = is_main_process()
+    trainer = Trainer(
+        parts.objective,
+        part_of(config, OptimSettings),
+        part_of(config, LoopSettings),
         loader=parts.loaders["train"],
         validate=lambda epoch: parts.tester.evaluate(parts.loaders["val"], f"validation {epoch}")[0],
-        save=_saver(parts, folder) if is_main_process() else lambda trainer, improved: None,
-        on_epoch=_epoch_writer(folder.path, tensorboard=config.tensorboard)
-        if is_main_process()
-        else lambda history: None,
-        progress=Bar,
+        save=_saver(parts, folder) if writes else lambda trainer, improved: None,
+        on_epoch=_epoch_writer(folder.path, tensorboard=config.tensorboard) if writes else lambda history: None,
         shutdown=shutdown,
         device=parts.device,
         precision=config.precision,
-        epochs=config.epochs,
-        early_stop=config.early_stop,
-        monitor_metric=tagged(config.monitor_metric, score_tag(config)),
-        monitor_mode="min" if smaller_is_better(config.monitor_metric) else config.monitor_mode,
-        save_period=config.save_period,
-        checkpoint_steps=config.checkpoint_steps,
-        log_period=config.log_period,
-        start_eval_epoch=config.start_eval_epoch,
-        grad_accumulation=config.grad_accumulation,
-        clip_norm=config.clip_norm,
-        clip_value=config.clip_value,
         seed=config.seed,
+        score_tag=score_tag(config),
     )
+    _log_step_size(config, learning_rates(trainer.optimizer))
+    return trainer
 
 
 def _saver(parts: Parts, folder: CheckpointFolder) -> Callable[[Trainer, bool], None]:

@@ -8,10 +8,11 @@ from torch import Tensor
 from modules.config import Config
 from modules.data.tokenizers import Tokenizer
 from modules.evaluation.baselines import commonest_report_baseline, nearest_image_baseline
-from modules.evaluation.tester import Predictions, autocast
+from modules.evaluation.tester import Predictions
 from modules.ithn.objective import Objective
 from modules.run.data import Data, build_dataset, build_split_loader, one_per_image
 from modules.runtime import distributed
+from modules.runtime.environment import autocast
 from modules.runtime.run_log import Bar
 
 COMMONEST, NEAREST = "commonest training report", "nearest training image"

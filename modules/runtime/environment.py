@@ -3,6 +3,7 @@
 torch is imported only by the functions that look at a device.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -49,23 +50,32 @@ def check_python(version: Sequence[int] = sys.version_info) -> None:
 
 
 def runs_on(capability: tuple[int, int], arch_flags: Sequence[str]) -> bool:
-    """Whether a torch built for ``arch_flags`` ("sm_80", "compute_90", "sm_90a", ...) has kernels for a GPU.
+    """Whether a torch built for ``arch_flags`` ("sm_80", "compute_90", "sm_90a", "gfx942", ...) has kernels for a GPU.
 
-    Binaries (sm) run on the same major capability from their minor on, PTX (compute) on everything newer; the
-    suffix a ties either to exactly one capability, f to one major.
+    CUDA binaries (sm) run on the same major capability from their minor on, PTX (compute) on everything newer; the
+    suffix a ties either to exactly one capability, f to one major. A ROCm binary (gfx: major, minor, stepping) runs on
+    GPUs of its major and minor. Flags of another kind decide nothing: then torch itself has to say.
     """
+    known = False
     for flag in arch_flags:
-        kind, digits, suffix = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", flag).groups()
-        built = divmod(int(digits), 10)
-        if suffix == "a":
-            fits = capability == built
-        elif kind == "sm" or suffix == "f":
-            fits = capability[0] == built[0] and capability[1] >= built[1]
+        if rocm := re.match(r"gfx(\d+)([0-9a-f])[0-9a-f](:|$)", flag):
+            known = True
+            fits = capability == (int(rocm[1]), int(rocm[2], 16))
+        elif cuda := re.fullmatch(r"(sm|compute)_(\d+)([af]?)", flag):
+            known = True
+            kind, digits, suffix = cuda.groups()
+            built = divmod(int(digits), 10)
+            if suffix == "a":
+                fits = capability == built
+            elif kind == "sm" or suffix == "f":
+                fits = capability[0] == built[0] and capability[1] >= built[1]
+            else:
+                fits = capability >= built
         else:
-            fits = capability >= built
+            continue
         if fits:
             return True
-    return False
+    return bool(arch_flags) and not known
 
 
 def choose_device(name: str = "auto") -> "torch.device":
@@ -109,7 +119,7 @@ def why_no_cuda(version: str, cuda: str | None) -> str:
 def _check_kernels(device: "torch.device") -> None:
     import torch
 
-    flags = torch._C._cuda_getArchFlags().split()
+    flags = torch.cuda.get_arch_list()
     capability = torch.cuda.get_device_capability(device)
     if runs_on(capability, flags):
         return
@@ -140,6 +150,15 @@ def choose_precision(precision: str, device: "torch.device") -> str:
             f"--precision bfloat16: {torch.cuda.get_device_name(device)} only emulates it, slower than "
             "float32; use --precision float16 or auto"
         )
+
+
+def autocast(device: "torch.device", precision: str) -> contextlib.AbstractContextManager:
+    """The autocast context of a --precision that ``choose_precision`` returned; float32 is none."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.autocast(device.type, dtype={"bfloat16": torch.bfloat16, "float16": torch.float16}[precision])
 
 
 def git_state(root: Path = ROOT) -> dict[str, Any] | None:

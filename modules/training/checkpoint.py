@@ -1,6 +1,6 @@
 """One checkpoint file: self-contained, written with its checksum, read without running pickles.
 
-Which files a run keeps, and how one takes the place of another, is modules.training.checkpoint_folder's.
+modules/training/checkpoint_folder.py decides which files a run keeps, and how a new one replaces an old one.
 """
 
 import contextlib
@@ -15,13 +15,15 @@ from typing import Any, BinaryIO
 
 import torch
 
+from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import require_plain_archive
 
 logger = logging.getLogger("ithn")
 FORMAT = "ithn-checkpoint-1"
-# Entries required by main_test.py, and those required by --resume.
+# Entries required by main_test.py.
 TESTED = {"config": dict, "vocabulary": dict, "history": list, "epoch": int, "strategy": str}
+# Entries required by --resume.
 RESUMED = TESTED | {
     "objective": dict,
     "optimizer": dict,
@@ -37,7 +39,7 @@ RESUMED = TESTED | {
 
 
 class _Hashed:
-    """A binary file that hashes what is written to it, and keeps the error that torch's zip writer would hide."""
+    """A binary file that hashes what is written to it, and remembers the error that torch's zip writer would hide."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.sha256 = file, hashlib.sha256()
@@ -58,7 +60,7 @@ class _Hashed:
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> str:
     """Write ``state`` (tensors, plain values) to the new file ``path`` of mode 0600, and read it back.
 
-    Returns its SHA-256; OSError where it cannot be written as it should be.
+    Returns its SHA-256; OSError where it cannot be written, or reads back differently.
     """
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         hashed = _Hashed(file)
@@ -70,25 +72,19 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> str:
         os.fsync(file.fileno())
     digest = hashed.sha256.hexdigest()
     if file_sha256(path) != digest:
-        raise OSError(f"{path.name} does not read back as it was written")
+        raise OSError(f"{path.name} does not read back as written")
     return digest
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def checksum_file(path: Path) -> Path:
-    """Where the checksum of ``path`` stands: beside it, in the format of the program sha256sum."""
+    """The file next to ``path`` with its checksum, in the format of the program sha256sum."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def known_checksums(path: Path) -> list[str] | None:
     """The SHA-256 values that ``path`` may have, None where there is no checksum file.
 
-    They are two while another file takes its place: whenever that is broken off, one of them is right.
+    There are two while another file replaces it: whenever that is interrupted, one of them is right.
     """
     try:
         lines = checksum_file(path).read_text(encoding="ascii", errors="replace").splitlines()
@@ -133,7 +129,7 @@ def _damaged_part(path: Path) -> str | None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of ours or of a published code onto the CPU; only tensors and plain values are accepted.
+    """Read a checkpoint of this project or of a published code onto the CPU: tensors and plain values only.
 
     Returns the dictionary as saved; a bare state dict is wrapped as {"state_dict": ...}. Raises InputError for a file
     that is missing, damaged, holds anything else, or has no weights.
@@ -156,7 +152,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except Exception as error:  # the reader raises whatever the damaged bytes lead it to
+    except Exception as error:  # damaged bytes make the reader raise anything
         raise InputError(
             f"checkpoint {path}: damaged, or holds more than tensors and plain values "
             f"({type(error).__name__}); it was not loaded"
@@ -173,7 +169,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def require_mean_patches(content: Mapping[str, Any], path: str | Path) -> None:
-    """InputError where the mean training image, if there is one, is no finite table (S, C)."""
+    """InputError where the mean training image, if there is one, is not a table (S, C) of finite numbers."""
     mean = content.get("mean_patches")
     if mean is not None and not (
         _dense(mean)
@@ -193,9 +189,10 @@ def _dense(value: Any) -> bool:
 def _plain_numpy_scalars() -> Iterator[None]:
     """Admit numpy numbers while loading: the published codes saved their best score as one."""
     import numpy as np
-    from numpy._core.multiarray import scalar
 
-    # Files written under numpy 1 name the same function by its old module.
+    scalar = np.float64(0).__reduce__()[0]  # the function that numpy pickles its numbers with
+
+    # Files written by numpy 1 name the same function by its old module.
     allowed = [
         scalar,
         (scalar, "numpy.core.multiarray.scalar"),
@@ -209,23 +206,23 @@ def _plain_numpy_scalars() -> Iterator[None]:
 
 
 def require_resumable(content: Mapping[str, Any], path: str | Path) -> None:
-    """Raise InputError unless ``content`` is a checkpoint of ours that training can go on from."""
+    """InputError unless ``content`` is a checkpoint of this project that training can resume from."""
     if content.get("format") != FORMAT:
         raise InputError(
-            f"--resume {path}: weights only, or of another program; training goes on from our "
-            "current_checkpoint.pth (to start from published weights use --load with main_test.py)"
+            f"--resume {path}: weights only, or of another program; training resumes from a current_checkpoint.pth of "
+            "main_train.py (give published weights to --load)"
         )
     require_entries(content, path, RESUMED)
 
 
 def require_entries(content: Mapping[str, Any], path: str | Path, kinds: Mapping[str, type]) -> None:
-    """Raise InputError unless ``content`` has entries of these names and types, and a history of rows of numbers."""
+    """InputError unless ``content`` has entries of these names and types, and a history of rows of numbers."""
     for name, kind in kinds.items():
         if not isinstance(content.get(name), kind):
             found = f"is a {type(content[name]).__name__}" if name in content else "is missing"
             raise InputError(
                 f"checkpoint {path}: its entry {name!r} {found}, expected a {kind.__name__}; it was "
-                "changed by hand, or written by another version"
+                "edited, or written by another version"
             )
     for row in content["history"]:
         if not (
@@ -233,6 +230,4 @@ def require_entries(content: Mapping[str, Any], path: str | Path, kinds: Mapping
             and isinstance(row.get("epoch"), int)
             and all(isinstance(value, (int, float, NoneType)) for value in row.values())
         ):
-            raise InputError(
-                f"checkpoint {path}: its entry 'history' is not a list of rows of numbers; it was changed by hand"
-            )
+            raise InputError(f"checkpoint {path}: its entry 'history' is not a list of rows of numbers; it was edited")

@@ -1,6 +1,6 @@
-"""The checkpoints of a run: which are kept, how a new one takes its place, and which one a run goes on from.
+"""The checkpoints of a run: which are kept, how a new one replaces an old one, and which one a run resumes from.
 
-A kill at any moment leaves the two latest ones and the best readable, each beside a checksum that it agrees with.
+A kill at any moment leaves the two latest ones and the best one readable, each with a checksum file that matches.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
 from modules.runtime.records import private_folder
 from modules.training.checkpoint import (
     checksum_file,
-    file_sha256,
     known_checksums,
     load_checkpoint,
     require_resumable,
@@ -30,9 +30,9 @@ CURRENT, PREVIOUS, BEST = "current_checkpoint.pth", "previous_checkpoint.pth", "
 NAMES = (CURRENT, PREVIOUS, BEST)
 EPOCH = "epoch_{:04d}.pth"
 LOCK = ".training.lock"
-OF_A_TEST = ("results.json", "res.csv", "gts.csv", "statistics.npz", "report.html", "exports")
-# What else a training leaves in its folder, and the next one would write over.
-OF_A_RUN = (*OF_A_TEST, "history.json", "curves.png", "tensorboard", "train.log", "test.log")
+TEST_FILES = ("results.json", "res.csv", "gts.csv", "statistics.npz", "report.html", "exports")
+# What else a training writes into its folder, and the next one would overwrite.
+RUN_FILES = (*TEST_FILES, "history.json", "curves.png", "tensorboard", "train.log", "test.log")
 
 
 class CheckpointFolder:
@@ -58,7 +58,7 @@ class CheckpointFolder:
             raise InputError(f"--save_dir {self.path}: cannot be written: {error.strerror}") from error
         with open(handle, "wb") as file:
             try:
-                # Of the process, not of the file: data-loading processes that outlive it do not hold it.
+                # A lock of the process, not of the file: loader workers that outlive it do not hold it.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(
@@ -67,7 +67,7 @@ class CheckpointFolder:
                 ) from error
             except OSError:
                 logger.warning(
-                    "the file system of %s has no locks: see to it that no second training writes there", self.path
+                    "the file system of %s has no locks: make sure that no second training writes there", self.path
                 )
             try:
                 yield
@@ -82,7 +82,7 @@ class CheckpointFolder:
         for name in (*NAMES, *(f"{name}.sha256" for name in NAMES), "epoch_*", "history.json", "curves.png"):
             for orphan in self.path.glob(f".{name}.*.tmp"):
                 orphan.unlink(missing_ok=True)
-                logger.info("removed %s, which an earlier run left unfinished", orphan.name)
+                logger.info("removed %s, left unfinished by an earlier run", orphan.name)
         for path in self.present():
             if len(known_checksums(path) or ()) > 1 and (digest := file_sha256(path)) in known_checksums(path):
                 self._write_checksums(path, [digest])
@@ -91,13 +91,13 @@ class CheckpointFolder:
                 self._write_checksums(path, [file_sha256(path)])
 
     def present(self) -> list[Path]:
-        """The checkpoints that are there, latest first."""
+        """The checkpoints that exist, latest first."""
         return [self.path / name for name in NAMES if (self.path / name).is_file()]
 
     def save(self, state: Mapping[str, Any], *, best: bool) -> None:
         """Make ``state`` the current checkpoint, the one before it the previous one, and with ``best`` the best too.
 
-        InputError where it cannot be written; what was there is then as it was.
+        InputError where it cannot be written; the earlier files are then unchanged.
         """
         current = self.path / CURRENT
         new = self._temporary(CURRENT)
@@ -118,10 +118,10 @@ class CheckpointFolder:
             reason = error.strerror or error
             raise InputError(
                 f"checkpoint {current}: cannot be written ({reason}); the previous one is intact. "
-                "Free some space or choose another --save_dir, then go on with --resume"
+                "Free some space or choose another --save_dir, then continue with --resume"
             ) from error
         finally:
-            # Where the disk is full, the space is needed.
+            # A full disk needs the space.
             for left in self.path.glob(f".*.{os.getpid()}.tmp"):
                 left.unlink(missing_ok=True)
 
@@ -132,15 +132,15 @@ class CheckpointFolder:
         self._put(copy, self.path / BEST, _checksum(source))
 
     def keep_epoch(self, epoch: int) -> None:
-        """Keep the current checkpoint as that of ``epoch`` too; it is not used to go on from."""
+        """Keep the current checkpoint as that of ``epoch`` too; --resume auto does not look at it."""
         place, copy = self.path / EPOCH.format(epoch), self._temporary(EPOCH.format(epoch))
         _link(self.path / CURRENT, copy)
         self._put(copy, place, _checksum(self.path / CURRENT))
 
     def _put(self, new: Path, place: Path, digest: str, keep_as: Path | None = None) -> None:
-        """Have ``new``, whose checksum is ``digest``, take ``place``; what was there moves on to ``keep_as``.
+        """Replace ``place`` by ``new``, whose checksum is ``digest``; the old file moves to ``keep_as``.
 
-        A checksum that is to come stands beside the old one before its file is renamed.
+        The checksum file lists both checksums before the file is renamed.
         """
         before = _checksum(place) if place.is_file() else None
         if before and keep_as is not None:
@@ -167,7 +167,7 @@ class CheckpointFolder:
         return self.path / f".{name}.{os.getpid()}.tmp"
 
     def newest_valid(self) -> tuple[Path, dict[str, Any]] | None:
-        """The latest checkpoint that training can go on from, and its content; None where there is no checkpoint.
+        """The latest checkpoint that training can resume from, and its content; None where there is no checkpoint.
 
         ``problems`` says what is wrong with those that cannot be used; InputError where none can.
         """
@@ -189,17 +189,17 @@ class CheckpointFolder:
         if not found and self.problems:
             raise InputError(
                 f"--resume auto: no checkpoint in {self.path} can be used: {'; '.join(self.problems)}. "
-                "To start anew choose another --save_dir, or leave --resume out"
+                "To start from scratch choose another --save_dir, or leave --resume out"
             )
         return max(found, key=lambda item: _reached(item[1]), default=None)
 
     def move_aside(self) -> Path | None:
-        """Move what an earlier run left into a folder of its own and return it, None where nothing would be lost."""
+        """Move an earlier run's files into a folder of their own and return it, None where nothing would be lost."""
         if not self.present() and not (self.path / "results.json").exists():
             return None
         of_epochs = [path.name for path in self.path.glob("epoch_*.pth*")]
         checksums = [checksum_file(Path(name)).name for name in NAMES]
-        return set_aside(self.path, (*NAMES, *checksums, *of_epochs, *OF_A_RUN))
+        return set_aside(self.path, (*NAMES, *checksums, *of_epochs, *RUN_FILES))
 
 
 def _missing(path: Path) -> list[Path]:
@@ -208,7 +208,7 @@ def _missing(path: Path) -> list[Path]:
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> Path:
-    """Move those of ``names`` that are in ``folder`` into a new folder in it, earlier_1 or the next, and return it."""
+    """Move those of ``names`` that ``folder`` has into a new folder in it, earlier_1 or the next, and return that."""
     number = 1
     while (aside := folder / f"earlier_{number}").exists():
         number += 1
@@ -225,7 +225,7 @@ def _reached(content: Mapping[str, Any]) -> tuple[int, bool, int]:
 
 
 def _checksum(path: Path) -> str:
-    """The SHA-256 that stands beside ``path``, or else of its content."""
+    """The SHA-256 in the checksum file of ``path``, or else of its content."""
     known = known_checksums(path) or ()
     return known[0] if len(known) == 1 else file_sha256(path)
 

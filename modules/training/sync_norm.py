@@ -1,55 +1,62 @@
-"""Batch normalisation by the samples of all processes: torch's on GPUs, and ours on a CPU, where torch has none.
+"""Batch normalisation over the samples of all processes: torch's on GPUs, and our own on a CPU, where torch has none.
 
-Shapes: x (B, C, ...) of this process, whose rows may differ in number; W processes.
+Shapes: x (B, C, ...) of this process, where B may differ between the W processes.
 """
 
 import torch
+import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from modules.runtime import distributed
 
 
-class CommonBatchNorm(_BatchNorm):
-    """In training, normalises by mean and variance over all processes; else, or in one process, like any other.
+class CommonBatchNorm(nn.Module):
+    """In training, normalises by mean and variance over all processes; otherwise like the ``layer`` that it replaces.
 
-    ``drop`` and ``act`` are what timm's layers bring along.
+    It has the layer's parameters, buffers and names; ``drop`` and ``act`` are those of timm's layers.
     """
 
-    @classmethod
-    def of(cls, layer: _BatchNorm) -> "CommonBatchNorm":
-        """``layer`` with the same parameters, buffers and names."""
-        common = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
-        common.weight, common.bias, common.training = layer.weight, layer.bias, layer.training
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, layer: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        super().__init__()
+        self.eps, self.momentum = layer.eps, layer.momentum
+        for name, parameter in layer.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
         for name, buffer in layer.named_buffers(recurse=False):
-            setattr(common, name, buffer)
-        common.drop, common.act = getattr(layer, "drop", nn.Identity()), getattr(layer, "act", nn.Identity())
-        return common
+            self.register_buffer(name, buffer)
+        self.drop, self.act = getattr(layer, "drop", nn.Identity()), getattr(layer, "act", nn.Identity())
+        self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        together = self.training and distributed.is_distributed()
-        return self.act(self.drop(self._normalised(x) if together else super().forward(x)))
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        """Any number of dimensions from two on."""
+        """(B, C, ...) -> (B, C, ...)."""
+        if not self.training:
+            x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        else:
+            x = self._normalised(x)
+        return self.act(self.drop(x))
 
     def _normalised(self, x: Tensor) -> Tensor:
         own = x.transpose(0, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))  # (C, n)
-        count = own.new_full((self.num_features,), own.shape[1])
+        count = own.new_full((len(own),), own.shape[1])
         mean, squares = own.mean(1), own.var(1, correction=0) * count
         # (W, 3, C): summing squares about each process's own mean loses no digits.
         counts, means, squares = distributed.gather_with_gradient(torch.stack([count, mean, squares])[None]).unbind(1)
         total = counts.sum(0)
         mean = (counts * means).sum(0) / total
         variance = (squares + counts * (means - mean).square()).sum(0) / total  # (C,)
-        self._remember(mean, variance * total / (total - 1))
+        self._update_running(mean, variance * total / (total - 1))
         shape = (1, -1, *[1] * (x.dim() - 2))
         scale = self.weight * (variance + self.eps).rsqrt()
         return ((x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
         self.num_batches_tracked.add_(1)
         factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
@@ -63,9 +70,11 @@ def with_common_statistics(module: nn.Module) -> nn.Module:
     """
     if next(module.parameters()).is_cuda:
         return convert_sync_batchnorm(module)  # torch's own would drop the activations in timm's layers
+    if not distributed.is_distributed():
+        return module
     for name, child in module.named_children():
-        if isinstance(child, _BatchNorm):
-            setattr(module, name, CommonBatchNorm.of(child))
+        if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+            setattr(module, name, CommonBatchNorm(child))
         elif next(child.parameters(), None) is not None:
             with_common_statistics(child)
     return module

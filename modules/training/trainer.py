@@ -10,87 +10,110 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modules.evaluation.score_names import SELECTION
-from modules.evaluation.tester import autocast
+from modules.evaluation.score_names import SELECTION, tagged
 from modules.runtime import distributed
 from modules.runtime.distributed import restore_rng_state, rng_state, seed_by
+from modules.runtime.environment import autocast
 from modules.runtime.errors import InputError
+from modules.runtime.run_log import Bar
 from modules.runtime.stopping import GracefulShutdown, Stopped
-from modules.training.running_means import RunningMeans
-from modules.training.step_guard import StepGuard
-from modules.training.training_state import Best, Position
+from modules.training.average_meter import AverageMeter
+from modules.training.non_finite_guard import NonFiniteGuard, are_finite, nan_unless_finite
+from modules.training.optimizers import build_optimizer, build_scheduler, learning_rates
+from modules.training.settings import LoopSettings, OptimSettings
 
 logger = logging.getLogger("ithn")
+
+
+@dataclasses.dataclass
+class Best:
+    """What model selection and early stopping remember."""
+
+    score: float | None = None
+    epoch: int = 0
+    epochs_without: int = 0
+
+    def update(self, score: float | None, epoch: int, smaller_is_better: bool) -> bool:
+        """Whether ``score`` is the best so far; an equal score counts as better, as in the R2Gen family."""
+        sign = -1 if smaller_is_better else 1
+        if score is not None and math.isfinite(score) and (self.score is None or sign * score >= sign * self.score):
+            self.score, self.epoch, self.epochs_without = score, epoch, 0
+            return True
+        self.epochs_without += 1
+        return False
+
+
+@dataclasses.dataclass
+class Position:
+    """How far training has come, between two optimiser steps."""
+
+    epoch: int = 1
+    batches: int = 0  # of this epoch that are done, in each process
+    samples: int = 0  # in them, in all processes
+    steps: int = 0  # of this epoch
+    total_steps: int = 0  # of all epochs
+    trained: bool = False  # no batch of this epoch is left: its validation comes next
+    seconds: float = 0.0  # that this epoch has taken
 
 
 class Trainer:
     """Trains ``objective`` and leaves the best epoch's weights to ``save``.
 
-    ``objective(batch, epoch, token_count=, share=)`` returns a dictionary with "loss" and the terms to log;
-    ``validate(epoch)`` returns metrics of the validation split; ``save(trainer, improved)`` writes a checkpoint, which
-    needs ``state_dict()``; ``on_epoch(history)`` draws curves. ``epoch`` counts from 1. ``checkpoint_steps`` is the
-    number of optimiser steps between checkpoints within an epoch, 0 for none. When ``shutdown`` raises Stopped, the
-    state is saved and the exception propagates. Of several processes each draws its random numbers by ``seed``, step
-    and rank, so that a checkpoint needs no generator's state of any.
+    ``objective(batch, epoch, token_count=, share=)`` returns a dictionary with "loss" and the terms to log, scalars;
+    ``validate(epoch)`` returns metrics of the validation split, whose names end in ``score_tag``;
+    ``save(trainer, improved)`` writes a checkpoint, which needs ``state_dict()``; ``on_epoch(history)`` draws curves.
+    Epochs count from 1. When ``shutdown`` raises Stopped, the state is saved and the exception propagates. Each of
+    several processes draws its random numbers by ``seed``, step and rank, so that a checkpoint needs no generator's
+    state of any.
     """
 
     def __init__(
         self,
         objective: nn.Module,
+        optim: OptimSettings,
+        loop: LoopSettings,
         *,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
         loader: Any,
         validate: Callable[[int], Mapping[str, float | None]],
         save: Callable[["Trainer", bool], None],
         on_epoch: Callable[[list[dict]], None],
-        progress: Callable[..., Any],
         shutdown: GracefulShutdown,
         device: torch.device,
         precision: str,
-        epochs: int,
-        early_stop: int,
-        monitor_metric: str,
-        monitor_mode: str,
-        save_period: int,
-        checkpoint_steps: int,
-        log_period: int,
-        start_eval_epoch: int,
-        grad_accumulation: int,
-        clip_norm: float,
-        clip_value: float,
         seed: int = 0,
+        score_tag: str = "",
     ):
-        self.objective, self.optimizer, self.scheduler, self.loader = objective, optimizer, scheduler, loader
-        self.validate, self.save, self.on_epoch, self.progress = validate, save, on_epoch, progress
-        self.shutdown, self.device, self.precision = shutdown, device, precision
-        self.epochs, self.early_stop, self.save_period, self.log_period = epochs, early_stop, save_period, log_period
-        self.monitor_metric, self.monitor_mode, self.start_eval_epoch = monitor_metric, monitor_mode, start_eval_epoch
-        self.checkpoint_steps, self.grad_accumulation = checkpoint_steps, grad_accumulation
-        self.clip_norm, self.clip_value, self.seed = clip_norm, clip_value, seed
+        self.objective, self.optim, self.loop, self.loader = objective, optim, loop, loader
+        self.validate, self.save, self.on_epoch, self.shutdown = validate, save, on_epoch, shutdown
+        self.device, self.precision, self.seed = device, precision, seed
+        self.monitored = tagged(loop.monitor_metric, score_tag)
+        self.optimizer = build_optimizer(objective, optim, distributed.world_size())
+        self.scheduler = build_scheduler(self.optimizer, optim, score_tag)
         self.parallel = distributed.data_parallel(objective)
         # Without float16 the scaler multiplies by 1: it then only keeps non-finite gradients out of the weights,
         # on the device, with no synchronisation.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if precision == "float16" else 1.0)
-        self.guard = StepGuard(objective, device, scales=precision == "float16")
-        self.best, self.history, self.position, self.means = Best(), [], Position(), RunningMeans()
+        self.guard = NonFiniteGuard(objective, device, scaled=precision == "float16")
+        self.best, self.history, self.position, self.means = Best(), [], Position(), AverageMeter()
         self._rng_before_validation: dict[str, Any] | None = None
         self._saved: Position | None = None
 
+    # ---- Epochs
+
     def train(self) -> None:
-        """Run what remains; stop when validation has not improved for more than ``early_stop`` epochs."""
+        """Train up to the last epoch, or until validation has not improved for more than early_stop epochs."""
         try:
             while not self._finished():
                 self._epoch()
         except Stopped as stopped:
             self.shutdown.accept()
-            self._save_unsaved()
+            self._save_if_unsaved()
             logger.info(
                 "%s: stopped in epoch %d after step %d of it; everything up to there is saved",
                 stopped.name,
@@ -99,48 +122,21 @@ class Trainer:
             )
             raise
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights that training goes on from, bit by bit."""
-        self.guard.read()
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "rng": self._rng_before_validation or rng_state(),
-            "history": self.history,
-            "best": dataclasses.asdict(self.best),
-            "position": dataclasses.asdict(self.position),
-            "means": self.means.state_dict(),
-            "guard": self.guard.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a kept ``state_dict``."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.history, self.best = list(state["history"]), Best(**state["best"])
-        self.position = Position(**state["position"])
-        self.means.load_state_dict(state["means"], self.device)
-        self.guard.load_state_dict(state["guard"])
-        restore_rng_state(state["rng"])
-        self._saved = dataclasses.replace(self.position)
-
     def _finished(self) -> bool:
-        if self.best.epochs_without > self.early_stop:
+        if self.best.epochs_without > self.loop.early_stop:
             logger.info(
-                "val_%s has not improved for %d epochs: training stops", self.monitor_metric, self.best.epochs_without
+                "val_%s has not improved for %d epochs: training stops", self.monitored, self.best.epochs_without
             )
             return True
-        return self.position.epoch > self.epochs
+        return self.position.epoch > self.optim.epochs
 
     def _epoch(self) -> None:
         started, before = time.monotonic(), self.position.seconds
         if not self.position.trained:
             self._train_epoch(lambda: before + time.monotonic() - started)
         scores = None
-        if self.position.epoch >= self.start_eval_epoch:
-            # Sampling draws: a checkpoint made while validation runs must begin it anew.
+        if self.position.epoch >= self.loop.start_eval_epoch:
+            # Sampling draws random numbers: a checkpoint made during validation must resume before them.
             self._rng_before_validation = rng_state()
             scores = self.validate(self.position.epoch)
         with self.shutdown.deferred():
@@ -149,17 +145,15 @@ class Trainer:
         self.on_epoch(self.history)
 
     def _train_epoch(self, seconds: Callable[[], float]) -> None:
-        position = self.position
+        position, every = self.position, self.loop.checkpoint_steps
         self.objective.train()
         self.loader.set_epoch(position.epoch, position.samples)
-        bar = self.progress(self.loader, f"epoch {position.epoch}/{self.epochs}", position.batches)
-        for group in self._groups(bar):
+        bar = Bar(self.loader, f"epoch {position.epoch}/{self.optim.epochs}", position.batches)
+        for batches in self._batches_of_steps(bar):
             with self.shutdown.deferred():
-                self._step(group)
-                position.batches, position.steps = position.batches + len(group), position.steps + 1
-                position.samples += sum(len(batch.sample_index) for batch in group) * distributed.world_size()
-                position.total_steps, position.seconds = position.total_steps + 1, seconds()
-                if self.checkpoint_steps and position.total_steps % self.checkpoint_steps == 0:
+                self._step(batches)
+                self._advance(batches, seconds())
+                if every and position.total_steps % every == 0:
                     distributed.average_running_statistics(self.objective)
                     self._save(improved=False)
                 self._log_step(bar)
@@ -167,104 +161,99 @@ class Trainer:
             self.guard.read()
             distributed.average_running_statistics(self.objective)
             position.trained, position.seconds = True, seconds()
-            # Whatever becomes of the validation, the epoch is safe.
-            if self._due():
+            # Whatever happens in the validation, the epoch is safe.
+            if self._checkpoint_is_due():
                 self._save(improved=False)
 
-    def _groups(self, batches: Iterable) -> Iterator[list]:
-        """The batches of each optimiser step; what was reached is saved where no more can be read."""
+    def _batches_of_steps(self, batches: Iterable) -> Iterator[list]:
+        """The batches of each optimiser step; where reading one fails, what was reached is saved first."""
         iterator = iter(batches)
         try:
-            while group := list(itertools.islice(iterator, self.grad_accumulation)):
+            while group := list(itertools.islice(iterator, self.optim.grad_accumulation)):
                 yield group
         except InputError:
-            self._save_unsaved()
+            self._save_if_unsaved()
             raise
+
+    # ---- One optimiser step
+
+    def _step(self, batches: Sequence[Any]) -> None:
+        """One optimiser step over ``batches``; it is undone and counted if a loss or gradient is not finite."""
+        if distributed.is_distributed():
+            seed_by(self.seed, self.position.epoch, self.position.steps, distributed.rank())
+        self.guard.before_step()
+        # The cross entropy is normalised by the tokens of the whole step. They are counted on the CPU, where the masks
+        # still are: the processes meet without waiting for a device.
+        token_count = distributed.all_reduce_sum(sum(batch.positive.token_mask[:, 1:].sum() for batch in batches))
+        terms = []
+        for number, batch in enumerate(batches, start=1):
+            # Only the last backward pass of a step adds up the processes' gradients.
+            last = number == len(batches)
+            with contextlib.nullcontext() if last else distributed.no_gradient_sync(self.parallel):
+                terms.append(self._forward_backward(batch, token_count, share=1.0 / len(batches)))
+        skipped = self._update()
+        finite_loss = self.means.add(terms)
+        rows = [batch.sample_index for batch in batches]
+        self.guard.after_step(skipped, finite_loss, rows, self.position.epoch, self.position.steps + 1)
+
+    def _forward_backward(self, batch: Any, token_count: Tensor, share: float) -> dict[str, Tensor]:
+        """Add the gradients of ``batch``; returns its loss and terms, detached scalars."""
+        with autocast(self.device, self.precision):
+            terms = self.parallel(batch.to(self.device), self.position.epoch, token_count=token_count, share=share)
+        self.scaler.scale(nan_unless_finite(terms["loss"])).backward()
+        return {name: value.detach() for name, value in terms.items()}
+
+    def _update(self) -> Tensor:
+        """Change the weights, unless a gradient is not finite; returns whether they were left alone, a bool scalar."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.scaler.unscale_(self.optimizer)
+        skipped = ~are_finite([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self.optim.clip_norm:
+            nn.utils.clip_grad_norm_(parameters, self.optim.clip_norm)
+        if self.optim.clip_value:
+            nn.utils.clip_grad_value_(parameters, self.optim.clip_value)
+        self.scaler.step(self.optimizer)
+        self.scaler.update(None if self.precision == "float16" else 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.after_step()
+        return skipped
+
+    def _advance(self, batches: Sequence[Any], seconds: float) -> None:
+        position = self.position
+        position.batches, position.steps = position.batches + len(batches), position.steps + 1
+        position.samples += sum(len(batch.sample_index) for batch in batches) * distributed.world_size()
+        position.total_steps, position.seconds = position.total_steps + 1, seconds
 
     def _log_step(self, bar: Any) -> None:
         """Reading a value waits for the device: only when the bar is due, or once in log_period steps."""
-        position, due = self.position, self.position.steps % self.log_period == 0
+        position, due = self.position, self.position.steps % self.loop.log_period == 0
         if due or bar.due():
             means = self.means.read()
             bar.show(means)
             if due:
                 logger.info("epoch %d step %d: %s", position.epoch, position.steps, _shown(means))
 
-    def _step(self, group: list) -> None:
-        """One optimiser step over the batches of ``group``, counted and kept out of the model if it is not finite."""
-        if distributed.is_distributed():
-            seed_by(self.seed, self.position.epoch, self.position.steps, distributed.rank())
-        self.guard.begin()
-        terms = list(self._accumulate(group))
-        finite_loss = torch.stack([term["loss"] for term in terms]).isfinite().all()
-        skipped = self._update()
-        finite_loss = self.means.add(terms, finite_loss)
-        self.guard.settle(
-            skipped, finite_loss, [batch.sample_index for batch in group], self.position.epoch, self.position.steps + 1
-        )
-
-    def _accumulate(self, group: list) -> Iterator[dict[str, Tensor]]:
-        """Gradients of one optimiser step; the cross entropy is normalised by the tokens of the whole step."""
-        # On the CPU, where the masks are still: the processes meet without waiting for a device.
-        token_count = distributed.all_reduce_sum(sum(batch.positive.token_mask[:, 1:].sum() for batch in group))
-        for number, batch in enumerate(group, start=1):
-            # Only the last backward pass of a step brings the processes' gradients together.
-            with contextlib.nullcontext() if number == len(group) else distributed.no_gradient_sync(self.parallel):
-                with autocast(self.device, self.precision):
-                    terms = self.parallel(
-                        batch.to(self.device), self.position.epoch, token_count=token_count, share=1.0 / len(group)
-                    )
-                # A loss that is not finite can have finite gradients: it makes all of them NaN, and the scaler sees it.
-                sound = torch.where(terms["loss"].detach().isfinite(), 1.0, math.nan)
-                self.scaler.scale(terms["loss"] * sound).backward()
-            yield {name: value.detach() for name, value in terms.items()}
-
-    def _update(self) -> Tensor:
-        """Change the weights, unless a gradient is not finite; returns whether they were left alone (bool scalar)."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.scaler.unscale_(self.optimizer)
-        found = sum(self.scaler._found_inf_per_device(self.optimizer).values())
-        if self.clip_norm:
-            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        if self.clip_value:
-            nn.utils.clip_grad_value_(parameters, self.clip_value)
-        self.scaler.step(self.optimizer)
-        self.scaler.update(None if self.precision == "float16" else 1.0)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.objective.after_step()
-        return found.squeeze() > 0
+    # ---- The end of an epoch
 
     def _end_epoch(self, scores: Mapping[str, float | None] | None, seconds: float) -> None:
-        """Judge the epoch, enter it into the history, and go on to the next."""
-        position, groups = self.position, self.optimizer.param_groups
-        row = {"epoch": position.epoch, "lr_ve": groups[0]["lr"], "lr_ed": groups[-1]["lr"]}
+        """Judge the epoch, enter it into the history, and advance to the next."""
+        position = self.position
+        row: dict[str, Any] = {"epoch": position.epoch, **learning_rates(self.optimizer)}
         row |= {f"train_{name}": value for name, value in self.means.read().items()}
         row |= {"train_steps": position.steps, "train_skipped_steps": self.guard.skipped}
         row |= {f"val_{name}": value for name, value in (scores or {}).items()}
-        improved = scores is not None and self.best.judge(
-            scores.get(SELECTION, scores.get(self.monitor_metric)), position.epoch, self.monitor_mode
+        improved = scores is not None and self.best.update(
+            scores.get(SELECTION, scores.get(self.monitored)), position.epoch, self.loop.monitors_minimum
         )
         self.scheduler.step(scores)
         self.history.append(row | {"seconds": seconds})
         self._log_epoch(self.history[-1], improved)
-        due = self._due()
+        due = self._checkpoint_is_due()
         self.position = Position(epoch=position.epoch + 1, total_steps=position.total_steps)
-        self.means = RunningMeans()
+        self.means = AverageMeter()
         self.guard.start_epoch()
         if improved or due:
             self._save(improved)
-
-    def _due(self) -> bool:
-        return self.position.epoch % self.save_period == 0 or self.position.epoch == self.epochs
-
-    def _save(self, improved: bool) -> None:
-        self.save(self, improved)
-        self._saved = dataclasses.replace(self.position)
-
-    def _save_unsaved(self) -> None:
-        with self.shutdown.deferred():
-            if self._saved != self.position:
-                self._save(improved=False)
 
     def _log_epoch(self, row: Mapping[str, Any], improved: bool) -> None:
         for line in epoch_table(row):
@@ -279,13 +268,56 @@ class Trainer:
                 scale,
             )
         if improved:
-            logger.info("best epoch so far by validation %s = %.4f", self.monitor_metric, self.best.score)
+            logger.info("best epoch so far by validation %s = %.4f", self.monitored, self.best.score)
+
+    # ---- Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights that an exact resume needs."""
+        self.guard.read()
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": self._rng_before_validation or rng_state(),
+            "history": self.history,
+            "best": dataclasses.asdict(self.best),
+            "position": dataclasses.asdict(self.position),
+            "means": self.means.state_dict(),
+            "guard": self.guard.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a stored ``state_dict``."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.history, self.best = list(state["history"]), Best(**state["best"])
+        self.position = Position(**state["position"])
+        self.means.load_state_dict(state["means"], self.device)
+        self.guard.load_state_dict(state["guard"])
+        restore_rng_state(state["rng"])
+        self._saved = dataclasses.replace(self.position)
+
+    def _checkpoint_is_due(self) -> bool:
+        return self.position.epoch % self.loop.save_period == 0 or self.position.epoch == self.optim.epochs
+
+    def _save(self, improved: bool) -> None:
+        self.save(self, improved)
+        self._saved = dataclasses.replace(self.position)
+
+    def _save_if_unsaved(self) -> None:
+        with self.shutdown.deferred():
+            if self._saved != self.position:
+                self._save(improved=False)
 
 
 def epoch_table(row: Mapping[str, Any]) -> list[str]:
     """An epoch's row of the history as lines for the log: steps, time and rates; losses; validation scores."""
     minutes, seconds = divmod(round(row["seconds"]), 60)
-    rates = f"learning rates {row['lr_ve']:.3g} (visual extractor) and {row['lr_ed']:.3g}"
+    rates = f"learning rate {row['lr_ed']:.3g} (visual extractor not trained)"
+    if "lr_ve" in row:
+        rates = f"learning rates {row['lr_ve']:.3g} (visual extractor) and {row['lr_ed']:.3g}"
     lines = [f"epoch {row['epoch']}: {row['train_steps']} steps in {minutes} min {seconds:02d} s, {rates}"]
     counts = ("train_steps", "train_skipped_steps")
     for name, prefix in (("training", "train_"), ("validation", "val_")):

@@ -17,6 +17,7 @@ from modules.ithn.weights import load_published_state, published_state
 from modules.layers.visual_extractor import VisualExtractor
 from modules.runtime.errors import InputError
 from modules.training.optimizers import build_optimizer
+from modules.training.settings import OptimSettings
 from tests.golden_support import GOLDEN_DIR, Golden, load_visual, read_golden
 
 torch.set_num_threads(1)
@@ -227,13 +228,14 @@ def test_training_history_of_the_released_objective(golden, make, batch):
     rates = golden.config["eval_mode_train_lr"]
     optimizer = build_optimizer(
         objective,
-        optim="Adam",
-        lr_ve=rates["ve"],
-        lr_ed=rates["ed"],
-        weight_decay=options["weight_decay"],
-        adam_betas=tuple(options["adam_betas"]),
-        adam_eps=options["adam_eps"],
-        amsgrad=options["amsgrad"],
+        OptimSettings(
+            lr_ve=rates["ve"],
+            lr_ed=rates["ed"],
+            weight_decay=options["weight_decay"],
+            adam_betas=tuple(options["adam_betas"]),
+            adam_eps=options["adam_eps"],
+            amsgrad=options["amsgrad"],
+        ),
     )
     history = []
     for _ in golden.config["eval_mode_train_losses"]:

@@ -18,6 +18,7 @@ from modules.ithn.settings import ITHNSettings
 from modules.layers.cross_modal_memory import SCORES_AT_ONCE, topk_attention
 from modules.layers.visual_extractor import VisualExtractor
 from modules.training.optimizers import build_optimizer
+from modules.training.settings import OptimSettings
 
 torch.set_num_threads(1)
 B, N, T, WORDS = 3, 2, 9, 11
@@ -177,9 +178,7 @@ def test_scores_against_the_memory_are_held_a_block_at_a_time(monkeypatch):
 def test_a_step_waits_for_the_device_never(strategy):
     """Reading a number out of a tensor stalls a GPU. The mask of views is read too, but stays on the CPU."""
     own, given = objective(GivenFeatures(), strategy), batch((5, 12), strategy == "ithn")
-    optimizer = build_optimizer(
-        own, optim="Adam", lr_ve=1e-3, lr_ed=1e-3, weight_decay=0.0, adam_betas=(0.9, 0.98), adam_eps=1e-9, amsgrad=True
-    )
+    optimizer = build_optimizer(own, OptimSettings(lr_ve=1e-3, lr_ed=1e-3, weight_decay=0.0))
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     with Watch() as watch:
         scaler.scale(own(given, 1, token_count=torch.tensor(20))["loss"]).backward()

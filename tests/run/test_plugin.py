@@ -14,6 +14,7 @@ from modules.run.build import build_objective, decoding_options, load_weights, p
 from modules.run.data import build_dataset, build_split_loader, read_data
 from modules.training.checkpoint import load_checkpoint
 from modules.training.optimizers import build_optimizer
+from modules.training.settings import OptimSettings
 from tests.conftest import TINY
 
 STRATEGIES = ("off", "contrastive", "prior", "mochi", "ithn", "unconstrained")
@@ -94,16 +95,7 @@ def test_every_backbone_with_every_strategy(demo, demo_index, tmp_path, backbone
     loader.set_epoch(2)
     batch = next(iter(loader)).to("cpu")
     assert batch.positive.images.shape[1] == (2 if views == "paired" else 1)
-    optimizer = build_optimizer(
-        objective,
-        optim="Adam",
-        lr_ve=1e-3,
-        lr_ed=1e-3,
-        weight_decay=0.0,
-        adam_betas=(0.9, 0.98),
-        adam_eps=1e-9,
-        amsgrad=True,
-    )
+    optimizer = build_optimizer(objective, OptimSettings(lr_ve=1e-3, lr_ed=1e-3, weight_decay=0.0))
     before = {name: value.clone() for name, value in objective.named_parameters()}
     terms = objective(batch, 2)
     terms["loss"].backward()

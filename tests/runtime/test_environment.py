@@ -39,6 +39,11 @@ CUDA_12 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "com
         ((12, 0), ["compute_100f"], False),
         ((10, 3), ["sm_100f"], True),
         ((8, 0), [], False),
+        ((9, 4), ["gfx942"], True),  # ROCm
+        ((9, 4), ["gfx90a:sramecc+:xnack-", "gfx1100"], False),
+        ((9, 0), ["gfx90a:sramecc+:xnack-"], True),
+        ((11, 0), ["gfx1100"], True),
+        ((9, 4), ["gfx9-4-generic"], True),  # of a kind that is not known here: torch itself has to say
     ],
 )
 def test_which_gpus_a_build_runs_on(capability, flags, expected):
@@ -59,7 +64,7 @@ def pretend_gpu(monkeypatch, capability, flags, bf16=True):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-32GB")
-    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: " ".join(flags), raising=False)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: flags)
     # On a real V100 the first answer, with emulation, is yes.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())

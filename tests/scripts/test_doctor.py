@@ -60,7 +60,7 @@ def pretend_gpu(monkeypatch, capability, flags, free=20):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 32 * GIB))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: flags, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: flags.split())
 
 
 def test_gpu(monkeypatch):

@@ -1,6 +1,7 @@
 """Training in two processes: what the trainer makes of their shares is what one process makes of the whole."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,8 @@ from modules.data.sample_order import EpochBatchSampler
 from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
 from modules.runtime import distributed
-from modules.runtime.run_log import Bar
 from modules.runtime.stopping import GracefulShutdown
-from modules.training.optimizers import build_optimizer, build_scheduler
+from modules.training.settings import LoopSettings, OptimSettings
 from modules.training.trainer import Trainer
 from tests.gloo_support import run_together
 from tests.tiny_backbone import TinyBackbone, rows_of, tiny_batch
@@ -66,49 +66,34 @@ def build(dropout: float = 0.0, epochs: int = 2, **options) -> Trainer:
     torch.manual_seed(0)
     settings = ITHNSettings(embedding_dim=5, alpha=0.5, previous_epoch_start=True)
     objective = Objective(Noisy(dropout), settings, n_samples=SAMPLES).double()
-    optimizer = build_optimizer(
-        objective,
-        optim="SGD",
-        lr_ve=0.05,
-        lr_ed=0.05,
-        weight_decay=0.0,
-        adam_betas=(0.9, 0.98),
-        adam_eps=1e-9,
-        amsgrad=True,
-    )
-    scores = {"BLEU_4": [0.2, 0.3, 0.1], "BLEU_3": [0.1, 0.1, 0.1]}
-    loop = {
-        "early_stop": 50,
-        "save_period": 1,
-        "checkpoint_steps": 0,
-        "log_period": 1000,
-        "start_eval_epoch": 0,
+    optim = {
+        "optim": "SGD",
+        "lr_ve": 0.05,
+        "lr_ed": 0.05,
+        "weight_decay": 0.0,
+        "lr_scheduler": "ReduceLROnPlateau",
+        "gamma": 0.5,
+        "plateau_patience": 0,
+        "epochs": epochs,
         "grad_accumulation": 2,
         "clip_norm": 0.7,
-        "clip_value": 0.0,
-        "seed": 4,
-    } | options
+    }
+    scores = {"BLEU_4": [0.2, 0.3, 0.1], "BLEU_3": [0.1, 0.1, 0.1]}
     return Trainer(
         objective,
-        optimizer=optimizer,
-        scheduler=build_scheduler(
-            optimizer, lr_scheduler="ReduceLROnPlateau", step_size=1, gamma=0.5, plateau_patience=0, epochs=9
-        ),
+        OptimSettings(**optim | options),
+        LoopSettings(),
         loader=Shares(),
-        # Only the first process has scores to decide by.
+        # Only the main process has scores to decide by.
         validate=lambda epoch: distributed.broadcast_object(
             {name: values[epoch - 1] for name, values in scores.items()} if distributed.is_main_process() else None
         ),
         save=lambda trainer, improved: None,
         on_epoch=lambda history: None,
-        progress=Bar,
         shutdown=GracefulShutdown(),
         device=torch.device("cpu"),
         precision="float32",
-        epochs=epochs,
-        monitor_metric="BLEU_4",
-        monitor_mode="max",
-        **loop,
+        seed=4,
     )
 
 
@@ -149,7 +134,7 @@ def resumed() -> dict:
         if (trainer.position.epoch, trainer.position.steps) == (2, 1):
             kept.update(copy.deepcopy({"state": trainer.state_dict(), "objective": trainer.objective.state_dict()}))
 
-    whole.checkpoint_steps, whole.save = 1, keep
+    whole.loop, whole.save = replace(whole.loop, checkpoint_steps=1), keep
     whole.train()
     part.objective.load_state_dict(kept["objective"])
     part.load_state_dict(kept["state"])

@@ -9,8 +9,10 @@ from modules.training.optimizers import (
     build_optimizer,
     build_scheduler,
     learning_rate_factor,
+    learning_rates,
     scale_learning_rates,
 )
+from modules.training.settings import OptimSettings
 
 
 class Tiny(nn.Module):
@@ -23,15 +25,7 @@ class Tiny(nn.Module):
 
 
 def optimizer(objective, optim="Adam", **other):
-    settings = {
-        "lr_ve": 1e-4,
-        "lr_ed": 5e-4,
-        "weight_decay": 5e-5,
-        "adam_betas": (0.9, 0.98),
-        "adam_eps": 1e-9,
-        "amsgrad": True,
-    } | other
-    return build_optimizer(objective, optim=optim, **settings)
+    return build_optimizer(objective, OptimSettings(optim=optim, **{"lr_ve": 1e-4, "lr_ed": 5e-4} | other))
 
 
 @pytest.mark.parametrize("optim", ["Adam", "AdamW", "RAdam", "SGD"])
@@ -44,8 +38,8 @@ def test_the_visual_extractor_has_its_own_rate(optim):
 def test_a_frozen_extractor_is_left_out():
     objective = Tiny()
     objective.backbone.visual_extractor.requires_grad_(False)
-    groups = optimizer(objective).param_groups
-    assert len(groups) == 1 and groups[0]["lr"] == 5e-4
+    assert learning_rates(optimizer(objective)) == {"lr_ed": 5e-4}
+    assert learning_rates(optimizer(Tiny())) == {"lr_ve": 1e-4, "lr_ed": 5e-4}
 
 
 def test_fused_steps_equal_the_plain_ones():
@@ -95,9 +89,12 @@ def test_an_epoch_without_validation_is_not_one_without_progress():
 KINDS = ["StepLR", "ReduceLROnPlateau", "CosineAnnealingLR", "constant"]
 
 
-def made(kind, factor=1.0):
-    optim = optimizer(Tiny(), lr_ve=1e-4 * factor, lr_ed=5e-4 * factor)
-    return optim, build_scheduler(optim, lr_scheduler=kind, step_size=2, gamma=0.5, plateau_patience=0, epochs=8)
+def made(kind, processes=1):
+    settings = OptimSettings(
+        lr_ve=1e-4, lr_ed=5e-4, scale_lr="sqrt", lr_scheduler=kind, step_size=2, gamma=0.5, plateau_patience=0, epochs=8
+    )
+    optim = build_optimizer(Tiny(), settings, processes)
+    return optim, build_scheduler(optim, settings)
 
 
 def rates(optim, schedule, steps):
@@ -126,7 +123,7 @@ def test_other_processes_go_on_with_the_rates_of_their_number(kind):
     """Of two processes made eight, under --scale_lr sqrt."""
     factors = [learning_rate_factor("sqrt", processes) for processes in (2, 8)]
     assert factors == pytest.approx([2**0.5, 8**0.5])
-    optim, schedule = made(kind, factors[0])
+    optim, schedule = made(kind, processes=2)
     rates(optim, schedule, (0, 3))
     scale_learning_rates(optim, schedule, factors[1] / factors[0])
-    assert rates(optim, schedule, (3, 6)) == pytest.approx(rates(*made(kind, factors[1]), (0, 6))[3:])
+    assert rates(optim, schedule, (3, 6)) == pytest.approx(rates(*made(kind, processes=8), (0, 6))[3:])

@@ -12,14 +12,15 @@ from models import MODELS
 from models.base import Backbone, Output, VisualFeatures
 from modules.data.batches import Batch, Pair
 from modules.flags import parse_flags, resolve_config
-from modules.run.build import build_objective, objective_kind, prepare_device
+from modules.run.build import build_objective, prepare_device
 from modules.run.data import build_dataset, build_split_loader, read_data
-from modules.run.self_critical import FREQUENCIES, equip
+from modules.run.self_critical import FREQUENCIES, self_critical_objective
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
 from modules.training.rewards import Reward, training_frequencies
 from modules.training.self_critical import SelfCritical, repeat_rows, up_to_end, without_dropout
+from modules.training.settings import SelfCriticalSettings
 from tests.conftest import TINY
 from tests.run.test_plugin import OWN_FLAGS
 
@@ -120,12 +121,14 @@ def batch_of(rows=4):
 
 
 def self_critical(backbone, reward, **options):
-    objective = SelfCritical(backbone)
-    settings = {"max_seq_length": 3, "samples": 6, "baseline": "mean", "cross_entropy": 0.0, "labelled": False}
-    objective.equip(
-        reward=reward, decode=lambda tokens: [" ".join(map(str, row)) for row in tokens.tolist()], **settings | options
+    return SelfCritical(
+        backbone,
+        stage=SelfCriticalSettings(self_critical=True, **{"scst_samples": 6, "scst_baseline": "mean"} | options),
+        reward=reward,
+        decode=lambda tokens: [" ".join(map(str, row)) for row in tokens.tolist()],
+        max_seq_length=3,
+        labelled=False,
     )
-    return objective
 
 
 def ones_said(rows, texts):
@@ -144,7 +147,7 @@ def test_loss_is_the_policy_gradient_written_out(baseline):
         seen.append((rows, texts))
         return ones_said(rows, texts)
 
-    terms = self_critical(backbone, reward, baseline=baseline)(batch_of(), 1)
+    terms = self_critical(backbone, reward, scst_baseline=baseline)(batch_of(), 1)
     rows, texts = seen[0]
     assert rows == [row for row in range(4) for _ in range(6)]
     greedy = dict(zip(*seen[1], strict=True)) if baseline == "greedy" else {}
@@ -248,11 +251,12 @@ def test_every_backbone_takes_a_step(demo, demo_index, demo_labels, tmp_path, ba
     config = resolve_config(given)
     device = prepare_device(config)
     data = read_data(config)
-    objective = build_objective(config, data, device, pretrained=True, kind=objective_kind(config))
+    objective = build_objective(
+        config, data, device, pretrained=True, make=self_critical_objective(config, data, tmp_path)
+    )
     dataset = build_dataset(
         config, data, "train", augment=True, negatives=strategy == "ithn", extractor=objective.backbone.visual_extractor
     )
-    equip(config, data, objective, dataset, tmp_path)
     loader = build_split_loader(config, dataset, device, shuffle=True)
     loader.set_epoch(1)
     terms = objective.train()(next(iter(loader)).to("cpu"), 1)

@@ -7,11 +7,9 @@ import torch
 from torch import nn
 
 from modules.runtime.errors import InputError
-from modules.runtime.run_log import Bar
 from modules.runtime.stopping import GracefulShutdown
-from modules.training.optimizers import build_optimizer, build_scheduler
-from modules.training.trainer import Trainer
-from modules.training.training_state import Best
+from modules.training.settings import LoopSettings, OptimSettings
+from modules.training.trainer import Best, Trainer
 
 
 @dataclass
@@ -60,47 +58,22 @@ class FakeLoader(list):
         return iter(self[self.start :])
 
 
-def trainer(batches, scores=(0.1,), **changes):
-    objective = FakeObjective()
-    optimizer = build_optimizer(
-        objective,
-        optim="SGD" if changes.pop("sgd", False) else "Adam",
-        lr_ve=0.1,
-        lr_ed=0.1,
-        weight_decay=0.0,
-        adam_betas=(0.9, 0.98),
-        adam_eps=1e-9,
-        amsgrad=True,
-    )
+def trainer(batches, scores=(0.1,), objective=None, device="cpu", precision="float32", **settings):
+    """A trainer on made-up batches and validation scores; ``settings`` are those of optimiser and loop."""
+    optim = {"lr_ve": 0.1, "lr_ed": 0.1, "weight_decay": 0.0, "lr_scheduler": "constant", "epochs": len(scores)}
+    optim |= {name: settings.pop(name) for name in list(settings) if name in OptimSettings.__dataclass_fields__}
     saved = []
-    settings = {
-        "epochs": len(scores),
-        "early_stop": 50,
-        "monitor_metric": "BLEU_4",
-        "monitor_mode": "max",
-        "save_period": 1,
-        "checkpoint_steps": 0,
-        "log_period": 1000,
-        "start_eval_epoch": 0,
-        "grad_accumulation": 1,
-        "clip_norm": 0.0,
-        "clip_value": 0.0,
-    } | changes
     made = Trainer(
-        objective,
-        optimizer=optimizer,
-        scheduler=build_scheduler(
-            optimizer, lr_scheduler="constant", step_size=1, gamma=1.0, plateau_patience=0, epochs=9
-        ),
+        objective or FakeObjective(),
+        OptimSettings(**optim),
+        LoopSettings(**settings),
         loader=FakeLoader(batches),
         validate=lambda epoch: {"BLEU_4": scores[epoch - 1]},
         save=lambda trainer, improved: saved.append((len(trainer.history), improved)),
         on_epoch=lambda history: None,
-        progress=Bar,
         shutdown=GracefulShutdown(),
-        device=torch.device("cpu"),
-        precision="float32",
-        **settings,
+        device=torch.device(device),
+        precision=precision,
     )
     return made, saved
 
@@ -111,7 +84,7 @@ def batch(*rows):
 
 def test_accumulated_batches_weigh_by_their_tokens():
     # Two tokens of value 1 and one of value 4: the step's gradient is (1 + 1 + 4) / 3, not (1 + 4) / 2.
-    one, _ = trainer([batch([1.0, 1.0]), batch([4.0, 0.0])], grad_accumulation=2, sgd=True)
+    one, _ = trainer([batch([1.0, 1.0]), batch([4.0, 0.0])], grad_accumulation=2, optim="SGD")
     one.train()
     assert one.objective.counts == [(3, 0.5), (3, 0.5)]
     assert one.objective.w.item() == pytest.approx(-0.1 * 6 / 3)
@@ -163,9 +136,8 @@ def test_no_validation_before_its_first_epoch():
 
 
 def test_the_learning_rate_falls_before_the_first_validation():
-    one, _ = trainer([batch([1.0])], scores=[0.9] * 3, start_eval_epoch=3)
-    one.scheduler = build_scheduler(
-        one.optimizer, lr_scheduler="StepLR", step_size=1, gamma=0.5, plateau_patience=0, epochs=3
+    one, _ = trainer(
+        [batch([1.0])], scores=[0.9] * 3, start_eval_epoch=3, lr_scheduler="StepLR", step_size=1, gamma=0.5
     )
     one.train()
     assert [row["lr_ed"] for row in one.history] == [0.1, 0.05, 0.025]
@@ -196,16 +168,35 @@ def test_a_run_of_bad_gradients_ends_short_epochs_too():
 
 @pytest.mark.parametrize(("settings", "expected"), [({"clip_value": 0.1}, -0.01), ({"clip_norm": 0.5}, -0.05)])
 def test_clipping(settings, expected):
-    one, _ = trainer([batch([3.0])], sgd=True, **settings)
+    one, _ = trainer([batch([3.0])], optim="SGD", **settings)
     one.train()
     assert one.objective.w.item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("mode", "scores", "best"), [("max", [1.0, 2.0, None], 2), ("min", [1.0, 2.0, float("nan")], 1)]
+    ("smaller", "scores", "best"), [(False, [1.0, 2.0, None], 2), (True, [1.0, 2.0, float("nan")], 1)]
 )
-def test_scores_that_are_missing_are_never_best(mode, scores, best):
+def test_scores_that_are_missing_are_never_best(smaller, scores, best):
     kept = Best()
     for epoch, score in enumerate(scores, start=1):
-        kept.judge(score, epoch, mode)
+        kept.update(score, epoch, smaller)
     assert kept.epoch == best
+
+
+class WithExtractor(FakeObjective):
+    def __init__(self, trainable):
+        super().__init__()
+        self.visual_extractor = nn.Linear(1, 1).requires_grad_(trainable)
+
+    def forward(self, batch, epoch, **share):
+        loss = super().forward(batch, epoch, **share)["loss"] + self.visual_extractor.weight.sum()
+        return {"loss": loss}
+
+
+def test_the_history_shows_no_rate_of_an_extractor_that_is_not_trained():
+    trained, _ = trainer([batch([1.0])], objective=WithExtractor(True), lr_ve=0.2)
+    frozen, _ = trainer([batch([1.0])], objective=WithExtractor(False), lr_ve=0.2)
+    for one in (trained, frozen):
+        one.train()
+    assert (trained.history[0]["lr_ve"], trained.history[0]["lr_ed"]) == (0.2, 0.1)
+    assert "lr_ve" not in frozen.history[0] and frozen.history[0]["lr_ed"] == 0.1

@@ -1,9 +1,10 @@
 """Keeps a step whose loss or gradient is not finite out of the model, and counts such steps.
 
-Nothing here waits for the device but ``read``.
+Only ``read`` waits for the device.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,46 +14,58 @@ from modules.runtime.errors import InputError
 
 logger = logging.getLogger("ithn")
 
-# So many skipped steps in a row end the run.
-MOST_SKIPPED_IN_A_ROW = 25
+MOST_SKIPPED_IN_A_ROW = 25  # one more ends the run
 MOST_ROWS_SHOWN = 64
 
 
-class StepGuard:
+def nan_unless_finite(loss: Tensor) -> Tensor:
+    """``loss`` with gradients that are NaN where the scalar itself is not finite.
+
+    A loss that is not finite can have finite gradients, by which the gradient scaler would not see it.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def are_finite(gradients: Sequence[Tensor]) -> Tensor:
+    """Whether all values of ``gradients`` (any shapes) are finite, a bool scalar on their device."""
+    # The largest absolute value is finite exactly if all are; a sum of squares could overflow.
+    return nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite()
+
+
+class NonFiniteGuard:
     """Restores the running statistics that a skipped step has changed in ``objective``, and counts skipped steps.
 
-    The optimiser's own part, leaving the weights alone, is the gradient scaler's. ``scales`` says that a gradient
-    may overflow without any fault (float16): only a loss that is not finite is then worth a line with its samples.
+    Leaving the weights alone is the gradient scaler's part. ``scaled`` says that a gradient may overflow without any
+    fault (float16): then only a loss that is not finite is worth a line in the log.
     """
 
-    def __init__(self, objective: nn.Module, device: torch.device, *, scales: bool):
+    def __init__(self, objective: nn.Module, device: torch.device, *, scaled: bool):
         self._statistics = [
-            buffer
-            for module in objective.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-            for buffer in (module.running_mean, module.running_var)
+            buffer for name, buffer in objective.named_buffers() if name.endswith(("running_mean", "running_var"))
         ]
-        self._scales = scales
+        self._scaled = scaled
         self._before: Tensor | None = None
         self._flags: list[Tensor] = []
         self._steps: list[tuple[int, int, Sequence[Tensor]]] = []
         self._read_every = 1 if device.type == "cpu" else MOST_SKIPPED_IN_A_ROW
         self.in_a_row = self.skipped = 0
 
-    def begin(self) -> None:
+    def before_step(self) -> None:
         """To be called before the first forward pass of a step."""
         if self._statistics:
-            self._before = _flat(self._statistics)
+            self._before = torch.cat(self._statistics)
 
-    def settle(self, skipped: Tensor, finite_loss: Tensor, rows: Sequence[Tensor], epoch: int, step: int) -> None:
-        """To be called after a step: ``skipped`` and ``finite_loss`` are bool scalars on the device.
+    def after_step(self, skipped: Tensor, finite_loss: Tensor, rows: Sequence[Tensor], epoch: int, step: int) -> None:
+        """To be called after a step; ``skipped`` and ``finite_loss`` are bool scalars on the device.
 
-        ``rows`` are the sample indices of its batches, on the CPU.
+        ``rows`` are the sample indices (B,) of its batches, on the CPU. InputError where too many steps in a row have
+        been skipped.
         """
         if self._before is not None:
-            kept = torch.where(skipped, self._before, _flat(self._statistics))
-            sizes = [len(buffer) for buffer in self._statistics]
-            torch._foreach_copy_(self._statistics, list(kept.split(sizes)))
+            kept = torch.where(skipped, self._before, torch.cat(self._statistics))
+            parts = kept.split([len(buffer) for buffer in self._statistics])
+            for buffer, part in zip(self._statistics, parts, strict=True):
+                buffer.copy_(part)
         self._flags.append(torch.stack([skipped, finite_loss]))
         self._steps.append((epoch, step, rows))
         if len(self._steps) >= self._read_every:
@@ -65,7 +78,7 @@ class StepGuard:
         for (skipped, finite_loss), (epoch, step, rows) in zip(flags, steps, strict=True):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             self.skipped += skipped
-            if skipped and not (self._scales and finite_loss):
+            if skipped and not (self._scaled and finite_loss):
                 logger.warning(
                     "epoch %d step %d: the %s is not finite and no weight was changed; samples of the "
                     "training split: %s",
@@ -86,17 +99,13 @@ class StepGuard:
         self.skipped = 0
 
     def state_dict(self) -> dict[str, int]:
-        """What a checkpoint keeps, once everything was read."""
+        """What a checkpoint stores; ``read`` comes first."""
         assert not self._steps
         return {"in_a_row": self.in_a_row, "skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take up a kept state."""
+        """Continue from a stored state."""
         self.in_a_row, self.skipped = state["in_a_row"], state["skipped"]
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach() for tensor in tensors])
 
 
 def _shown(rows: Sequence[Tensor]) -> str:

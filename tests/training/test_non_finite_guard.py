@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from modules.runtime.errors import InputError
-from modules.training.optimizers import build_optimizer
-from modules.training.running_means import RunningMeans
-from modules.training.step_guard import StepGuard
+from modules.training.average_meter import AverageMeter
+from modules.training.non_finite_guard import are_finite
 from tests.training.test_trainer import FakeBatch, FakeLoader, FakeObjective, trainer
 
 NAN = float("nan")
@@ -32,21 +31,8 @@ class Normalised(FakeObjective):
         return {"loss": torch.where((batch.values == 99).any(), loss.detach() * 0 + torch.inf, 0) + loss}
 
 
-def made(batches, optim="Adam", **changes):
-    one, _ = trainer(batches, **changes)
-    one.objective = one.parallel = Normalised()
-    one.optimizer = build_optimizer(
-        one.objective,
-        optim=optim,
-        lr_ve=0.1,
-        lr_ed=0.1,
-        weight_decay=0.01,
-        adam_betas=(0.9, 0.98),
-        adam_eps=1e-9,
-        amsgrad=True,
-    )
-    one.guard = StepGuard(one.objective, one.device, scales=False)
-    return one
+def made(batches, optim="Adam", objective=Normalised, **settings):
+    return trainer(batches, objective=objective(), optim=optim, weight_decay=0.01, **settings)[0]
 
 
 GOOD = [batch(1.0, 2.0), batch(-1.0, 0.5), batch(3.0, 4.0)]
@@ -112,9 +98,7 @@ def test_the_row_is_counted_across_epochs_and_resumes():
 
 
 def test_float16_overflows_are_counted_with_the_scale(caplog):
-    one = made([batch(1.0, 2.0)] * 3)
-    one.precision = "float16"
-    one.guard = StepGuard(one.objective, one.device, scales=True)
+    one = made([batch(1.0, 2.0)] * 3, precision="float16")
     one.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     with caplog.at_level(logging.WARNING, "ithn"):
         one.train()
@@ -133,8 +117,7 @@ class Plain(Normalised):
 
 def test_a_step_waits_for_no_device(monkeypatch):
     """Reading a tensor's value does: nothing of a step may."""
-    one = made(GOOD)
-    one.objective.__class__ = Plain
+    one = made(GOOD, objective=Plain)
     one.guard._read_every = 25
 
     def wait(*_):
@@ -153,17 +136,31 @@ def test_a_step_waits_for_no_device(monkeypatch):
     assert one.history[0]["train_steps"] == 3
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(("value", "finite"), [(NAN, False), (torch.inf, False), (-torch.inf, False), (3e38, True)])
+def test_gradients_are_finite_where_the_scaler_takes_them_for_it(place, value, finite):
+    parameters = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(5))]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 3e38)  # their squares are not finite
+    parameters[place].grad.flatten()[-1] = value
+    assert are_finite([parameter.grad for parameter in parameters]).item() is finite
+    optimizer, scaler = torch.optim.SGD(parameters, lr=1e-38), torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert all((parameter != 1).any() for parameter in parameters) is finite
+
+
 def test_means_leave_out_what_is_not_finite():
-    means, yes, no = RunningMeans(), torch.tensor(True), torch.tensor(False)
+    means = AverageMeter()
     assert means.read() == {}
-    means.add([{"loss": torch.tensor(NAN), "nll": torch.tensor(1.0)}], no)
+    means.add([{"loss": torch.tensor(NAN), "nll": torch.tensor(1.0)}])
     assert all(value != value for value in means.read().values())
     means.add(
-        [{"loss": torch.tensor(1.0), "nll": torch.tensor(3.0)}, {"loss": torch.tensor(2.0), "nll": torch.tensor(5.0)}],
-        yes,
+        [{"loss": torch.tensor(1.0), "nll": torch.tensor(3.0)}, {"loss": torch.tensor(2.0), "nll": torch.tensor(5.0)}]
     )
     assert means.read() == {"loss": 3.0, "nll": 4.0}
-    again = RunningMeans()
+    again = AverageMeter()
     again.load_state_dict(means.state_dict(), torch.device("cpu"))
     assert again.read() == means.read()
 
