@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # What objects that hold settings are called; "self" is one inside the dataclass itself.
-HOLDERS = ("config", "settings", "options", "decoding")
+HOLDERS = ("config", "settings", "options", "decoding", "stage", "self.optim", "self.loop")
 # Settings that must have one value, that of another: read by the check alone.
 CHECKED_ONLY = {"rm_d_model"}
 
@@ -35,10 +35,10 @@ def declared(tree: ast.Module) -> dict[str, ast.ClassDef]:
 def read(tree: ast.AST, inside: bool = False) -> Iterator[str]:
     """Names read from a holder of settings, by ``getattr``, or from the flags ``given``; checks do not count."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef) and node.name.startswith(("__post_init__", "_check")):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith(("__post_init__", "_check_")):
             continue
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            holder = ast.unparse(node.value).split(".")[-1]
+            holder = ast.unparse(node.value)
             if holder.endswith(HOLDERS) or (inside and holder == "self"):
                 yield node.attr
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "given.get"):
