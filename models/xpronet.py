@@ -172,6 +172,8 @@ class XProNet(TransformerBackbone):
         self.settings, self.no_finding = settings, no_finding
         self.encoder_decoder = PrototypeNetwork(self.image_dim, num_ids, settings)
         self.label_head = nn.Linear(self.image_dim, settings.num_cluster)
+        # Without its loss it would be trainable and have no gradient, which processes would wait for.
+        self.label_head.requires_grad_(settings.label_loss_weight > 0)
         if init_prototypes is not None:
             with torch.no_grad():
                 self.encoder_decoder.protypes.copy_(init_prototypes)

@@ -10,13 +10,16 @@ from torch import nn
 
 from models.xpronet import Settings, XProNet, own_columns
 from modules.config import Config
+from modules.data.batches import Batch, Pair
 from modules.data.tokenizers import Tokenizer
 from modules.decoding.options import DecodingOptions
 from modules.ithn.objective import Objective
 from modules.ithn.weights import load_published_state
 from modules.layers.prototypes import label_contrastive_loss, prototypes_of, selected_attention, with_no_finding
 from modules.run.build import build_backbone
+from modules.runtime import distributed
 from modules.runtime.errors import InputError
+from tests.gloo_support import run_together
 
 torch.set_num_threads(1)
 CLASSES, EACH, WORDS = 5, 3, 12
@@ -352,3 +355,21 @@ def test_run_with_reference_labels(run, monkeypatch):
     assert results["best_epoch"] == 1 + nll.index(min(nll))
     assert "BLEU-4 reference_labels" in (folder / "report.html").read_text()
     assert "test, model" in log and "f1_micro_14_uncertain_negative_reference_labels_full=" in log
+
+
+def untrained_parts(label_loss_weight: float) -> list[str]:
+    """Trains two steps, of which the second fails where another process waits for a gradient; those without one."""
+    objective = Objective(build(xpronet_labels="reference", label_loss_weight=label_loss_weight)).train()
+    images, tokens = batch()
+    pair = Pair(images, torch.ones(3, 2, dtype=torch.bool), tokens, torch.ones_like(tokens, dtype=torch.bool), LABELS)
+    given = Batch(pair, None, None, torch.arange(3), torch.arange(3), [""] * 3, [""] * 3)
+    parallel = distributed.data_parallel(objective)
+    for _ in range(2):
+        parallel(given, 1)["loss"].backward()
+    return [name for name, parameter in objective.named_parameters() if parameter.grad is None]
+
+
+def test_processes_train_without_a_loss_of_the_labels(tmp_path):
+    head = ["backbone.label_head.weight", "backbone.label_head.bias"]
+    assert run_together(untrained_parts, 2, tmp_path, 0.0) == [head, head]
+    assert untrained_parts(1.0) == []
