@@ -121,9 +121,8 @@ def contrastive_loss(
     candidates = torch.ones_like(own) if form == "standard" else ~own
     if excluded is not None:
         candidates = candidates & (own | ~excluded)
-    if rows is None:
-        count = len(scores)
-    else:
+    count: Tensor | int = len(scores)
+    if rows is not None:
         candidates = candidates & rows.unsqueeze(0) & rows.unsqueeze(1)
         count = rows.sum().clamp(min=1)
     both = _one_direction(scores, candidates) + _one_direction(scores.T, candidates.T)

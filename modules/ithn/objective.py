@@ -155,8 +155,10 @@ class Objective(nn.Module):
         if self.on_encoder:
             return [self._pass_on_encoder(pairs[0])]
         if len(pairs) == 2 and self.variant.joint_pass:
-            joined = join_pairs(*pairs, pad_id=self.backbone.pad_id)
-            return split_output(self._teacher_forced(joined, supervised_rows=len(pairs[0].tokens)), *pairs)
+            positive, negative = pairs
+            joined = join_pairs(positive, negative, self.backbone.pad_id)
+            output = self._teacher_forced(joined, supervised_rows=len(positive.tokens))
+            return split_output(output, positive, negative)
         return [self._teacher_forced(pair, None if i == 0 else 0) for i, pair in enumerate(pairs)]
 
     def _pass_on_encoder(self, pair: Any) -> Any:

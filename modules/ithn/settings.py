@@ -1,6 +1,7 @@
 """The settings of ITHN: flags of the same names, and what an Objective is built from."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from modules.ithn.synthesis import DRAWING_NEIGHBOURS, STRATEGIES
 from modules.ithn.variants import CONTRASTIVE_FEATURES, CONTRASTIVE_FORMS, VARIANTS, Variant
@@ -115,7 +116,7 @@ class ITHNSettings:
     @property
     def variant(self) -> Variant:
         """The choices of --ithn_variant, with the settings that were given in their place."""
-        given = {
+        given: dict[str, Any] = {
             "ce_weight": self.ce_weight,
             "detach_negative": self.detach_negative,
             "renormalise_negative": self.renormalise_negative,

@@ -63,7 +63,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> str:
     Returns its SHA-256; OSError where it cannot be written, or reads back differently.
     """
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        hashed = _Hashed(file)
+        hashed: Any = _Hashed(file)
         try:
             torch.save({"format": FORMAT, **state}, hashed)
         except RuntimeError as error:
@@ -193,7 +193,7 @@ def _plain_numpy_scalars() -> Iterator[None]:
     scalar = np.float64(0).__reduce__()[0]  # the function that numpy pickles its numbers with
 
     # Files written by numpy 1 name the same function by its old module.
-    allowed = [
+    allowed: list[Any] = [
         scalar,
         (scalar, "numpy.core.multiarray.scalar"),
         np.dtype,

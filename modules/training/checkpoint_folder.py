@@ -84,7 +84,8 @@ class CheckpointFolder:
                 orphan.unlink(missing_ok=True)
                 logger.info("removed %s, left unfinished by an earlier run", orphan.name)
         for path in self.present():
-            if len(known_checksums(path) or ()) > 1 and (digest := file_sha256(path)) in known_checksums(path):
+            known = known_checksums(path) or []
+            if len(known) > 1 and (digest := file_sha256(path)) in known:
                 self._write_checksums(path, [digest])
         for path in self._unmatched:
             if path.is_file() and not checksum_file(path).is_dir():

@@ -118,7 +118,7 @@ def repeat_rows(rows: Any, times: int) -> Any:
     """
     if isinstance(rows, Tensor):
         return rows.repeat_interleave(times, dim=0)
-    if dataclasses.is_dataclass(rows):
+    if dataclasses.is_dataclass(rows) and not isinstance(rows, type):
         return dataclasses.replace(
             rows, **{field.name: repeat_rows(getattr(rows, field.name), times) for field in dataclasses.fields(rows)}
         )

@@ -89,7 +89,8 @@ class Trainer:
         seed: int = 0,
         score_tag: str = "",
     ):
-        self.objective, self.optim, self.loop, self.loader = objective, optim, loop, loader
+        self.objective: Any = objective
+        self.optim, self.loop, self.loader = optim, loop, loader
         self.validate, self.save, self.on_epoch, self.shutdown = validate, save, on_epoch, shutdown
         self.device, self.precision, self.seed = device, precision, seed
         self.monitored = tagged(loop.monitor_metric, score_tag)
@@ -100,7 +101,8 @@ class Trainer:
         # on the device, with no synchronisation.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if precision == "float16" else 1.0)
         self.guard = NonFiniteGuard(objective, device, scaled=precision == "float16")
-        self.best, self.history, self.position, self.means = Best(), [], Position(), AverageMeter()
+        self.best, self.position, self.means = Best(), Position(), AverageMeter()
+        self.history: list[dict[str, Any]] = []
         self._rng_before_validation: dict[str, Any] | None = None
         self._saved: Position | None = None
 

@@ -275,7 +275,7 @@ def test_a_synthesis_strategy(project, demo, demo_index):
         ["main_train.py", "--help"], [*train, "--strategy", "midpoint"], [*probe, "--lambdas", 0.5, "--device", "cpu"]
     )
     assert "{midpoint,ithn," in shown and "midpoint: halfway to the report;" in " ".join(shown.split())
-    assert json.loads((project.root / "run" / "results.json").read_text())["strategy"] == "midpoint"
+    assert json.loads((project.root / "run" / "results.json").read_text())["config"]["strategy"] == "midpoint"
     [row] = json.loads((project.root / "run" / "history.json").read_text())
     # Other strategies take no step in the first epoch, whose hardness is 0.
     assert row["train_cos_harder"] != pytest.approx(row["train_cos_negative"], rel=1e-3)
