@@ -34,7 +34,7 @@ def test_a_compiled_objective_computes_the_same():
 
 @pytest.mark.slow
 def test_the_memory_of_the_previous_epoch_changes_no_compiled_gradient():
-    """Its buffers are read and written within one step; the compiled backward pass must not read them anew."""
+    """Its buffers are read and written within one step; the compiled backward pass must not read them again."""
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)

@@ -9,6 +9,7 @@ from models.base import VisualFeatures
 from modules.config import Config
 from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
+from modules.run.predictor import load_predictor
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
 from tests.tiny_backbone import TinyBackbone, gradients, make_objective, tiny_batch
@@ -121,6 +122,7 @@ def test_a_run_goes_on_with_the_features_it_began_with(train):
     folder = train("--strategy", "contrastive", "--contrastive_features", "encoder")
     with pytest.raises(InputError, match="--contrastive_features extractor: the run of --resume .* began with encoder"):
         train("--resume", folder / "current_checkpoint.pth", "--epochs", 2, "--contrastive_features", "extractor")
+    load_predictor(str(folder / "model_best.pth"), {"device": "cpu"})  # which needs none of ITHN's settings
     train("--resume", folder / "current_checkpoint.pth", "--epochs", 2)
     again = load_checkpoint(folder / "current_checkpoint.pth")
     assert again["config"]["contrastive_features"] == "encoder" and len(again["history"]) == 2

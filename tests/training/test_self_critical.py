@@ -291,7 +291,7 @@ def test_a_stage_of_its_own(train, tmp_path):
     )  # nothing is there yet: --load counts
     content = load_checkpoint(second / "model_best.pth")
     assert (content["config"]["lr_ve"], content["config"]["monitor_metric"]) == (1e-5, "CIDEr")
-    assert content["config"]["seed"] == 5  # the first stage's settings lie beneath
+    assert content["config"]["seed"] == 5  # the first stage's settings are the defaults
     row = content["history"][0]
     assert row["train_reward"] >= 0 and "train_baseline" in row and "train_nll" not in row
     name = "encoder_decoder.logit.weight"  # learning rate 0: the weights that it started from
