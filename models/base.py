@@ -80,7 +80,7 @@ class Backbone(nn.Module):
     any_length: bool = True  # whether an exported step can take reports of any length
     needs_labels: bool = False  # whether training needs the 14 labels of every study
     tokenizer_kind: str = "word"  # what --tokenizer auto means: words, or byte pairs ("bpe") where --gpt2_path has them
-    # Further constructor arguments that modules/run/backbones.py supplies, by its table RESOURCES.
+    # Further constructor arguments, made of files or of the vocabulary: keys of RESOURCES in modules/run/build.py.
     resources: tuple[str, ...] = ()
     visual_extractor: nn.Module
     mean_patches: Tensor | None = None
@@ -130,7 +130,7 @@ class Backbone(nn.Module):
         features: VisualFeatures | None = None,
         decoding: DecodingOptions,
     ) -> Decoded:
-        """All hypotheses that are returned, with their scores; ``generate`` takes the likeliest."""
+        """The ``sample_n`` best reports (B, n, L) of each study with their scores; ``generate`` takes the likeliest."""
         features = self.extract(images, view_mask, features)
         session = self.session(features, labels, decoding)
         if decoding.guidance:
@@ -148,7 +148,7 @@ class Backbone(nn.Module):
         return None
 
     def mean_study(self, features: VisualFeatures) -> VisualFeatures:
-        """The mean training image in place of every study of ``features``, with the same views."""
+        """``features`` (B, S, C) with the mean training image in place of every study's, and the same views."""
         assert self.mean_patches is not None
         rows, count = features.patches.shape[:2]
         mean = self.mean_patches.to(features.patches)
@@ -198,7 +198,7 @@ class Backbone(nn.Module):
         return []
 
     def adopt(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The entries to load, given those of a file; a backbone may replace constants of published files."""
+        """The entries to load (of any shape, by name), given those of a file; a backbone may replace some."""
         return state
 
     def check_missing(self, names: list[str]) -> None:

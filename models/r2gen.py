@@ -117,6 +117,7 @@ class R2Gen(TransformerBackbone):
         self.encoder_decoder = RelationalNetwork(self.image_dim, num_ids, settings)
 
     def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> Session:
+        """A decoder of reports on studies with ``features`` (B, S, C), at its first step."""
         return RelationalSession(self.encoder_decoder, features, None, decoding)
 
 
@@ -139,6 +140,6 @@ class RelationalSession(Session):
         return (slots,)
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only the studies ``rows`` (int64 indices)."""
+        """Keep only the studies ``rows``, (b,) int64 indices."""
         super().keep(rows)
         self.slots = None if self.slots is None else self.slots[rows]

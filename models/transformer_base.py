@@ -162,16 +162,19 @@ class TransformerBackbone(Backbone):
         return (encoded,) if labels is None else (encoded, labels)
 
     def next_words(self, tokens: Tensor, *encoded: Tensor) -> Tensor:
+        """Log-probabilities (B, T, V+1) at every position of ``tokens`` (B, T), given ``encode``'s tensors."""
         network, states, labels = self.encoder_decoder, encoded[0], encoded[1] if len(encoded) > 1 else None
         return network.log_probs(network.decode(tokens, states, network.memory(labels), None)[0])
 
     def log_probs(self, hidden: Tensor) -> Tensor:
+        """(B, T, d) -> (B, T, V+1) in float32."""
         return self.encoder_decoder.log_probs(hidden)
 
     def cross_attention(self) -> list[nn.Module]:
         return [layer.src_attn for layer in self.encoder_decoder.model.decoder.layers]
 
     def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> DecodingSession:
+        """A decoder of reports on studies with ``features`` and, where given, ``labels`` (B, 14), at its first step."""
         memory = self.encoder_decoder.memory(self.labels_to_read(features, labels))
         return Session(self.encoder_decoder, features, memory, decoding)
 
@@ -201,7 +204,7 @@ class Session:
         return ()
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only the studies ``rows`` (int64 indices)."""
+        """Keep only the studies ``rows``, (b,) int64 indices."""
         self.sources = [(keys[rows], values[rows]) for keys, values in self.sources]
         self.source_mask = None if self.source_mask is None else self.source_mask[rows]
         self.cache.keep(rows)

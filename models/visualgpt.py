@@ -148,7 +148,7 @@ class VisualGPT(Backbone):
         self._initialise(gpt2)
 
     def _initialise(self, gpt2: Mapping[str, Tensor] | None) -> None:
-        """GPT-2's weights, all else of the decoder as drawn; without them every matrix is Xavier-uniform."""
+        """Load GPT-2's weights, the rest of the decoder stays as drawn; without them every matrix is Xavier-uniform."""
         if gpt2 is None:
             for parameter in self.decoder.parameters():
                 if parameter.dim() > 1:
@@ -166,7 +166,7 @@ class VisualGPT(Backbone):
         return Output(self.log_probs(hidden[:supervised_rows]), features.pooled, hidden)
 
     def decode(self, tokens: Tensor, levels: Tensor, keep: Tensor | None) -> Tensor:
-        """Hidden states (B, T, D) under teacher forcing; ``levels`` and ``keep`` are the encoder's."""
+        """Hidden states (B, T, D) of ``tokens`` (B, T) under teacher forcing; ``levels``, ``keep``: the encoder's."""
         ids = self.own_ids(tokens)
         real = self.real(tokens, ids)
         causal = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool, device=ids.device).tril()
@@ -186,17 +186,18 @@ class VisualGPT(Backbone):
         return (levels,) if keep is None else (levels, keep)
 
     def next_words(self, tokens: Tensor, *encoded: Tensor) -> Tensor:
+        """Log-probabilities (B, T, V) at every position of ``tokens`` (B, T), given ``encode``'s tensors."""
         return self.log_probs(self.decode(tokens, encoded[0], encoded[1] if len(encoded) > 1 else None))
 
     def own_ids(self, tokens: Tensor, first: bool = True) -> Tensor:
-        """The language model's ids of ``tokens`` (B, T), which start with begin where ``first`` is true."""
+        """The language model's ids (B, T) of ``tokens`` (B, T), which start with begin where ``first`` is true."""
         ids = torch.where(tokens == 0, self.end_id, torch.where(tokens == self.end_id, 0, tokens))
         if first:
             ids[:, 0] = self.begin_id
         return ids
 
     def real(self, tokens: Tensor, ids: Tensor) -> Tensor:
-        """(B, T) bool: no padding, which is every 0 after the first one behind begin, the end."""
+        """(B, T) bool, False at padding: every 0 after the end, which is the first 0 that follows begin."""
         zeros = tokens == 0
         zeros[:, 0] = False
         real = zeros.cumsum(dim=1) <= 1
@@ -213,14 +214,15 @@ class VisualGPT(Backbone):
         return [block.enc_dec_attn for block in self.decoder.transformer.h]
 
     def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> "Session":
+        """A decoder of reports on studies with ``features`` (B, N, C), at its first step."""
         return Session(self, features, decoding)
 
     def beam_search(self, decoding: DecodingOptions) -> type[StandardBeamSearch] | None:
-        """Groups search as R2Gen's do."""
+        """Diverse groups use the R2Gen family's."""
         return StandardBeamSearch if decoding.group_size == 1 else None
 
     def adopt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``state`` with this model's own buffers: published ones are constants, or what decoding left behind."""
+        """``state``, entries of any shape by name, with this model's constants in place of the file's buffers."""
         constants = {
             name: value
             for name, value in self.state_dict().items()
@@ -230,7 +232,7 @@ class VisualGPT(Backbone):
 
 
 class Session:
-    """The decoder with everything that stays the same, or is kept, between two tokens of a batch of studies."""
+    """A batch of studies being decoded: keys and values of the encoder's levels and of past words."""
 
     def __init__(self, model: VisualGPT, features: VisualFeatures, decoding: DecodingOptions):
         self.model = model
@@ -241,7 +243,7 @@ class Session:
     def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
         """Log-probabilities (B, K, V) after ``tokens`` (B, K), which continue hypotheses ``parents`` (B, K).
 
-        A study's hypotheses stand side by side as query positions, so that they share its keys without a copy.
+        A study's hypotheses are query positions of one row, so that they share its keys without a copy.
         """
         mask = self.cache.advance(tokens, parents)
         ids = self.model.own_ids(tokens, first=self.cache.position == 0)
@@ -251,7 +253,7 @@ class Session:
         return self.model.log_probs(hidden)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the studies ``rows`` (int64 indices) only."""
+        """Keep only the studies ``rows``, (b,) int64 indices."""
         self.sources = [(keys[rows], values[rows]) for keys, values in self.sources]
         self.source_mask = None if self.source_mask is None else self.source_mask[rows]
         self.cache.keep(rows)

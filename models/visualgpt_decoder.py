@@ -26,11 +26,12 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
         return F.linear(x, self.weight.t(), self.bias)
 
 
 def causal_buffer(context: int) -> Tensor:
-    """(1, 1, context, context): a constant of the published files, unused here."""
+    """(1, 1, context, context): a constant in the published files, unused here."""
     return torch.ones(context, context).tril()[None, None]
 
 
@@ -47,7 +48,7 @@ class SelfAttention(nn.Module):
         self.c_proj = Conv1D(d_model, d_model)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache=None) -> Tensor:
-        """``x`` (B, T, D); with a ``cache`` its keys and values are added to those already there."""
+        """``x`` (B, T, D) -> (B, T, D); the keys and values of ``x`` are added to the past ones in ``cache``."""
         query, keys, values = (split_heads(part, self.num_heads) for part in self.c_attn(x).chunk(3, dim=-1))
         if cache is not None:
             keys, values = cache.append(keys, values)
@@ -70,7 +71,7 @@ class CrossAttention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def keys_values(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, L * h, N, w) of ``levels`` (B, L, N, D): the levels stand side by side as heads."""
+        """Keys and values (B, L * h, N, w) of ``levels`` (B, L, N, D): the levels are further heads."""
         batch, num_levels = levels.shape[:2]
         keys, values = (split_heads(linear(levels.flatten(0, 1)), self.num_heads) for linear in (self.fc_k, self.fc_v))
         shape = (batch, num_levels * self.num_heads)
@@ -101,13 +102,14 @@ class Mlp(nn.Module):
         self.c_fc, self.c_proj = Conv1D(d_model, 4 * d_model), Conv1D(4 * d_model, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 def resurrecting_gates(alpha: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """Weights of language and vision, alpha and 1 - alpha, each 0 where it does not exceed ``tau`` (Sec. 3.2).
 
-    A gate that has gone to zero comes back through the other one, whose gradient flows on.
+    ``alpha`` (..., D) -> (..., D) each. A gate at zero recovers through the other one, which still has a gradient.
     """
     return torch.where(alpha > tau, alpha, 0.0), torch.where(alpha < 1 - tau, 1 - alpha, 0.0)
 
@@ -127,7 +129,7 @@ class Block(nn.Module):
             self.add_module(f"fc_alpha{level}", nn.Linear(2 * d_model, d_model))
 
     def keys_values(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the encoder's ``levels`` (B, L, N, D), once per study."""
+        """Keys and values (B, L * h, N, w) of the encoder's ``levels`` (B, L, N, D), once per study."""
         return self.enc_dec_attn.keys_values(self.ln_1(levels))
 
     def forward(
@@ -139,7 +141,7 @@ class Block(nn.Module):
         real: Tensor | None,
         cache=None,
     ) -> Tensor:
-        """``real`` (B, T, 1): 0 at padding, which then stays 0; None where there is none."""
+        """``x`` (B, T, D) -> (B, T, D); ``real`` (B, T, 1) is 0 at padding, whose output is 0; None: no padding."""
         a = dropout(x + self.attn(self.ln_1(x), mask, cache), self.dropout, self.training)
         found = self.enc_dec_attn(self.ln_1(a), *source, source_mask)
         total = torch.zeros_like(a)
@@ -187,7 +189,7 @@ class Transformer(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """Logits by the token embedding's own rows, which the published files hold under this name too."""
+    """Logits by the rows of the token embedding, which published files also store under this name."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__()
@@ -195,6 +197,7 @@ class TiedHead(nn.Module):
         self.decoder.weight = embedding.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, V)."""
         return self.decoder(hidden)
 
 

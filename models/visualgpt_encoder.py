@@ -12,7 +12,7 @@ from modules.layers.transformer import TorchLayerNorm, dropout, split_heads
 
 
 class UnusedLinear(nn.Linear):
-    """A layer that the published files hold and the published code never calls; kept, so that files go both ways."""
+    """A layer that published files store and the published code never calls; kept, so that state dicts are equal."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
@@ -29,6 +29,7 @@ class EncoderAttention(nn.Module):
         self.c_attn_query, self.c_attn_key, self.c_attn_value = (UnusedLinear(d_model, d_model) for _ in range(3))
 
     def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """``x`` (B, N, D) -> (B, N, D); ``keep`` (B, 1, 1, N) or None: the tokens that may be attended to."""
         query, keys, values = (split_heads(linear(x), self.num_heads) for linear in (self.fc_q, self.fc_k, self.fc_v))
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=keep)
         return self.fc_o(attended.transpose(1, 2).flatten(2))
@@ -44,6 +45,7 @@ class AttentionLayer(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """``x`` (B, N, D) -> (B, N, D); ``keep`` (B, 1, 1, N) or None."""
         return self.layer_norm(x + dropout(self.attention(x, keep), self.dropout, self.training))
 
 
@@ -57,6 +59,7 @@ class FeedForwardLayer(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
         hidden = dropout(F.relu(self.fc1(x)), self.dropout, self.training)
         return self.layer_norm(x + dropout(self.fc2(hidden), self.dropout, self.training))
 
@@ -70,14 +73,15 @@ class EncoderLayer(nn.Module):
         self.pwff = FeedForwardLayer(d_model, d_ff, dropout)
 
     def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """``x`` (B, N, D) -> (B, N, D); ``keep`` (B, 1, 1, N) or None."""
         return self.pwff(self.mhatt(x, keep))
 
 
 class LevelEncoder(nn.Module):
     """Embeds visual tokens and gives the output of each of ``num_layers`` layers.
 
-    ``published`` takes the published mask: a token is hidden where its embedding's channels happen to add up to
-    exactly 0, whichever token it is, and the zero rows that fill up a study's detections are not.
+    ``published`` uses the published mask: it hides tokens whose embedding happens to sum to exactly 0, and not the
+    zero rows that pad a study's detections.
     """
 
     def __init__(
@@ -96,7 +100,7 @@ class LevelEncoder(nn.Module):
     def forward(self, patches: Tensor, patch_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``patches`` (B, N, C), ``patch_mask`` (B, N) or None -> levels (B, layers, N, D), mask (B, 1, 1, N) or None.
 
-        A study with no visual token at all attends to its empty ones rather than to nothing, which is no number.
+        A study without any visual token attends to its empty ones: attention to nothing would be NaN.
         """
         x = F.gelu(self.fc(patches), approximate="tanh")
         x = self.layer_norm(dropout(x, self.dropout, self.training))

@@ -179,7 +179,7 @@ class XProNet(TransformerBackbone):
                 self.encoder_decoder.protypes.copy_(init_prototypes)
 
     def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None) -> Output:
-        """As in the contract; without ``labels`` (B, C), which training needs, the head's are used."""
+        """As in the contract, with ``labels`` (B, C) or else the head's; ValueError for training without labels."""
         if labels is None and self.training:
             raise ValueError("XProNet is trained with labels: every study needs a row of them")
         features = self.extract(images, view_mask, features)
@@ -221,7 +221,10 @@ class XProNet(TransformerBackbone):
         return losses
 
     def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> Session:
-        """Prototypes are chosen by the labels that the image predicts, or by the given ones with "reference"."""
+        """A decoder whose prototypes are chosen by the labels that the image predicts, or by ``labels`` (B, C).
+
+        ValueError where ``xpronet_labels`` is "reference" and none are given.
+        """
         if not self.settings.reads_reference_labels:
             labels = None
         elif labels is None:
@@ -230,6 +233,7 @@ class XProNet(TransformerBackbone):
         return PrototypeSession(self.encoder_decoder, features, memory, decoding)
 
     def check_missing(self, names: list[str]) -> None:
+        """As in the contract; the label head may be missing where labels are not predicted."""
         without_head = [name for name in names if not name.startswith("label_head.")]
         super().check_missing(without_head)
         if len(names) > len(without_head) and not self.settings.reads_reference_labels:
@@ -243,7 +247,7 @@ class PrototypeSession(Session):
     """A batch of studies being decoded, each with its own prototypes."""
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only the studies ``rows`` (int64 indices)."""
+        """Keep only the studies ``rows``, (b,) int64 indices."""
         super().keep(rows)
         self.memory.selected = self.memory.selected[rows]
 

@@ -33,7 +33,7 @@ class KeyValueCache:
         return self.buffer[0, :, :, : self.filled], self.buffer[1, :, :, : self.filled]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only the studies ``rows`` (int64 indices)."""
+        """Keep only the studies ``rows``, (b,) int64 indices."""
         self.buffer = self.buffer[:, rows]
 
     def keep_slots(self, slots: Tensor) -> None:
@@ -80,7 +80,7 @@ class DecodingCache:
             layer.keep_slots(slots)
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only the studies ``rows`` (int64 indices)."""
+        """Keep only the studies ``rows``, (b,) int64 indices."""
         self.visible = self.visible[rows]
         for layer in self.layers:
             layer.keep(rows)

@@ -1,6 +1,6 @@
 """Guidance: decoding away from what the decoder would write about the mean image.
 
-A likely report is mostly what all reports say. What an image adds is the difference that it makes.
+Likely words are mostly those of any report; guidance ranks words by what the image changes about them.
 """
 
 import math
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from modules.decoding.search import DecodingSession
 
-PLAUSIBLE = 0.1  # share of the likeliest word's probability that a word must have to be ranked anew
-UNRANKED_PENALTY = 1000.0  # what any other word loses: they come after all ranked ones, and stay finite
-LEAST_LOG_PROB = -100.0  # of a word that the mean image rules out; a difference to -inf would be no number
+PLAUSIBLE = 0.1  # share of the likeliest word's probability that a word needs to be ranked by guidance
+UNRANKED_PENALTY = 1000.0  # what other words lose: they rank below all guided ones, and stay finite
+LEAST_LOG_PROB = -100.0  # floor for words that the mean image rules out: a difference to -inf would be NaN
 
 
 class Guided:
@@ -36,6 +36,6 @@ class Guided:
         return F.log_softmax(ranked, dim=-1)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the studies ``rows`` (int64 indices) only."""
+        """Keep only the studies ``rows``, (b,) int64 indices."""
         self.own.keep(rows)
         self.mean.keep(rows)

@@ -27,7 +27,7 @@ class Decoded:
 
 
 class DecodingSession(Protocol):
-    """What a backbone offers to a search: a step for the newest tokens, with all state kept inside."""
+    """What a backbone offers to a search: a step for the newest tokens; the state of the past is its own."""
 
     def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
         """Log-probabilities (B, K, V+1) after ``tokens`` (B, K).
@@ -37,7 +37,7 @@ class DecodingSession(Protocol):
         """
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the studies ``rows`` (int64 indices) only."""
+        """Keep only the studies ``rows``, (b,) int64 indices."""
 
 
 def decode(
@@ -53,7 +53,7 @@ def decode(
 
 
 class Search:
-    """The loop that all searches share; finished studies leave the batch."""
+    """The loop that all searches share; finished studies are removed from the batch."""
 
     state_names: tuple[str, ...]  # the attributes with a row for every study that is still in the batch
 
@@ -74,7 +74,7 @@ class Search:
 
     def run(self, session: DecodingSession) -> Decoded:
         """Decode until every study is done."""
-        # Asking a GPU whether studies are done stalls it, so it is asked less often.
+        # Reading whether studies are done makes a GPU wait, so it is read less often there.
         interval = 8 if self.device.type == "cuda" else 1
         tokens, parents = self.tokens.new_zeros(len(self.studies), 1), None
         for step in range(self.options.max_seq_length):
@@ -85,7 +85,7 @@ class Search:
             num_done = int(done.sum())
             if num_done == len(done):
                 break
-            if 4 * num_done >= len(done):  # not for fewer: leaving copies the caches of those that stay
+            if 4 * num_done >= len(done):  # not for fewer: removing rows copies the caches of the others
                 self.store(done.nonzero().squeeze(1))
                 stay = (~done).nonzero().squeeze(1)
                 self.keep(stay)
@@ -103,16 +103,19 @@ class Search:
         raise NotImplementedError
 
     def store(self, rows: Tensor) -> None:
-        """Write the answers of ``rows`` (int64 indices into the batch) into the result."""
+        """Write the answers of ``rows``, (b,) int64 indices into the batch, into the result."""
         raise NotImplementedError
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only ``rows`` (int64 indices) of every state tensor."""
+        """Keep only ``rows``, (b,) int64 indices, of every state tensor."""
         for name in self.state_names:
             setattr(self, name, getattr(self, name)[rows])
 
     def write(self, rows: Tensor, index: Tensor, scores: Tensor, tokens: Tensor, log_probs: Tensor) -> None:
-        """Put hypotheses ``index`` (b, n) of ``rows`` (b,) into the result; ``scores`` (b, >= n) are in that order."""
+        """Put hypotheses ``index`` (b, n) of ``rows`` (b,) into the result.
+
+        ``scores`` (b, >= n) are in that order; ``tokens`` and ``log_probs`` (B, K, L) are those of all rows.
+        """
         studies = self.studies[rows]
         over_tokens = index.unsqueeze(-1).expand(-1, -1, tokens.size(-1))
         self.result.tokens[studies] = tokens[rows].gather(1, over_tokens)
@@ -169,8 +172,8 @@ class BeamSearch(Search):
             own = totals[:, start : start + (self.width if step else 1)]
             own = own - self.options.diversity_lambda * used.unsqueeze(1)
             best, index = own.flatten(1).topk(self.width)
-            going_on = best > -FINISHED_PENALTY / 2  # what follows the end of a beam is no word
-            used.scatter_add_(1, index % num_ids, going_on.to(best.dtype))
+            live = best > -FINISHED_PENALTY / 2  # ended beams choose no word
+            used.scatter_add_(1, index % num_ids, live.to(best.dtype))
             scores.append(best)
             indices.append(index + start * num_ids)
         return torch.cat(scores, dim=1), torch.cat(indices, dim=1)
@@ -195,7 +198,7 @@ class BeamSearch(Search):
         return reached.all(dim=1)
 
     def store(self, rows: Tensor) -> None:
-        """Write the answers of ``rows``: the groups' best, then their second best, and so on."""
+        """Write the answers of ``rows`` (b,): the groups' best, then their second best, and so on."""
         by_rank = self.ended_scores[rows].view(len(rows), self.groups, self.width).transpose(1, 2)
         scores, group = by_rank.sort(dim=2, descending=True, stable=True)  # (b, width, groups)
         rank = torch.arange(self.width, device=rows.device).unsqueeze(1)
@@ -204,7 +207,7 @@ class BeamSearch(Search):
 
 
 class StandardBeamSearch(Search):
-    """The K best of all continuations, in which a beam that has ended competes with its score, unchanged.
+    """Beam search of captioning codes: a finished beam keeps its place among the K best, with its score unchanged.
 
     Scores are plain sums of log-probabilities, without length normalisation. As they only fall, a study is done once
     its best ``sample_n`` beams have ended.
@@ -239,7 +242,7 @@ class StandardBeamSearch(Search):
         return self.ended[:, : self.options.sample_n].all(dim=1)
 
     def store(self, rows: Tensor) -> None:
-        """Write the best beams of ``rows``; topk has left them in order."""
+        """Write the best beams of ``rows`` (b,), which topk has sorted."""
         index = torch.arange(self.options.sample_n, device=rows.device).expand(len(rows), -1)
         self.write(rows, index, self.scores[rows], self.tokens, self.log_probs)
 
@@ -277,7 +280,7 @@ class Sampling(Search):
         return ~self.live.any(dim=1)
 
     def store(self, rows: Tensor) -> None:
-        """Write the hypotheses of ``rows``, the likeliest first."""
+        """Write the hypotheses of ``rows`` (b,), the likeliest first."""
         scores, index = self.scores[rows].sort(dim=1, descending=True, stable=True)
         self.write(rows, index, scores, self.tokens, self.log_probs)
 

@@ -19,5 +19,5 @@ class WithoutToken:
         return log_probs.index_fill(-1, index, -torch.inf)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the studies ``rows`` (int64 indices) only."""
+        """Keep only the studies ``rows``, (b,) int64 indices."""
         self.session.keep(rows)

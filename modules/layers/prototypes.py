@@ -1,4 +1,4 @@
-"""XProNet's prototypes: what a query reads from those of its study's labels, and the loss that ties features to labels.
+"""XProNet's prototypes: attention to those of a study's labels, and the contrastive loss of features by labels.
 
 Wang, Bhalerao, He: Cross-modal Prototype Driven Network for Radiology Report Generation (ECCV 2022, arXiv 2207.04818).
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def with_no_finding(labels: Tensor, no_finding: int) -> Tensor:
-    """Multi-hot ``labels`` (B, C) in which a row without any positive has class ``no_finding``."""
+    """Multi-hot ``labels`` (B, C) in which a row without any positive gets the class ``no_finding``."""
     none = ~(labels > 0).any(dim=1, keepdim=True)  # (B, 1)
     is_no_finding = torch.arange(labels.size(1), device=labels.device) == no_finding
     return labels.masked_fill(none & is_no_finding, 1.0)
@@ -29,22 +29,22 @@ def selected_attention(
     """Softmax attention of query (B, h, T, w) over its k best keys among those that its study selects.
 
     keys and values (h, M, w) are the same for all studies, ``selected`` (B, M) bool; returns (B, h, T, w). A study
-    with fewer than k prototypes reads all of them. Softmax in float32 at least, whatever autocast chose.
+    with fewer than k prototypes reads all of them. The softmax is in float32 at least, even under autocast.
 
     The published code copies each study's rows into a padded matrix; here the prototypes are projected once and the
-    others are masked, which gives the same numbers with no loop and no wait for the largest count.
+    others are masked, with the same result but no loop and no device synchronisation.
     """
     scores = (query / query.size(-1) ** 0.5) @ keys.transpose(-1, -2)  # (B, h, T, M)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     scores = scores.masked_fill(~selected[:, None, None, :], torch.finfo(scores.dtype).min)
-    # What is not selected can be among the best where too few are; its weight is exactly 0.
+    # Where fewer than k are selected, others are among the best; their weight is exactly 0.
     best, rows = scores.topk(k, dim=-1, sorted=False)
     weights = F.dropout(best.softmax(dim=-1), dropout, training=dropout > 0)
     return torch.zeros_like(scores).scatter(-1, rows, weights).to(values.dtype) @ values
 
 
 class PrototypeResponse(nn.Module):
-    """``linears`` 0..3 = query, key, value, output; one module answers images and reports."""
+    """``linears`` 0..3 = query, key, value, output; one module serves images and reports."""
 
     def __init__(self, d_model: int, num_heads: int, topk: int, dropout: float = 0.1):
         super().__init__()
@@ -72,8 +72,8 @@ class PrototypeResponse(nn.Module):
 def label_contrastive_loss(features: Tensor, labels: Tensor, margin: float) -> Tensor:
     """Multi-label contrastive loss of features (B, d) with multi-hot labels (B, C), each row with a positive.
 
-    Pairs (i, i included) that share a class are drawn to a cosine of 1.5^-(|l_i - l_j|_1 / |l_i + l_j|_1), the others
-    are pushed below ``margin``; the mean over all B^2 pairs. In float32 at least.
+    Pairs that share a class (i = j included) are pulled to a cosine of 1.5^-(|l_i - l_j|_1 / |l_i + l_j|_1), the others
+    are pushed below ``margin``. Returns the mean over all B^2 pairs, in float32 at least.
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):  # half precision would blur the cosines

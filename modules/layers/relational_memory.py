@@ -3,12 +3,12 @@
 Chen et al., EMNLP 2020 (arXiv 2010.16056).
 
 Shapes: B rows (studies, or their hypotheses), T tokens, s slots, d = d_model, h heads of width w. Inside the recurrence
-slots come first, (s, B, d): the slots of all rows are one matrix, and the token is the row that stands after them.
+slots come first, (s, B, d): the slots of all rows are one matrix, followed by the token's row.
 
-The loop over tokens cannot be opened up, so everything that can leave it does. What depends on tokens alone is one
-product for all of them. Backward, the loop carries only the memory's gradient on, and the weights' gradients are one
-product each over all T * s * B rows at its end. Autograd would add them up step by step, hence the pass by hand: 0.39 s
-against 0.60 s, forward and backward, for B = 16, T = 59, s = 3, d = 512 on one core (benchmarks/r2gen_step.py).
+The loop over tokens is sequential, so everything that can be computed outside it is: what depends on tokens alone is
+one product for all of them. The backward loop carries only the memory's gradient, and each weight's gradient is one
+product over all T * s * B rows after it. Autograd would accumulate it step by step: forward and backward took 0.60 s
+instead of 0.39 s for B = 16, T = 59, s = 3, d = 512 on one core (benchmarks/r2gen_step.py).
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 class Weights(NamedTuple):
-    """What every step multiplies by; queries, keys and values are one product."""
+    """The weights of a step; queries, keys and values are one product."""
 
     qkv: Tensor  # (3d, d)
     output: Tensor  # (d, d)
@@ -35,12 +35,12 @@ class Weights(NamedTuple):
     mlp_out_bias: Tensor  # (d,)
 
     def transposed(self) -> "Weights":
-        """Matrices as (in, out) in memory order: with the few rows of a step, a product with them is a third faster."""
+        """The matrices as contiguous (in, out): a step has few rows, and its products are a third faster with them."""
         return Weights(*(x.t().contiguous() if x.dim() == 2 else x for x in self))
 
 
 class Trace(NamedTuple):
-    """Everything that the steps computed; the leading dimension is time."""
+    """What the steps computed; the leading dimension is time."""
 
     states: Tensor  # (T+1, s+1, B, d): memory before the step, then the token
     qkv: Tensor  # (T, s+1, B, 3d); the token has no query
@@ -55,7 +55,7 @@ class Trace(NamedTuple):
 
     @staticmethod
     def allocate(tokens: Tensor, slots: int, num_heads: int) -> "Trace":
-        """Room for the steps over ``tokens`` (T, B, d); nothing is initialised."""
+        """Uninitialised tensors for the steps over ``tokens`` (T, B, d)."""
         length, batch, width = tokens.shape
 
         def new(*shape: int) -> Tensor:
@@ -78,7 +78,7 @@ class Trace(NamedTuple):
 def run(
     weights: Weights, tokens: Tensor, token_gates: Tensor, memory: Tensor, num_heads: int, kept: Tensor | None = None
 ) -> Trace:
-    """Let ``memory`` (s, B, d) read ``tokens`` (T, B, d) one after the other; ``weights`` are transposed.
+    """Update ``memory`` (s, B, d) with ``tokens`` (T, B, d) one after the other; ``weights`` are transposed.
 
     ``token_gates`` (T, B, 2d) are the tokens' share of the gates, ``kept`` (T, s, s+1, B, h) the dropout of the
     attention as factors.
@@ -107,9 +107,10 @@ def run(
 
 
 def attend(trace: Trace, t: int, kept: Tensor | None) -> None:
-    """Fill ``probs`` and ``attended`` of step ``t``: every slot attends to all slots and to the token.
+    """Fill ``probs`` (s, s+1, B, h) and ``attended`` (s*B, d) of step ``t``: slots attend to all slots and the token.
 
-    Products and sums over so few keys are as fast as batched matrix products, and take any layout.
+    With so few keys, products and sums are as fast as batched matrix products, and take any layout.
+    ``kept`` (T, s, s+1, B, h) or None is the dropout as factors.
     """
     probs = trace.probs[t]
     slots, _, batch, heads = probs.shape
@@ -126,10 +127,11 @@ def memories(trace: Trace) -> Tensor:
 
 
 class Recurrence(torch.autograd.Function):
-    """``run`` with its gradient."""
+    """``run`` with a backward pass."""
 
     @staticmethod
     def forward(ctx, tokens, token_gates, memory, num_heads, kept, *weights) -> Tensor:
+        """The memory after each token, (B, T, s*d); arguments as for ``run``."""
         trace = run(Weights(*weights).transposed(), tokens, token_gates, memory, num_heads, kept)
         ctx.save_for_backward(kept, *weights, *trace)
         return memories(trace)
@@ -176,7 +178,7 @@ class Recurrence(torch.autograd.Function):
 def attend_backward(grad: Tensor, trace: Trace, t: int, kept: Tensor | None, d_qkv: Tensor) -> None:
     """Write the gradients of step ``t``'s queries, keys and values into ``d_qkv`` (s+1, B, 3d).
 
-    ``grad`` (s*B, d) is that of ``attended``.
+    ``grad`` (s*B, d) is the gradient of ``attended``; ``kept`` as in ``attend``.
     """
     probs = trace.probs[t]
     slots, _, batch, heads = probs.shape
@@ -201,7 +203,10 @@ class SlotAttention(nn.Module):
 
 
 class RelationalMemory(nn.Module):
-    """Memory of ``num_slots`` slots of width ``d_model``; attention to it has dropout in training, as published."""
+    """Memory of ``num_slots`` slots of width ``d_model``; in training its attention has dropout, as published.
+
+    ValueError where the heads do not divide the width.
+    """
 
     def __init__(self, d_model: int, num_slots: int, num_heads: int, dropout: float = 0.1):
         super().__init__()
@@ -216,7 +221,7 @@ class RelationalMemory(nn.Module):
         self.U = nn.Linear(d_model, 2 * d_model)
 
     def weights(self) -> Weights:
-        """The step's weights; the bias of the gates goes with the token's share."""
+        """The step's weights; the gates' bias is part of ``token_gates``."""
         linears: Any = (*self.attn.linears, *self.mlp)
         query, key, value, output, first, _, second, _ = linears
         return Weights(
@@ -232,18 +237,18 @@ class RelationalMemory(nn.Module):
         )
 
     def initial(self, like: Tensor) -> Tensor:
-        """(s, B, d) for the rows of ``like`` (B, ...): a one at its own position in each slot."""
+        """(s, B, d) for the B rows of ``like`` (B, ...): the rows of an identity matrix."""
         slots = torch.eye(self.num_slots, self.U.in_features, dtype=self.U.weight.dtype, device=like.device)
         return slots.unsqueeze(1).expand(-1, like.size(0), -1)
 
     def token_gates(self, tokens: Tensor) -> Tensor:
-        """The tokens' share of the gates, with all of their bias."""
+        """The tokens' share of the gates, (..., 2d) of ``tokens`` (..., d), with all of the gates' bias."""
         return F.linear(tokens, self.W.weight, self.W.bias + self.U.bias)
 
-    @torch.compiler.disable  # unrolled, 20 tokens took 214 s to compile, and every length is compiled anew
+    @torch.compiler.disable  # unrolled, 20 tokens took 214 s to compile, for each length
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, s*d): the memory after each of the tokens ``x`` (B, T, d), from its initial state on."""
-        # A state that is written sixty times over is kept in float32, whatever autocast chose for the rest.
+        """The memory (B, T, s*d) after each of the tokens ``x`` (B, T, d), starting from the initial one."""
+        # A state that is updated sixty times stays in float32, even under autocast.
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.transpose(0, 1).to(self.U.weight.dtype)
             kept = None
@@ -256,9 +261,10 @@ class RelationalMemory(nn.Module):
             )
 
     def step(self, x: Tensor, memory: Tensor | None, weights: Weights) -> Tensor:
-        """(B, s*d): what ``memory`` (B, s*d), None = initial, becomes by one token (B, d) each, without a gradient.
+        """The memory (B, s*d) after one token ``x`` (B, d) each, without a gradient.
 
-        ``weights`` are ``weights().transposed()``, made once for all steps.
+        ``memory`` (B, s*d) is the one before, None the initial one. ``weights`` are ``weights().transposed()``, made
+        once for all steps.
         """
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.to(self.U.weight.dtype).unsqueeze(0)

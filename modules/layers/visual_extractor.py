@@ -1,4 +1,4 @@
-"""Images to patch features: torchvision models by name, timm for the rest, with the head taken off.
+"""Images to patch features: torchvision models by name, timm for the rest, without their heads.
 
 Shapes: B studies, N views, S patches of one view (a row-major grid), C = width of the features.
 """
@@ -17,16 +17,16 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESNETS = ("resnet", "resnext", "wide_resnet")
 WITH_FEATURES = ("densenet", "efficientnet", "convnext", "mobilenet", "vgg")
-FAMILIES = (*RESNETS, *WITH_FEATURES, "vit_")  # of torchvision; timm has the others
+FAMILIES = (*RESNETS, *WITH_FEATURES, "vit_")  # taken from torchvision, all others from timm
 
 
 class VisualExtractor(nn.Module):
     """Patch features of every view of a study.
 
-    ``weights`` is a file (.pth or .safetensors) that replaces ImageNet weights. ``batch_norm`` "joint" runs all
-    views in one call; "per_view" runs each view by itself, so that its batch statistics are its own, as in the
-    published codes. ``frozen`` keeps weights and statistics as they are. ValueError for an unknown name, a file
-    that does not fit, or weights that cannot be fetched.
+    ``weights`` is a file (.pth or .safetensors) in place of ImageNet weights. ``batch_norm`` "joint" runs all views in
+    one call; "per_view" runs each view by itself, with batch statistics of its own, as in the published codes.
+    ``frozen`` trains neither weights nor statistics. ValueError for an unknown name, a file that does not fit, or
+    weights that cannot be downloaded.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class VisualExtractor(nn.Module):
     def forward(self, images: Tensor, view_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Patches (B, N*S, C) with view 0 first, their mask (B, N*S) and the mean over present patches (B, C).
 
-        ``images`` (B, N, 3, H, W); ``view_mask`` (B, N) bool. Absent views are not run, so that they do not touch
+        ``images`` (B, N, 3, H, W); ``view_mask`` (B, N) bool. Absent views are not run, so that they do not enter
         batch statistics; their patches are 0. The mask is None where every view is present. ``images`` may also be
-        stored patches (B, N, S, C), absent views 0, which nothing is run on.
+        stored patches (B, N, S, C), with absent views 0, which are passed on.
         """
         batch, views = images.shape[:2]
         if view_mask is None or views == 1 or bool(view_mask.all()):
@@ -113,7 +113,7 @@ class VisualExtractor(nn.Module):
 
     @torch.no_grad()
     def _measure(self, image_size: int) -> tuple[int, int]:
-        """(C, S), read off a pass of one empty image."""
+        """(C, S), measured on one empty image."""
         training = self.model.training
         self.model.eval()
         patches = self._grid(torch.zeros(1, 3, image_size, image_size))
@@ -130,6 +130,7 @@ class _VisionTransformerPatches(nn.Module):
         self.vit: Any = vit
 
     def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, S, C)."""
         patches = self.vit.conv_proj(images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.vit.class_token.expand(len(patches), -1, -1), patches], dim=1)
         return self.vit.encoder(tokens)[:, 1:]
@@ -146,6 +147,7 @@ class _TimmPatches(nn.Module):
         self.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
 
     def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, C, h, w) or (n, S, C)."""
         features = self.model.forward_features(images)
         if features.dim() == 4:
             return features.permute(0, 3, 1, 2) if self.channels_are_last else features
@@ -159,12 +161,14 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _torchvision_trunk(name: str, pretrained: bool, weights: str | None, image_size: int):
     sizes = {"image_size": image_size} if name.startswith("vit_") else {}
     try:
-        # V1 are the weights that the published codes start from.
+        # The weights that the published codes start from.
         model = torchvision.models.get_model(name, weights="IMAGENET1K_V1" if pretrained else None, **sizes)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise not_fetched(name, error) from error
     except AssertionError as error:  # of a vision transformer
-        raise ValueError(f"visual_extractor {name}: an image_size of {image_size} gives no whole patches") from error
+        raise ValueError(
+            f"visual_extractor {name}: image_size {image_size} is no multiple of its patch size"
+        ) from error
     if weights:
         load_weights(model, weights)
     if name.startswith(RESNETS):

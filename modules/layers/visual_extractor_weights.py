@@ -1,4 +1,4 @@
-"""Where the weights of a visual extractor come from: a file, a package, or a download; never a pickle that is run."""
+"""Weights of a visual extractor: from a file, a package or a download; no pickle in them is ever executed."""
 
 import contextlib
 import importlib
@@ -20,7 +20,7 @@ PACKAGED_WEIGHTS = {
 
 @contextlib.contextmanager
 def no_pickles() -> Iterator[None]:
-    """Have torch.load read tensors alone: torchvision lets the files of its download folder run what they like."""
+    """Make torch.load read tensors alone: torchvision would let files of its download folder execute code."""
     forbid, allow = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name, None) for name in (forbid, allow)}
     os.environ[forbid] = "1"
@@ -43,7 +43,7 @@ def packaged_weights(name: str) -> str | None:
 
 
 def not_fetched(name: str, error: Exception) -> ValueError:
-    """The error for ImageNet weights that cannot be had, with what to do."""
+    """The error for ImageNet weights that cannot be loaded, with what to do."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ValueError(
         f"visual_extractor {name}: its ImageNet weights could not be fetched or read ({reason}); give a file with "
@@ -60,7 +60,7 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise whatever the damaged bytes lead them to
+    except Exception as error:  # damaged bytes make the readers raise anything
         raise ValueError(
             f"visual_extractor_weights {path}: damaged, or holds more than tensors and plain values "
             f"({type(error).__name__})"
@@ -77,7 +77,10 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Load a file by its names, or by order where another library named the same tensors; heads may differ."""
+    """Load a file by names, or by order where another library named the same tensors; heads may differ.
+
+    ValueError for a file that is missing, damaged or does not fit.
+    """
     state = _read_weights(path)
     own = model.state_dict()
     fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
