@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.layers.transformer import TorchLayerNorm, attend, dropout, split_heads
+from modules.layers.transformer import TorchLayerNorm, split_heads
 
 CROSS_ATTENTION_DROPOUT = 0.2
 
@@ -52,7 +52,8 @@ class SelfAttention(nn.Module):
         query, keys, values = (split_heads(part, self.num_heads) for part in self.c_attn(x).chunk(3, dim=-1))
         if cache is not None:
             keys, values = cache.append(keys, values)
-        attended = attend(query, keys, values, mask, self.dropout if self.training else 0.0)
+        p = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=p)
         return self.c_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -89,7 +90,8 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, keep: Tensor | None) -> Tensor:
         """``x`` (B, T, D) -> what it finds at each level, (B, L, T, D)."""
         query = self.queries(x, keys.size(1))
-        attended = attend(query, keys, values, keep, CROSS_ATTENTION_DROPOUT if self.training else 0.0)
+        p = CROSS_ATTENTION_DROPOUT if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=keep, dropout_p=p)
         by_level = attended.unflatten(1, (-1, self.num_heads))  # (B, L, h, T, w)
         return self.c_proj(by_level.transpose(2, 3).flatten(3))
 
@@ -142,7 +144,7 @@ class Block(nn.Module):
         cache=None,
     ) -> Tensor:
         """``x`` (B, T, D) -> (B, T, D); ``real`` (B, T, 1) is 0 at padding, whose output is 0; None: no padding."""
-        a = dropout(x + self.attn(self.ln_1(x), mask, cache), self.dropout, self.training)
+        a = F.dropout(x + self.attn(self.ln_1(x), mask, cache), self.dropout, self.training)
         found = self.enc_dec_attn(self.ln_1(a), *source, source_mask)
         total = torch.zeros_like(a)
         for level, seen in enumerate(found.unbind(1), start=1):
@@ -151,7 +153,7 @@ class Block(nn.Module):
             total = total + language * a + vision * seen
         a = total / math.sqrt(self.num_levels)
         a = a if real is None else a * real
-        y = dropout(a + self.mlp(self.ln_2(a)), self.dropout, self.training)
+        y = F.dropout(a + self.mlp(self.ln_2(a)), self.dropout, self.training)
         return y if real is None else y * real
 
 

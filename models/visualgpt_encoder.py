@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.layers.transformer import TorchLayerNorm, dropout, split_heads
+from modules.layers.transformer import TorchLayerNorm, split_heads
 
 
 class UnusedLinear(nn.Linear):
@@ -46,7 +46,7 @@ class AttentionLayer(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """``x`` (B, N, D) -> (B, N, D); ``keep`` (B, 1, 1, N) or None."""
-        return self.layer_norm(x + dropout(self.attention(x, keep), self.dropout, self.training))
+        return self.layer_norm(x + F.dropout(self.attention(x, keep), self.dropout, self.training))
 
 
 class FeedForwardLayer(nn.Module):
@@ -60,8 +60,8 @@ class FeedForwardLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        hidden = dropout(F.relu(self.fc1(x)), self.dropout, self.training)
-        return self.layer_norm(x + dropout(self.fc2(hidden), self.dropout, self.training))
+        hidden = F.dropout(F.relu(self.fc1(x)), self.dropout, self.training)
+        return self.layer_norm(x + F.dropout(self.fc2(hidden), self.dropout, self.training))
 
 
 class EncoderLayer(nn.Module):
@@ -103,7 +103,7 @@ class LevelEncoder(nn.Module):
         A study without any visual token attends to its empty ones: attention to nothing would be NaN.
         """
         x = F.gelu(self.fc(patches), approximate="tanh")
-        x = self.layer_norm(dropout(x, self.dropout, self.training))
+        x = self.layer_norm(F.dropout(x, self.dropout, self.training))
         if self.published:
             keep = (x.sum(-1) != 0)[:, None, None, :]
         elif patch_mask is None:

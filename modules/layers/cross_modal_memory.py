@@ -4,34 +4,15 @@ Shapes: R queries (all tokens of all samples), M memory slots, h heads of width 
 
 Only the scores are computed against the whole memory, a block of queries at a time and without a gradient. The k
 chosen slots per query are then read, and their gradients written, as weighted sums of rows (embedding_bag), so that
-neither (R, h, M) weights nor (R, h, k, w) rows exist, forward or backward. CPU seconds of one core and peak memory,
-forward and backward, 1568 queries, M = 2048, h = 8, w = 64, k = 32, AVX-512, float32: this 0.20 s and 155 MiB,
-gathered rows 0.59 s and 280 MiB, dense weights with zeros 0.62 s and 380 MiB.
+neither (R, h, M) weights nor (R, h, k, w) rows exist, forward or backward.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Scores held at once: what stays in a CPU's cache, and what keeps a GPU busy.
+# Scores in memory at once: few enough for a CPU's cache, enough to keep a GPU busy.
 SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
-
-
-def largest(scores: Tensor, k: int, group_size: int = 8) -> tuple[Tensor, Tensor]:
-    """The k largest of the last dimension and their indices, unsorted; exactly k where values are equal.
-
-    They lie in the k groups with the largest maxima: choosing those first halves the time of topk on long rows.
-    """
-    length = scores.size(-1)
-    groups = length // group_size
-    if length % group_size or groups < 2 * k:
-        return scores.topk(k, dim=-1, sorted=False)
-    # Group g holds elements g, g + groups, g + 2 groups ...: maxima over rows of a matrix are vectorised.
-    chosen = scores.unflatten(-1, (group_size, groups)).amax(dim=-2).topk(k, dim=-1, sorted=False).indices
-    starts = torch.arange(0, length, groups, device=scores.device)
-    candidates = (chosen.unsqueeze(-2) + starts.unsqueeze(-1)).flatten(-2)  # (..., group_size * k)
-    best, order = scores.gather(-1, candidates).topk(k, dim=-1, sorted=False)
-    return best, candidates.gather(-1, order)
 
 
 @torch.no_grad()
@@ -40,15 +21,15 @@ def best_slots(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     limit = SCORES_AT_ONCE.get(query.device.type, SCORES_AT_ONCE["cuda"])
     rows = max(1, limit // (keys.size(0) * keys.size(1)))
     keys = keys.permute(1, 2, 0)
-    # An exported program takes any number of queries: how many blocks they make would be fixed in it.
+    # An exported program takes any number of queries, but its number of blocks would be fixed.
     blocks = [query] if torch.compiler.is_exporting() else query.split(rows)
-    found = [largest(torch.bmm(block.transpose(0, 1), keys), k) for block in blocks]
+    found = [torch.bmm(block.transpose(0, 1), keys).topk(k, dim=-1, sorted=False) for block in blocks]
     scores, slots = (torch.cat(parts, dim=1).transpose(0, 1) for parts in zip(*found, strict=True))
     return scores, slots
 
 
 class _ChosenScores(torch.autograd.Function):
-    """query . key for the chosen slots, whose values are known from the search; the gradient touches only them."""
+    """query . key of the chosen slots, whose values are known from the search; only these have a gradient."""
 
     @staticmethod
     def forward(ctx, query: Tensor, keys: Tensor, scores: Tensor, rows: Tensor) -> Tensor:
@@ -58,6 +39,7 @@ class _ChosenScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        """``grad`` (R*h, k)."""
         query, keys, rows = ctx.saved_tensors
         with torch.enable_grad():
             # d_query = sum of grad * keys; and the gradient of <d_query, query> in keys is d_keys.
@@ -67,11 +49,11 @@ class _ChosenScores(torch.autograd.Function):
         return d_query.detach(), d_keys, None, None
 
 
-@torch.compiler.disable  # the tracer takes no gradient inside a gradient: a break here, instead of in every caller
+@torch.compiler.disable  # it cannot trace a gradient inside a gradient: break the graph here, not in every caller
 def topk_attention(query: Tensor, keys: Tensor, values: Tensor, k: int, dropout: float = 0.0) -> Tensor:
     """Softmax attention of query (R, h, w) over the k best of keys (M, h, w); returns (R, h, w) of values (M, h, w).
 
-    Everything after the search is in float32 at least, whatever autocast chose.
+    Everything after the search is in float32 at least, even under autocast.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     num_heads, width = query.shape[1:]
@@ -86,7 +68,7 @@ def topk_attention(query: Tensor, keys: Tensor, values: Tensor, k: int, dropout:
 
 
 class MemoryResponse(nn.Module):
-    """``linears`` 0..3 = query, key, value, output; the memory's keys and values are the same for all samples."""
+    """``linears`` 0..3 = query, key, value, output; all samples share the memory's keys and values."""
 
     def __init__(self, d_model: int, num_heads: int, topk: int, dropout: float = 0.1):
         super().__init__()
@@ -100,7 +82,7 @@ class MemoryResponse(nn.Module):
         return x.reshape(-1, self.num_heads, x.size(-1) // self.num_heads)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (M, h, w) of the memory (M, d), projected once per forward and not once per sample."""
+        """Keys and values (M, h, w) of the memory (M, d), projected once for all samples."""
         return self.split_heads(self.linears[1](memory)), self.split_heads(self.linears[2](memory))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -13,29 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ATTENTION_DROPOUT = 0.1  # fixed in the published codes, whatever their --dropout says
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout; on the CPU each 16 random bits decide for an element, four times as fast as torch's own draw.
-
-    p is rounded to 1/65536 there, and the scale of what is kept accordingly.
-    """
-    if not training or p == 0:
-        return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    dropped = round(p * 2**16)  # of the 2^16 values that are equally likely
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    keep = torch.ge(bits[: x.numel()].view(x.shape), dropped - 2**15, out=torch.empty_like(x, requires_grad=False))
-    return x * keep.mul_(2**16 / (2**16 - dropped))
+ATTENTION_DROPOUT = 0.1  # fixed in the published codes, independent of --dropout
 
 
 class _Normalise(torch.autograd.Function):
-    """(x - mean) / (std + eps) by torch's fused layer-norm kernels: a sixth of the time of the plain expression."""
+    """``normalise`` by torch's fused layer-norm kernels, in a sixth of the plain expression's time."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+        """``x`` (..., d), ``scale`` and ``shift`` (d,) -> (..., d)."""
         n = x.size(-1)
         # The kernel divides by the biased std; the tiny eps only keeps rows without variance finite.
         unit, mean, inverse_biased = torch.native_layer_norm(x, (n,), None, None, 1e-30)
@@ -47,6 +33,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
+        """``grad`` (..., d)."""
         x, mean, std, inverse, scale = ctx.saved_tensors
         n = x.size(-1)
         grad = grad.contiguous()
@@ -61,9 +48,10 @@ class _Normalise(torch.autograd.Function):
 
 
 def normalise(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
-    """scale * (x - mean) / (std + eps) + shift over the last dimension, with the unbiased std and eps outside the root.
+    """scale * (x - mean) / (std + eps) + shift over the last dimension of ``x`` (..., d); ``scale`` and ``shift`` (d,).
 
-    ``scale`` and ``shift`` (d,). At least float32, as half precision would lose the variance.
+    The std is unbiased and eps outside the root, as in the published codes. In float32 at least: half precision would
+    lose the variance.
     """
     dtype = torch.promote_types(x.dtype, scale.dtype)
     return _Normalise.apply(x.to(dtype), scale, shift, eps)
@@ -78,13 +66,15 @@ class LayerNorm(nn.Module):
         self.b_2 = nn.Parameter(torch.zeros(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
         return normalise(x, self.a_2, self.b_2)
 
 
 class TorchLayerNorm(nn.LayerNorm):
-    """torch's own; autocast gives it float32 on GPUs only."""
+    """torch's layer norm, in float32 at least on CPUs too, where autocast would not see to it."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
         return super().forward(x.to(torch.promote_types(x.dtype, self.weight.dtype)))
 
 
@@ -97,7 +87,8 @@ class Residual(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], *condition: Tensor) -> Tensor:
-        return x + dropout(sublayer(self.norm(x, *condition)), self.dropout, self.training)
+        """``x`` (B, T, d) -> (B, T, d); ``condition`` (B, T, m)."""
+        return x + F.dropout(sublayer(self.norm(x, *condition)), self.dropout, self.training)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -105,22 +96,11 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, p: float = 0.0) -> Tensor:
-    """Softmax attention (B, h, T, w) of query (B, h, T, w) to keys and values (B, h, S, w), weights dropped with ``p``.
-
-    With dropout on the CPU it is written out: torch's own does the same there, with its slower draw.
-    """
-    if p == 0 or query.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=p)
-    scores = query / math.sqrt(query.size(-1)) @ keys.transpose(-2, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # whatever autocast chose
-    return dropout(weights, p, training=True) @ values
-
-
 class Attention(nn.Module):
-    """Multi-head attention with ``linears`` 0..3 = query, key, value, output (Vaswani et al., 2017)."""
+    """Multi-head attention with ``linears`` 0..3 = query, key, value, output (Vaswani et al., 2017).
+
+    ValueError where the heads do not divide the width.
+    """
 
     def __init__(self, d_model: int, num_heads: int, dropout: float = ATTENTION_DROPOUT):
         super().__init__()
@@ -131,6 +111,7 @@ class Attention(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(4))
 
     def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, d) -> (B, h, T, d/h)."""
         return split_heads(x, self.num_heads)
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,11 +122,11 @@ class Attention(nn.Module):
         """Attend from ``x`` (B, T, d) to keys and values; ``mask`` broadcasts to (B, h, T, S)."""
         query = self.split_heads(self.linears[0](x))
         dropout = self.dropout if self.training else 0.0
-        attended = attend(query, keys, values, mask, dropout)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
         return self.linears[3](attended.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The attention weights (B, h, T, S) behind ``forward`` of the same arguments, without dropout."""
+        """The attention weights (B, h, T, S) that ``forward`` of the same arguments uses, without dropout."""
         query = self.split_heads(self.linears[0](x))
         scores = query @ keys.transpose(-2, -1) / math.sqrt(keys.size(-1))
         return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
@@ -161,7 +142,8 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_2(dropout(F.relu(self.w_1(x)), self.dropout, self.training))
+        """(B, T, d) -> (B, T, d)."""
+        return self.w_2(F.dropout(F.relu(self.w_1(x)), self.dropout, self.training))
 
 
 class EncoderLayer(nn.Module):
@@ -174,6 +156,7 @@ class EncoderLayer(nn.Module):
         self.sublayer = nn.ModuleList(Residual(norm(d_model), dropout) for _ in range(2))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """``x`` (B, S, d) -> (B, S, d); ``mask`` (B, 1, 1, S) or None."""
         x = self.sublayer[0](x, lambda y: self.self_attn(y, *self.self_attn.keys_values(y), mask))
         return self.sublayer[1](x, self.feed_forward)
 
@@ -187,6 +170,7 @@ class Encoder(nn.Module):
         self.norm = norm(d_model)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``x`` (B, S, d) -> (B, S, d)."""
         for layer in self.layers:
             x = layer(x, mask)
         return self.norm(x)
@@ -211,6 +195,11 @@ class DecoderLayer(nn.Module):
         cache=None,
         condition: tuple[Tensor, ...] = (),
     ) -> Tensor:
+        """``x`` (B, T, d) -> (B, T, d); ``source``: keys and values (B, h, S, d/h) of the encoder's output.
+
+        ``mask`` broadcasts to (B, h, T, T), ``source_mask`` to (B, h, T, S); ``condition`` (B, T, m) goes to the norms.
+        """
+
         def attend_to_self(y: Tensor) -> Tensor:
             keys, values = self.self_attn.keys_values(y)
             if cache is not None:
@@ -223,7 +212,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``num_layers`` decoder layers and a final norm (``final_norm`` where it is of another kind)."""
+    """``num_layers`` decoder layers and a final norm, of kind ``final_norm``."""
 
     def __init__(
         self,
@@ -254,7 +243,7 @@ class Decoder(nn.Module):
         caches: list | None = None,
         condition: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        """Hidden states (B, T, d); with ``caches``, one per layer, ``x`` holds the newest tokens only."""
+        """Hidden states (B, T, d) of ``x`` (B, T, d): all words, or with ``caches``, one per layer, the newest."""
         for number, layer in enumerate(self.layers):
             cache = caches[number] if caches is not None else None
             x = layer(x, sources[number], mask, source_mask, cache, condition)
@@ -290,6 +279,7 @@ class TokenEmbedding(nn.Module):
         self.lut = nn.Embedding(num_ids, d_model)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, d)."""
         return self.lut(tokens) * math.sqrt(self.lut.embedding_dim)
 
 
@@ -309,18 +299,18 @@ class PositionalEncoding(nn.Module):
     def forward(self, x: Tensor, position: int | None = None) -> Tensor:
         """``x`` (B, T, d) holds positions 0..T-1, or, where ``position`` is given, T hypotheses at that position."""
         table = self.pe[:, : x.size(1)] if position is None else self.pe[:, position : position + 1]
-        return dropout(x + table, self.dropout, self.training)
+        return F.dropout(x + table, self.dropout, self.training)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # Some published files leave the constant table out: its absence is no missing key.
+        # Some published files omit this constant: it is not reported as missing.
         if prefix + "pe" in state_dict:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def decoder_mask(tokens: Tensor) -> Tensor:
-    """(B, 1, T, T) mask of teacher-forced inputs (B, T): earlier positions that are no padding, position 0 always.
+    """(B, 1, T, T) mask of teacher-forced ``tokens`` (B, T): not the future, and no padding.
 
-    Begin, end and padding are all id 0, hence the exception for the first position.
+    Begin, end and padding are all id 0; the first position, begin, is always visible.
     """
     length = tokens.size(1)
     is_key = tokens > 0
