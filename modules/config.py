@@ -104,7 +104,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """Which backbone is trained, and its sizes."""
+    """The backbone, its visual extractor, its vocabulary and its labels."""
 
     model_name: str = setting("r2gencmn", "backbone", f"the backbone: {', '.join(MODELS)}", exported=True)
     visual_extractor: str = setting(
@@ -116,7 +116,7 @@ class NetworkSettings:
     visual_extractor_weights: str = setting(
         "", "backbone", "start the visual extractor from this file instead", train_only=True, initial=True
     )
-    freeze_visual_extractor: bool = setting(False, "backbone", "keep the visual extractor's weights as they are")
+    freeze_visual_extractor: bool = setting(False, "backbone", "do not train the visual extractor")
     feature_cache: str = setting(
         "",
         "backbone",
@@ -135,9 +135,8 @@ class NetworkSettings:
     tokenizer: str = setting(
         "auto",
         "backbone",
-        "word: words of the training reports; bpe: GPT-2's byte pairs, from the "
-        "files in --gpt2_path; auto: bpe for a backbone that starts from a GPT-2 that has them, "
-        "else word",
+        "word: words of the training reports; bpe: GPT-2's byte pairs, from the files in --gpt2_path; auto: bpe for "
+        "VisualGPT where --gpt2_path has them, else word",
         choices=("auto", "word", "bpe"),
         exported=True,
         vocabulary=True,
@@ -177,58 +176,57 @@ class Config(
     NetworkSettings,
     DataSettings,
 ):
-    """The resolved settings of one run; construction validates them and raises InputError naming flag and value."""
+    """The resolved settings of one run; InputError names the flag and the value of a mistake."""
 
     # ---- run
     n_gpu: int = setting(
         1,
         "run",
-        "GPUs, each with a process of its own; with --device cpu that many processes; 0 trains "
-        "on the CPU. Under torchrun its own number counts",
+        "number of GPUs, each with its own process; with --device cpu, number of processes; 0 trains on the CPU. "
+        "Ignored under torchrun, which has its own number",
         low=0,
     )
     max_restarts: int = setting(
         0,
         "run",
-        "with several processes: times that all are started again from the last checkpoint when one fails",
+        "with several processes: how often all are restarted from the last checkpoint when one fails",
         low=0,
         effect=False,
         train_only=True,
     )
     sync_bn: bool = setting(
-        False, "run", "batch normalisation by the statistics of all processes' samples", train_only=True
+        False, "run", "batch normalisation with the statistics of all processes' samples", train_only=True
     )
     device: str = setting("auto", "run", "auto, cpu, cuda or cuda:N", effect=False)
     precision: str = setting(
         "float32",
         "run",
-        "autocast type; auto: bfloat16 on a GPU that has it, float16 on one that "
-        "has not (Volta, Turing), float32 on the CPU",
+        "autocast type; auto: bfloat16 on GPUs that support it, otherwise float16 (Volta, Turing), float32 on the CPU",
         choices=("float32", "float16", "bfloat16", "auto"),
     )
-    tf32: bool = setting(False, "run", "float32 products of Ampere and later GPUs with the mantissa of TF32 (10 bits)")
+    tf32: bool = setting(False, "run", "allow TF32 (10-bit mantissa) in float32 products of Ampere and later GPUs")
     compile: bool = setting(False, "run", "compile the objective with torch.compile", train_only=True)
-    deterministic: bool = setting(False, "run", "deterministic kernels only: equal runs on one machine, slower")
+    deterministic: bool = setting(False, "run", "deterministic kernels only: runs on one machine are equal, but slower")
     seed: int = setting(9233, "run", "seed of weights, order and augmentation", low=0, high=2**63 - 1)
     resume: str = setting(
         "",
         "run",
-        "go on from this checkpoint; auto: from the latest valid one in --save_dir, or from "
-        "the start where there is none",
+        "continue the training of this checkpoint; auto: of the latest valid one in --save_dir, or start from scratch "
+        "where there is none",
         effect=False,
         train_only=True,
     )
     load: str = setting(
         "",
         "run",
-        "main_test.py: the checkpoint to test; main_train.py: the weights that a new run "
-        "starts from; our own brings its settings along",
+        "main_test.py: the checkpoint to test; main_train.py: the initial weights of a new run. The settings stored in "
+        "a checkpoint of this project are its defaults",
         effect=False,
     )
 
     # ---- results
     save_dir: str = setting("results/iu_xray", "results", "folder of checkpoints and results", effect=False)
-    record_dir: str = setting("records/", "results", "folder of <dataset>.csv, one line per run", effect=False)
+    record_dir: str = setting("records/", "results", "folder of <dataset>.csv, with a line for each run", effect=False)
     exp_name: str = setting("", "results", "name of the run in records and report", effect=False)
     tensorboard: bool = setting(
         True, "results", "write TensorBoard curves (numbers only) into --save_dir", effect=False, train_only=True
@@ -240,22 +238,22 @@ class Config(
             check_value(item.name, getattr(self, item.name), item.metadata)
         location(self.model_name)  # InputError for an unknown one
         for part in type(self).__bases__:
-            part_of(self, part)  # each checks which of its own settings exclude one another
+            part_of(self, part)  # each checks its own settings together
         check_together(self)
 
     @property
     def dataset(self) -> DataSpec:
-        """What is particular to the data set."""
+        """The entry of --dataset_name in the table of data sets."""
         return DATASETS[self.dataset_name]
 
     @property
     def captioning(self) -> bool:
-        """Whether images have several captions, each a training sample, all of them references."""
+        """Whether an image has several captions, each a training sample and all of them references."""
         return self.dataset.captions
 
     @property
     def labels_by_rules(self) -> bool:
-        """Whether reports are labelled by rules and scored clinically."""
+        """Whether reports get labels by rules and clinical scores of them."""
         return self.clinical and self.dataset.clinical
 
 

@@ -15,8 +15,8 @@ from modules.config import TRAIN_ONLY, Config
 from modules.data.dataset_specs import DATASETS
 from modules.runtime.errors import InputError, did_you_mean
 
-# Declared by R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN, but without effect on their results, or
-# decided here in another way. Number of values each takes: 0 (a switch) or 1.
+# Flags of R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN that had no effect on results there, or are decided
+# in another way here. The number of values that each takes: 0 (a switch) or 1.
 IGNORED = {
     "logit_layers": 1,
     "bos_idx": 1,
@@ -72,7 +72,7 @@ def stage_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 
 
 def boolean(text: str) -> bool:
-    """``true``/``false`` in the spellings people type; argparse's type=bool takes any text for true."""
+    """A truth value in the usual spellings; argparse's type=bool would take any text as true."""
     lowered = text.lower()
     if lowered in ("true", "t", "yes", "y", "1", "on"):
         return True
@@ -82,9 +82,9 @@ def boolean(text: str) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with a mistake on the command line told in one line as every other is, and flags in full only.
+    """argparse's parser, which reports a mistake as InputError and takes no abbreviated flags.
 
-    An abbreviation that works today means something else, or nothing, once another flag begins like it.
+    An abbreviation would change its meaning, or lose it, with the next flag that begins alike.
     """
 
     def __init__(
@@ -139,10 +139,10 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], *, defaults: bool = False) -> None:
-    """Give the parser of another program the flags ``names`` of main_train.py.
+    """Add the flags ``names`` of main_train.py to the parser of another program.
 
-    They have their own ``defaults``, or they are absent from the result unless given: a checkpoint's settings are then
-    beneath them, and help shows none.
+    With ``defaults`` they have main_train.py's. Otherwise a flag that is not given is absent from the result, because
+    its default is stored in a checkpoint, and help shows none.
     """
     for item in dataclasses.fields(Config):
         if item.name in names:
@@ -217,15 +217,15 @@ def _pair(name: str, parts: Sequence[Any]) -> tuple[float, float]:
 
 
 def parse_flags(argv: Sequence[str], prog: str, description: str) -> tuple[dict[str, Any], list[str]]:
-    """The flags that were given, by name, ``backbone`` among them; and lines for the log.
+    """The flags that were given (``backbone`` included) by name, and lines for the log; InputError for a mistake.
 
-    The lines name the given flags that are ignored, and the values that come from a --backbone's preset.
+    The lines name given flags that are ignored, and the values that --backbone sets.
     """
     return settle_flags(vars(build_parser(prog, description).parse_args(list(argv))))
 
 
 def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What ``parse_flags`` makes of the flags that a parser of ``build_parser`` read."""
+    """The same as ``parse_flags``, for flags that a parser of ``build_parser`` has read."""
     ignored = [
         f"--{name} is accepted and ignored" + (f": {WHY_IGNORED[name]}" if name in WHY_IGNORED else "")
         for name in IGNORED
@@ -249,7 +249,7 @@ def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def flags_of_training(words: Sequence[str]) -> list[str]:
-    """The flags among the ``words`` of a command line that have nothing to act on where a model is only tested."""
+    """The flags among the ``words`` of a command line that have no effect when a model is only tested."""
     names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
     return [f"--{name}" for name in names if ALIASES.get(name, name.replace("-", "_")) in TRAIN_ONLY]
 
@@ -268,13 +268,13 @@ def _preset_notes(given: Mapping[str, Any]) -> list[str]:
 
 
 def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:
-    """Translate VisualGPT's names; the value is checked as the target flag's own would be."""
+    """Translate VisualGPT's names; InputError for a value that the target flag would not take."""
     kinds = {item.name: _kind(item.type) for item in dataclasses.fields(Config)}
     spelled = {name.lower(): name for name in Config.__dataclass_fields__["optim"].metadata["choices"]}
     for alias in [name for name in ALIASES if name in given]:
         target, text = ALIASES[alias], given.pop(alias)
         try:
-            # --num_train_epochs 3.0 was a float there.
+            # VisualGPT's --num_train_epochs 3.0 is a float.
             value = spelled[text.lower()] if target == "optim" else kinds[target](float(text))
         except (ValueError, KeyError, OverflowError) as error:
             raise InputError(f"--{alias} {text}: not a value for --{target}") from error
@@ -283,7 +283,10 @@ def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Config:
-    """Config from the flags given, over those ``saved`` in a checkpoint, --backbone's preset, and the defaults."""
+    """Config from the flags ``given``, else those ``saved`` in a checkpoint, else --backbone's preset, else defaults.
+
+    InputError where they are invalid.
+    """
     names = {item.name for item in dataclasses.fields(Config)}
     values = {name: value for name, value in (saved or {}).items() if name in names}
     _require_kinds(values)
@@ -292,12 +295,12 @@ def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = N
     given = dict(given)
     backbone = given.pop("backbone", None)
     dataset_name = (values | given).get("dataset_name", Config.dataset_name)
-    beneath = preset(backbone, dataset_name) if backbone else {}
-    return Config(**(beneath | values | given))
+    published = preset(backbone, dataset_name) if backbone else {}
+    return Config(**(published | values | given))
 
 
 def _require_kinds(saved: Mapping[str, Any]) -> None:
-    """InputError for a setting of a checkpoint that has not the type of its flag."""
+    """InputError for a setting stored in a checkpoint whose type is not its flag's."""
     for item in dataclasses.fields(Config):
         if item.name not in saved:
             continue
@@ -308,8 +311,8 @@ def _require_kinds(saved: Mapping[str, Any]) -> None:
             fits = _is(kind, value) or (value is None and kind is not item.type)
         if not fits:
             raise InputError(
-                f"the checkpoint's own setting {item.name} is {str(value)[:60]!r}, which --{item.name} "
-                "cannot be: the file was changed by hand, or written by another version"
+                f"the checkpoint's setting {item.name} is {str(value)[:60]!r}, which is no value of --{item.name}: "
+                "the file was edited, or written by another version"
             )
 
 
