@@ -81,7 +81,7 @@ def to_checkpoint(source: Path, out: Path) -> None:
     """Folder -> checkpoint of ours, after its weights were seen to fit its settings."""
     import dataclasses
 
-    from modules.data.bpe_tokenizer import tokenizer_from_state
+    from modules.data.tokenizers import tokenizer_from_state
     from modules.flags import resolve_config
     from modules.inference.hub_format import read_hub_folder
     from modules.ithn.objective import Objective

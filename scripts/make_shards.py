@@ -80,8 +80,7 @@ def main() -> None:
         raise InputError(f"--out {out}: is there already; name a new or empty folder")
 
     from modules.data.images import ImageFolder
-    from modules.data.shard_writer import Packing, write_split
-    from modules.data.shards import MANIFEST, Manifest, neighbours_sha256, require_library
+    from modules.data.shards import MANIFEST, Manifest, Packing, neighbours_sha256, require_library, write_split
     from modules.runtime.records import private_folder, write_private
     from modules.runtime.run_log import Bar
 

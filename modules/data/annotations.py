@@ -20,7 +20,7 @@ class Study:
     report: str  # COCO: the first caption
     image_paths: tuple[str, ...]  # relative to image_dir
     split: str
-    study_id: str  # records that share it show the same study (MIMIC-CXR: one record per image)
+    study_id: str  # equal for the records of one study (MIMIC-CXR: one record per image)
     views: tuple[str, ...]  # projection of each image ("PA", "lateral", ...), "" where the file does not say
     negative_report: str | None = None  # released ITHN: neg_report
     negative_image_paths: tuple[str, ...] = ()  # released ITHN: neg_image_path
@@ -91,7 +91,7 @@ def _read_json(path: str | Path) -> tuple[bytes, object]:
     except OSError as error:
         raise InputError(f"{path}: cannot read the annotation: {error.strerror}") from error
     try:
-        # utf-8-sig: a byte order mark, which Windows editors put in front, is no mistake.
+        # utf-8-sig: a byte order mark, which Windows editors put in front, is not a mistake.
         return content, json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start}); save the annotation as UTF-8") from error
@@ -107,7 +107,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {_shown(twice)} stands twice in one object")
+        raise ValueError(f"the key {_shown(twice)} occurs twice in one object")
     return found
 
 
@@ -119,7 +119,7 @@ def _read_split(path, data: dict, split: str, first_seen: dict[str, str], on_pro
             if split in data
             else f"is missing; expected the keys {', '.join(SPLITS)}"
         )
-        on_problem(Problem("split is no list", f"{path}: split '{split}' {problem}", str(path), split))
+        on_problem(Problem("split is not a list", f"{path}: split '{split}' {problem}", str(path), split))
         return ()
     studies = []
     for row, item in enumerate(rows):
@@ -127,7 +127,7 @@ def _read_split(path, data: dict, split: str, first_seen: dict[str, str], on_pro
         study = _read_study(record) if isinstance(item, dict) else None
         if not isinstance(item, dict):
             record.refuse(
-                "", "record is no object", f"is {_kind(item)}, expected an object with id, report and image_path"
+                "", "record is not an object", f"is {_kind(item)}, expected an object with id, report and image_path"
             )
         if record.id and record.id in first_seen:
             other = first_seen[record.id]
@@ -152,7 +152,7 @@ def _read_split(path, data: dict, split: str, first_seen: dict[str, str], on_pro
 
 @dataclass
 class _Record:
-    """Where a record stands, and whether it was found sound so far."""
+    """A record's place in the file, and whether it is sound so far."""
 
     path: str
     split: str
@@ -176,7 +176,7 @@ def _read_study(record: _Record) -> Study | None:
         record.refuse(
             "split",
             "split contradicts its list",
-            f"field 'split' says '{item['split']}', but the record stands in '{split}'",
+            f"field 'split' says '{item['split']}', but the record is in '{split}'",
         )
     negative_images = _strings(record, "neg_image_path")
     images = _images(record, negative_images)
@@ -254,7 +254,7 @@ def _captions(record: _Record) -> tuple[str, ...]:
     captions, value = _strings(record, "captions"), record.item.get("captions")
     if value is not None and not (isinstance(value, list) and value):
         record.refuse(
-            "captions", "captions is no list", f"field 'captions' is {_kind(value)}, expected a list of texts"
+            "captions", "captions is not a list", f"field 'captions' is {_kind(value)}, expected a list of texts"
         )
     for number, caption in enumerate(captions):
         if not caption.strip():
@@ -306,5 +306,5 @@ def _kind(value: object) -> str:
 
 
 def _shown(text: str) -> str:
-    """``text`` on one line and not longer than a line."""
+    """``text`` quoted, on one line, cut to 80 characters."""
     return repr(text if len(text) <= 80 else text[:77] + "...")

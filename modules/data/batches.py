@@ -1,4 +1,4 @@
-"""What a data set hands to the objective: samples, and the batches they are joined to."""
+"""Samples, and the batches that they are collated into. B samples, N views, T positions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -24,7 +24,7 @@ def _map_tensors(record, function: Callable[[Tensor], Tensor]):
 
 @dataclass
 class Pair:
-    """Images and report that go through a backbone together. B samples, N views, T positions."""
+    """Images and reports that go through a backbone together."""
 
     # (B, N, 3, H, W) uint8 as loaded, float32 normalised after Batch.to; or stored features (B, N, S, C) float32.
     # Absent views are zero.
@@ -41,18 +41,18 @@ class Batch:
 
     positive: Pair
     negative: Pair | None  # None: the data set has no negatives
-    has_negative: Tensor | None  # (B,) bool; rows without a negative carry their positive and stay out of the losses
+    has_negative: Tensor | None  # (B,) bool; rows without a negative repeat their positive and are left out of losses
     sample_index: Tensor  # (B,) int64, row of the sample in its data set, the same in every epoch
     report_key: Tensor  # (B,) int64, equal for the same cleaned text and for the same study
     ids: list[str]  # "<record id>", or "<record id>#<view>" where every image is a sample
     reports: list[str]  # as in the annotation
-    replaced: int = 0  # samples of this batch that stand in for unreadable ones
-    transform: Transform | None = None  # made the images, and knows how they are normalised
+    replaced: int = 0  # samples of this batch that replace unreadable ones
+    transform: Transform | None = None  # the images', for their normalisation
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """The batch on ``device``, its images normalised there if they are still as they were loaded.
+        """The batch on ``device``, where images are normalised if they are uint8 still.
 
-        The view masks stay on the CPU: whether every view is there is asked each step, and must not wait for a GPU.
+        The view masks stay on the CPU: each step asks whether every view is present, and must not wait for a GPU.
         """
         batch = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
         for own, pair in ((self.positive, batch.positive), (self.negative, batch.negative)):

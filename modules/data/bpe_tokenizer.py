@@ -1,29 +1,35 @@
-"""GPT-2's byte-level BPE behind the word tokeniser's interface, and whichever of the two a checkpoint brought."""
+"""GPT-2's byte-level BPE behind the word tokenizer's interface, and the files of a pretrained GPT-2."""
 
 import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer as Bpe
 
-from modules.data.tokenizers import BOS, EOS, Tokenizer, clean_report
+from modules.data.tokenizers import BOS, EOS, clean_report
 from modules.runtime.errors import InputError
+from modules.runtime.hub import download_model
 
-# VisualGPT's choice of tokens for begin and padding, which GPT-2 has none of; it takes GPT-2's own for the end.
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _WHITE_SPACE = "\u0120\u010a"  # how GPT-2 writes a space and a line break at the start of a piece
+# Begin and padding are VisualGPT's choice, as GPT-2 has no such tokens; the end is GPT-2's own.
 BEGIN, END, PADDING = "<?", "<|endoftext|>", "+="
+_WITHOUT = "'--gpt2_path \"\"' trains from random weights and a word vocabulary, which need no download"
 
 
 class BpeTokenizer:
     """Maps reports to ids and back; ``definition`` is the JSON of a tokenizers.Tokenizer, ``cleaner`` a report's.
 
-    As everywhere, id 0 is begin, end and padding at once. GPT-2 has a word there: it takes the id of GPT-2's end
-    token, and all other ids are GPT-2's. ``special_ids`` are its own of begin, end and padding; where a vocabulary
-    lacks VisualGPT's tokens for begin and padding, its end token serves. InputError for a definition that is none.
+    As everywhere, id 0 is begin, end and padding at once. GPT-2 has a word at 0: that word and GPT-2's end token
+    exchange ids, all others are GPT-2's. ``special_ids`` are GPT-2's ids of begin, end and padding; where a vocabulary
+    lacks VisualGPT's tokens for begin and padding, its end token serves. InputError for an unreadable definition.
     """
 
-    unk_id = None  # byte pairs write every word
+    unk_id = None  # bytes spell every word
 
     def __init__(self, definition: str, cleaner: str):
         clean_report("", cleaner)  # an unknown cleaner is refused here
@@ -43,7 +49,10 @@ class BpeTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, cleaner: str) -> "BpeTokenizer | None":
-        """The tokenizer that transformers saved in ``folder``, or None where it has no BPE files."""
+        """The tokenizer that transformers saved in ``folder``, or None where it has no BPE files.
+
+        InputError for damaged files.
+        """
         names = [path.name for path in folder.iterdir()]
         if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
             return None
@@ -62,7 +71,7 @@ class BpeTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens beside the end."""
+        """Tokens other than the end."""
         return self.num_ids - 1
 
     @property
@@ -80,7 +89,7 @@ class BpeTokenizer:
         return {0: end, end: 0}.get(index, index)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids`` (without the leading begin) up to the first 0; begin and padding tokens are no text."""
+        """Text of ``ids`` (without the leading begin) up to the first 0; begin and padding tokens are left out."""
         words = []
         for index in ids:
             if index == EOS:
@@ -108,8 +117,47 @@ class BpeTokenizer:
         return {"bpe": self.definition, "cleaner": self.cleaner}
 
 
-def tokenizer_from_state(state: dict) -> Tokenizer | BpeTokenizer:
-    """The tokenizer whose ``state()`` a checkpoint kept; InputError when it is none."""
-    if isinstance(state, dict) and isinstance(state.get("bpe"), str):
-        return BpeTokenizer(state["bpe"], state.get("cleaner"))
-    return Tokenizer.from_state(state)
+def find_gpt2(name: str) -> Path:
+    """Folder of the GPT-2 called ``name``: a local folder, or the id of a model on the Hugging Face hub.
+
+    Only a hub id leads to a download, once. InputError, with the remedy, where it cannot be loaded.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"--gpt2_path {name}: no such folder (nor a hub id such as gpt2); {_WITHOUT}")
+    return download_model(name, flag="--gpt2_path", otherwise=_WITHOUT)
+
+
+def read_gpt2(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, int]]:
+    """Weights by GPT-2's names (wte.weight, h.0.ln_1.weight, ...), and its sizes by the names of the flags.
+
+    Read from safetensors, or by torch's weights_only reader. InputError where the folder does not hold a GPT-2.
+    """
+    import torch
+    from transformers import GPT2Model, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, report = GPT2Model.from_pretrained(
+            folder, local_files_only=True, weights_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # damaged files surface as whatever their readers raise
+        raise InputError(
+            f"--gpt2_path {folder}: cannot be loaded: {' '.join(str(error).split())[:200]}; {_WITHOUT}"
+        ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(
+            f"--gpt2_path {folder}: does not hold a GPT-2: {len(missing)} tensors are missing, such as "
+            f"{missing[0]}; {_WITHOUT}"
+        )
+    config = model.config
+    sizes = {
+        "d_model": config.n_embd,
+        "num_heads": config.n_head,
+        "gpt2_layers": config.n_layer,
+        "gpt2_positions": config.n_positions,
+    }
+    return {name: value for name, value in model.named_parameters()}, sizes

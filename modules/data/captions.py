@@ -21,17 +21,17 @@ def split_captions(annotation: Annotation) -> Annotation:
 
 
 def references(study: Study) -> tuple[str, ...]:
-    """All captions of a record's image, as the annotation has them."""
+    """All captions of a record's image, as in the annotation."""
     return study.captions or (study.report,)
 
 
 def first_of_each_image(studies: Sequence[Study]) -> tuple[Study, ...]:
-    """The first record of every image, of what ``split_captions`` made."""
+    """The first record of every image in the result of ``split_captions``."""
     return tuple({study.image_paths: study for study in reversed(studies)}.values())[::-1]
 
 
 def collapse_repeats(text: str) -> str:
-    """``text`` with words that immediately repeat themselves written once, as VisualGPT's evaluation scores them."""
+    """``text`` with immediately repeated words written once, as VisualGPT's evaluation does before scoring."""
     words = text.split()
     return " ".join(word for word, before in zip(words, [None, *words], strict=False) if word != before)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,19 +11,19 @@ from torch.utils.data import Dataset
 
 from modules.data.annotations import Study
 from modules.data.batches import Batch, Pair, Sample, SamplePair, collate
-from modules.data.detection_features import DetectionFeatures
-from modules.data.feature_cache import FeatureCache
 from modules.data.loaders import EpochLoader, build_loader
 from modules.data.sample_order import AUGMENT_NEGATIVE, AUGMENT_POSITIVE, NEIGHBOUR, REPLACEMENT, keyed_generator
-from modules.data.shards import ShardImages
 from modules.data.tokenizers import Tokenizer, clean_report
 from modules.data.transforms import Transform
 from modules.runtime.errors import InputError
 
+if TYPE_CHECKING:
+    from modules.data.detection_features import DetectionFeatures
+    from modules.data.feature_cache import FeatureCache
+
 __all__ = ["Batch", "EpochLoader", "Pair", "ReportDataset", "build_loader", "collate"]
 
 MOST_REPLACEMENTS = 100
-T = TypeVar("T")
 
 
 def list_samples(studies: Sequence[Study], views: str) -> list[tuple[int, int]]:
@@ -40,22 +40,23 @@ class ReportDataset(Dataset):
 
     ``views``: "paired" makes a sample of every study with its first ``max_views`` images, "separate" one of every
     image, with the study's report. ``read_image`` maps a path to a PIL image, or to one that is already resized (an
-    ImageCache); a FeatureCache or DetectionFeatures given for it and for ``transform`` puts the stored features
-    (N, S, C) where images would be.
+    ImageCache). A FeatureCache or DetectionFeatures passed as both ``read_image`` and ``transform`` gives stored
+    features (N, S, C) instead of images.
 
     Hard negatives come from ``neighbours`` (num_studies, k), rows of ``studies`` best first with -1 for none: the
     nearest, or with ``num_neighbours`` > 1 one drawn uniformly from that many (MoCHi). With ``annotation_negatives``
     they are the studies' own negative reports and images instead.
 
-    ``labels`` (num_studies, 14) go with the samples and, for ``neighbours``, with the negatives.
+    ``labels`` (num_studies, 14) are those of the samples and, with ``neighbours``, of the negatives. InputError where
+    neighbours or labels do not fit the studies.
     """
 
     def __init__(
         self,
         studies: Sequence[Study],
         tokenizer: Tokenizer,
-        read_image: Callable[[str], Image.Image | np.ndarray] | FeatureCache | DetectionFeatures,
-        transform: Transform | FeatureCache | DetectionFeatures,
+        read_image: "Callable[[str], Image.Image | np.ndarray] | FeatureCache | DetectionFeatures",
+        transform: "Transform | FeatureCache | DetectionFeatures",
         *,
         max_seq_length: int,
         views: str = "paired",
@@ -90,7 +91,7 @@ class ReportDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int] | int) -> Sample:
         """Sample (epoch, index), or index in epoch 0. InputError names study and file of an unreadable image;
-        with ``on_bad_image`` "skip" another sample, chosen by seed, epoch and index, stands in for this one.
+        with ``on_bad_image`` "skip" another sample, chosen by seed, epoch and index, replaces it.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         try:
@@ -108,7 +109,7 @@ class ReportDataset(Dataset):
         raise InputError(f"{problem}; nor could {MOST_REPLACEMENTS} other samples be read")
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample | InputError]:
-        """What the loader's processes call: an unreadable image comes back as its error, for the loader to raise."""
+        """What workers call: an unreadable image is returned as its error, for the loader to raise."""
         try:
             return [self[key] for key in keys]
         except InputError as error:
@@ -120,13 +121,13 @@ class ReportDataset(Dataset):
         return f"{self.studies[row].id}#{view}" if self.separate else self.studies[row].id
 
     def token_counts(self) -> list[int]:
-        """Tokens of every sample's report as it is trained on."""
+        """Length in tokens of every sample's report, cut as in training."""
         counts = [min(len(self.tokenizer.encode(study.report)), self.max_seq_length) for study in self.studies]
         return [counts[row] for row, _ in self.samples]
 
     def shards(self) -> list[list[int]] | None:
-        """The samples of each shard that the images stand in, if they do."""
-        if not isinstance(self.read_image, ShardImages):
+        """The samples of each shard, where images come from shards; else None."""
+        if not hasattr(self.read_image, "of_record"):
             return None
         samples: dict[int, list[int]] = {}
         for index, (row, _) in enumerate(self.samples):
@@ -168,9 +169,10 @@ class ReportDataset(Dataset):
     def _pair(self, study: Study, row: int, view: int, key: tuple[int, int, int], anchor: int) -> SamplePair:
         """Images and report of ``study``; where every image is a sample, the one at ``view``, or the first.
 
-        In shards the images stand with the sample at row ``anchor`` that shows them.
+        Shards keep the images with the record at row ``anchor``, whose sample shows them.
         """
-        read = self.read_image.beside(anchor) if isinstance(self.read_image, ShardImages) else self.read_image
+        # ShardImages has the method; its module is imported where shards are read only.
+        read = self.read_image.of_record(anchor) if hasattr(self.read_image, "of_record") else self.read_image
         paths = study.image_paths[: self.num_views]
         if self.separate and view < len(study.image_paths):
             paths = (study.image_paths[view],)
@@ -186,7 +188,8 @@ class ReportDataset(Dataset):
         )
 
 
-def _naming(study: Study, read: Callable[[str], T], path: str) -> T:
+def _naming(study: Study, read: Callable, path: str) -> "Image.Image | np.ndarray | torch.Tensor":
+    """``read(path)``; an InputError gets the study's name."""
     try:
         return read(path)
     except InputError as error:
@@ -206,7 +209,7 @@ def _check_neighbours(neighbours: np.ndarray, num_studies: int, num_neighbours: 
 
 
 def _report_keys(studies: Sequence[Study], cleaner: str) -> list[int]:
-    """One number per study, equal for those linked by the same cleaned text or the same study_id."""
+    """One number per study, equal for studies connected by the same cleaned text or the same study_id."""
     parent: dict[tuple[str, str], tuple[str, str]] = {}
 
     def root(name: tuple[str, str]) -> tuple[str, str]:

@@ -1,6 +1,6 @@
-"""Region features of an object detector in HDF5, as captioning shares them: ``<image id>_features`` (n, C) each.
+"""Region features of an object detector in HDF5, in captioning's usual layout: ``<image id>_features`` (n, C) each.
 
-Shapes: B studies, R = the most detections that are read of an image, C their width.
+Shapes: B studies, R = the most detections read of an image, C their width.
 """
 
 import os
@@ -16,12 +16,12 @@ from modules.runtime.errors import InputError
 
 
 class DetectionFeatures:
-    """Stands in a data set for both ``read_image`` (path -> features (R, C)) and ``transform`` (as they are).
+    """A data set's ``read_image`` (path -> features (R, C)) and ``transform`` (which changes nothing) in one.
 
     ``ids`` maps an image's path in the annotation to the id that names its features. At most ``max_detections`` rows
-    of an image are read, in the file's order; fewer are filled up with rows of zeros, which ``DetectionExtractor``
-    masks. Features are read when a sample needs them, by each process through a handle of its own. InputError for a
-    file that cannot be read, and for an image that has no features in it.
+    of an image are read, in the file's order; fewer are padded with rows of zeros, which ``DetectionExtractor`` masks.
+    Features are read when a sample needs them, by each process through its own handle. InputError for a file that
+    cannot be read, and for an image without features in it.
     """
 
     def __init__(self, file: str, ids: Mapping[str, str], max_detections: int):
@@ -56,7 +56,7 @@ class DetectionFeatures:
         _READERS.add(self)
 
     def locate(self, path: str) -> str:
-        """The name of the image's features in the file; InputError where there are none."""
+        """Name of the image's features in the file; InputError where there are none."""
         return self._matrix(path).name
 
     def blank(self, num_views: int) -> Tensor:
@@ -64,11 +64,11 @@ class DetectionFeatures:
         return torch.zeros(num_views, *self.shape)
 
     def pixels(self, features: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """The features as they are: there is nothing random to do."""
+        """The features (R, C) unchanged: nothing is random."""
         return features
 
     def close(self) -> None:
-        """Give the file back; the next read opens it again."""
+        """Close the file; the next read opens it again."""
         handle, self._handle = self._handle, None
         if handle is not None:
             handle.close()
@@ -121,7 +121,7 @@ os.register_at_fork(before=_close_readers)
 
 
 class DetectionExtractor(nn.Module):
-    """Stands in a backbone where a visual extractor would, and hands detections on as its patch features."""
+    """Takes the place of a backbone's visual extractor; detections become its patch features."""
 
     def __init__(self, max_detections: int, width: int):
         super().__init__()
@@ -130,7 +130,7 @@ class DetectionExtractor(nn.Module):
     def forward(self, images: Tensor, view_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Detections (B, 1, R, C) -> patches (B, R, C), their mask (B, R), and their mean over the present ones (B, C).
 
-        A row of zeros is no detection; an image's first row always counts.
+        A row of zeros is padding; an image's first row always counts.
         """
         patches = images.flatten(1, 2)
         present = (patches != 0).any(dim=2)

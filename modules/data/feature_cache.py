@@ -1,6 +1,6 @@
 """Patch features of a frozen visual extractor, computed once: training then costs the encoder-decoder alone.
 
-Shapes: S patches of an image, C their width. The images are seen as in evaluation (no crop, no flip), each once.
+Shapes: S patches of an image, C their width. Each image is seen once, as in evaluation (no crop, no flip).
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from modules.runtime.errors import InputError
 
 @dataclass
 class FeatureCache:
-    """Stands in a data set for both ``read_image`` (path -> features (S, C)) and ``transform`` (as they are)."""
+    """A data set's ``read_image`` (path -> features (S, C)) and ``transform`` (which changes nothing) in one."""
 
     file: Path
     rows: dict[str, int]  # image path -> row of the file
@@ -39,7 +39,7 @@ class FeatureCache:
         return self.__dict__ | {"_features": None}
 
     def locate(self, path: str) -> str:
-        """Where the image itself lies; see ImageFolder."""
+        """Where the image itself is; see ImageFolder."""
         return self.folder.locate(path)
 
     def blank(self, num_views: int) -> Tensor:
@@ -47,7 +47,7 @@ class FeatureCache:
         return torch.zeros(num_views, *self.shape)
 
     def pixels(self, features: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """The features as they are: what would be random is fixed."""
+        """The features (S, C) unchanged: nothing is random."""
         return features
 
 
@@ -62,10 +62,11 @@ def build_feature_cache(
     batch_size: int,
     progress: Callable[[Iterable, str], Iterable],
 ) -> FeatureCache:
-    """The features of ``paths``, from ``folder`` where they were computed before, else computed now, by all processes.
+    """Features of the images at ``paths``: from ``folder`` where it has them, else computed, shared by all processes.
 
-    The file's name is a hash of the extractor's weights, the transform, and the images' paths, sizes and times, so
-    that a change of any of them leads to another file. 4 * S * C bytes per image. InputError for an unreadable image.
+    The file's name is a hash of the extractor's weights, the transform, and the images' paths, sizes and times: a
+    change of any of them leads to another file. 4 * S * C bytes per image. InputError for an unreadable image, a full
+    disk, and a damaged file.
     """
     key = _key(images, paths, extractor, transform)
     file = folder / f"features-{key}.npy"
@@ -92,8 +93,8 @@ def build_feature_cache(
         distributed.broadcast_object(None)
         if not file.is_file():
             raise InputError(
-                f"--feature_cache {folder}: the first process wrote {file.name} and this machine does not "
-                "see it; give a folder that all machines share"
+                f"--feature_cache {folder}: the first process wrote {file.name}, which this machine does not "
+                "see; give a folder that all machines share"
             )
     _require_whole(file, (len(paths), *shape))
     return FeatureCache(file, rows, images, shape)
@@ -104,12 +105,13 @@ def _require_whole(file: Path, shape: tuple[int, int, int]) -> None:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
-            f"--feature_cache: {file} is damaged ({' '.join(str(error).split())[:150]}); delete it, and it is made anew"
+            f"--feature_cache: {file} is damaged ({' '.join(str(error).split())[:150]}); "
+            "delete it to have it made again"
         ) from error
     if found.shape != shape or found.dtype != np.float32:
         raise InputError(
             f"--feature_cache: {file} holds {found.dtype} of shape {found.shape}, expected float32 of "
-            f"{shape}; delete it, and it is made anew"
+            f"{shape}; delete it to have it made again"
         )
 
 
@@ -136,7 +138,7 @@ def _compute(
     batch_size: int,
     progress: Callable[[Iterable, str], Iterable],
 ) -> None:
-    """Fill ``target`` (paths, S, C), which the first process has; each process sees a batch in turn."""
+    """Fill ``target`` (paths, S, C) of the main process; the processes take the batches in turn."""
     extractor.eval()
     together = batch_size * distributed.world_size()
     for start in progress(range(0, len(paths), together), "features of the frozen visual extractor"):

@@ -1,7 +1,7 @@
-"""Images resized once: one memory-mapped file of bytes takes the place of decoding PNG and JPEG files in every epoch.
+"""Images resized once: one memory-mapped file of bytes replaces decoding PNG and JPEG files in every epoch.
 
-What is kept is what Transform.resized gives, before the random crop, so that training and evaluation see the same
-tensors as without it. An image that changed since (size or time of its file) is read anew.
+It holds the results of Transform.resized, before the random crop, so that training and evaluation see the same tensors
+as without it. An image that has changed since (size or time of its file) is read again.
 
 The file: one ROW per image, in the order of the paths, then the pixels of all images as planes (1 or 3, H, W).
 """
@@ -31,14 +31,14 @@ from modules.runtime.errors import InputError
 
 logger = logging.getLogger("ithn")
 FORMAT = 1  # of the file; part of its name
-# Where the planes lie, their shape, and the image file's size and time of change; no planes: unreadable.
+# Offset and shape of the planes, and the image file's size and time of change; no planes: unreadable.
 ROW = np.dtype([(name, "<i8") for name in ("offset", "planes", "height", "width", "size", "changed")])
 Progress = Callable[[Iterable, str], Iterable]
 
 
 @dataclass
 class ImageCache:
-    """Maps a path to its resized image (1 or 3, H, W) uint8; stands in a data set for ImageFolder.
+    """Maps a path to its resized image (1 or 3, H, W) uint8; replaces ImageFolder in a data set.
 
     A path that is not in the file, or whose image changed, is read from ``folder``, with its errors.
     """
@@ -60,7 +60,7 @@ class ImageCache:
             raise InputError(f"image cache {str(self.file)!r} cannot be read: {error}") from error
 
     def __call__(self, path: str) -> np.ndarray:
-        """The image as Transform.resized gives it; InputError as by ImageFolder."""
+        """(1 or 3, H, W) uint8, as Transform.resized returns it; InputError as from ImageFolder."""
         row = self.rows.get(path)
         if row is not None:
             offset, planes, height, width, *state = self._index[row].item()
@@ -69,7 +69,7 @@ class ImageCache:
         return self.transform.resized(self.folder(path))
 
     def locate(self, path: str) -> str:
-        """Where the image itself lies; InputError also for one that could not be decoded."""
+        """Where the image itself is; InputError also for one that could not be decoded."""
         if path in self.rows and not self._index[self.rows[path]]["planes"]:
             self.folder(path)
         return self.folder.locate(path)
@@ -87,8 +87,8 @@ def build_image_cache(
 ) -> ImageCache:
     """The cache of ``paths`` (distinct) in ``folder``; only images that are new or changed are decoded.
 
-    ``workers`` processes share that work (0: this one does it). Of several programs that ask for the same file one
-    makes it and the others wait. InputError where the disk is full.
+    ``workers`` processes share that work (0: this one does it). Of several programs that need the same file one makes
+    it and the others wait. InputError for a full disk.
     """
     file = folder / f"images-{_key(images, paths, transform)}.bin"
     try:
@@ -100,7 +100,7 @@ def build_image_cache(
 
 
 def _key(images: ImageFolder, paths: Sequence[str], transform: Transform) -> str:
-    """Everything that decides the resized pixels, or which images may be seen, but the image files themselves."""
+    """Hash of all that determines the resized pixels, or which images may be read, except the image files."""
     size = transform.size if transform.resize is None else f"shorter side {transform.resize}"
     settings = (FORMAT, PIL.__version__, size, images.root, images.max_pixels, images.follow_links)
     digest = hashlib.sha256(repr(settings).encode())
@@ -110,7 +110,7 @@ def _key(images: ImageFolder, paths: Sequence[str], transform: Transform) -> str
 
 @contextlib.contextmanager
 def _alone(file: Path) -> Iterator[None]:
-    """Wait until no other process makes ``file``; what one that was killed left behind is removed."""
+    """Wait until no other process makes ``file``; remove what a killed one left."""
     handle = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -193,7 +193,7 @@ def _write(
     decoded: Iterator[Tensor],
     progress: Progress,
 ) -> None:
-    """Fill ``index`` and write it with the pixels: old ones where a row is the ``same``, ``decoded`` for the others."""
+    """Fill ``index`` and write it with the pixels: old ones for rows that are the ``same``, ``decoded`` ones else."""
     opened.write(index.tobytes())  # the place for it
     for row in progress(range(len(index)), "resizing images"):
         if same[row]:

@@ -131,8 +131,8 @@ class GuardedLoader:
 class EpochLoader(GuardedLoader):
     """GuardedLoader of Batches with ``set_epoch``; a worker's InputError is raised in its own words.
 
-    InputError too where the samples of an epoch that stand in for unreadable ones (``replaced``) are more than
-    ``replaced_limit``, in one process or, at the end, in all together.
+    InputError too where more of an epoch's samples than ``replaced_limit`` (a share) replace unreadable ones, in one
+    process or, at the end, in all together; ``replaced`` counts them.
     """
 
     replaced = 0
@@ -164,9 +164,7 @@ class EpochLoader(GuardedLoader):
             self._check_replaced()
         if self.replaced:
             logging.getLogger("ithn").warning(
-                "%d of %d samples stood in for some with unreadable images",
-                self.replaced,
-                self.batch_sampler.num_samples,
+                "%d of %d samples replaced some with unreadable images", self.replaced, self.batch_sampler.num_samples
             )
 
     def _check_replaced(self) -> None:

@@ -1,4 +1,4 @@
-"""Files of initial prototypes: ours with their provenance (safetensors), and the published ones (a torch tensor)."""
+"""Files of initial prototypes: safetensors with their provenance, and the published form (a torch tensor)."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ FORMAT = "ithn-prototypes-1"
 
 
 def save_prototypes(path: str | Path, prototypes: Tensor, classes: Sequence[str], metadata: Mapping[str, Any]) -> None:
-    """Write ``prototypes`` (C * n, width), class c in rows c * n onwards, with mode 0600: they come from reports."""
+    """Write ``prototypes`` (C * n, width), class c in rows c * n onwards, with mode 0600: they derive from reports."""
     from safetensors.torch import save
 
     header = {"format": FORMAT, "classes": json.dumps(list(classes)), "metadata": json.dumps(metadata)}
@@ -30,7 +30,7 @@ def load_prototypes(
 ) -> Tensor:
     """(C * num_protype, d_img_ebd + d_txt_ebd) float32, clusters in the order of ``classes``.
 
-    A published file does not say its order: it is taken to be that of ``classes``. InputError where the file is
+    A published file does not name its order, which is assumed to be that of ``classes``. InputError where the file is
     missing, damaged, holds anything but tensors, or has another size.
     """
     if not Path(path).is_file():
@@ -80,7 +80,7 @@ def _read_ours(path: str | Path) -> tuple[Tensor, list[str]]:
         raise ValueError("the content differs from its checksum")
     classes = json.loads(header["classes"])
     if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise TypeError("classes are no list of names")
+        raise TypeError("classes are not a list of names")
     return tensor, classes
 
 

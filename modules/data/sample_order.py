@@ -1,4 +1,4 @@
-"""Which samples come when: an order keyed by seed and epoch, shared out over processes, resumable at any batch."""
+"""The order of samples: keyed by seed and epoch, divided among processes, resumable at any batch."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-# Batches that are sorted by length together: enough to make their lengths alike, few enough to be others next epoch.
+# Batches that are sorted by length together: enough for similar lengths, few enough to differ from epoch to epoch.
 BATCHES_PER_BUCKETING = 50
-LANES = 8  # shards that are read by turns
-# What a key is for, so that order, crops and neighbours are drawn independently of one another.
+LANES = 8  # shards that are read at a time, round-robin
+# Purposes of a key, so that order, crops and neighbours are drawn independently of one another.
 ORDER, AUGMENT_POSITIVE, AUGMENT_NEGATIVE, NEIGHBOUR, REPLACEMENT = range(5)
 
 
@@ -23,20 +23,20 @@ def keyed_generator(*key: int) -> torch.Generator:
 
 
 class EpochBatchSampler(Sampler):
-    """Batches of (epoch, index): the index reaches the workers together with the epoch that keys its augmentation.
+    """Batches of (epoch, index): workers need the epoch to key the augmentation of a sample.
 
     In training every process gets the same number of batches of the same sizes, its slices of the batches that one
-    process with ``world_size * batch_size`` would see; where the last one cannot be shared out evenly, up to
+    process with ``world_size * batch_size`` would see; where the last one cannot be divided evenly, up to
     ``world_size`` - 1 samples are left out of that epoch. In evaluation (``shuffle`` off) every sample comes exactly
-    once, on one process: the batches are those of one process, shared out in turn, because a report must not depend
-    on which others it was generated with, and the last digits of a matrix product do.
+    once, on one process: the batches are those of one process, dealt out in turn, because a report must not depend
+    on the others of its batch, and the last digits of a matrix product do.
 
-    With ``lengths``, one number per sample, a training batch holds samples of like length. An epoch has the same
-    samples in as many batches of the same sizes as without, and so have the processes.
+    With ``lengths``, one number per sample, a training batch holds samples of similar length. An epoch has the same
+    samples, in as many batches of the same sizes, as without; so has each process.
 
-    With ``shards``, the samples of each file that images stand in, an epoch reads every file once, in a changing
-    order: consecutive batches (of one process) come from LANES files by turns, wherever an epoch begins, and with
-    processes that divide LANES each reads its own files. In evaluation it reads one file after another.
+    With ``shards``, the samples of each shard, an epoch reads every shard once, in a changing order: consecutive
+    batches (of one process) are taken round-robin over LANES shards, wherever an epoch begins, and with a number of
+    processes that divides LANES each reads its own shards. In evaluation shards are read one after the other.
     """
 
     def __init__(self, num_samples: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0,
@@ -49,15 +49,15 @@ class EpochBatchSampler(Sampler):
         self.epoch = self.seen = 0
 
     def set_epoch(self, epoch: int, seen: int = 0) -> None:
-        """Epoch of the next iteration; in training it begins behind the first ``seen`` samples, those of all processes.
+        """Epoch of the next iteration; in training it begins after the first ``seen`` samples, of all processes.
 
-        So it goes on where another number of processes or another batch size left off.
+        So it continues where another number of processes or another batch size stopped.
         """
         self.epoch, self.seen = epoch, seen
 
     @property
     def shards_sha256(self) -> str | None:
-        """Names what each of ``shards`` holds, which decides the order as the seed does; None without them."""
+        """Hash of what each of ``shards`` holds, which determines the order with the seed; None without shards."""
         if self.shards is None:
             return None
         return sha256(json.dumps([shard.tolist() for shard in self.shards]).encode()).hexdigest()
@@ -94,8 +94,8 @@ class EpochBatchSampler(Sampler):
     def _by_shard(self, generator: torch.Generator) -> Tensor:
         """Order (num_samples,) in which batch b of one process comes from lane b modulo LANES.
 
-        Files and the samples in each are shuffled, laid end to end and cut into LANES equal lanes of whole batches;
-        what is left over of all lanes comes last.
+        Shards and the samples in each are shuffled, laid end to end and cut into LANES equal lanes of whole batches;
+        the rest of all lanes comes last.
         """
         order = [self.shards[i] for i in torch.randperm(len(self.shards), generator=generator).tolist()]
         order = torch.cat([shard[torch.randperm(len(shard), generator=generator)] for shard in order])
@@ -105,9 +105,9 @@ class EpochBatchSampler(Sampler):
         return torch.cat([whole.flatten(), lanes[:, rows * size :].flatten(), order[lanes.numel() :]])
 
     def _bucketed(self, order: Tensor, generator: torch.Generator) -> Tensor:
-        """``order`` (num_samples,) with its whole batches (of all processes) made up anew by length.
+        """``order`` (num_samples,) with its whole batches (of all processes) regrouped by length.
 
-        Samples that fill no whole batch stay last, so that chance and not length leaves them out where some are.
+        Samples that do not fill a batch stay last, so that any that are left out are so by chance and not by length.
         """
         together = self.batch_size * self.world_size
         whole, rest = order.split([len(order) // together * together, len(order) % together])

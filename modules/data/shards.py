@@ -1,7 +1,7 @@
-"""Images in tar shards (WebDataset's layout), for data sets that lie on slow or distant storage.
+"""Images in tar shards (WebDataset's layout), read and written, for data sets on slow or distant storage.
 
-A shard holds the images of some records, and beside each record those of its hard negatives, so that reading one
-shard after another is enough. ``shards.json`` says which record is where. Shards are patients' data.
+A shard holds the images of some records and, with each record, those of its hard negatives, so that reading one shard
+after another is enough. ``shards.json`` says which record is in which shard. Shards are patients' data.
 """
 
 import importlib.util
@@ -9,18 +9,21 @@ import io
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from modules.data.images import MAX_PIXELS, decode_image
-from modules.data.sample_order import LANES
+from modules.data.annotations import Study
+from modules.data.images import MAX_PIXELS, ImageFolder, decode_image, open_image
+from modules.data.sample_order import LANES, ORDER, keyed_generator
+from modules.data.transforms import size_by_shorter_side
 from modules.runtime.errors import InputError
+from modules.runtime.records import write_private
 
 FORMAT = "ithn-shards-1"
 MANIFEST = "shards.json"
@@ -41,8 +44,8 @@ class Shard:
 class Manifest:
     """The shards of every split, and what they were made from.
 
-    ``negatives`` maps a record's negative images to where they stand: "annotation", or the SHA-256 of the neighbours'
-    rows; ``num_neighbours`` of them are there for each record.
+    ``negatives`` says whose negative images are in them: "annotation" (the annotation's own), or the SHA-256 of the
+    neighbours' rows; there are ``num_neighbours`` of them for each record.
     """
 
     annotation_sha256: str
@@ -68,7 +71,7 @@ class Manifest:
             }
             for shard in (shard for shards in splits.values() for shard in shards):
                 if PurePosixPath(shard.file).name != shard.file:
-                    raise ValueError(f"{shard.file!r} is no name of a file")
+                    raise ValueError(f"{shard.file!r} is not a file name")
             return cls(**content, splits=splits)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, InputError):
@@ -78,6 +81,25 @@ class Manifest:
                 f"({' '.join(str(error).split())[:100]}); make it again with scripts/make_shards.py"
             ) from error
 
+    def check(self, root: str, annotation_sha256: str, negatives: str | None, num_neighbours: int) -> None:
+        """InputError unless the shards were made from this annotation and, if training needs them, these negatives."""
+        if self.annotation_sha256 != annotation_sha256:
+            raise InputError(
+                f"--shards {root}: made from another annotation than --ann_path; make them again with "
+                "scripts/make_shards.py"
+            )
+        if negatives is not None and (self.negatives != negatives or self.num_neighbours < num_neighbours):
+            raise InputError(
+                f"--shards {root}: the images of these hard negatives are not in them (they hold those of "
+                f"{self.num_neighbours} neighbours); make them again with scripts/make_shards.py "
+                f"--negative_index FILE --num_neighbours {num_neighbours}"
+            )
+
+
+def neighbours_sha256(neighbours: np.ndarray, num_neighbours: int) -> str:
+    """Identifies the first ``num_neighbours`` hard negatives of every record, of neighbours (N, k)."""
+    return sha256(np.ascontiguousarray(neighbours[:, :num_neighbours], dtype=np.int32).tobytes()).hexdigest()
+
 
 def require_library() -> None:
     """InputError where what reads and writes shards is not installed."""
@@ -85,8 +107,11 @@ def require_library() -> None:
         raise InputError("tar shards need webdataset: pip install -r requirements/shards.txt")
 
 
+# ---- reading
+
+
 def is_address(root: str) -> bool:
-    """Whether ``root`` names something that fsspec must fetch (https://, s3://) instead of a folder."""
+    """Whether ``root`` is an address that fsspec must fetch from (https://, s3://) instead of a folder."""
     return "://" in root
 
 
@@ -111,7 +136,7 @@ def read_file(root: str, name: str) -> bytes:
 
 @dataclass
 class ShardImages:
-    """The images of one split: ``beside(row)`` reads those that stand with the record at ``row``, its own and its
+    """The images of one split: ``of_record(row)`` reads those kept with the record at ``row``, its own and its
     negatives'; called with a path, it reads a record's own image. The last ``keep`` shards stay in memory.
     """
 
@@ -119,7 +144,7 @@ class ShardImages:
     shards: tuple[Shard, ...]
     paths: Sequence[Sequence[str]]  # of each row's own images
     max_pixels: int = MAX_PIXELS
-    keep: int = 2 * LANES  # while a lane goes from one to the next it is in both
+    keep: int = 2 * LANES  # where a lane passes from one shard to the next, it reads both
     _shard_of: dict[int, int] = field(init=False, repr=False)
     _row_of: dict[str, int] = field(init=False, repr=False)
     _held: "OrderedDict[int, dict[tuple[int, str], bytes]]" = field(init=False, repr=False)
@@ -133,7 +158,7 @@ class ShardImages:
         return self.__dict__ | {"_held": OrderedDict()}
 
     def __call__(self, path: str) -> Image.Image:
-        return self.beside(self._row_of[path])(path)
+        return self.of_record(self._row_of[path])(path)
 
     def locate(self, path: str) -> str:
         """The shard that holds the record's own image ``path``; InputError where none does."""
@@ -141,8 +166,8 @@ class ShardImages:
             raise InputError(f"image {path!r}: in no shard of {self.root}; make the shards again")
         return self.shards[self._shard_of[self._row_of[path]]].file
 
-    def beside(self, row: int) -> Callable[[str], Image.Image]:
-        """A reader of the images that stand with the record at ``row``."""
+    def of_record(self, row: int) -> Callable[[str], Image.Image]:
+        """A reader of the images kept with the record at ``row``."""
 
         def read(path: str) -> Image.Image:
             content = self._content(self._shard_of[row]).get((row, path))
@@ -167,7 +192,7 @@ class ShardImages:
                 )
             # The reader would unpack a compressed one, however large it becomes.
             if content[257:262] != b"ustar":
-                raise InputError(f"--shards {self.root}: {shard.file} is no plain tar file; make the shards again")
+                raise InputError(f"--shards {self.root}: {shard.file} is not a plain tar file; make the shards again")
             self._held[number] = _unpack(content)
             if len(self._held) > self.keep:
                 self._held.popitem(last=False)
@@ -192,23 +217,90 @@ def _row_and_rest(name: str) -> tuple[str, str]:
     return row, rest
 
 
-def check_manifest(
-    manifest: Manifest, root: str, annotation_sha256: str, negatives: str | None, num_neighbours: int
-) -> None:
-    """InputError unless the shards were made from this annotation and, where training needs them, these negatives."""
-    if manifest.annotation_sha256 != annotation_sha256:
-        raise InputError(
-            f"--shards {root}: made from another annotation than --ann_path; make them again with "
-            "scripts/make_shards.py"
-        )
-    if negatives is not None and (manifest.negatives != negatives or manifest.num_neighbours < num_neighbours):
-        raise InputError(
-            f"--shards {root}: the images of these hard negatives are not in them (they hold those of "
-            f"{manifest.num_neighbours} neighbours); make them again with scripts/make_shards.py "
-            f"--negative_index FILE --num_neighbours {num_neighbours}"
-        )
+# ---- writing
 
 
-def neighbours_sha256(neighbours: np.ndarray, num_neighbours: int) -> str:
-    """Names the first ``num_neighbours`` hard negatives of every record."""
-    return sha256(np.ascontiguousarray(neighbours[:, :num_neighbours], dtype=np.int32).tobytes()).hexdigest()
+@dataclass(frozen=True)
+class Packing:
+    """How shards are made: of about ``shard_bytes`` each, images no larger than ``resize`` (0: as they are)."""
+
+    folder: Path
+    images: ImageFolder
+    shard_bytes: int
+    resize: int
+    seed: int
+
+
+def write_split(
+    packing: Packing,
+    split: str,
+    studies: Sequence[Study],
+    negatives: Sequence[Sequence[str]],
+    progress: Callable[[Iterable, str], Iterable],
+) -> tuple[Shard, ...]:
+    """Write the shards of a split; ``negatives`` are the paths of each record's negative images.
+
+    Training records are dealt to shards at random, by ``seed``, as an epoch mixes only what it holds at a time;
+    others keep their order. InputError for an image that cannot be read.
+    """
+    import torch
+    import webdataset
+
+    rows = list(range(len(studies)))
+    if split == "train":
+        rows = torch.randperm(len(rows), generator=keyed_generator(packing.seed, ORDER)).tolist()
+    shards: list[Shard] = []
+    pending: list[int] = []
+    buffer, writer = None, None
+
+    def close() -> None:
+        writer.close()
+        content = buffer.getvalue()
+        name, digest = f"{split}-{len(shards):06d}.tar", sha256(content).hexdigest()
+        shards.append(Shard(name, len(content), digest, tuple(pending)))
+        write_private(packing.folder / name, content)
+        pending.clear()
+
+    for row in progress(rows, f"shards of {split}"):
+        if not pending:
+            buffer = io.BytesIO()
+            writer = webdataset.TarWriter(buffer, encoder=False, mtime=0)
+        writer.write(_sample(packing, row, studies[row], negatives[row]))
+        pending.append(row)
+        if buffer.tell() >= packing.shard_bytes:
+            close()
+    if pending:
+        close()
+    return tuple(shards)
+
+
+def _sample(packing: Packing, row: int, study: Study, negatives: Sequence[str]) -> dict[str, str | bytes]:
+    """A record in WebDataset's form: its row, every image once, and JSON that names them."""
+    files, names = {}, {}
+    for path in dict.fromkeys((*study.image_paths, *negatives)):
+        try:
+            suffix, content = packed_image(packing.images.locate(path), packing.resize)
+        except InputError as error:
+            raise InputError(f"split '{study.split}', study {study.id!r}: {error}") from error
+        name = f"{len(files)}.{suffix}"
+        files[name], names[name] = content, path
+    about = {"id": study.id, "report": study.report, "split": study.split, "images": names}
+    return {"__key__": f"{row:08d}", "json": json.dumps(about, ensure_ascii=False).encode(), **files}
+
+
+def packed_image(path: str, resize: int) -> tuple[str, bytes]:
+    """Suffix and bytes for the file at ``path``: its own for PNG and JPEG of no more than ``resize``, else a PNG.
+
+    With ``resize`` the shorter side becomes that many pixels, which is the training transform's first step.
+    """
+    image = open_image(path)
+    content = Path(path).read_bytes()
+    if resize and min(image.size) > resize:
+        image = image.resize(size_by_shorter_side(*image.size, resize), Image.Resampling.BILINEAR)
+    elif content.startswith(b"\x89PNG"):
+        return "png", content
+    elif content.startswith(b"\xff\xd8"):
+        return "jpg", content
+    packed = io.BytesIO()
+    image.save(packed, format="PNG")
+    return "png", packed.getvalue()

@@ -1,7 +1,7 @@
-"""The word tokeniser of the R2Gen family: report cleaning, vocabulary and ids, equal to theirs bit for bit.
+"""The word tokenizer of the R2Gen family: report cleaning, vocabulary and ids, equal to theirs bit for bit.
 
-Captions of natural images have a cleaning of their own. One id, 0, is begin, end and padding at once; words have the
-ids 1..V.
+Captions of natural images are cleaned by other rules. One id, 0, is begin, end and padding at once; words have the ids
+1..V.
 """
 
 import functools
@@ -9,8 +9,12 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from modules.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from modules.data.bpe_tokenizer import BpeTokenizer
 
 BOS = EOS = PAD = 0
 UNKNOWN = "<unk>"
@@ -25,8 +29,7 @@ _REPLACEMENTS = {
 _QUOTES_AND_SLASHES = str.maketrans("", "", "\"/\\'")
 # The published character class holds the range from ":" to "[", which deletes = @ < > too; the hyphen stays.
 _PUNCTUATION = str.maketrans("", "", ".,?;*!%^&_+(){}]" + "".join(map(chr, range(ord(":"), ord("[") + 1))))
-# In captions hyphens, dashes and slashes stand between words; all other punctuation goes
-# without leaving a gap.
+# In captions hyphens, dashes and slashes become spaces; all other punctuation is deleted.
 _BETWEEN_WORDS, _NO_WORD = re.compile(r"[-\u2010-\u2015/_]"), re.compile(r"[^\w\s]")
 
 
@@ -54,7 +57,7 @@ CLEANERS: dict[str, Callable[[str], str]] = {
 
 def clean_report(report: str, cleaner: str) -> str:
     """``report`` as the rules called ``cleaner`` (a key of CLEANERS) clean it; InputError for an unknown name."""
-    if cleaner not in CLEANERS:
+    if not isinstance(cleaner, str) or cleaner not in CLEANERS:
         raise InputError(f"cleaner {cleaner!r} is unknown; choose one of {', '.join(CLEANERS)}")
     return CLEANERS[cleaner](report)
 
@@ -129,8 +132,17 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state: dict) -> "Tokenizer":
-        """The tokenizer that ``state()`` described; InputError when the dictionary is not one."""
+        """The tokenizer that ``state()`` described; InputError for another dictionary."""
         tokens = state.get("tokens") if isinstance(state, dict) else None
         if not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
             raise InputError("tokenizer state: expected {'tokens': [strings], 'cleaner': name}")
         return cls(tokens, state.get("cleaner"))
+
+
+def tokenizer_from_state(state: dict) -> "Tokenizer | BpeTokenizer":
+    """The tokenizer whose ``state()`` a checkpoint stores; InputError for anything else."""
+    if isinstance(state, dict) and isinstance(state.get("bpe"), str):
+        from modules.data.bpe_tokenizer import BpeTokenizer
+
+        return BpeTokenizer(state["bpe"], state.get("cleaner"))
+    return Tokenizer.from_state(state)

@@ -33,11 +33,11 @@ def top_k_cosine(
     """The k most similar other rows of each row: indices (N, k) int64 and cosines (N, k) float32, best first.
 
     vectors (N, D), dense float32 or scipy CSR, have rows of norm 1 (or 0). A pair (i, j) is left out where an array
-    (N,) of ``exclusions`` has the same integer at i and j. Equal similarities go to the smaller index, as in a stable
-    sort of the whole row; -1 with -inf fills rows that have fewer than k admissible others. Only tiles on and above
-    the diagonal are computed, each serving its rows and its columns; ``memory_mb`` (MiB) bounds what one takes.
-    Sparse vectors are multiplied on the CPU whatever the device. Several processes share out the tiles; all return
-    the whole result, the same as of one.
+    (N,) of ``exclusions`` has the same integer at i and j. Of equal similarities the smaller index comes first, as in a
+    stable sort of the whole row; -1 with -inf fills rows with fewer than k admissible others. Only tiles on and above
+    the diagonal are computed, each for its rows and its columns; ``memory_mb`` (MiB) bounds the memory of one. Sparse
+    vectors are multiplied on the CPU whatever the device. Several processes divide the tiles among them; all return the
+    whole result, the same as of one process.
     """
     count = vectors.shape[0]
     device = torch.device("cpu" if sparse.issparse(vectors) else device)
@@ -57,7 +57,7 @@ def top_k_cosine(
             tile = F.pad(tile, (0, -tile.shape[1] % group, 0, -tile.shape[0] % group), value=_NOTHING)
         _merge(best[row], tile, tile.unflatten(1, (-1, group)).amax(2), column.start)
         if row != column:
-            # The maxima are taken on the tile as it lies in memory: reducing its transpose is 30 times slower.
+            # The maxima are taken in the tile's own memory order: reducing its transpose is 30 times slower.
             _merge(best[column], tile.T, tile.unflatten(0, (-1, group)).amax(1).T, row.start)
     if distributed.is_distributed():  # the keys order all there is, so what merges the shares is exact
         best = distributed.gather(best.unsqueeze(0)).transpose(0, 1).flatten(1).topk(k, dim=1).values

@@ -1,9 +1,7 @@
 """Prior hard negatives (ITHN, Sec. 3.2): the nearest other training reports of each training report, kept in a file."""
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 
 from modules.data.annotations import Annotation
 from modules.runtime.errors import InputError
-from modules.runtime.records import private_folder
+from modules.runtime.records import write_private
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -31,7 +29,7 @@ class HardNegativeIndex:
     path: str = "hard-negative index"
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, readable by its owner alone; a crash leaves the file that was there before."""
+        """Write one safetensors file of mode 0600, whole or not at all; InputError where that fails."""
         from safetensors.numpy import save
 
         metadata = json.dumps(self.metadata)
@@ -39,19 +37,7 @@ class HardNegativeIndex:
             {"neighbours": self.neighbours, "similarity": self.similarity},
             {"format": FORMAT, "metadata": metadata, "sha256": self._checksum(metadata)},
         )
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            private_folder(path.parent)
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise InputError(f"{path}: cannot write the hard-negative index: {error.strerror}") from error
+        write_private(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> "HardNegativeIndex":
@@ -127,14 +113,14 @@ def mine_neighbours(
     """The k nearest admissible records of each of N records: rows (N, k) int32, -1 = none, and cosines (N, k) float32.
 
     vectors (T, D) of norm 1 embed the T distinct texts, text (N,) says which is whose. Records with the same
-    text_group (identical cleaned text) or study_group are no negatives of each other; None lifts that rule, and then
-    only the record itself is left out. Nor are, where it is given, those of one label_group (the same for the same
-    text). Equal similarities go to the earlier record.
+    text_group (identical cleaned text), study_group or, where it is given, label_group (equal for equal texts) are not
+    negatives of each other. None lifts the rule for texts or studies; a record is never its own negative. Of equal
+    similarities the earlier record comes first.
     """
     from modules.mining.cosine_search import top_k_cosine
 
     study = _binding_studies(text, text_group, study_group)
-    # Records of one text and one study have the same neighbours and are admissible together: one unit stands for all.
+    # Records of one text and one study have the same neighbours and are admissible together: one unit of the search.
     unit, first = _number(np.stack([text, study], axis=1))
     exclusions = [] if text_group is None else [text_group[first]]
     if label_group is not None:

@@ -134,8 +134,7 @@ def gpt2_options(config: Config, tokenizer: AnyTokenizer, pretrained: bool) -> d
 
 
 def _gpt2_weights(config: Config, tokenizer: AnyTokenizer) -> dict[str, Any]:
-    from modules.data.bpe_tokenizer import BpeTokenizer
-    from modules.data.gpt2_files import find_gpt2, read_gpt2
+    from modules.data.bpe_tokenizer import BpeTokenizer, find_gpt2, read_gpt2
 
     weights, sizes = read_gpt2(find_gpt2(config.gpt2_path))
     wrong = {name: value for name, value in sizes.items() if getattr(config, name) != value}

@@ -137,8 +137,7 @@ def build_tokenizer(config: Config, reports: Sequence[str], *, kind: str) -> Any
             "--tokenizer bpe: give the folder or hub id with GPT-2's vocab.json and merges.txt as --gpt2_path"
         )
     if wants_bpe:
-        from modules.data.bpe_tokenizer import BpeTokenizer
-        from modules.data.gpt2_files import find_gpt2
+        from modules.data.bpe_tokenizer import BpeTokenizer, find_gpt2
 
         folder = find_gpt2(config.gpt2_path)
         found = BpeTokenizer.from_folder(folder, config.dataset.cleaner)
@@ -242,7 +241,7 @@ def image_folder(config: Config) -> ImageFolder:
 
 def shard_source(config: Config, data: Data, split: str, *, negatives: bool) -> "ShardImages":
     """The images of a split in --shards; with ``negatives`` those of the hard negatives must be there too."""
-    from modules.data.shards import Manifest, ShardImages, check_manifest, neighbours_sha256
+    from modules.data.shards import Manifest, ShardImages, neighbours_sha256
 
     if config.captioning:
         raise InputError(
@@ -255,7 +254,7 @@ def shard_source(config: Config, data: Data, split: str, *, negatives: bool) -> 
         wanted = "annotation"
         if data.index is not None:
             wanted = neighbours_sha256(data.index.neighbours, manifest.num_neighbours)
-    check_manifest(manifest, config.shards, data.annotation.sha256, wanted, _drawn_neighbours(config, data))
+    manifest.check(config.shards, data.annotation.sha256, wanted, _drawn_neighbours(config, data))
     studies = data.annotation.splits[split]
     return ShardImages(config.shards, manifest.splits[split], [study.image_paths for study in studies])
 

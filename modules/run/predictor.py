@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from models.base import Backbone
-from modules.data.bpe_tokenizer import tokenizer_from_state
 from modules.data.images import open_image, refuse_blank
+from modules.data.tokenizers import tokenizer_from_state
 from modules.flags import resolve_config
 from modules.inference.prediction import Predictor
 from modules.inference.study_files import StudyFiles

@@ -13,7 +13,8 @@ from torch import Tensor
 from models import MODELS
 from models.settings import declared_settings
 from modules.config import Config
-from modules.data.bpe_tokenizer import BpeTokenizer, tokenizer_from_state
+from modules.data.bpe_tokenizer import BpeTokenizer
+from modules.data.tokenizers import tokenizer_from_state
 from modules.flags import resolve_config
 from modules.ithn.objective import Objective
 from modules.run.data import AnyTokenizer, Data

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.data.bpe_tokenizer import tokenizer_from_state
+from modules.data.tokenizers import tokenizer_from_state
 from modules.flags import resolve_config
 from modules.run.build import build_objective, build_tester, load_weights, prepare_device, with_precision
 from modules.run.data import (

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.data.bpe_tokenizer import tokenizer_from_state
 from modules.data.datasets import ReportDataset
+from modules.data.tokenizers import tokenizer_from_state
 from modules.flags import resolve_config
 from modules.ithn.losses import normalise
 from modules.ithn.synthesis import SYNTHESISED

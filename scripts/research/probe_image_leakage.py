@@ -76,7 +76,7 @@ def measure(objective: Any, loader: Any, device: Any) -> dict[str, float]:
 
 def rows(path: str, given: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table's rows of one checkpoint, for train and test."""
-    from modules.data.bpe_tokenizer import tokenizer_from_state
+    from modules.data.tokenizers import tokenizer_from_state
     from modules.flags import resolve_config
     from modules.run.build import build_objective, load_weights, prepare_device
     from modules.run.data import build_dataset, build_split_loader, cache_features, read_data

@@ -145,11 +145,11 @@ def test_all_mistakes_are_noted_where_that_is_asked_for(tmp_path):
         ("train", "b", "image_path", "image path leaves image_dir"),
         ("train", "b", "view", "view holds a number"),
         ("train", "b", "report", "report is empty"),
-        ("train", "", "", "record is no object"),
+        ("train", "", "", "record is not an object"),
         ("train", "", "id", "id is missing"),
         ("train", "", "image_path", "image_path is missing"),
         ("train", "a", "id", "id appears twice"),
-        ("val", "", "", "split is no list"),
+        ("val", "", "", "split is not a list"),
         ("test", "d", "neg_report", "half a negative"),
     ]
     assert {split: [study.id for study in studies] for split, studies in annotation.splits.items()} == {

@@ -9,10 +9,9 @@ import torch
 
 from models.visualgpt import Settings, VisualGPT
 from modules.config import Config
-from modules.data.bpe_tokenizer import BpeTokenizer, tokenizer_from_state
+from modules.data.bpe_tokenizer import BpeTokenizer, find_gpt2, read_gpt2
 from modules.data.detection_features import DetectionExtractor
-from modules.data.gpt2_files import find_gpt2, read_gpt2
-from modules.data.tokenizers import Tokenizer, clean_report
+from modules.data.tokenizers import Tokenizer, clean_report, tokenizer_from_state
 from modules.flags import parse_flags, preset
 from modules.run.build import gpt2_options
 from modules.run.data import build_tokenizer

@@ -13,7 +13,7 @@ import torch
 from modules.data.annotations import read_annotation
 from modules.data.images import ImageFolder
 from modules.data.sample_order import LANES, EpochBatchSampler
-from modules.data.shards import MANIFEST, Manifest, Shard, ShardImages, check_manifest, neighbours_sha256, read_file
+from modules.data.shards import MANIFEST, Manifest, Shard, ShardImages, neighbours_sha256, read_file
 from modules.mining.index import HardNegativeIndex
 from modules.runtime.errors import InputError
 from scripts import make_shards
@@ -70,7 +70,7 @@ def test_every_image_is_the_files_own(shards, demo, demo_index):
     for row, paths in enumerate(images.paths):
         neighbours = [images.paths[other] for other in index.neighbours[row][:2] if other >= 0]
         for path in (*paths, *(path for other in neighbours for path in other)):
-            assert np.array_equal(images.beside(row)(path), folder(path))
+            assert np.array_equal(images.of_record(row)(path), folder(path))
         assert np.array_equal(images(paths[0]), folder(paths[0]))
         assert images.locate(paths[0]).startswith("train-")
 
@@ -236,11 +236,11 @@ def test_other_data_or_negatives_are_refused(shards, demo, demo_index):
     manifest, index = Manifest.load(str(shards)), HardNegativeIndex.load(demo_index)
     annotation = read_annotation(demo / "annotation.json")
     own = neighbours_sha256(index.neighbours, 2)
-    check_manifest(manifest, "s", annotation.sha256, own, 2)
-    check_manifest(manifest, "s", annotation.sha256, None, 1)
+    manifest.check("s", annotation.sha256, own, 2)
+    manifest.check("s", annotation.sha256, None, 1)
     for found in ((annotation.sha256, own, 3), (annotation.sha256, "other", 1), ("other", own, 1)):
         with pytest.raises(InputError, match="--shards s"):
-            check_manifest(manifest, "s", *found)
+            manifest.check("s", *found)
 
 
 def test_shards_at_an_address(shards, demo, monkeypatch):

@@ -137,9 +137,9 @@ DAMAGE = {
     "annotation not UTF-8": (annotation(lambda content: b'{"train": "\xff"}'), "annotation cannot be read"),
     "annotation is a list": (annotation(lambda content: "[]"), "annotation cannot be read"),
     "a split twice": (annotation(lambda content: '{"val": [], "val": []}'), "annotation cannot be read"),
-    "no test split": (annotation(lambda content: content.pop("test") and content), "split is no list"),
+    "no test split": (annotation(lambda content: content.pop("test") and content), "split is not a list"),
     "empty validation": (annotation(lambda content: content["val"].clear()), "split is empty"),
-    "no record": (annotation(lambda content: content["train"].append(7)), "record is no object"),
+    "no record": (annotation(lambda content: content["train"].append(7)), "record is not an object"),
     "no id": (record(id=...), "id is missing"),
     "id twice": (annotation(lambda content: content["train"].append(content["train"][0])), "id appears twice"),
     "id in two splits": (
@@ -223,7 +223,7 @@ def test_every_problem_is_listed_with_its_place(data):
     findings, kinds = found(data)
     assert kinds == {
         "report is null",
-        "record is no object",
+        "record is not an object",
         "image cannot be decoded",
         "id appears twice",
         "image is missing",

@@ -115,7 +115,7 @@ def test_a_poisoned_feature_cache_runs_nothing(canary, demo, tmp_path, monkeypat
     other.flush()
     for content in (object_array(canary), whole[:-1], b"", (tmp_path / "other.npy").read_bytes()):
         cache.write_bytes(content)
-        assert "delete it, and it is made anew" in refused(monkeypatch, capsys, "main_train", *flags)
+        assert "delete it to have it made again" in refused(monkeypatch, capsys, "main_train", *flags)
 
 
 def test_statistics_of_a_run_hold_no_objects(canary, tmp_path, monkeypatch, capsys):
