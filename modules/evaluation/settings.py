@@ -7,7 +7,7 @@ from modules.runtime.settings import setting
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """The scores beside the sentence metrics, and the programs and models that some of them need."""
+    """Scores in addition to the sentence metrics, and the programs and models that some of them need."""
 
     meteor: bool = setting(True, "scores", "METEOR (needs Java); false leaves it out")
     meteor_timeout: float = setting(

@@ -14,7 +14,7 @@ from modules.evaluation.metric_table import SCORES, SENTENCE_METRICS, XPRONET_SU
 # Okabe and Ito's colours, told apart with any colour vision; the markers tell them apart in black and white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# What an objective or the trainer logs beside loss terms.
+# What an objective or the trainer logs in addition to loss terms.
 _NOT_LOSSES = {"train_hardness", "train_steps", "train_skipped_steps", "train_temperature"}
 # The cosine with its own report should pull away from those with the two negatives.
 _SIMILARITIES = {

@@ -23,7 +23,7 @@ from modules.pages.html_report import data_uri
 from modules.runtime.records import write_private
 
 LONGEST_SIDE = 512  # pixels of an image in the page
-EVEN = 100  # an even share of attention, as the page's script has it
+EVEN = 100  # an even share of attention in the page's script
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -45,7 +45,7 @@ class PageStudy:
 
 
 def small_jpeg(image: Image.Image) -> bytes:
-    """A JPEG at most LONGEST_SIDE pixels long, without what the file said beside its pixels."""
+    """A JPEG at most LONGEST_SIDE pixels long, without the file's metadata."""
     small = image.convert("L" if image.mode == "L" else "RGB")
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     small.info.clear()

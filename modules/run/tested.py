@@ -20,7 +20,7 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class Tested:
-    """The test split's reports of several systems, MODEL and the baselines, with everything that is told of them.
+    """The test split's reports of several systems, MODEL and the baselines, and everything that is reported about them.
 
     ``tag`` is part of the names of the model's scores (modules.evaluation.score_names).
     """
