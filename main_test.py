@@ -1,9 +1,9 @@
 """Test a checkpoint: ``python main_test.py --load results/iu_xray/model_best.pth`` writes the scores and report.html.
 
-With a checkpoint of ours ``--load`` alone is enough: its settings are taken over, and flags given here go before them.
-A published checkpoint of R2Gen, R2GenCMN, XProNet or the released ITHN needs the flags it was trained with, by
-``--backbone`` those of its paper; XProNet's also ``--xpronet_labels reference`` and ``--label_path``. Several processes
-(``--n_gpu``, or torchrun) share out the studies; the scores are the same.
+This project's checkpoints hold their settings, so ``--load`` alone is enough; command-line flags override them. A
+published checkpoint of R2Gen, R2GenCMN, XProNet or the released ITHN needs the flags it was trained with:
+``--backbone`` sets those of its paper, and XProNet's needs ``--xpronet_labels reference`` and ``--label_path`` too.
+Several processes (``--n_gpu``, or torchrun) share the studies; the scores are the same.
 """
 
 import sys

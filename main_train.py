@@ -22,7 +22,7 @@ def main() -> int:
         resolve_config(given)
     device, count, restarts = given.get("device", "auto"), given.get("n_gpu", 1), given.get("max_restarts", 0)
     if restarts and given.get("resume") != "auto":
-        raise InputError(f"--max_restarts {restarts}: needs --resume auto, so that a new start goes on")
+        raise InputError(f"--max_restarts {restarts}: needs --resume auto, so that a restart continues")
     if (count > 1 or restarts) and not launched():
         return start_processes(max(1, count), device=device, max_restarts=restarts)
     with GracefulShutdown(leads=process_number() == 0) as shutdown:

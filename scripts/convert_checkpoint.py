@@ -1,11 +1,12 @@
-"""Checkpoints of R2Gen, R2GenCMN, XProNet and the released ITHN code to ours and back.
+"""Convert checkpoints of R2Gen, R2GenCMN, XProNet and the released ITHN code to this project's and back.
 
   python scripts/convert_checkpoint.py r2gencmn_iu_xray.pth --to ours --out models/r2gencmn.pth --backbone r2gencmn
   python scripts/convert_checkpoint.py results/iu_xray/model_best.pth --to published --out r2gencmn.pth
 
-Published files hold weights alone. Ours also holds vocabulary and settings, so that predict.py needs nothing else: the
-vocabulary is rebuilt from the annotation that the model was trained on (--ann_path), and the flags are those that it
-was trained with. "published" is what the backbone's own code loads, "released_ithn" what the released ITHN code loads.
+Published files hold weights alone. This project's also hold vocabulary and settings, which is all that predict.py
+needs: give the annotation that the model was trained on (--ann_path), from which the vocabulary is rebuilt, and the
+flags that it was trained with. "published" is what the backbone's own code loads, "released_ithn" what the released
+ITHN code loads.
 """
 
 import argparse
@@ -37,14 +38,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--backbone",
         default=argparse.SUPPRESS,
         choices=tuple(MODELS),
-        help="take that backbone's published settings; flags given beside it win",
+        help="take that backbone's published settings; flags on the command line override them",
     )
     add_flags(group, FLAGS)
     return parser
 
 
 def to_ours(source: str, given: dict) -> dict:
-    """The content of a checkpoint of ours with the weights of a published one, after they were seen to fit."""
+    """This project's checkpoint with the weights of a published one; InputError where they do not fit."""
     from modules.ithn.objective import Objective
     from modules.run.build import build_backbone, build_extractor, load_weights, prepare_device
     from modules.run.data import read_data
@@ -52,7 +53,7 @@ def to_ours(source: str, given: dict) -> dict:
 
     content = load_checkpoint(source)
     if content.get("format") == FORMAT:
-        raise InputError(f"{source}: is one of ours already")
+        raise InputError(f"{source}: is a checkpoint of this project already")
     if "backbone" in given:
         given.setdefault("model_name", given["backbone"])
     config = resolve_config({"suppress_unk": False, **given})  # the published figures were made with <unk>
@@ -77,13 +78,13 @@ def to_ours(source: str, given: dict) -> dict:
 
 
 def to_published(source: str, heads: bool) -> dict:
-    """The content of a published code's checkpoint with the weights of one of ours."""
+    """The content of a published code's checkpoint with the weights of this project's."""
     from modules.inference.hub_format import published_weights
     from modules.training.checkpoint import FORMAT, TESTED, load_checkpoint, require_entries
 
     content = load_checkpoint(source)
     if content.get("format") != FORMAT:
-        raise InputError(f"{source}: not one of ours; --to ours makes one of it")
+        raise InputError(f"{source}: not a checkpoint of this project; convert it with --to ours")
     require_entries(content, source, TESTED)
     return {"epoch": content["epoch"], "state_dict": published_weights(content["state_dict"], heads=heads)}
 

@@ -5,11 +5,11 @@
   python scripts/export.py results/iu_xray/model_best.pth --program programs/iu_xray
 
 The folder has model.safetensors, config.json, vocabulary.json and README.md (the model card, with the scores of the
-results.json beside the checkpoint). It holds no paths, ids or reports, but weights and vocabulary come from patients'
+results.json next to the checkpoint). It holds no paths, ids or reports, but weights and vocabulary come from patients'
 reports: ask your data use agreement before you share them.
 
 --program writes encoder.pt2 and step.pt2 instead, programs of torch.export that need none of this project's code, and
-holds them against the model at once (docs/SHARING.md).
+compares them with the model at once (docs/SHARING.md).
 """
 
 import argparse
@@ -63,14 +63,16 @@ def _tolerance(text: str) -> float:
 
 
 def to_folder(source: Path, out: Path, licence: str) -> None:
-    """Checkpoint -> folder, read back and held against the checkpoint."""
+    """Checkpoint -> folder, read back and compared with the checkpoint."""
     from modules.inference.hub_format import hub_tensors, read_hub_folder, same_weights, write_hub_folder
     from modules.run.resuming import own_settings
     from modules.training.checkpoint import FORMAT, load_checkpoint
 
     content = load_checkpoint(source)
     if content.get("format") != FORMAT:
-        raise InputError(f"{source}: not one of ours; scripts/convert_checkpoint.py --to ours makes one of it")
+        raise InputError(
+            f"{source}: not a checkpoint of this project; convert it with scripts/convert_checkpoint.py --to ours"
+        )
     own_settings(content, str(source))
     write_hub_folder(out, content, model_card(content, source.parent, licence), EXPORTED)
     if not same_weights(hub_tensors(read_hub_folder(out, EXPORTED)), hub_tensors(content)):
@@ -78,7 +80,7 @@ def to_folder(source: Path, out: Path, licence: str) -> None:
 
 
 def to_checkpoint(source: Path, out: Path) -> None:
-    """Folder -> checkpoint of ours, after its weights were seen to fit its settings."""
+    """Folder -> checkpoint; InputError where its weights do not fit its settings."""
     import dataclasses
 
     from modules.data.tokenizers import tokenizer_from_state
@@ -109,7 +111,7 @@ def to_checkpoint(source: Path, out: Path) -> None:
 
 
 def to_programs(source: Path, folder: Path, tolerance: float) -> None:
-    """Checkpoint -> programs of torch.export, read back and held against the model."""
+    """Checkpoint -> programs of torch.export, read back and compared with the model."""
     import torch
 
     from modules.inference.torch_export import export_programs, largest_difference, write_programs

@@ -1,4 +1,4 @@
-"""Index the training reports by what their images look like, for scripts/serve.py to show beside a generated one.
+"""Index the training reports by what their images look like, for scripts/serve.py to show next to a generated one.
 
   python scripts/index_reports.py --load results/iu_xray/model_best.pth --ann_path data/iu_xray/annotation.json \\
       --image_dir data/iu_xray/images/ --out results/iu_xray/reports.safetensors

@@ -54,7 +54,7 @@ def _layer(text: str) -> int | None:
 
 
 def check(folder: Path, studies: list[StudyFiles]) -> None:
-    """InputError where a picture would replace an image that is read, or one that is no picture of this program."""
+    """InputError where a picture would replace an input image, or a file that this program did not make."""
     taken: set[str] = set()
     drawn = contains("Software\0Matplotlib")
     outputs = [

@@ -4,7 +4,7 @@
   python scripts/predict.py --load results/iu_xray/model_best.pth --group all frontal.dcm lateral.dcm
   python scripts/predict.py --load results/iu_xray/model_best.pth --group folder studies/ --csv reports.csv --quiet
 
-Each sentence stands behind the mean log-probability of its words (0: certain). This is research software and no
+Each sentence is printed after the mean log-probability of its words (0: certain). This is research software and no
 medical device: no report it writes is fit for care.
 """
 

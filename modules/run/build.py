@@ -55,7 +55,7 @@ def with_precision(config: Config, device: torch.device) -> Config:
 
 
 def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
-    """The visual extractor; without ``pretrained`` its weights are to come from a checkpoint."""
+    """The visual extractor, without weights unless ``pretrained``; InputError for an unknown name or weights that misfit."""
     if pretrained and config.visual_extractor_weights:
         require_plain_archive(config.visual_extractor_weights, "--visual_extractor_weights")
     try:
@@ -219,7 +219,7 @@ def build_tester(
 
 
 def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path: str) -> None:
-    """Load ``weights`` of ours or of a published checkpoint into ``objective``; InputError when they do not fit."""
+    """Load the ``weights`` of a checkpoint, this project's or a published one; InputError where they do not fit."""
     entry = objective.backbone.vocabulary_entry
     # Trained on several GPUs, the published codes save the wrapper's names.
     here, there = (

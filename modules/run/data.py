@@ -39,19 +39,19 @@ logger = logging.getLogger("ithn")
 AnyTokenizer = Union[Tokenizer, "BpeTokenizer"]
 
 FIRST_IMAGES = 100  # of a split, among which one must be found
-MEAN_STUDIES = 256  # their mean is off that of all by a sixteenth of the patches' spread
+MEAN_STUDIES = 256  # the standard error of their mean is 1/16 of the patches' spread
 
 
 @dataclass
 class Data:
-    """The annotation with what was derived from it."""
+    """The annotation and what is derived from it."""
 
     annotation: Annotation
     tokenizer: AnyTokenizer
     strategy: str  # of the objective; "off" for the plain backbone, and where nothing is trained
     index: HardNegativeIndex | None
     trained_with: str  # strategy that the weights were, or are being, trained with
-    # What the data set has in the place of images: of --feature_cache or --detection_features.
+    # What replaces the images: the features of --feature_cache or --detection_features.
     features: "FeatureCache | DetectionFeatures | None" = None
     labels: "LabelTable | None" = None  # where the backbone is trained with labels, or generates from given ones
     labels_leak: bool = False  # whether generation is given the labels of the reference reports
@@ -64,7 +64,7 @@ def read_data(
     trained_with: str | None = None,
     asked_for_ithn: bool = False,
 ) -> Data:
-    """Read the annotation, the vocabulary (unless a checkpoint brought it) and the hard negatives.
+    """Read the annotation, the vocabulary (unless a checkpoint provided it) and the hard negatives.
 
     ``trained_with`` names the strategy of a checkpoint that is only tested: no hard negatives are needed then.
     ``asked_for_ithn``: flags that were given ask for it, so without hard negatives this is an InputError.
@@ -93,11 +93,11 @@ def read_data(
 
         labels = read_labels(config.label_path, clusters(config), config.label_columns)
         if trained_with is None:
-            labels.of(annotation.splits["train"])  # a study without labels: rather found now than after the features
+            labels.of(annotation.splits["train"])  # fail now, not after the features
     if score_tag(config):
         logger.warning(
             "--xpronet_labels reference: reports are generated from labels that come from the reference "
-            "reports; every score of this run is named *_%s and is none of a model that sees images only",
+            "reports; every score of this run is named *_%s and does not measure a model that sees images only",
             score_tag(config),
         )
     return Data(
@@ -355,7 +355,7 @@ def build_dataset(
         source = _stored_images(config, data, split, negatives=negatives)
     else:
         source = image_source(config, studies, transform, negatives=negatives and neighbours is None)
-    # Labels that generation must not see do not get near it.
+    # Labels that generation must not see are not loaded.
     labelled = data.labels is not None and (split == "train" or data.labels_leak)
     return ReportDataset(
         studies,
@@ -375,7 +375,7 @@ def build_dataset(
 
 
 def build_split_loader(config: Config, dataset: ReportDataset, device: torch.device, *, shuffle: bool) -> EpochLoader:
-    """Loader of a split; worker processes of the training split live on between epochs, the others' end."""
+    """Loader of a split; worker processes of the training split persist between epochs, the others' do not."""
     return build_loader(
         dataset,
         config.batch_size,
@@ -419,6 +419,6 @@ def training_studies(config: Config, data: Data, extractor: nn.Module, device: t
         timeout=config.worker_timeout,
         shards=dataset.shards(),
     )
-    loader.replaced_limit = 1.0  # a share of so few says little; whole splits are held to theirs
+    loader.replaced_limit = 1.0  # so few say little; the limit applies to whole splits
     with contextlib.closing(loader):
         yield LimitedLoader(loader, -(-count // config.batch_size)) if config.shards else loader

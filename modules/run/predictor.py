@@ -26,12 +26,14 @@ UNUSED = {"feature_cache": "", "resume": "", **asdict(ITHNSettings(ithn="off"))}
 
 
 def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
-    """The model in our checkpoint ``path``, with its own settings beneath the flags ``given``."""
+    """The model in the checkpoint ``path``; the flags ``given`` override its settings.
+
+    InputError for a checkpoint without settings and vocabulary, or one whose model needs more than images."""
     content = load_checkpoint(path)
     if content.get("format") != FORMAT:
         raise InputError(
-            f"--load {path}: it holds no vocabulary and no settings, as published checkpoints do not; "
-            "make one of ours of it with scripts/convert_checkpoint.py"
+            f"--load {path}: it holds no vocabulary and no settings, like every published checkpoint; "
+            "convert it with scripts/convert_checkpoint.py --to ours"
         )
     config = resolve_config(given, content["config"] | UNUSED)
     if config.detection_features:
@@ -64,7 +66,7 @@ def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
 
 
 def _mean_patches(found: Any, backbone: Backbone, guidance: float, path: str) -> torch.Tensor:
-    """The mean training image of a checkpoint that was trained with guidance."""
+    """The mean training image (S, C) of a checkpoint that was trained with guidance."""
     if found is None:
         raise InputError(
             f"--guidance {guidance:g}: {path} has no mean training image: trained without guidance, or "
@@ -79,7 +81,7 @@ def _mean_patches(found: Any, backbone: Backbone, guidance: float, path: str) ->
 
 
 class StudyReader:
-    """Opens the studies' images, in batches; what cannot be read is named on stderr, counted, and left out."""
+    """Opens the studies' images, in batches; unreadable ones are named on stderr, counted and left out."""
 
     def __init__(self, studies: Sequence[StudyFiles], num_views: int, batch_size: int):
         self.studies, self.num_views, self.batch_size = studies, num_views, batch_size

@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from, whether it fits the flags and the data, and putting everything back."""
+"""The checkpoint that a training resumes or starts from: finding it, checking it, restoring it."""
 
 import dataclasses
 import logging
@@ -27,7 +27,7 @@ from modules.training.trainer import Best, Trainer
 
 logger = logging.getLogger("ithn")
 
-# Flags that the kept states of optimiser, schedule, model selection and projections decide when a run goes on.
+# Flags that a resumed run cannot change: the stored optimiser, schedule, model selection and projections decide them.
 KEPT = (
     "optim",
     "lr_ve",
@@ -44,25 +44,25 @@ KEPT = (
     "monitor_mode",
     "contrastive_features",
 )
-# Flags that decide which samples are still to come in an epoch that was begun.
+# Flags that decide which samples remain in a partly trained epoch.
 KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing")
 
 
 @dataclass
 class Source:
-    """A checkpoint that a run goes on from."""
+    """A checkpoint that training resumes from (--resume)."""
 
     path: Path
     content: dict[str, Any]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its flags; a results folder may have been moved since, so it writes where the checkpoint lies."""
+        """Its flags; the results folder may have been moved, so results go where the checkpoint lies."""
         return self.content["config"] | {"save_dir": str(self.path.parent), "resume": "", "load": ""}
 
     @property
     def tokenizer(self) -> AnyTokenizer | None:
-        """Its byte pairs, whose files may be gone; words are made of the annotation anew, and compared."""
+        """Its byte pairs, whose files may be gone; None for words, which the annotation gives again."""
         found = own_tokenizer(self.content, str(self.path))
         return found if isinstance(found, BpeTokenizer) else None
 
@@ -89,22 +89,24 @@ def find_source(given: Mapping[str, Any], folder: CheckpointFolder) -> Source | 
 
 @dataclass
 class Start:
-    """A checkpoint whose weights a new run starts from; ours brings settings and vocabulary too."""
+    """A checkpoint whose weights a new run starts from (--load); this project's have settings and vocabulary too."""
 
     path: str
     content: dict[str, Any]
 
     @property
     def is_ours(self) -> bool:
+        """Whether this project wrote it."""
         return self.content.get("format") == FORMAT
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Flags beneath those given; where it is not ours there are none."""
+        """Its flags, which those given override; none in a published checkpoint."""
         return own_settings(self.content, self.path) if self.is_ours else {}
 
     @property
     def tokenizer(self) -> AnyTokenizer | None:
+        """Its vocabulary; None in a published checkpoint."""
         return own_tokenizer(self.content, self.path) if self.is_ours else None
 
 
@@ -114,9 +116,7 @@ def find_start(given: Mapping[str, Any], folder: CheckpointFolder) -> Start | No
     if not path:
         return None
     if "save_dir" not in given or Path(path).resolve().parent == folder.path.resolve():
-        raise InputError(
-            f"--load {path}: the run that starts from it needs a folder of its own; give another --save_dir"
-        )
+        raise InputError(f"--load {path}: the run that starts from it needs its own folder; give another --save_dir")
     return Start(path, load_checkpoint(path))
 
 
@@ -124,13 +124,13 @@ def require_weights(config: Config, starts_somewhere: bool) -> None:
     """InputError for a self-critical stage without trained weights."""
     if config.self_critical and not starts_somewhere:
         raise InputError(
-            "--self_critical: it goes on from a model that writes reports already; train with cross "
+            "--self_critical: this stage starts from a model that already writes reports; train with cross "
             "entropy first, then give --load results/RUN/model_best.pth and another --save_dir"
         )
 
 
 def own_settings(content: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The flags in a checkpoint of ours that is tested: the results go where it lies."""
+    """The flags in this project's checkpoint, for a test of it; InputError where it was edited by hand."""
     require_entries(content, path, TESTED)
     tokenizer = own_tokenizer(content, path)
     if content.get("vocabulary_sha256", tokenizer.sha256) != tokenizer.sha256:
@@ -156,12 +156,12 @@ def require_same_network(given: Mapping[str, Any], saved: Mapping[str, Any], pat
             raise InputError(
                 f"--{name} {given[name]}: contradicts checkpoint {path}, which holds "
                 + ", ".join(f"{key} {value}" for key, value in held.items())
-                + "; leave the flag out, the checkpoint brings its own settings"
+                + "; leave the flag out, the checkpoint has its own settings"
             )
 
 
 def own_tokenizer(content: Mapping[str, Any], path: str) -> AnyTokenizer:
-    """The vocabulary in a checkpoint of ours."""
+    """The vocabulary in this project's checkpoint; InputError where it is malformed."""
     try:
         return tokenizer_from_state(content["vocabulary"])
     except InputError as error:
@@ -169,7 +169,7 @@ def own_tokenizer(content: Mapping[str, Any], path: str) -> AnyTokenizer:
 
 
 def restore_extractor(objective: Objective, source: Source) -> None:
-    """Put the visual extractor's weights back: features are cached with them before all else is restored."""
+    """Restore the visual extractor's weights first: features are cached with them."""
     prefix = "backbone.visual_extractor."
     try:
         weights = {
@@ -187,7 +187,7 @@ def _misfit(path: Path, error: Exception) -> InputError:
 
 
 def restore(trainer: Trainer, objective: Objective, source: Source, config: Config, data: Data) -> None:
-    """Put everything back as the checkpoint has it; InputError where it does not fit the flags or the data."""
+    """Restore everything that the checkpoint holds; InputError where it does not fit the flags or the data."""
     path, content = source.path, source.content
     began = resolve_config({}, content["config"])
     _require_unchanged(config, began, KEPT, path)
@@ -216,21 +216,21 @@ def restore(trainer: Trainer, objective: Objective, source: Source, config: Conf
 
 
 def _require_unchanged(config: Config, began: Config, names: tuple[str, ...], path: Path) -> None:
-    """InputError for a flag that was changed for a resume, but would be overruled by what the checkpoint kept."""
+    """InputError for a changed flag that the checkpoint's stored state would overrule."""
     # The cosine is laid out over all epochs.
     for name in names + (("epochs",) if config.lr_scheduler == "CosineAnnealingLR" else ()):
         now, then = getattr(config, name), getattr(began, name)
         if now != then:
             raise InputError(
-                f"--{name} {now}: the run of --resume {path} began with {then} and must go on "
+                f"--{name} {now}: the run of --resume {path} began with {then} and must continue "
                 "with it; leave the flag out, or start a new run"
             )
 
 
 def _position(config: Config, source: Source, data: Data, shards_sha256: str | None) -> dict[str, Any]:
-    """Where to go on; in an epoch that was begun, behind the samples that were seen.
+    """Where to continue; in a partly trained epoch, after the samples that were seen.
 
-    The batch size and the number of processes may be others now, where the order does not depend on them.
+    Batch size and number of processes may have changed where the order does not depend on them.
     """
     position = dict(source.content["position"])
     if position["trained"] or not position["batches"]:
@@ -239,22 +239,22 @@ def _position(config: Config, source: Source, data: Data, shards_sha256: str | N
     _require_unchanged(config, began, KEPT_WITHIN_AN_EPOCH, source.path)
     if source.content["annotation_sha256"] != data.annotation.sha256:
         raise InputError(
-            f"--resume {source.path}: it stands in the middle of epoch {position['epoch']} of another "
+            f"--resume {source.path}: it is from the middle of epoch {position['epoch']} of another "
             f"annotation than {config.ann_path}; use the one it began with"
         )
     if source.content.get("shards_sha256") != shards_sha256:
         raise InputError(
-            f"--shards {config.shards!r}: --resume {source.path} stands in the middle of epoch "
+            f"--shards {config.shards!r}: --resume {source.path} is from the middle of epoch "
             f"{position['epoch']}, which began with other shards or without; give those it began with"
         )
-    if config.shards:  # a batch comes from one of the files that are read by turns
+    if config.shards:  # batches come round-robin from the shards that are open
         _require_unchanged(config, began, ("batch_size",), source.path)
-    # Batches of like length are made up by their size in all processes together.
+    # Batches of similar length are composed for all processes together.
     together = config.batch_size * distributed.world_size()
     then = began.batch_size * source.content.get("processes", 1)
     if config.length_bucketing and together != then:
         raise InputError(
-            f"--length_bucketing true: --resume {source.path} stands in the middle of epoch "
+            f"--length_bucketing true: --resume {source.path} is from the middle of epoch "
             f"{position['epoch']}, whose batches have {then} samples in all processes together, not "
             f"{together}; choose --batch_size or --n_gpu so that they do"
         )
@@ -262,7 +262,7 @@ def _position(config: Config, source: Source, data: Data, shards_sha256: str | N
 
 
 def _require_alike(fresh: Mapping[str, Any], saved: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """ValueError where an entry of the fresh states is missing in ``saved``, or of another kind."""
+    """ValueError where an entry of the fresh states is missing in ``saved`` or has another type."""
     for name in names:
         for key, value in fresh[name].items():
             # What torch keeps for itself differs from version to version.
@@ -272,7 +272,7 @@ def _require_alike(fresh: Mapping[str, Any], saved: Mapping[str, Any], names: tu
             if value is not None and _kind(value) is not _kind(found):
                 raise ValueError(f"{name}[{key!r}] is a {type(found).__name__}")
     if any(value < 0 for value in saved["position"].values()) or not _is_score(saved["best"]["score"]):
-        raise ValueError("its position or best score is no such number")
+        raise ValueError("its position or best score is not a valid number")
 
 
 def _kind(value: Any) -> type:
@@ -293,7 +293,7 @@ def _require_shapes(trainer: Trainer) -> None:
 
 
 def bring_best(trainer: Trainer, source: Source, folder: CheckpointFolder) -> None:
-    """Have the best model so far in ``folder``: a run that goes on elsewhere may never find a better one."""
+    """Copy the best model so far into ``folder``: a run resumed elsewhere may never find a better one."""
     best, position = trainer.best, source.content["position"]
     if not best.epoch:
         return

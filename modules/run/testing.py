@@ -90,7 +90,7 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
 
 
 def _history(content: Mapping[str, Any], folder: Path) -> list[dict]:
-    """The epochs up to the checkpoint, and those after it where the run's history.json still lies beside it."""
+    """The epochs up to the checkpoint, and those after it if the run's history.json is still next to it."""
     try:
         rows = json.loads((folder / "history.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -133,13 +133,13 @@ def test_to_a_published_checkpoint_and_back(trained, tmp_path, monkeypatch, demo
     with pytest.raises(InputError, match="ours.pth: is there already"):
         convert(tmp_path / "wrapped.pth", *flags)
     (tmp_path / "ours.pth").unlink()
-    with pytest.raises(InputError, match="is one of ours already"):
+    with pytest.raises(InputError, match="is a checkpoint of this project already"):
         convert(best, *flags)
     with pytest.raises(InputError, match="made for a vocabulary of"):
         convert(tmp_path / "r2gencmn.pth", *flags, "--threshold", 9)
     with pytest.raises(InputError, match="--threshold says .* with --to ours only"):
         convert(best, "--threshold", 9, to="published")
-    with pytest.raises(InputError, match="not one of ours"):
+    with pytest.raises(InputError, match="not a checkpoint of this project"):
         convert(tmp_path / "r2gencmn.pth", to="published")
 
 

@@ -89,15 +89,38 @@ def test_flags_exist(monkeypatch):
         assert not named - known, f"{page.name}: {sorted(named - known)}"
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def spelled_out(code: str) -> list[str]:
+    """``modules/ithn/{losses,settings}.py`` as the two paths that it stands for."""
+    found = re.fullmatch(r"(.*)\{(.*)\}(.*)", code)
+    return [f"{found[1]}{name}{found[3]}" for name in found[2].split(",")] if found else [code]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_exist(page):
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        assert link.startswith(("https://", "#")) or (page.parent / link).exists(), link
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
     for code in re.findall(r"`([^`\n]+)`", text):
-        for name in SOURCE.findall(code):
+        for name in (name for part in spelled_out(code) for name in SOURCE.findall(part)):
             places = [ROOT, page.parent, ROOT / "modules", ROOT / "scripts"]
             assert any((place / name).is_file() for place in places), name
+
+
+def test_the_readme_stays_short_and_its_picture_small():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    picture = (ROOT / "docs" / "report.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) < 300_000
 
 
 def test_figure_stands_alone():
