@@ -6,12 +6,12 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from models import MODELS
+from models import MODELS, backbone_class, settings_class
 from models.settings import declared_presets
-from modules.config import TRAIN_ONLY, Config
+from modules.config import BACKBONE_SETTINGS, TRAIN_ONLY, Config, settings_of, settings_with
 from modules.data.dataset_specs import DATASETS
 from modules.runtime.errors import InputError, did_you_mean
 
@@ -58,6 +58,11 @@ ALIASES = {
 GROUPS = ("none", "folder", "all")  # how images on a command line make studies (modules/inference/study_files.py)
 # What --self_critical sets unless the flag is given, also over the settings of the weights that it starts from.
 SELF_CRITICAL = {"lr_ve": 1e-5, "lr_ed": 1e-5, "lr_scheduler": "constant", "monitor_metric": "CIDEr"}
+
+ASKING_FOR_ITHN = ("strategy", "ithn_variant")  # flags that ask for ITHN by being given, whatever their value
+# Settings of ITHN that the plain backbone uses too, or that say whether ITHN is on.
+WITHOUT_ITHN = ("ithn", "ce_weight")
+LABEL_FILES = ("label_path", "label_columns")
 
 
 def preset(backbone: str, dataset_name: str) -> dict[str, Any]:
@@ -320,3 +325,57 @@ def _is(kind: type, value: Any) -> bool:
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is kind
+
+
+# ---- flags without effect on a run
+
+
+def flags_in_effect(
+    given: Mapping[str, Any],
+    saved: Mapping[str, Any] | None = None,
+    *,
+    testing: bool = False,
+    loaded: bool = False,
+    own_vocabulary: bool = False,
+) -> tuple[dict[str, Any], list[str]]:
+    """The flags ``given`` that this run depends on, and lines for the log that name the others and why.
+
+    ``saved`` are the settings of a checkpoint, if it has some; ``loaded`` says that weights come from one, and
+    ``own_vocabulary`` that the vocabulary does too.
+    """
+    values = {**(saved or {}), **given}
+    name = values.get("model_name", Config.model_name)
+    kind = settings_class(name)
+    own = kind(**{item.name: values[item.name] for item in dataclasses.fields(kind) if item.name in values})
+    stored = settings_with("initial")
+    stored = stored | settings_with("vocabulary") if own_vocabulary else stored - settings_with("vocabulary")
+    labels = () if backbone_class(name).needs_labels else (*LABEL_FILES, "cluster_order")
+    reasons: dict[str, Collection[str]] = {
+        "only training depends on them": TRAIN_ONLY if testing else (),
+        "stored in the checkpoint": stored if loaded else (),
+        f"not settings of --model_name {name}": settings_of(*BACKBONE_SETTINGS) - settings_of(kind),
+        f"--model_name {name} needs no labels": labels,
+        "labels are predicted from the image": LABEL_FILES if testing and not own.reads_reference_labels else (),
+    }
+    left, lines = dict(given), []
+    for reason, names in reasons.items():
+        idle = [item.name for item in dataclasses.fields(Config) if item.name in left and item.name in names]
+        if idle:
+            lines.append(f"no effect here ({reason}): {', '.join(f'--{flag}' for flag in idle)}")
+        left = {flag: value for flag, value in left.items() if flag not in idle}
+    return left, lines
+
+
+def asks_for_ithn(given: Collection[str]) -> bool:
+    """Whether one of the flags ``given`` asks for ITHN; a Config cannot tell a default that was typed out."""
+    return not set(ASKING_FOR_ITHN).isdisjoint(given)
+
+
+def idle_without_ithn(given: Collection[str]) -> str | None:
+    """A line for the log of a run without ITHN that names the flags ``given`` without effect there, if any."""
+    idle = [
+        f"--{item.name}"
+        for item in dataclasses.fields(Config)
+        if item.name in given and item.metadata["group"] in ("ITHN", "beyond ITHN") and item.name not in WITHOUT_ITHN
+    ]
+    return f"no effect here (ITHN is off): {', '.join(idle)}" if idle else None

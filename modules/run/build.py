@@ -55,7 +55,7 @@ def with_precision(config: Config, device: torch.device) -> Config:
 
 
 def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
-    """The visual extractor, without weights unless ``pretrained``; InputError for an unknown name or weights that misfit."""
+    """The visual extractor, without weights unless ``pretrained``; InputError for an unknown name or misfit."""
     if pretrained and config.visual_extractor_weights:
         require_plain_archive(config.visual_extractor_weights, "--visual_extractor_weights")
     try:

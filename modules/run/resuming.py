@@ -67,21 +67,11 @@ class Source:
         return found if isinstance(found, BpeTokenizer) else None
 
 
-def save_dir(given: Mapping[str, Any]) -> str:
-    """The results folder of a training: --save_dir, or else where the checkpoint of --resume lies."""
-    resume = given.get("resume")
-    beside = str(Path(resume).parent) if resume and resume != "auto" else Config.save_dir
-    return given.get("save_dir", beside)
-
-
-def find_source(given: Mapping[str, Any], folder: CheckpointFolder) -> Source | None:
-    """What --resume names, with ``auto`` the latest valid checkpoint of ``folder``; None for a run from the start."""
-    resume = given.get("resume")
+def find_source(resume: str, folder: CheckpointFolder) -> Source | None:
+    """What --resume names; for ``auto`` the latest valid checkpoint of ``folder``, None where there is none."""
     if resume == "auto":
         found = folder.newest_valid()
         return found and Source(*found)
-    if not resume:
-        return None
     content = load_checkpoint(resume)
     require_resumable(content, resume)
     return Source(Path(resume), content)
@@ -110,23 +100,12 @@ class Start:
         return own_tokenizer(self.content, self.path) if self.is_ours else None
 
 
-def find_start(given: Mapping[str, Any], folder: CheckpointFolder) -> Start | None:
+def find_start(given: Mapping[str, Any], folder: CheckpointFolder) -> Start:
     """What --load names; InputError where the new run would be written over it."""
-    path = given.get("load")
-    if not path:
-        return None
+    path = given["load"]
     if "save_dir" not in given or Path(path).resolve().parent == folder.path.resolve():
         raise InputError(f"--load {path}: the run that starts from it needs its own folder; give another --save_dir")
     return Start(path, load_checkpoint(path))
-
-
-def require_weights(config: Config, starts_somewhere: bool) -> None:
-    """InputError for a self-critical stage without trained weights."""
-    if config.self_critical and not starts_somewhere:
-        raise InputError(
-            "--self_critical: this stage starts from a model that already writes reports; train with cross "
-            "entropy first, then give --load results/RUN/model_best.pth and another --save_dir"
-        )
 
 
 def own_settings(content: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from modules.run.data import (
     read_data,
     training_studies,
 )
-from modules.run.idle_flags import flags_in_effect
 from modules.run.results import test_and_write
 from modules.run.resuming import own_settings, require_same_network
 from modules.run.scoring import Scoring

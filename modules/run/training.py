@@ -13,7 +13,7 @@ import torch
 
 from modules.config import Config
 from modules.evaluation.tester import Tester
-from modules.flags import resolve_config, stage_settings
+from modules.flags import asks_for_ithn, flags_in_effect, idle_without_ithn, resolve_config, stage_settings
 from modules.ithn.objective import Objective
 from modules.ithn.synthesis import NEEDING_NEGATIVES
 from modules.ithn.weights import published_state
@@ -29,7 +29,6 @@ from modules.run.data import (
     score_tag,
     training_studies,
 )
-from modules.run.idle_flags import asks_for_ithn, flags_in_effect, idle_without_ithn
 from modules.run.results import test_and_write
 from modules.run.resuming import (
     Source,
@@ -38,15 +37,14 @@ from modules.run.resuming import (
     find_source,
     find_start,
     require_same_network,
-    require_weights,
     restore,
     restore_extractor,
-    save_dir,
 )
 from modules.run.scoring import Scoring
 from modules.runtime import distributed
 from modules.runtime.distributed import is_main_process
 from modules.runtime.environment import provenance
+from modules.runtime.errors import InputError
 from modules.runtime.records import private_folder, write_private, write_results
 from modules.runtime.run_log import log_to, start_log
 from modules.runtime.settings import part_of
@@ -85,13 +83,13 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], shutdown: Gra
     everything reached so far is saved first.
     """
     shutdown = shutdown or GracefulShutdown()
-    folder = CheckpointFolder(Path(save_dir(given)))
+    folder = CheckpointFolder(Path(_save_dir(given)))
     start_log()
     with contextlib.ExitStack() as opened:
         if is_main_process():
             opened.enter_context(folder.locked())
-        source = find_source(given, folder)
-        start = None if source else find_start(given, folder)
+        source = find_source(given["resume"], folder) if given.get("resume") else None
+        start = find_start(given, folder) if given.get("load") and not source else None
         for line in ignored:
             logger.info("%s", line)
         config, given = _settings(given, source, start)
@@ -111,6 +109,13 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], shutdown: Gra
             raise
 
 
+def _save_dir(given: Mapping[str, Any]) -> str:
+    """The results folder of a training: --save_dir, or else where the checkpoint of --resume lies."""
+    resume = given.get("resume")
+    beside = str(Path(resume).parent) if resume and resume != "auto" else Config.save_dir
+    return given.get("save_dir", beside)
+
+
 def _settings(given: Mapping[str, Any], source: Source | None, start: Start | None) -> tuple[Config, Mapping[str, Any]]:
     """The flags ``given`` over the settings of the checkpoint that the run starts from, if any; and those in effect."""
     loaded = source or start
@@ -122,7 +127,11 @@ def _settings(given: Mapping[str, Any], source: Source | None, start: Start | No
     for line in idle:
         logger.info("%s", line)
     config = resolve_config(given, saved)
-    require_weights(config, loaded is not None)
+    if config.self_critical and loaded is None:
+        raise InputError(
+            "--self_critical: this stage starts from a model that already writes reports; train with cross entropy "
+            "first, then give --load results/RUN/model_best.pth and another --save_dir"
+        )
     return config, given
 
 
