@@ -38,7 +38,7 @@ def show_grey(values: np.ndarray, data: "Dataset") -> np.ndarray:
 
 
 def show_colour(values: np.ndarray, colour_space: str) -> np.ndarray:
-    """Stored values (H, W, 3), unsigned, as RGB uint8 (H, W, 3)."""
+    """Stored values (H, W, 3), unsigned, as RGB uint8 (H, W, 3); NotImplementedError for an unknown colour space."""
     from pydicom.pixels import convert_color_space
 
     values = eight_bits(values)

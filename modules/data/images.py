@@ -90,7 +90,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """As ``open_image``, from an open file; ``name`` is what errors call it."""
+    """As ``open_image``, from an open file that errors call ``name``; ImageError where it cannot be decoded."""
     try:
         beginning = file.read(132)
         file.seek(0)

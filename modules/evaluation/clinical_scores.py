@@ -94,7 +94,7 @@ def frequent_classes(counts: np.ndarray) -> np.ndarray:
 
 
 def class_table(references: np.ndarray, hypotheses: np.ndarray, uncertain: str = "negative") -> list[dict]:
-    """One row per class: class, precision, recall, f1, and the number of positives on either side."""
+    """Precision, recall, F1 and numbers of positives of each class, from labels (N, 14) of both sides."""
     result = outcomes(references, hypotheses, uncertain)
     true_positive, false_positive, false_negative = (
         count.sum(axis=0) for count in (result.true_positive, result.false_positive, result.false_negative)

@@ -56,7 +56,7 @@ class Metrics:
     def measure(
         self, references: References, hypotheses: Sequence[str], *, with_meteor: bool = True
     ) -> tuple[Scores, Tables]:
-        """As ``compute``, and what each report adds to the scores: tables of modules.evaluation.report_statistics."""
+        """As ``compute``, with each report's part of the scores (report_statistics.py); InputError for no reports."""
         assert len(references) == len(hypotheses), (len(references), len(hypotheses))
         if not references:
             raise InputError("no reports to score: the split is empty")

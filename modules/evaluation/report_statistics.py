@@ -106,7 +106,7 @@ class ReportStatistics:
         return frozenset(found)
 
     def scores(self, rows: np.ndarray | None = None) -> dict[str, float]:
-        """The scores of the split itself, or of those of its reports that ``rows`` (bool or indices) selects.
+        """The scores of the split, or of those reports that ``rows``, (N,) bool or (n,) indices, selects.
 
         CIDEr's document frequencies stay those of the whole split.
         """

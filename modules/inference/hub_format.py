@@ -23,7 +23,7 @@ _HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
 
 
 def published_weights(state: Mapping[str, Tensor], *, heads: bool) -> dict[str, Tensor]:
-    """The entries that a published code loads (strictly): the backbone's, with ``heads`` also the released ITHN code's.
+    """The entries of ``state`` (any shapes) that a published code loads; ``heads`` adds the released ITHN code's.
 
     The paper's variant has one temperature where the released code has two: both become that one. InputError where
     ``heads`` are asked of weights that were trained without ITHN.
@@ -110,5 +110,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def same_weights(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    """Whether both have the same entries, bit for bit."""
+    """Whether both state dicts have the same entries of any shape, bit for bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -35,6 +35,7 @@ class EncoderProgram(nn.Module):
         self.backbone, self.transform = backbone, transform
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Pixels (B, N, 3, size, size) uint8 to what the step reads of the studies, B rows in each tensor."""
         return self.backbone.encode(self.backbone.extract(self.transform.normalise(pixels)))
 
 
@@ -46,6 +47,7 @@ class StepProgram(nn.Module):
         self.backbone = backbone
 
     def forward(self, tokens: Tensor, *encoded: Tensor) -> Tensor:
+        """Tokens (B, T) and the encoder's tensors to log-probabilities (B, T, V+1)."""
         return self.backbone.next_words(tokens, *encoded)
 
 

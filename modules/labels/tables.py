@@ -32,7 +32,7 @@ def read_table(
 
 
 def report_column(table: Table, name: str | None = None) -> int:
-    """Return the index of the column with the reports: ``name``, or the first of REPORT_COLUMNS that is there."""
+    """Index of the column of reports: ``name``, or the first of REPORT_COLUMNS; InputError where there is none."""
     column = table.find(*((name.strip().lower(),) if name else REPORT_COLUMNS))
     if column is not None:
         return column
@@ -41,7 +41,7 @@ def report_column(table: Table, name: str | None = None) -> int:
 
 
 def class_columns(table: Table) -> dict[str, int]:
-    """Return class name -> column index of the label columns that the table has, by name."""
+    """Class name -> index of its label column; InputError where a class has two."""
     found: dict[str, int] = {}
     for index, column in enumerate(table.columns):
         name = _CLASS_NAMES.get(column.strip().lower())

@@ -119,7 +119,7 @@ def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer
 
 
 def gpt2_options(config: Config, tokenizer: AnyTokenizer, pretrained: bool) -> dict[str, Any]:
-    """Special ids, and the weights of --gpt2_path unless a checkpoint provides them."""
+    """Special ids, and the weights of --gpt2_path unless a checkpoint provides them; InputError where they misfit."""
     if config.max_seq_length > config.gpt2_positions:
         raise InputError(
             f"--max_seq_length {config.max_seq_length}: at most the decoder's --gpt2_positions {config.gpt2_positions}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.data.tokenizers import tokenizer_from_state
-from modules.flags import resolve_config
+from modules.flags import flags_in_effect, resolve_config
 from modules.run.build import build_objective, build_tester, load_weights, prepare_device, with_precision
 from modules.run.data import (
     build_dataset,

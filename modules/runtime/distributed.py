@@ -140,7 +140,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum of ``x`` over the processes, without gradient."""
+    """Sum of ``x`` (any shape) over the processes, without gradient."""
     if not is_distributed():
         return x
     total = x.detach().clone()
@@ -179,7 +179,7 @@ def main_process_first() -> Iterator[None]:
 def gather_batches(texts: Sequence[Any], rows: Sequence[Tensor]) -> tuple[list[Any], list[Tensor]] | None:
     """Restore the order of batches that the processes took in turn (batch b by process b mod world).
 
-    ``texts`` (plain Python values) and ``rows`` (tensors on the CPU) are this process's batches. Returns those of all
+    ``texts`` (plain Python values) and ``rows`` (b,) on the CPU are this process's batches. Returns those of all
     processes in the main process, None in the others.
     """
     if not is_distributed():

@@ -22,7 +22,7 @@ from modules.runtime.errors import InputError
 
 
 def private_folder(path: str | Path) -> Path:
-    """Make ``path`` and its missing parents with mode 0700, and return it; one that is there is left as it is."""
+    """Make ``path`` and missing parents with mode 0700, and return it; InputError where that fails."""
     path = Path(path)
     if not path.is_dir():
         private_folder(path.parent)
@@ -66,7 +66,7 @@ def require_empty(out: str | Path) -> None:
 
 
 def write_private(path: str | Path, content: bytes | str) -> None:
-    """Write a file of mode 0600 by way of a temporary one, so that no reader meets half of it; text becomes UTF-8."""
+    """Write a file of mode 0600 atomically, text as UTF-8; InputError where it cannot be written."""
     path = Path(path)
     data = content.encode(errors="replace") if isinstance(content, str) else content
     private_folder(path.parent)
