@@ -219,7 +219,7 @@ def build_tester(
 
 
 def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path: str) -> None:
-    """Load the ``weights`` of a checkpoint, this project's or a published one; InputError where they do not fit."""
+    """Load a checkpoint's ``weights``, of any shape, this project's or published; InputError where they do not fit."""
     entry = objective.backbone.vocabulary_entry
     # Trained on several GPUs, the published codes save the wrapper's names.
     here, there = (

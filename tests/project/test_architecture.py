@@ -289,6 +289,36 @@ def test_code_keeps(rule):
     assert not offences, "\n".join(offences)
 
 
+# "(B, T, D)", "(..., d)", "(N,)", "scalar" and the like.
+SHAPE = re.compile(r"\((?:[A-Za-z0-9.][\w.+*/ -]*,|\.\.\.)[^()]*\)|[Ss]calar|shape")
+
+
+def public_functions(tree: ast.AST, owner: str = ""):
+    """(qualified name, function) of every public function and method of public classes."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node, f"{node.name}.")
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield owner + node.name, node
+
+
+def takes_tensors(function: ast.FunctionDef) -> bool:
+    """Whether an argument is annotated as a tensor or an array."""
+    arguments = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+    return any(re.search(r"\bTensor\b|ndarray", ast.unparse(item.annotation)) for item in arguments if item.annotation)
+
+
+def test_public_functions_that_take_tensors_say_their_shapes():
+    silent = [
+        f"{source.name}.{name}"
+        for source in PRODUCT.values()
+        if source.room in ("modules", "models")
+        for name, function in public_functions(source.tree)
+        if takes_tensors(function) and not SHAPE.search(ast.get_docstring(function) or "")
+    ]
+    assert not silent, "\n".join(silent)
+
+
 def test_no_drawer_for_everything():
     assert not [name for name in SOURCES if name.split(".")[-1] in ("utils", "util", "helpers", "misc", "common")]
 
