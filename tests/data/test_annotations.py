@@ -84,7 +84,7 @@ MISTAKES = {
     "not JSON": (b'{"train": [', ["not valid JSON", "line 1 column 12"]),
     "empty file": (b"", ["not valid JSON"]),
     "deep nesting": (b"[" * 200_000, ["nested too deeply"]),
-    "a key twice": (b'{"train": [], "val": [], "train": []}', ["not valid JSON", "'train' stands twice"]),
+    "a key twice": (b'{"train": [], "val": [], "train": []}', ["not valid JSON", "'train' occurs twice"]),
     "a list": (b"[]", ["holds nothing", "train, val, test"]),
     "missing split": ({"train": GOOD["train"], "val": GOOD["val"]}, ["split 'test' is missing"]),
     "split of wrong type": ({**GOOD, "val": {"a": 1}}, ["split 'val' is an object", "list of records"]),
@@ -115,7 +115,7 @@ MISTAKES = {
     "study_id of wrong type": (edited(study_id=[]), ["id 'b'", "field 'study_id' is empty"]),
     "duplicate id": (edited(id="a"), ["split 'train', id 'a' appears twice"]),
     "id in two splits": (edited("test", 0, id="a"), ["split 'test', id 'a' is in split 'train' too"]),
-    "contradicting split": (edited(split="test"), ["id 'b'", "says 'test'", "stands in 'train'"]),
+    "contradicting split": (edited(split="test"), ["id 'b'", "says 'test'", "is in 'train'"]),
 }
 
 

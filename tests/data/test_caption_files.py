@@ -58,7 +58,6 @@ def page(path, **sample):
         synthetic=False,
         scores=[ScoreRow("model", "test", {"BLEU_4": 0.25})],
         classes={},
-        meteor_error=None,
         history=[],
         best_epoch=None,
         variety={},
@@ -79,7 +78,7 @@ def page(path, **sample):
             )
         ],
         references=CAPTIONS,
-        tokenisation="rules & rules",
+        notes=["split into words by: rules & rules"],
     )
     return path.read_text()
 

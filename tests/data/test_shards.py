@@ -226,7 +226,7 @@ def test_damage_is_named(shards, demo, tmp_path):
     content = json.loads((shards / MANIFEST).read_text())
     content["splits"]["train"][0]["file"] = "../../secret"
     (copy / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(InputError, match="no name of a file"):
+    with pytest.raises(InputError, match="is not a file name"):
         Manifest.load(str(copy))
     with pytest.raises(InputError, match="cannot be read"):
         Manifest.load(str(tmp_path / "absent"))

@@ -21,7 +21,7 @@ from scripts.research.negative_readings import agreement, changed, read
 from scripts.research.negative_tables import to_markdown
 from tests.tiny_backbone import make_objective, tiny_batch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inspect_negatives.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "research" / "inspect_negatives.py"
 
 
 def at(*degrees):
