@@ -41,6 +41,8 @@ def check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         raise InputError(f"--{name} {value}: must be one of {', '.join(names)}{did_you_mean(str(value), names)}")
     if value is None or (low is None and high is None):
         return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"--{name} {str(value)[:60]!r}: must be a number")
     if not (value == value and abs(value) != float("inf")):
         raise InputError(f"--{name} {value}: must be a finite number")
     if low is not None and value < low:

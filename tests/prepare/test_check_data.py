@@ -53,6 +53,8 @@ def found(data, *flags, hashed=False, negatives=True):
         "8",
         "--d_txt_ebd",
         "8",
+        "--topk",
+        "4",
         "--max_seq_length",
         "24",
         "--image_size",
