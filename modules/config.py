@@ -4,16 +4,18 @@ Config is put together from small frozen dataclasses, one for each concern. They
 and are built from a Config with ``part_of(config, OptimSettings)``; what belongs to no room is declared here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from models import MODELS, location
 from models.settings import declared_settings
-from modules.config_checks import check_together
 from modules.data.dataset_specs import DATASETS, DataSpec
 from modules.decoding.options import DecodingOptions
+from modules.evaluation.metric_table import NEED_JAVA, XPRONET_SUM
 from modules.evaluation.settings import ScoringSettings
 from modules.ithn.settings import ITHNSettings
+from modules.runtime.errors import InputError
 from modules.runtime.settings import check_value, part_of, setting
 from modules.training.settings import LoopSettings, OptimSettings, SelfCriticalSettings
 
@@ -239,7 +241,7 @@ class Config(
         location(self.model_name)  # InputError for an unknown one
         for part in type(self).__bases__:
             part_of(self, part)  # each checks its own settings together
-        check_together(self)
+        _check_together(self)
 
     @property
     def dataset(self) -> DataSpec:
@@ -257,6 +259,71 @@ class Config(
         return self.clinical and self.dataset.clinical
 
 
+def _check_together(config: Config) -> None:
+    """InputError for flags that exclude one another."""
+    _check_network(config)
+    _check_inputs(config)
+    _check_scores(config)
+    _check_stage(config)
+    for name in ("save_dir", "record_dir"):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is empty: name a folder")
+    if config.sync_bn and config.batch_norm == "per_view":
+        # A process without a second view in its batch would leave the others waiting.
+        raise InputError("--sync_bn true: needs --batch_norm joint, as processes may differ in the views they have")
+
+
+def _check_network(config: Config) -> None:
+    if config.d_model % config.num_heads:
+        raise InputError(f"--d_model {config.d_model} cannot be divided by --num_heads {config.num_heads}")
+    if config.d_model % 2:
+        raise InputError(f"--d_model {config.d_model}: must be even (sinusoidal positions come in pairs)")
+    for name in ("feature_cache", "image_cache", "length_bucketing", "detection_features"):
+        if config.shards and getattr(config, name):
+            raise InputError(f"--shards {config.shards}: does not go with --{name}; leave one of them out")
+
+
+def _check_inputs(config: Config) -> None:
+    if config.feature_cache and not config.freeze_visual_extractor:
+        raise InputError(
+            f"--feature_cache {config.feature_cache}: only features of a frozen visual extractor can be cached; add "
+            "--freeze_visual_extractor true"
+        )
+    if config.image_cache and config.feature_cache:
+        raise InputError(
+            f"--image_cache {config.image_cache}: with --feature_cache no image is read; leave one of them out"
+        )
+    if config.detection_features and (config.feature_cache or config.image_cache):
+        cache = "feature" if config.feature_cache else "image"
+        raise InputError(f"--{cache}_cache: with --detection_features no image is read; leave one of them out")
+    if config.detection_features and config.views == "separate":
+        raise InputError("--views separate: --detection_features has one set of features per record; leave it out")
+
+
+def _check_scores(config: Config) -> None:
+    if not config.dataset.clinical and (config.chexbert_path or config.radgraph_path):
+        raise InputError(
+            f"--{'chexbert' if config.chexbert_path else 'radgraph'}_path: scores radiology reports, and "
+            f"--dataset_name {config.dataset_name} has none"
+        )
+    if config.monitor_metric.startswith("ce_") and not config.labels_by_rules:
+        raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
+    if config.monitor_metric in (*NEED_JAVA, XPRONET_SUM.name) and not config.meteor:
+        raise InputError(f"--monitor_metric {config.monitor_metric}: needs --meteor true")
+
+
+def _check_stage(config: Config) -> None:
+    if config.self_critical and config.compile:
+        raise InputError("--compile: not with --self_critical, whose steps generate reports; leave one of them out")
+    if config.scst_reward == "clinical_f1" and not config.dataset.clinical:
+        raise InputError(f"--scst_reward clinical_f1: there are no clinical labels on {config.dataset_name}")
+    if config.start_eval_epoch > config.epochs:
+        raise InputError(
+            f"--start_eval_epoch {config.start_eval_epoch}: no epoch of --epochs {config.epochs} would be "
+            "validated, so no best model could be chosen"
+        )
+
+
 def settings_with(fact: str, value: Any = True) -> frozenset[str]:
     """Names of the settings whose declaration says ``fact=value``."""
     return frozenset(item.name for item in fields(Config) if item.metadata.get(fact) == value)
@@ -267,10 +334,10 @@ def settings_of(*parts: Any) -> frozenset[str]:
     return frozenset(item.name for part in parts for item in fields(part))
 
 
-def _require_agreement() -> None:
-    """ValueError where two classes declare the same flag with different types, defaults or descriptions."""
+def require_agreement(parts: Sequence[Any]) -> None:
+    """ValueError where two of the dataclasses declare the same flag with different types, defaults or descriptions."""
     seen: dict[str, tuple[str, Any]] = {}
-    for part in Config.__mro__[:-1]:
+    for part in parts:
         for item in fields(part):
             if item.name not in part.__annotations__:  # inherited
                 continue
@@ -284,7 +351,7 @@ def _require_agreement() -> None:
                 )
 
 
-_require_agreement()
+require_agreement(Config.__mro__[:-1])
 # What older results were made with where they do not say.
 OLDER_VALUES = {item.name: item.metadata.get("before", item.default) for item in fields(Config)}
 # Another value gives the same results.

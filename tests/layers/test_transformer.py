@@ -96,7 +96,7 @@ def test_sparse_attention_equals_the_dense_definition(num_slots, monkeypatch):
 
 
 def test_slots_of_equal_score_share_the_weight():
-    query, keys = torch.zeros(1, 1, 4), torch.randn(64, 1, 4)  # every score is 0
+    query, keys = torch.zeros(1, 1, 64), torch.randn(64, 1, 64)  # every score is 0
     out = topk_attention(query, keys, torch.eye(64).unsqueeze(1), 8)  # exactly k slots, an eighth each
     assert sorted(out.flatten().tolist()) == [0.0] * 56 + [0.125] * 8
 

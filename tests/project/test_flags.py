@@ -1,13 +1,11 @@
 """The command line: people's scripts go on working, types are honest, mistakes get one line."""
 
-import dataclasses
 import subprocess
 import sys
 
 import pytest
 
-from models import MODELS, settings_class
-from models.settings import declared_settings
+from models import MODELS
 from modules.config import Config
 from modules.flags import Parser, parse_flags, preset, resolve_config
 from modules.runtime.errors import InputError
@@ -164,12 +162,3 @@ def test_presets_hold_flags_that_exist(backbone, dataset_name):
 def test_presets_are_those_of_the_papers_run_scripts(backbone, dataset_name, published):
     names = ("max_seq_length", "threshold", "epochs", "lr_ve", "lr_ed", "step_size", "gamma", "seed")
     assert tuple(preset(backbone, dataset_name)[name] for name in names) == published
-
-
-@pytest.mark.parametrize("backbone", MODELS)
-def test_settings_read_from_the_source_are_those_of_the_class(backbone):
-    read, declared = (
-        [(item.name, item.type, item.default, dict(item.metadata)) for item in dataclasses.fields(kind)]
-        for kind in (declared_settings(backbone), settings_class(backbone))
-    )
-    assert read == declared
