@@ -1,40 +1,40 @@
-"""Run a table of experiments: every row (a flag set) with every seed, then one table of all scores.
+"""Run a table of experiments: every row (a flag set) with every seed, then write one table of all scores.
 
-What is done is skipped, what was cut goes on from its checkpoint, what is missing is trained and tested by
-main_train.py in a process of its own, into OUT/<row>/seed<k>. A folder that was made with other settings is named, and
-nothing is run. Hard negatives are mined once per data set, where a row needs them.
+Finished runs are skipped, interrupted ones resume from their checkpoint, and missing ones are trained and tested by
+main_train.py in a process of their own, into OUT/<row>/seed<k>. If a folder was made with other settings, it is named
+and nothing is run. Hard negatives are mined once per data set, if a row needs them.
 
   python scripts/run_experiments.py experiments/table3_components.json --dataset demo
   python scripts/run_experiments.py experiments/table1_iu_xray.json --dry_run
-  python scripts/run_experiments.py my_rows.csv --dataset demo --seeds 1 2 --overrides "--epochs 2"
+  python scripts/run_experiments.py my_rows.json --dataset demo --seeds 1 2 --overrides "--epochs 2"
 
 The table is written to OUT/table.md, table.csv and table.tex: mean and standard deviation over seeds, intervals,
-significance against each row's baseline, training-free baselines, the paper's figures (docs/EXPERIMENT_TABLES.md).
+significance against each row's baseline, training-free baselines, and the paper's figures. See
+docs/EXPERIMENT_TABLES.md.
 """
 
 import argparse
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models import MODELS
 from modules.flags import Parser
 from modules.runtime.environment import ROOT
 from modules.runtime.errors import InputError, run_entry_point
-from scripts.experiments.files import DataSet, Table, choose, read_datasets, read_table
-from scripts.experiments.plan import CHANGED, CUT, MISSING, RESULTS, UNAVAILABLE, UNTESTED, Run, changed_line, plan
-from scripts.experiments.runs import LOCK, execute, locked, mine, prepare, put_aside, states
+from scripts.experiments.files import DataSet, choose, read_datasets, read_table
+from scripts.experiments.plan import CHANGED, CUT, MISSING, RESULTS, UNTESTED, Run, changed_line, plan
+from scripts.experiments.runs import LOCK, execute, locked, mine, move_aside, prepare, states
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("table", type=Path, metavar="TABLE", help="table of rows, .json or .csv, such as those in experiments/")
+    add("table", type=Path, metavar="TABLE", help="JSON file of rows, such as those in experiments/")
     add("--dataset", default="", metavar="NAME", help="data set for every row, such as demo; default: each row's own")
     add(
         "--datasets",
@@ -51,82 +51,42 @@ def build_parser() -> argparse.ArgumentParser:
         "--text_encoder",
         default="",
         metavar="NAME",
-        help="for mining, as scripts/mine_hard_negatives.py takes it; default: the table's, else the data set's",
+        help="for mining, as in scripts/mine_hard_negatives.py; default: the table's, else the data set's",
     )
     add("--jobs", type=int, default=1, metavar="N", help="trainings at a time; default %(default)s")
-    add("--dry_run", action="store_true", help="list what is done and what would run, and stop")
+    add("--dry_run", action="store_true", help="list what is done and what would run, then stop")
     add("--table_only", action="store_true", help="run nothing, write the table of what is done")
     add(
         "--redo_changed",
         action="store_true",
-        help="put folders made with other settings aside (renamed, not deleted) and run those rows again",
+        help="move folders made with other settings aside (renamed, not deleted) and run those rows again",
     )
     return parser
 
 
-def available_models() -> list[str]:
-    """Backbones that --model_name may name."""
-    return list(MODELS)
-
-
-def run_table(arguments: argparse.Namespace, table: Table, datasets: dict[str, DataSet], out: Path) -> int:
-    """Prepare, plan, run, write; returns the exit code, 1 where a run failed."""
-    models = available_models()
-
-    def make_plan() -> list[Run]:
-        return plan(
-            table,
-            datasets,
-            out,
-            overrides=shlex.split(arguments.overrides),
-            text_encoder=arguments.text_encoder,
-            models=models,
-        )
-
-    from scripts.experiments.tables import check_columns, gather, write
-
-    check_columns(table, runs := make_plan())
-    if arguments.dry_run:
-        print(states(runs, {}))
-        return 0
-    require_own_tables(out)
-    with locked(out) as lock:
-        failed: dict[str, str] = {}
-        if not arguments.table_only:
-            failed = run_missing(arguments, make_plan, datasets, lock)
-        runs = make_plan()
-        print(states(runs, dict.fromkeys(failed, "failed")))
-        paths = write(gather(table, datasets, runs, failed), out)
-    print(paths[0].read_text(encoding="utf-8"))
-    print("table:", ", ".join(map(str, paths)))
-    return 1 if failed else 0
-
-
 def require_own_tables(out: Path) -> None:
-    """InputError where ``out`` has tables but neither this script's lock nor the folder of a run: somebody's own."""
+    """InputError if ``out`` has tables but neither this script's lock nor the folder of a run."""
     from scripts.experiments.tables import FORMS
 
     found = [name for name in FORMS if (out / name).exists()]
-    ours = (out / LOCK).exists() or any(True for runs in ("*/seed*/", "*/*/seed*/") for _ in out.glob(runs))
-    if found and not ours:
+    own = (out / LOCK).exists() or any(True for runs in ("*/seed*/", "*/*/seed*/") for _ in out.glob(runs))
+    if found and not own:
         raise InputError(
-            f"--out {out}: its {found[0]} would be replaced, and nothing there says that "
-            "run_experiments.py wrote it; name another folder, or move that file away"
+            f"--out {out}: its {found[0]} would be replaced, and nothing there shows that run_experiments.py wrote it; "
+            "name another folder, or move that file away"
         )
 
 
-def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, DataSet], lock: int) -> dict[str, str]:
-    """Run what is missing or was cut; returns the failures by run."""
+def run_missing(
+    arguments: argparse.Namespace, make_plan: Callable[[], list[Run]], datasets: dict[str, DataSet], lock: int
+) -> dict[str, str]:
+    """Run what is missing or was interrupted; returns the failures by run."""
     chosen = chosen_runs(make_plan(), arguments.rows)
-    prepare(
-        {
-            datasets[name]: {run.model for run in chosen if run.row.dataset == name}
-            for name in dict.fromkeys(run.row.dataset for run in chosen if run.state != UNAVAILABLE)
-        }
-    )
-    runs = chosen_runs(make_plan(), arguments.rows)  # files made just now count in the settings
+    names = dict.fromkeys(run.row.dataset for run in chosen)
+    prepare({datasets[name]: {run.model for run in chosen if run.row.dataset == name} for name in names})
+    runs = chosen_runs(make_plan(), arguments.rows)  # the settings include files that have just been made
     if arguments.redo_changed:
-        put_aside([run for run in runs if run.state == CHANGED])
+        move_aside([run for run in runs if run.state == CHANGED])
         runs = chosen_runs(make_plan(), arguments.rows)
     elif line := changed_line(runs):
         raise InputError(line)
@@ -135,8 +95,7 @@ def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, Da
         if not run.settings["annotation_sha256"]:
             hint = "--dataset demo needs none" if run.row.name == run.row.whole else "make_folds.py makes folds of it"
             raise InputError(
-                f"{run.name}: the annotation of data set {run.row.dataset!r} is not there (data/README.md "
-                f"says how to get it); {hint}"
+                f"{run.name}: data set {run.row.dataset!r} has no annotation yet (see data/README.md); {hint}"
             )
     mine(runs)
     failed: dict[str, str] = {}
@@ -146,24 +105,23 @@ def run_missing(arguments: argparse.Namespace, make_plan, datasets: dict[str, Da
 
 
 def stage_of(run: Run) -> int:
-    """0 for what is trained from the beginning, 1 for what starts from a model of these, 2 for what is only tested."""
+    """0 for runs trained from the beginning, 1 for those that start from a model of these, 2 for those only tested."""
     return 2 if run.weights else 1 if run.start else 0
 
 
 def run_stage(runs: Sequence[Run], jobs: int, lock: int) -> dict[str, str]:
-    """Run those of ``runs`` whose models of other rows are there; returns the failures by run."""
+    """Run those whose models of other rows exist; returns the failures by run."""
     failed = {}
     for run in runs:
-        model, does = (run.weights, "is tested on the models of") if run.weights else (run.start, "starts from")
+        model, does = (run.weights, "tests the models of") if run.weights else (run.start, "starts from")
         if model and not model.with_name(RESULTS).is_file():
             name = run.row.trained_as or run.row.starts_from
             failed[run.name] = f"it {does} row {name}, whose seed {run.seed} is not trained"
-    able = [run for run in runs if run.name not in failed]
-    return failed | (execute(able, jobs=jobs, lock=lock) if able else {})
+    return failed | execute([run for run in runs if run.name not in failed], jobs=jobs, lock=lock)
 
 
 def chosen_runs(runs: Sequence[Run], rows: Sequence[str]) -> list[Run]:
-    """The runs of the named rows or folds of rows, all where none is named."""
+    """The runs of the named rows or folds of rows; all if none is named."""
     return [run for run in runs if not rows or run.row.whole in rows or run.row.name in rows]
 
 
@@ -173,7 +131,7 @@ def stop(*_) -> None:
 
 
 def main() -> int:
-    """Read the command line and the files, then run."""
+    """Prepare, plan, run, write; returns the exit code, 1 if a run failed."""
     arguments = build_parser().parse_args()
     signal.signal(signal.SIGTERM, stop)
     if arguments.jobs < 1:
@@ -183,11 +141,30 @@ def main() -> int:
     for name in arguments.rows:
         if name not in known and name not in [row.name for row in table.rows]:
             raise InputError(f"--rows {name}: the table has {', '.join(known)}")
-    default = Path("results") / "_".join(filter(None, (table.name, arguments.dataset)))
-    out = arguments.out or default
+    out = arguments.out or Path("results") / "_".join(filter(None, (table.name, arguments.dataset)))
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder")
-    return run_table(arguments, table, read_datasets(arguments.datasets), out)
+    datasets = read_datasets(arguments.datasets)
+    overrides = shlex.split(arguments.overrides)
+
+    from scripts.experiments.tables import check_columns, gather, write
+
+    def make_plan() -> list[Run]:
+        return plan(table, datasets, out, overrides=overrides, text_encoder=arguments.text_encoder)
+
+    check_columns(table, runs := make_plan())
+    if arguments.dry_run:
+        print(states(runs))
+        return 0
+    require_own_tables(out)
+    with locked(out) as lock:
+        failed = {} if arguments.table_only else run_missing(arguments, make_plan, datasets, lock)
+        runs = make_plan()
+        print(states(runs, failed))
+        paths = write(gather(table, datasets, runs, failed), out)
+    print(paths[0].read_text(encoding="utf-8"))
+    print("table:", ", ".join(map(str, paths)))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

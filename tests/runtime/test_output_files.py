@@ -285,14 +285,12 @@ def test_nothing_is_drawn_over_what_is_read(files, tmp_path, monkeypatch, script
 
 
 def test_somebodys_own_tables_stay(tmp_path, monkeypatch, capsys):
-    from scripts import run_experiments
-    from tests.experiment_support import MODELS, write_files
+    from tests.experiment_support import write_files
 
     files = write_files(tmp_path)
-    monkeypatch.setattr(run_experiments, "available_models", lambda: MODELS)
     command = (
         "run_experiments",
-        files / "rows.csv",
+        files / "rows.json",
         "--datasets",
         files / "datasets.json",
         "--dataset",

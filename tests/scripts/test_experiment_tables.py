@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -11,10 +12,10 @@ import pytest
 from modules.evaluation.report_statistics import ReportStatistics, save_statistics
 from modules.runtime.errors import InputError
 from scripts.experiments.files import choose, read_datasets, read_table
-from scripts.experiments.plan import UNAVAILABLE, plan
+from scripts.experiments.plan import plan
 from scripts.experiments.score_table import Cell, ScoreTable, TableRow
 from scripts.experiments.tables import _with_holm, check_columns, gather, write
-from tests.experiment_support import MODELS, by_name, finish, planned, write_files
+from tests.experiment_support import by_name, finish, planned, write_files, write_table
 
 
 @pytest.fixture
@@ -24,8 +25,6 @@ def finished(tmp_path):
     rng = np.random.default_rng(0)
     base = rng.uniform(0, 0.5, 40)
     for name, run in by_name(planned(files)).items():
-        if run.state == UNAVAILABLE:
-            continue
         values = base + (0.2 if "ithn" in name else 0.0) + 0.001 * run.seed
         finish(run, score=values.mean())
         system = ReportStatistics({"BLEU_4": values[:, None]}, "cut", "whole")
@@ -34,19 +33,18 @@ def finished(tmp_path):
 
 
 def gathered(files, failed=()):
-    table = choose(read_table(files / "rows.csv"), dataset="tiny", seeds=())
+    table = choose(read_table(files / "rows.json"), dataset="tiny")
     return gather(table, read_datasets(files / "datasets.json"), planned(files), dict(failed))
 
 
 def test_table_has_spread_intervals_marks_floors_and_the_papers_figures(finished):
     table = gathered(finished)
-    base, ithn, gpt, floor = table.rows
+    base, ithn, floor = table.rows
     cell = ithn.cells["BLEU_4"]
     assert cell.mean - base.cells["BLEU_4"].mean == pytest.approx(0.2)
     assert cell.sd == pytest.approx(0.001 / 2**0.5) and cell.low < cell.mean < cell.high
     assert cell.p < 0.01 and base.cells["BLEU_4"].p is None
     assert ithn.published == {"BLEU_4": 0.5} and ithn.published_on == "IU X-Ray" and ithn.group == "tiny data"
-    assert gpt.source == "not available: --model_name gpt" and not gpt.cells
     assert floor.is_baseline and floor.cells["BLEU_4"].mean == 0.02
     paths = write(table, finished / "out")
     markdown, csv_text, latex = (path.read_text() for path in paths)
@@ -95,24 +93,13 @@ def test_rows_on_other_reports_are_not_compared(finished):
 @pytest.fixture
 def folded(tmp_path):
     """Two rows on two folds of 30 and 10 reports, with two seeds; ITHN is better in every report."""
-    (tmp_path / "rows.json").write_text(
-        json.dumps(
-            {
-                "folds": ["one", "two"],
-                "seeds": [1, 2],
-                "columns": ["BLEU_4"],
-                "rows": [
-                    {"name": "base", "label": "Base", "flags": "--ithn off"},
-                    {"name": "ithn", "flags": "--ithn on", "baseline": "base"},
-                ],
-            }
-        )
-    )
-    (tmp_path / "datasets.json").write_text(
-        json.dumps(
-            {name: {"title": f"fold {name}", "flags": f"--ann_path {tmp_path / name}.json"} for name in ("one", "two")}
-        )
-    )
+    rows = [{"name": "base", "label": "Base", "flags": "--ithn off"}]
+    rows += [{"name": "ithn", "flags": "--ithn on", "baseline": "base"}]
+    write_table(tmp_path, rows, folds=["one", "two"])
+    datasets = {
+        name: {"title": f"fold {name}", "flags": f"--ann_path {tmp_path / name}.json"} for name in ("one", "two")
+    }
+    (tmp_path / "datasets.json").write_text(json.dumps(datasets))
     for name in ("one", "two"):
         (tmp_path / f"{name}.json").write_text(name)
     rng = np.random.default_rng(0)
@@ -126,14 +113,7 @@ def folded(tmp_path):
 
 
 def of_folds(files):
-    return plan(
-        read_table(files / "rows.json"),
-        read_datasets(files / "datasets.json"),
-        files / "out",
-        overrides=(),
-        text_encoder="",
-        models=MODELS,
-    )
+    return plan(read_table(files / "rows.json"), read_datasets(files / "datasets.json"), files / "out")
 
 
 def gathered_folds(files):
@@ -182,7 +162,6 @@ def test_a_fold_that_cannot_be_joined_leaves_its_seed_out(folded, changed, part)
 
 def test_a_column_that_no_score_has_is_refused(tmp_path):
     files = write_files(tmp_path)
-    content = "name,flags,{}\nbase,--ithn off,\n"
     for key in (
         "BLEU_4_full",
         "CIDEr_truncated",
@@ -195,18 +174,18 @@ def test_a_column_that_no_score_has_is_refused(tmp_path):
         "RadGraph_F1_partial",
         "ours",
     ):
-        (files / "rows.csv").write_text(content.format(key))
+        write_table(files, columns=[key])
         runs = planned(files)
-        for run in runs if key == "ours" else ():  # of a score that somebody has added
+        for run in runs if key == "ours" else ():  # a score that somebody has added
             finish(run)
             results = json.loads((run.folder / "results.json").read_text())
             results["test"]["model"]["ours"] = 1.0
             (run.folder / "results.json").write_text(json.dumps(results))
-        check_columns(read_table(files / "rows.csv"), planned(files))
+        check_columns(read_table(files / "rows.json"), planned(files))
     for key, part in (("CIDErr", "did you mean CIDEr"), ("F", "a name of results.json")):
-        (files / "rows.csv").write_text(content.format(key))
+        write_table(files, columns=[key])
         with pytest.raises(InputError, match=f"no score is called '{key}'.*{part}"):
-            check_columns(read_table(files / "rows.csv"), planned(files))
+            check_columns(read_table(files / "rows.json"), planned(files))
 
 
 def test_columns_that_folds_cannot_have_together_are_named(folded):
@@ -227,45 +206,15 @@ def test_rows_without_statistics_still_have_means(finished):
 def test_the_whole_on_real_trainings(demo, tmp_path):
     from tests.conftest import TINY
 
-    (tmp_path / "datasets.json").write_text(
-        json.dumps(
-            {
-                "tiny": {
-                    "flags": [
-                        "--ann_path",
-                        str(demo / "annotation.json"),
-                        "--image_dir",
-                        str(demo / "images"),
-                        *TINY,
-                        "--epochs",
-                        "1",
-                    ]
-                }
-            }
-        )
-    )
-    (tmp_path / "rows.csv").write_text("name,flags,baseline\nbase,--ithn off,\nithn,--ithn on,base\n")
+    flags = ["--ann_path", demo / "annotation.json", "--image_dir", demo / "images", *TINY, "--epochs", 1]
+    (tmp_path / "datasets.json").write_text(json.dumps({"tiny": {"flags": shlex.join(map(str, flags))}}))
+    write_table(tmp_path)
+    command = [sys.executable, "scripts/run_experiments.py", tmp_path / "rows.json", "--dataset", "tiny"]
+    command += ["--datasets", tmp_path / "datasets.json", "--out", tmp_path / "out", "--seeds", "1"]
 
     def call(*flags):
-        return subprocess.run(
-            [
-                sys.executable,
-                "scripts/run_experiments.py",
-                tmp_path / "rows.csv",
-                "--datasets",
-                tmp_path / "datasets.json",
-                "--dataset",
-                "tiny",
-                "--out",
-                tmp_path / "out",
-                "--seeds",
-                "1",
-                *flags,
-            ],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
 
     done = call()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -282,5 +231,5 @@ def test_the_lowest_nll_is_the_best():
         TableRow(name, "data", "3 seeds", {"nll": Cell(nll), "CIDEr": Cell(cider)})
         for name, nll, cider in (("a", 1.5, 0.3), ("b", 1.4, 0.2), ("c", 1.6, 0.4))
     ]
-    table = ScoreTable("t", (("nll", "nll"), ("CIDEr", "C")), rows)
+    table = ScoreTable("t", {"nll": "nll", "CIDEr": "C"}, rows)
     assert table.best("data") == {"nll": 1.4, "CIDEr": 0.4}
