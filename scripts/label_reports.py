@@ -20,6 +20,7 @@ from modules.labels.sentences import is_missing
 from modules.labels.tables import Table, class_columns, read_table, report_column, write_table
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
+from modules.runtime.run_log import Bar
 
 
 def read_reports(path: str, column: str | None) -> Table:
@@ -34,9 +35,7 @@ def read_reports(path: str, column: str | None) -> Table:
 def label_all(reports: list[str], chexbert_path: str | None, encoder: str) -> list[dict[str, int | None]]:
     """Labels of each report by class, of the rules or, given its weights, of CheXbert."""
     if chexbert_path is None:
-        from tqdm import tqdm
-
-        return [label_report(report) for report in tqdm(reports, desc="labels", unit="report")]
+        return [label_report(report) for report in Bar(reports, "labels")]
     from modules.labels.chexbert import Chexbert
     from modules.runtime.environment import choose_device
 

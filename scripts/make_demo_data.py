@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import check_outside
+from modules.runtime.run_log import Bar
 from scripts.synthetic.drawing_arguments import add_drawing_arguments, check_drawing
 
 
@@ -63,8 +64,6 @@ def main() -> None:
     arguments = build_parser().parse_args()
     check(arguments)
 
-    from tqdm import tqdm
-
     from scripts.synthetic.dataset import draw_images, plan_studies, prepare_folder, require_splits, write_tables
     from scripts.synthetic.findings_csv import describe_format, read_findings
     from scripts.synthetic.given_reports import read_reports
@@ -82,7 +81,7 @@ def main() -> None:
         require_splits(studies, f"--reports {arguments.reports}" if reports else f"--findings {arguments.findings}")
     prepare_folder(arguments.out)
     drawn = draw_images(arguments.out, studies, seed=arguments.seed, size=arguments.size, workers=arguments.workers)
-    for _ in tqdm(drawn, desc="synthetic studies", total=len(studies), unit="study"):
+    for _ in Bar(drawn, "synthetic studies", total=len(studies)):
         pass
     if findings is None:
         origin = f"sampled with --normal_fraction {arguments.normal_fraction}"

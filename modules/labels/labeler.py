@@ -6,13 +6,14 @@ phrase tables are in ``rules``, sentence splitting in ``sentences``; scores of t
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from modules.labels import rules as clinical_rules
 from modules.labels.rules import CLASSES, PARENTS, TABLES, Table
 from modules.labels.sentences import split_sentences
+from modules.runtime.run_log import Bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,13 +151,8 @@ def label_reports(texts: Sequence[str], progress: bool = False) -> "np.ndarray":
     """Return the labels of N reports as (N, 14) float64 in CLASSES order; NaN stands for not mentioned."""
     import numpy as np
 
-    reports: Iterable[str] = texts
-    if progress:
-        from tqdm import tqdm
-
-        reports = tqdm(texts, desc="labels", unit="report")
     labels = np.full((len(texts), len(CLASSES)), np.nan)
-    for row, text in enumerate(reports):
+    for row, text in enumerate(Bar(texts, "labels", shown=progress)):
         for column, label in enumerate(label_report(text).values()):
             if label is not None:
                 labels[row, column] = label

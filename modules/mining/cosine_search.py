@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
-from tqdm import tqdm
 
 from modules.runtime import distributed
+from modules.runtime.run_log import Bar
 
 LARGEST_TILE = 2048  # the matrix product is at its full rate there, and the tile still fits a processor's cache
 LARGEST_GROUP = 32
@@ -49,7 +49,7 @@ def top_k_cosine(
     spans = [slice(start, min(start + side, count)) for start in range(0, count, side)]
     tiles = [(row, column) for i, row in enumerate(spans) for column in spans[i:]]
     tiles = tiles[distributed.rank() :: distributed.world_size()]
-    for row, column in tqdm(tiles, desc="search", unit="tile", disable=not progress):
+    for row, column in Bar(tiles, "search", shown=progress):
         tile = multiply(row, column)  # (R, C)
         for array in ids:
             _exclude(tile, array[row], array[column])

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from modules.runtime.errors import InputError
 from modules.runtime.hub import download_model, respelled
 from modules.runtime.records import private_folder
+from modules.runtime.run_log import Bar
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -76,7 +76,7 @@ class TfidfEncoder:
         # The usual pattern would drop words of one letter.
         vectorizer = TfidfVectorizer(token_pattern=r"\w+", ngram_range=(1, 2), sublinear_tf=True, dtype=np.float32)
         try:
-            return vectorizer.fit_transform(tqdm(texts, desc="tf-idf", unit="text", disable=not progress)).tocsr()
+            return vectorizer.fit_transform(Bar(texts, "tf-idf", shown=progress)).tocsr()
         except ValueError:  # the vocabulary is empty: no text has a word
             return sparse.csr_matrix((len(texts), 1), dtype=np.float32)
 
@@ -170,12 +170,12 @@ class TransformerEncoder:
             done = distributed.broadcast_object(done)
             vectors[order[:done]] = distributed.broadcast_rows(cache.rows[:done], (done, width))
             cache.keep(done)
-            with tqdm(total=len(texts), initial=done, desc="embed", unit="text", disable=not progress) as bar:
+            with Bar(description="embed", start=done, total=len(texts), shown=progress) as bar:
                 for start in range(done, len(texts), self._batch_size * distributed.world_size()):
                     rows = order[start : start + self._batch_size * distributed.world_size()]
                     vectors[rows] = self._embed_shared([texts[row] for row in rows])
                     cache.append(vectors[rows])
-                    bar.update(len(rows))
+                    bar.advance(len(rows))
         return vectors
 
     def _embed_shared(self, texts: list[str]) -> np.ndarray:

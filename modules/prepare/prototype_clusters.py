@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
+
+from modules.runtime.run_log import Bar
 
 # Above this many members, mini-batch k-means: the full algorithm passes over all of them dozens of times.
 MOST_AT_ONCE = 20_000
@@ -70,7 +71,7 @@ def cluster_by_label(
     spread = features.std(axis=0)
     centres = np.empty((len(classes), num, features.shape[1]), np.float32)
     short: dict[str, int] = {}
-    for row, name in enumerate(tqdm(classes, desc=description, unit="class")):
+    for row, name in enumerate(Bar(classes, description)):
         members = features[labels[:, row] > 0]
         different = len({hash(member.tobytes()) for member in members})
         if different < num:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from modules.runtime.errors import InputError, error_line
+from modules.runtime.errors import InputError, error_line, log_failure
 from modules.runtime.launch import launched
 from modules.runtime.stopping import GracefulShutdown
 
@@ -70,6 +70,7 @@ def processes(device: str, shutdown: GracefulShutdown | None = None) -> Iterator
     try:
         yield
     except InputError as error:
+        log_failure(error)
         _say_once(store, error_line(error))
         _leave(2)
     except SystemExit as error:
@@ -80,6 +81,7 @@ def processes(device: str, shutdown: GracefulShutdown | None = None) -> Iterator
             raise
         if shutdown is not None and shutdown.number is not None:
             _leave(128 + shutdown.number)
+        log_failure(error)
         _say_once(store, f"error: process {own} of {count} lost the connection to another and stops: {reason[:80]}")
         _leave(1)
     dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Users' mistakes become one line and exit code 2; everything else keeps its traceback."""
 
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -61,6 +62,17 @@ def _say(error: InputError) -> None:
         print(error_line(error), file=sys.stderr)
 
 
+def log_failure(error: BaseException) -> None:
+    """Write the error that ends the run to its log file, if there is one; the terminal gets it elsewhere."""
+    unexpected = not isinstance(error, (InputError, KeyboardInterrupt))
+    traceback = (type(error), error, error.__traceback__) if unexpected else None
+    text = one_line(str(error)) or type(error).__name__
+    record = logging.LogRecord("ithn", logging.ERROR, "", 0, "ended by an error: %s", (text,), traceback)
+    for handler in logging.getLogger("ithn").handlers:
+        if isinstance(handler, logging.StreamHandler):  # the log file; the terminal's handler is of another kind
+            handler.handle(record)
+
+
 def run_entry_point(main: Callable[[], int | None]) -> None:
     """Run ``main`` and exit the process with its code; an InputError prints one line on stderr and exits with 2.
 
@@ -69,6 +81,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except InputError as error:
+        log_failure(error)
         _say(error)
         code = 2
     except ModuleNotFoundError as error:
@@ -77,11 +90,15 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
             raise
         _say(InputError(f"{sys.executable} has no package {package}; {remedy()}"))
         code = 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        log_failure(error)
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         # The reader (head, less) went away: nothing is wrong, and flushing again would raise once more.
         sys.stderr.close()
         code = 0
+    except Exception as error:
+        log_failure(error)
+        raise
     sys.exit(code or 0)

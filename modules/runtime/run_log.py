@@ -1,15 +1,17 @@
-"""The run's log: to the terminal without breaking progress bars, and to a file that only its owner can read."""
+"""Progress bars, and the run's log: to the terminal between the bars, and to a file that only its owner can read."""
 
 import logging
 import logging.handlers
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 
 from modules.runtime.errors import InputError
 from modules.runtime.launch import process_number
+
+SECONDS_BETWEEN_LINES = 30.0  # of progress, where a file is written to instead of a terminal
 
 
 class _BarSafeHandler(logging.Handler):
@@ -20,7 +22,7 @@ class _BarSafeHandler(logging.Handler):
 
 
 class _FileHandler(logging.StreamHandler):
-    """Says once that the file takes no more, as on a full disk, instead of a traceback for every line."""
+    """Reports once that the file cannot be written, as on a full disk, instead of a traceback for every line."""
 
     said = False
 
@@ -75,38 +77,73 @@ def log_to(path: Path) -> None:
 
 
 class Bar:
-    """Iterates over ``items`` behind a tqdm bar; ``due()`` says when ``show(values)`` is worth the values' cost.
+    """Progress over ``items``, or over calls of ``advance``: a bar in a terminal, a line every half minute in a file.
 
-    ``start`` is how many of them lie behind already, ``total`` their number where they cannot be counted beforehand.
+    ``start`` of them are done already; ``total`` is their number if ``items`` have no length. ``due()`` says when
+    ``show(values)`` is worth what the values cost: nobody would see them in between.
     """
 
-    def __init__(self, items: Iterable, description: str, start: int = 0, total: int | None = None):
-        from tqdm import tqdm
+    def __init__(
+        self, items: Iterable = (), description: str = "", start: int = 0, total: int | None = None, shown: bool = True
+    ):
+        self._items, self._description = items, description
+        self._done, self._total = start, len(items) if total is None and isinstance(items, Sized) else total
+        self._shown, self._bar = shown and process_number() == 0, None
+        self._values: dict[str, str] = {}
+        self._every = 1.0 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+        self._began = self._last_line = self._last_values = time.monotonic()
+        self._skipped = start
+        if self._shown and sys.stderr.isatty():
+            from tqdm import tqdm
 
-        # A log file gets a line every half minute instead of ten a second.
-        interval = 0.1 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(
-            items,
-            desc=description,
-            initial=start,
-            total=total,
-            mininterval=interval,
-            maxinterval=interval + 1,
-            dynamic_ncols=True,
-            leave=sys.stderr.isatty(),
-            disable=process_number() > 0,
-        )
-        self._every = max(interval, 1.0)
-        self._shown = time.monotonic()
+            self._bar = tqdm(desc=description, initial=start, total=self._total, dynamic_ncols=True)
 
     def __iter__(self) -> Iterator:
-        yield from self._bar
+        with self:
+            for item in self._items:
+                yield item
+                self.advance()
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._last_line > self._began:  # the last of several lines
+            self._write_line()
+
+    def advance(self, count: int = 1) -> None:
+        """``count`` more are done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._shown and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._write_line()
 
     def due(self) -> bool:
         """Whether the last values were shown long enough ago."""
-        return time.monotonic() - self._shown >= self._every
+        return time.monotonic() - self._last_values >= self._every
 
     def show(self, values: Mapping[str, float]) -> None:
-        """Put the values beside the bar."""
-        self._bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
-        self._shown = time.monotonic()
+        """Put the values next to the progress."""
+        self._values = {name: f"{value:.3g}" for name, value in values.items()}
+        self._last_values = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_postfix(self._values, refresh=False)
+
+    def _write_line(self) -> None:
+        self._last_line = time.monotonic()
+        took = self._last_line - self._began
+        parts = [f"{self._description}: {self._done:,}" + (f" of {self._total:,}" if self._total else "")]
+        parts += [f"{name} {value}" for name, value in self._values.items()]
+        parts.append(f"{_clock(took)} so far")
+        new = self._done - self._skipped
+        if self._total and new > 0 and self._done < self._total:
+            parts.append(f"{_clock(took * (self._total - self._done) / new)} to go")
+        print(", ".join(parts), file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from modules.flags import Parser
 from modules.runtime.errors import run_entry_point
 from modules.runtime.output_files import check_outside
+from modules.runtime.run_log import Bar
 from scripts.synthetic.drawing_arguments import add_drawing_arguments, check_drawing
 
 
@@ -45,8 +46,6 @@ def main() -> None:
     arguments = build_parser().parse_args()
     check_drawing(arguments)
     check_outside(arguments.out, [("--annotation", arguments.annotation), ("--coding", arguments.coding)])
-
-    from tqdm import tqdm
 
     from modules.data.annotations import read_annotation
     from scripts.synthetic.anatomy import PHANTOM
@@ -74,7 +73,7 @@ def main() -> None:
     drawn = draw_images(
         arguments.out, studies, seed=arguments.seed, size=arguments.size, workers=arguments.workers, variation=PHANTOM
     )
-    for _ in tqdm(drawn, desc="phantom studies", total=len(studies), unit="study"):
+    for _ in Bar(drawn, "phantom studies", total=len(studies)):
         pass
     coded = sum(study.id in coding for study in given)
     origin = (
