@@ -29,7 +29,7 @@ case " $* " in
     *" --backbone"*) ;;
     *) settings=(
         --max_seq_length 100 --threshold 10 --batch_size 16 --epochs 50 --lr_ve 1e-4 --lr_ed 1e-4
-        --weight_decay 5e-5 --lr_scheduler ReduceLROnPlateau --gamma 0.1 --plateau_patience 1 --seed 7580) ;;
+        --weight_decay 5e-5 --lr_scheduler ReduceLROnPlateau --gamma 0.1 --plateau_patience 0 --seed 7580) ;;
 esac
 exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/mine_train_test.sh" \
     --dataset_name mimic_cxr \

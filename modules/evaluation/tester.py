@@ -73,7 +73,10 @@ class Tester:
         was_training = self.objective.training
         self.objective.eval()
         if self.decoding.guidance:
-            self.objective.backbone.mean_patches = self._mean_patches()
+            studies = self.progress(self.training_studies, "mean training image")
+            self.objective.backbone.mean_patches = mean_patches(
+                self.objective.backbone, studies, self.device, self.precision
+            )
         texts, rows = [], []
         for turn, batch in enumerate(self.progress(loader, description)):
             pair = batch.to(self.device).positive
@@ -91,29 +94,6 @@ class Tester:
         self.objective.train(was_training)
         gathered = distributed.gather_batches(texts, rows)
         return None if gathered is None else _joined(*gathered)
-
-    def _mean_patches(self) -> Tensor:
-        """(S, C): the mean of every patch over the training studies that have its view.
-
-        Where less than a sixteenth of the studies have a view, its mean would be that of a few patients: the mean of
-        all patches is used instead. InputError where it is not finite.
-        """
-        total, count = 0.0, 0.0
-        for batch in self.progress(self.training_studies, "mean training image"):
-            pair = batch.to(self.device).positive
-            with autocast(self.device, self.precision):
-                features = self.objective.backbone.extract(pair.images, pair.view_mask)
-            patches = features.patches.double()
-            there = torch.ones_like(patches[..., :1])
-            if features.patch_mask is not None:
-                there = features.patch_mask.unsqueeze(-1).to(there)
-            total, count = total + (patches * there).sum(0), count + there.sum(0)
-        mean = torch.where(16 * count < count.max(), total.sum(0) / count.sum(), total / count.clamp(min=1)).float()
-        if not mean.isfinite().all():
-            raise InputError(
-                "--guidance: the mean training image is not finite; with --precision float16, try bfloat16 or float32"
-            )
-        return mean
 
     @contextlib.contextmanager
     def _drawing(self, turn: int) -> Iterator[None]:
@@ -148,6 +128,30 @@ class Tester:
         scores = distributed.broadcast_object(scores)
         names = {name: name if name == SELECTION else tagged(name, self.score_tag) for name in scores}
         return {names[name]: value for name, value in scores.items()}, found
+
+
+def mean_patches(backbone: Any, batches: Iterable, device: torch.device, precision: str) -> Tensor:
+    """(S, C): the mean of every patch over the studies of ``batches`` that have its view.
+
+    Where less than a sixteenth of the studies have a view, its mean would be that of a few patients: the mean of all
+    patches is used instead. InputError where it is not finite.
+    """
+    total, count = 0.0, 0.0
+    for batch in batches:
+        pair = batch.to(device).positive
+        with torch.no_grad(), autocast(device, precision):
+            features = backbone.extract(pair.images, pair.view_mask)
+        patches = features.patches.double()
+        there = torch.ones_like(patches[..., :1])
+        if features.patch_mask is not None:
+            there = features.patch_mask.unsqueeze(-1).to(there)
+        total, count = total + (patches * there).sum(0), count + there.sum(0)
+    mean = torch.where(16 * count < count.max(), total.sum(0) / count.sum(), total / count.clamp(min=1)).float()
+    if not mean.isfinite().all():
+        raise InputError(
+            "--guidance: the mean training image is not finite; with --precision float16, try bfloat16 or float32"
+        )
+    return mean
 
 
 def _joined(texts: list[dict[str, list[str]]], rows: list[Tensor]) -> Predictions:

@@ -218,6 +218,11 @@ class Objective(nn.Module):
             self.img_projection(output.image_features), self.text_projection(mean), output.report_features, mean
         )
 
+    def read(self, pair: Any, features: Any) -> Tensor:
+        """Mean hidden states (B, D) of the reports of ``pair``, read under the studies with visual ``features``."""
+        hidden = self._teacher_forced(pair, 0, features).report_features
+        return self._report_feature(hidden, pair.token_mask[:, 1:])
+
     # ---- 3. Synthesis of the harder negative
 
     def _harder_negative(self, batch: Any, z: Tensor, u: Tensor, negative: Tensor, rows: Tensor, epoch: int) -> Tensor:
