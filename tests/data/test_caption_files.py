@@ -78,7 +78,7 @@ def page(path, **sample):
             )
         ],
         references=CAPTIONS,
-        notes=["split into words by: rules & rules"],
+        notes=["Texts were split into words by: rules & rules."],
     )
     return path.read_text()
 

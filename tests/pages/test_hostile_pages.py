@@ -109,7 +109,7 @@ def test_report_page(tmp_path):
 
 
 def comparison(texts):
-    line = ScoreLine("BLEU_4", 0.1, 0.2, Difference(0.1, 0.05, 0.15, 0.01, 0.01))
+    line = ScoreLine("BLEU_4", 0.1, 0.2, Difference(0.1, 0.05, 0.15, 0.01, 0.01), 0.01)
     pairs = [ReportPair(i + 1, f"{text} .", f"{text} . a .", f"{text} . b .", 0.1, 0.2) for i, text in enumerate(texts)]
     return to_html(
         Comparison(

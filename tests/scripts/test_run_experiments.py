@@ -345,4 +345,4 @@ def test_results_older_than_a_setting_were_made_as_it_was_then(files):
 def test_flags_of_results_train_nothing_anew_unless_they_choose_the_model():
     flags = {field.name for field in dataclasses.fields(Config) if field.metadata["group"] in ("results", "scores")}
     choosing = {"monitor_metric", "monitor_mode", "early_stop", "start_eval_epoch"}
-    assert flags == choosing | SCORING | (NO_EFFECT_ON_RESULTS & flags)
+    assert flags == SCORING | (NO_EFFECT_ON_RESULTS & flags) and choosing.isdisjoint(SCORING | NO_EFFECT_ON_RESULTS)
