@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.data.captions import collapse_repeats
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.score_names import SELECTION, tagged
 from modules.runtime import distributed
@@ -106,10 +105,15 @@ class Tester:
             yield
 
     def _texts(self, batch: Any, tokens: Tensor) -> dict[str, list[str]]:
-        generated = self.tokenizer.decode_batch(tokens.tolist())  # (B, L): the likeliest of each study
+        """The batch's texts; ``tokens`` (B, L) are each study's likeliest report."""
+        generated = self.tokenizer.decode_batch(tokens.tolist())
+        if self.collapse_repeats:
+            from modules.data.captions import collapse_repeats
+
+            generated = list(map(collapse_repeats, generated))
         return {
             "ids": batch.ids,
-            "generated": list(map(collapse_repeats, generated)) if self.collapse_repeats else generated,
+            "generated": generated,
             "references": self.tokenizer.decode_batch(batch.positive.tokens[:, 1:].tolist()),
             "full_references": [self.clean(report) for report in batch.reports],
             "reports": batch.reports,

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from modules.config import Config
-from modules.data.captions import captions_by_sample
 from modules.data.datasets import ReportDataset
 from modules.data.tokenizers import UNKNOWN
 from modules.evaluation.bootstrap import intervals
@@ -54,7 +53,11 @@ class Scoring:
     def __init__(self, config: Config, device: torch.device, datasets: Iterable[ReportDataset] = ()):
         self.metrics = Metrics(timeout=config.meteor_timeout)
         datasets = tuple(datasets)
-        self._captions = captions_by_sample(datasets) if config.captioning else None
+        self._captions: Mapping[str, Sequence[str]] | None = None
+        if config.captioning:
+            from modules.data.captions import captions_by_sample
+
+            self._captions = captions_by_sample(datasets)
         self._studies = {
             dataset.sample_id(index): dataset.studies[row]
             for dataset in datasets
