@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from modules.decoding.guidance import Guided
 from modules.decoding.options import DecodingOptions
-from modules.decoding.search import Decoded, DecodingSession, Search, decode
-from modules.decoding.suppression import WithoutToken
+from modules.decoding.search import Decoded, DecodingSession, Search, WithoutToken, decode
 from modules.runtime.settings import check_value, setting
 
 

@@ -30,7 +30,8 @@ class Metrics:
     """
 
     def __init__(self, *, java: str | None = None, timeout: float = 120.0) -> None:
-        self.meteor = Meteor(java=java, timeout=timeout)
+        self._java, self._timeout = java, timeout
+        self._meteor: Meteor | None = None
         self.meteor_error: str | None = None
         self._java_failures = 0
 
@@ -40,9 +41,17 @@ class Metrics:
     def __exit__(self, *_) -> None:
         self.close()
 
+    @property
+    def meteor(self) -> Meteor:
+        """METEOR's scorer, made when it is first asked for."""
+        if self._meteor is None:
+            self._meteor = Meteor(java=self._java, timeout=self._timeout)
+        return self._meteor
+
     def close(self) -> None:
         """End METEOR's process."""
-        self.meteor.close()
+        if self._meteor is not None:
+            self._meteor.close()
 
     def compute(self, references: References, hypotheses: Sequence[str], *, with_meteor: bool = True) -> Scores:
         """Score N hypotheses against their references: a text for each, or a list of texts (COCO's five captions).

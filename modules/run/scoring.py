@@ -63,7 +63,7 @@ class Scoring:
             for dataset in datasets
             for index, (row, _) in enumerate(dataset.samples)
         }
-        self._tokenised = _tokenised(self._captions or {})
+        self._tokenised = _tokenised(self._captions) if self._captions else {}
         self._config, self._device = config, device
         if config.monitor_metric.startswith("ce_") and self._studies:
             self._require_fit([study.report for study in self._studies.values()])
@@ -116,6 +116,8 @@ class Scoring:
         """
         references, words = self._references(found)[""], self._words(found.generated)
         scores = self._validation_scores(references, words, self._config.meteor)
+        if not any(UNKNOWN in text for text in words):
+            return scores
         metric, share = self._config.monitor_metric, unk_share(found.generated)
         if share >= UNK_SHARE and unk_share(found.references) and scores.get(metric) is not None:
             missing = [text.replace(UNKNOWN, _NO_WORD) for text in words]

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from modules.decoding.options import DecodingOptions
-from modules.decoding.search import StandardBeamSearch, decode
-from modules.decoding.suppression import WithoutToken
+from modules.decoding.search import StandardBeamSearch, WithoutToken, decode
 
 UNK, WORD = 4, 2
 

@@ -34,11 +34,11 @@ def test_an_epoch_that_writes_unknown_words_is_judged_without_their_hits(caplog)
 
 
 def test_from_training_to_the_page_and_without_them(train, demo, tmp_path):
-    # So high a threshold leaves no other word.
-    folder = train("--threshold", 1000, "--suppress_unk", "false", "--lr_ed", 3e-2, "--lr_ve", 0, "--epochs", 3)
+    # So high a threshold leaves hardly another word.
+    folder = train("--threshold", 40, "--suppress_unk", "false", "--lr_ed", 3e-2, "--lr_ve", 0, "--epochs", 3)
     results = json.loads((folder / "results.json").read_text())
     share = results["variety"]["model"]["unk_share"]
-    assert share == results["variety"]["references"]["unk_share"] == 1
+    assert share >= 0.5 and results["variety"]["references"]["unk_share"] >= 0.5
     [line] = [line for line in results["warnings"] if "references' words" in line]
     assert "--suppress_unk" in line and "--threshold" in line
     page, log = (folder / "report.html").read_text(), (folder / "train.log").read_text()
