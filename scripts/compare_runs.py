@@ -5,8 +5,8 @@ folder of B (files that you alone can read). --show 0 prints numbers only.
 
   python scripts/compare_runs.py results/iu_xray_base results/iu_xray_ithn --html
 
-A folder needs res.csv and gts.csv (R2Gen's own serve as well); statistics.npz and results.json, which main_train.py
-writes beside them, add METEOR, clinical scores and the settings.
+A folder needs res.csv and gts.csv (R2Gen's files work too); statistics.npz and results.json, which main_train.py
+writes next to them, add METEOR, clinical scores and the settings.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def _texts(table: Table) -> list[str]:
 
 
 def statistics_of(folders: tuple[Folder, Folder]) -> "tuple[list[ReportStatistics], list[str]]":
-    """Both runs' per-report statistics, computed from the reports where a folder has none; and what is to be said."""
+    """Both runs' per-report statistics, computed from the reports where a folder lacks them; and notes to print."""
     from modules.evaluation.report_statistics import load_statistics
 
     paths = [folder.path / "statistics.npz" for folder in folders]
@@ -122,7 +122,7 @@ def statistics_of(folders: tuple[Folder, Folder]) -> "tuple[list[ReportStatistic
         statistics = load_statistics(path).get("model")
         if statistics is None or len(statistics) != len(folder.generated):
             raise InputError(
-                f"{path}: is not about the {len(folder.generated)} reports of res.csv beside it; test the "
+                f"{path}: is not about the {len(folder.generated)} reports of the res.csv next to it; test the "
                 "run again with main_test.py"
             )
         found.append(statistics)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def main() -> None:
-    """Read both files, score them, print the tables and write the JSON."""
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(description=__doc__)
     parser.add_argument("--gts", required=True, metavar="CSV", help="the references: reports or labels")
     parser.add_argument("--res", required=True, metavar="CSV", help="the generated reports or their labels")
@@ -37,16 +37,15 @@ def main() -> None:
         help="what an uncertain label counts as in the table of classes (default: %(default)s)",
     )
     parser.add_argument("--out", metavar="JSON", help="where to write all scores and the table of classes")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Read both files, score them, print the tables and write the JSON."""
+    arguments = build_parser().parse_args()
+    written = contains('"scores":', '"classes":', '"files_sha256":')
     check_outputs(
-        [
-            Output(
-                "--out",
-                arguments.out,
-                "a JSON file of this program's scores",
-                contains('"scores":', '"classes":', '"files_sha256":'),
-            )
-        ],
+        [Output("--out", arguments.out, "a JSON file of this program's scores", written)],
         [("--gts", arguments.gts), ("--res", arguments.res)],
     )
 
@@ -54,8 +53,8 @@ def main() -> None:
     from modules.evaluation.clinical_scores import class_table, clinical_scores
     from modules.evaluation.report_statistics import ReportStatistics, clinical_tables
 
-    references, hypotheses = read_table(arguments.gts), read_table(arguments.res)
-    hypotheses = match_rows(references, hypotheses)
+    references = read_table(arguments.gts)
+    hypotheses = match_rows(references, read_table(arguments.res))
     labeler = choose_labeler(references, hypotheses, arguments.labeler)
     truth, claim = labels_of(references), labels_of(hypotheses)
     scores = clinical_scores(truth, claim, labeler)
@@ -65,7 +64,6 @@ def main() -> None:
     if arguments.out:
         from modules.runtime.environment import file_sha256, provenance
 
-        files = {name: file_sha256(path) for name, path in (("gts", arguments.gts), ("res", arguments.res))}
         content = {
             "reports": len(truth),
             "scores": scores,
@@ -73,7 +71,7 @@ def main() -> None:
             "uncertain": arguments.uncertain,
             "classes": table,
             "labeler": labeler,
-            "files_sha256": files,
+            "files_sha256": {name: file_sha256(getattr(arguments, name)) for name in ("gts", "res")},
             "provenance": provenance(),
         }
         write_results(arguments.out, content)
@@ -84,7 +82,7 @@ def choose_labeler(references: Table, hypotheses: Table, name: str | None) -> st
     labelled = [bool(class_columns(table)) for table in (references, hypotheses)]
     if labelled[0] != labelled[1]:
         with_labels, without = (references, hypotheses) if labelled[0] else (hypotheses, references)
-        raise InputError(f"{with_labels.path} has labels and {without.path} has none: label both with one labeler")
+        raise InputError(f"{with_labels.path} has labels and {without.path} does not: label both with the same labeler")
     if not labelled[0]:
         if name not in (None, "rule"):
             raise InputError(f"--labeler {name}: these files hold reports, which only our rules can label here")

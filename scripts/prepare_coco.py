@@ -1,10 +1,10 @@
 """Make data/coco/annotation.json of COCO's caption files and Karpathy's split.
 
-  --captions  captions_train2014.json captions_val2014.json, of annotations_trainval2014.zip; those of 2017 will do too
-  --karpathy  dataset_coco.json, of Karpathy's caption_datasets.zip; its "restval" images go into train
+  --captions  captions_train2014.json captions_val2014.json, from annotations_trainval2014.zip; those of 2017 work too
+  --karpathy  dataset_coco.json, from Karpathy's caption_datasets.zip; its "restval" images go into train
 
 The images stay where they are: their paths start with train2014/ and val2014/ (train2017/, val2017/), the folders of
-COCO's own archives, below main_train.py's --image_dir. All captions of an image go with it.
+COCO's own archives, below main_train.py's --image_dir. Each record has all captions of its image.
 """
 
 import argparse
@@ -36,14 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def gather(paths: list[Path]) -> dict[int, tuple[str, list[str]]]:
-    """Image id -> (image path, captions) of all caption files."""
+    """Image id -> (image path, captions) from all caption files; InputError for an image in two of them."""
     images: dict[int, tuple[str, list[str]]] = {}
     for path in Bar(paths, "caption files"):
         found = read_captions(path)
         twice = next(iter(images.keys() & found.keys()), None)
         if twice is not None:
             raise InputError(
-                f"--captions {path}: image {twice} stands in another file too, as {images[twice][0]}; "
+                f"--captions {path}: image {twice} is in another file too, as {images[twice][0]}; "
                 "give the two files of one year"
             )
         images |= found
@@ -69,7 +69,7 @@ def build_annotation(splits: dict[str, list[int]], images: dict[int, tuple[str, 
 
 
 def main() -> None:
-    """Read, write annotation.json, and print the counts beside the published ones."""
+    """Read, write annotation.json, and print the counts next to the published ones."""
     arguments = build_parser().parse_args()
     splits = read_karpathy(arguments.karpathy)
     annotation = build_annotation(splits, gather(arguments.captions))

@@ -1,6 +1,6 @@
-"""Make data/iu_xray (annotation.json and images) of what Open-i or Kaggle offers, as R2Gen has it.
+"""Make data/iu_xray (annotation.json and images), in R2Gen's layout, from the files of Open-i or Kaggle.
 
-  Open-i:  --reports NLMCXR_reports.tgz --images NLMCXR_png.tgz        (archives, or folders of them unpacked)
+  Open-i:  --reports NLMCXR_reports.tgz --images NLMCXR_png.tgz        (archives, or the folders they unpack to)
   Kaggle:  --reports FOLDER             --images FOLDER/images/images_normalized
            where FOLDER holds indiana_reports.csv and indiana_projections.csv
 
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="images from a folder: hard links or copies (default %(default)s)",
     )
     parser.add_argument(
-        "--resize", type=int, default=0, metavar="PX", help="write images anew with this shorter side, e.g. 256"
+        "--resize", type=int, default=0, metavar="PX", help="re-encode images with this shorter side, e.g. 256"
     )
     parser.add_argument(
         "--workers",
@@ -86,7 +86,7 @@ def choose_studies(studies: list[OpeniStudy], split: Path | None, seed: int) -> 
     """(id, study) of every split, in the order of the split's file, or else of the studies."""
     usable = {study.number: study for study in studies if study.is_usable}
     if not usable:
-        raise InputError("no study has findings and two images: is this all of Open-i's reports?")
+        raise InputError("no study has findings and two images; are these all of Open-i's reports?")
     if split is None:
         # Open-i removed whatever would name a patient, so a report is the only unit that can be kept whole.
         print("note: Open-i's files name no patients: each report counts as one patient in the split")

@@ -50,7 +50,7 @@ def _read_jpeg(content: bytes) -> Codestream:
 
 
 def read_jpeg2000(file: BinaryIO) -> Codestream:
-    """The announced size of the JPEG 2000 codestream, or JP2 file, that ``file`` stands at the beginning of.
+    """The announced size of a JPEG 2000 codestream, or of a JP2 file; ``file`` is positioned at its beginning.
 
     ValueError where it is cut into so many tiles, precincts or code blocks that decoding it would take more than 8
     bytes per sample for these alone; a codestream of 300 bytes can ask for gigabytes. struct.error where it is damaged.

@@ -33,9 +33,9 @@ _MAX_HEADER = 2 * 2**20  # bytes that are read of it: three palettes of 16 bits 
 _SLACK = 2**20  # bytes of encoded pixels beyond twice what they decode to
 _JPEG = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}  # baseline and extended
 _RLE = "1.2.840.10008.1.2.5"
-# What the first element of a file without the usual preamble may be: group 2 or 8, and a value type.
-_FIRST_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
-_FIRST_TYPES = (b"UL", b"OB", b"UI", b"SH", b"CS", b"DA", b"TM", b"LO", b"DT")
+# What the first element of a file without the usual preamble may be: its group, and the type of its value.
+_FIRST_GROUPS = (0x0002, 0x0008, 0x0010, 0x0018, 0x0020, 0x0028)
+_FIRST_TYPES = (b"UL", b"OB", b"UI", b"SH", b"CS", b"DA", b"TM", b"LO", b"DT", b"PN", b"IS", b"DS", b"US")
 
 
 class _Refused(Exception):
@@ -53,8 +53,9 @@ def is_dicom(beginning: bytes) -> bool:
     """Whether a file that begins with these (at least 132) bytes is DICOM, with its usual preamble or without."""
     if beginning[128:132] == b"DICM":
         return True
-    explicit = beginning[4:6] in _FIRST_TYPES
-    return beginning[:2] in _FIRST_GROUPS and (explicit or 0 < int.from_bytes(beginning[4:8], "little") <= 64)
+    groups = {int.from_bytes(beginning[:2], order) for order in ("little", "big")}
+    has_type = beginning[4:6] in _FIRST_TYPES or 0 < int.from_bytes(beginning[4:8], "little") <= 64
+    return has_type and not groups.isdisjoint(_FIRST_GROUPS)
 
 
 def dicom_shape(file: BinaryIO) -> tuple[int, int, int]:

@@ -33,15 +33,15 @@ _LOW_BYTES = {_GREY_ALPHA: "RGBA"} | {
     for mode in ("RGB", "RGBA", "RGBX", "RGBa", "CMYK")
     for order, other in (("B", "L"), ("L", "B"), ("N", _OTHER_ORDER))
 }
-# max_pixels decides; Pillow's own warning would only stand beside the error.
+# max_pixels decides; Pillow's own warning would only repeat the error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageFolder:
     """Opens the images below ``image_dir`` by their relative path, as 8-bit greyscale ("L") or RGB.
 
-    ``image_dir`` may be a link; a link below it that leads out is refused unless ``follow_links``. Any callable
-    path -> PIL image can stand in for it in a data set, a cache of resized images for example.
+    ``image_dir`` may be a link; a link below it that leads out is refused unless ``follow_links``. A data
+    set takes any callable path -> PIL image in its place, such as a cache of resized images.
     """
 
     def __init__(self, image_dir: str | Path, max_pixels: int = MAX_PIXELS, follow_links: bool = False):
@@ -52,7 +52,7 @@ class ImageFolder:
         self.follow_links = follow_links
 
     def locate(self, path: str) -> str:
-        """Absolute path of a non-empty regular file; InputError when ``path`` is none or leaves the folder."""
+        """Absolute path of a non-empty regular file in the folder; ImageError for anything else."""
         place = os.path.normpath if self.follow_links else os.path.realpath
         full = place(os.path.join(self.root, path)) if "\0" not in path else ""
         if os.path.isabs(path) or not full.startswith(os.path.join(self.root, "")):
@@ -124,7 +124,8 @@ def _cannot_open(path: str | Path, error: OSError) -> ImageError:
     kind = "image is missing" if isinstance(error, FileNotFoundError) else "image cannot be opened"
     if error.errno in (errno.EINVAL, errno.EISDIR, errno.ENXIO):  # of open_regular: a folder, a pipe, a device
         return ImageError(f"image {str(path)!r} is not a regular file", "image is not a regular file")
-    return ImageError(f"image {str(path)!r}: {error.strerror}", kind)
+    hint = "; its path has backslashes: write / in annotations" if "\\" in str(path) else ""
+    return ImageError(f"image {str(path)!r}: {error.strerror}{hint}", kind)
 
 
 def _decode_picture(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:

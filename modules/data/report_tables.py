@@ -6,6 +6,7 @@ its cause. Reports themselves are never quoted.
 
 import csv
 import io
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -16,8 +17,10 @@ from modules.runtime.errors import InputError, Problem, raise_problem
 from modules.runtime.input_files import open_regular
 
 REPORT_COLUMNS = ("report", "reports", "findings", "report impression")  # the last is CheXbert's
-ID_COLUMNS = ("id", "dicom_id", "image_id", "image_path", "image", "filename", "uid", "study_id")  # the finest first
-_INDEX_COLUMNS = ("", "unnamed: 0", "index")  # what pandas calls row numbers
+ID_COLUMNS = ("id", "dicom_id", "image_id", "image_path", "study_id")  # the finest first
+# Other names of ids, and what pandas calls row numbers.
+_INDEX_NAMES = ("index", "unnamed: 0", "")
+_ID_NAME = re.compile(rf".*(?:id|path|file|filename|accession)|image|study|case|key|name|{'|'.join(_INDEX_NAMES)}")
 MAX_BYTES = 2**30
 _MAX_NAME = 40  # letters of a column's name
 _SEPARATORS = {",": "','", ";": "';'", "\t": "tabs", "|": "'|'"}
@@ -166,7 +169,7 @@ def _parse(path: str, text: str, separator: str, strict: bool = True) -> Iterato
         if "unexpected end" in cause:
             cause = "a quotation mark is never closed"
         elif "expected after" in cause:
-            cause = "a quotation mark stands inside a quoted cell; it must be doubled there"
+            cause = "a quotation mark inside a quoted cell must be doubled"
         raise InputError(f"{path}: cannot be read as CSV, in row {number + 1} or after it: {cause}") from None
 
 
@@ -197,8 +200,8 @@ def match_rows(references: Table, hypotheses: Table) -> Table:
                 f"{references.path} has {len(references.rows)} rows and {hypotheses.path} {len(hypotheses.rows)}: "
                 f"without a column of ids ({', '.join(ID_COLUMNS)}) in both they must be as many, in the same order"
             )
-        with_ids = [table.path for table in (references, hypotheses) if table.find(*ID_COLUMNS) is not None]
-        if with_ids:
+        with_ids = [table.path for table in (references, hypotheses) if _id_names(table).keys() - set(_INDEX_NAMES)]
+        if len(with_ids) == 1:
             _say(f"only {with_ids[0]} has a column of ids: the two files are compared row by row")
         return hypotheses
     ids, others = (_ids(table, column) for table, column in zip((references, hypotheses), columns, strict=True))
@@ -210,18 +213,31 @@ def match_rows(references: Table, hypotheses: Table) -> Table:
 
 
 def _id_columns(references: Table, hypotheses: Table) -> tuple[int, int] | None:
-    """Indices of the columns of ids: the finest that both have, once each, else the one that each has; None without."""
-    shared = []
-    for name in (*ID_COLUMNS, *_INDEX_COLUMNS):
-        pair = references.find(name), hypotheses.find(name)
-        if None not in pair:
-            if all(_are_distinct(table, column) for table, column in zip((references, hypotheses), pair, strict=True)):
-                return pair
-            shared += [pair] if name in ID_COLUMNS else []
+    """Indices of the columns of ids: one that both have, with every value once, else the first of each.
+
+    None where one has no such column, or where both have the same ones, with the same values in the same order.
+    """
+    names, others = _id_names(references), _id_names(hypotheses)
+    shared = [(names[name], others[name]) for name in names if name in others]
+    for pair in shared:
+        if all(_are_distinct(table, column) for table, column in zip((references, hypotheses), pair, strict=True)):
+            return pair
     if shared:
-        return shared[0]
-    pair = references.find(*ID_COLUMNS), hypotheses.find(*ID_COLUMNS)
-    return None if None in pair else pair
+        values = [
+            [row[column] for row in table.rows]
+            for table, column in zip((references, hypotheses), shared[0], strict=True)
+        ]
+        return None if values[0] == values[1] else shared[0]
+    firsts = [next((found[name] for name in found if name not in _INDEX_NAMES), None) for found in (names, others)]
+    return None if None in firsts else tuple(firsts)
+
+
+def _id_names(table: Table) -> dict[str, int]:
+    """Name -> index of the columns that are called as ids are: ID_COLUMNS first, then others in the table's order."""
+    columns = {_plain(name): index for index, name in reversed(list(enumerate(table.columns)))}
+    own = [name for name in ID_COLUMNS if name in columns]
+    further = sorted((name for name in columns if name not in own and _ID_NAME.fullmatch(name)), key=columns.get)
+    return {name: columns[name] for name in (*own, *further) if any(row[columns[name]].strip() for row in table.rows)}
 
 
 def _are_distinct(table: Table, column: int) -> bool:
@@ -235,7 +251,7 @@ def _ids(table: Table, column: int) -> list[str]:
         ids = [identity.replace("\\", "/") for identity in ids]
     commonest, times = Counter(ids).most_common(1)[0]
     if times > 1:
-        raise InputError(f"{table.path}: id {commonest} stands in {times} rows")
+        raise InputError(f"{table.path}: id {commonest} is in {times} rows")
     return ids
 
 

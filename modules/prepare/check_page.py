@@ -1,4 +1,4 @@
-"""What scripts/check_data.py prints: the statistics as tables, then every problem under its kind."""
+"""The text that scripts/check_data.py prints: statistics as tables, then every problem under its kind."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ _VIEWS = {
 
 
 def render_statistics(found: Mapping[str, Any], max_seq_length: int, image_size: int) -> str:
-    """Tables by split, and what belongs to no split; parts that could not be read are absent."""
+    """Tables by split, then figures of the whole data set; parts that could not be read are left out."""
     lines = ["SYNTHETIC data: the images are drawings"] if found.get("synthetic") else []
     if views := found.get("views"):
         rows = [(label, [f"{views[split][key]:,}" for split in views]) for key, label in _VIEWS.items()]

@@ -1,4 +1,4 @@
-"""COCO's caption files and Karpathy's split, read without keeping what captioning does not need."""
+"""COCO's caption files and Karpathy's split; only the fields that captioning needs are kept in memory."""
 
 import json
 import re
@@ -17,14 +17,14 @@ _FILE_NAME = re.compile(r"captions_((?:train|val)\d{4})\.json")
 def read_captions(path: Path) -> dict[int, tuple[str, list[str]]]:
     """Image id -> (image path such as train2014/COCO_train2014_000000000009.jpg, captions in the order of their ids).
 
-    ``path`` is one of the official files, whose name says in which folder the images are. Empty captions are left out.
-    InputError for another file.
+    ``path`` is one of the official files: its name says which folder the images are in. Empty captions are left out.
+    InputError for any other file.
     """
     named = _FILE_NAME.fullmatch(path.name)
     if not named:
         raise InputError(
-            f"--captions {path}: must be called as published, such as captions_train2014.json: the name "
-            "tells the folder of the images"
+            f"--captions {path}: keep its published name, such as captions_train2014.json: it says which folder the "
+            "images are in"
         )
 
     def slim(item: dict[str, Any]) -> Any:
@@ -61,7 +61,7 @@ def read_captions(path: Path) -> dict[int, tuple[str, list[str]]]:
 
 
 def read_karpathy(path: Path) -> dict[str, list[int]]:
-    """Split -> image ids in the file's order, of dataset_coco.json; InputError for another file."""
+    """Split -> image ids in the file's order, from dataset_coco.json; InputError for any other file."""
 
     def slim(item: dict[str, Any]) -> Any:
         return (item["cocoid"], item.get("split")) if "cocoid" in item else item if "images" in item else None
@@ -78,14 +78,14 @@ def read_karpathy(path: Path) -> dict[str, list[int]]:
                 "dataset_flickr8k.json and dataset_flickr30k.json are other data sets"
             )
         if item[0] in seen:
-            raise InputError(f"--karpathy {path}: image {item[0]} stands there twice")
+            raise InputError(f"--karpathy {path}: image {item[0]} is listed twice")
         seen.add(item[0])
         splits[KARPATHY[item[1]]].append(item[0])
     return splits
 
 
 def _read_json(path: Path, flag: str, slim: Callable[[dict[str, Any]], Any]) -> Any:
-    """The file's content, each object replaced by what ``slim`` keeps of it as soon as it was read."""
+    """The file's content; each object is replaced by what ``slim`` keeps of it as soon as it has been parsed."""
     try:
         with open_regular(path) as file:
             return json.loads(file.read().decode("utf-8-sig"), object_hook=slim)

@@ -1,4 +1,4 @@
-"""What a data set is like: reports, words, views, and what stands on both sides of a split."""
+"""Statistics of a data set: reports, words, views, and what several splits share."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ Splits = Mapping[str, Sequence[Study]]
 
 
 def quantiles(values: Sequence[float]) -> list[float]:
-    """The QUANTILES of ``values``, each one of them; nothing of nothing."""
+    """The QUANTILES of ``values``, each of which is one of them; [] for no values."""
     return np.quantile(values, QUANTILES, method="nearest").tolist() if len(values) else []
 
 
@@ -24,7 +24,7 @@ def cleaned_reports(splits: Splits, cleaner: str) -> dict[str, list[str]]:
 
 
 def view_statistics(studies: Sequence[Study], expected: int) -> dict[str, Any]:
-    """How many images the studies have, and how many have less or more than the ``expected`` ones that are read."""
+    """How many images the studies have, and how many studies have fewer or more than the ``expected`` number."""
     counts = Counter(len(study.image_paths) for study in studies)
     return {
         "studies": len(studies),
@@ -63,7 +63,7 @@ def report_statistics(cleaned: Sequence[str], tokenizer: Tokenizer, max_seq_leng
 
 
 def vocabulary_statistics(cleaned_train: Iterable[str], tokenizer: Tokenizer, threshold: int) -> dict[str, int]:
-    """Words of the training reports that are kept, and that are too rare for ``threshold``."""
+    """How many words of the training reports the vocabulary keeps, and how many are too rare for ``threshold``."""
     counts = Counter(word for text in cleaned_train for word in text.split())
     return {
         "vocabulary": tokenizer.vocab_size,
@@ -73,7 +73,7 @@ def vocabulary_statistics(cleaned_train: Iterable[str], tokenizer: Tokenizer, th
 
 
 def in_several_splits(keys: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
-    """Key -> the splits it stands in, for every key that stands in more than one; ``keys`` by split."""
+    """Key -> the splits that have it, for every key that more than one has; ``keys`` by split."""
     found: dict[str, list[str]] = {}
     for split in SPLITS:
         for key in dict.fromkeys(keys.get(split, ())):
@@ -82,6 +82,6 @@ def in_several_splits(keys: Mapping[str, Iterable[str]]) -> dict[str, tuple[str,
 
 
 def shared_text(cleaned: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """How many reports of val and test have a text that a training report has too."""
+    """How many reports of val and test are, word for word, a training report too."""
     train = set(cleaned.get("train", ()))
     return {split: sum(text in train for text in cleaned[split]) for split in ("val", "test") if split in cleaned}

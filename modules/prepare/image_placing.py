@@ -1,7 +1,6 @@
-"""Brings a data set's images to the folder that training reads: linked, copied or made smaller, by several processes.
+"""Links, copies or shrinks a data set's images into the folder that training reads, in several processes.
 
-An image appears under its name when it is complete, and one that is there is left alone: an interrupted run goes on
-where it stopped.
+An image gets its name once it is complete, and existing ones are left alone, so an interrupted run can be repeated.
 """
 
 import errno
@@ -26,14 +25,17 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class Placing:
-    """``way``: "link" (hard link: no disk), "copy", or "none" (left where it is). ``resize``: shorter side in pixels,
-    0 for none; images are then written anew, smaller ones at their own size, as PNG or JPEG by the target's name."""
+    """How images are placed.
+
+    ``way``: "link" (a hard link, which takes no disk space), "copy", or "none" (left where they are). ``resize``: the
+    shorter side in pixels, or 0; images are then re-encoded as PNG or JPEG, by the target's suffix, and never enlarged.
+    """
 
     way: str
     resize: int = 0
 
     def place(self, source: Path, target: Path) -> str | None:
-        """Bring one image to ``target``; returns None, or the reason why there is none."""
+        """Place one image at ``target``; returns None, or why it could not be read. InputError where writing fails."""
         if target.is_file():
             return None
         if not source.is_file():
@@ -62,7 +64,7 @@ class Placing:
 def _advice(error: OSError, source: Path, target: Path) -> str:
     if error.errno == errno.EXDEV:
         return (
-            f"{target}: is on another file system than {source}, where hard links cannot lead; give --place copy, "
+            f"{target}: is on another file system than {source}, so it cannot be a hard link; give --place copy, "
             "--place none (images stay where they are) or --resize 256"
         )
     return f"{target}: cannot be written: {error.strerror}"
@@ -82,13 +84,13 @@ def _write_smaller(source: Path, target: Path, resize: int) -> None:
 
 
 def place_all(placing: Placing, pairs: Sequence[tuple[Path, Path]], workers: int) -> Iterator[tuple[Path, str | None]]:
-    """Place (source, target) pairs by ``workers`` processes; yields (target, None or why it is not there) of each."""
+    """Place (source, target) pairs by ``workers`` processes; yields (target, None or why it is missing) for each."""
     chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
     if workers == 1:
         yield from chain.from_iterable(_place_chunk(placing, chunk) for chunk in chunks)
         return
     if placing.resize:
-        import modules.data.images  # noqa: F401  # once, before the processes are made, instead of in each
+        import modules.data.images  # noqa: F401  # once here, not in every process
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from chain.from_iterable(pool.map(_place_chunk, [placing] * len(chunks), chunks))
 
@@ -98,7 +100,7 @@ def _place_chunk(placing: Placing, pairs: Sequence[tuple[Path, Path]]) -> list[t
 
 
 def keep_settings(out: Path, placing: Placing) -> None:
-    """Write down how the images of folder ``out`` are placed; InputError where an earlier run placed them otherwise."""
+    """Record how the images of folder ``out`` are placed; InputError where an earlier run placed them differently."""
     path, settings = out / _SETTINGS, asdict(placing)
     if path.is_file() and (out / "images").is_dir():
         try:
@@ -108,6 +110,6 @@ def keep_settings(out: Path, placing: Placing) -> None:
         if earlier != settings:
             raise InputError(
                 f"{out / 'images'}: an earlier run placed images otherwise ({earlier}, now {settings}); "
-                "give its --place and --resize to go on, another --out, or remove that folder"
+                "give its --place and --resize to continue it, another --out, or remove that folder"
             )
     write_private(path, json.dumps(settings) + "\n")

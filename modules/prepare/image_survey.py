@@ -1,4 +1,4 @@
-"""Decodes every image once, in parallel, and says what it is or what is wrong with it."""
+"""Decodes every image once, in parallel, and reports its size and mode, or what is wrong with it."""
 
 import hashlib
 import signal
@@ -15,7 +15,7 @@ _AT_ONCE = 16  # images handed to a process at a time
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What one file turned out to be; without ``problem`` it can be trained on."""
+    """What is known of one image file; it can be trained on where there is no ``problem``."""
 
     path: str  # as in the annotation
     size: tuple[int, int] = (0, 0)  # width, height, upright; (0, 0) where it cannot be read
@@ -24,9 +24,14 @@ class ImageFacts:
     problem: str = ""
     kind: str = ""  # of the problem
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether it could be decoded; a blank image can."""
+        return self.size != (0, 0)
+
 
 class _Look:
-    """Reads one image; a class so that it travels to another process."""
+    """Reads one image; a class, as it has to be pickled for other processes."""
 
     def __init__(self, folder: ImageFolder, hashed: bool):
         self.folder, self.hashed = folder, hashed
@@ -41,7 +46,7 @@ class _Look:
         except ImageError as error:
             return ImageFacts(path, problem=str(error), kind=error.kind)
         except MemoryError:
-            return ImageFacts(path, problem=f"image {path!r}: no memory left to decode it", kind="out of memory")
+            return ImageFacts(path, problem=f"image {path!r}: not enough memory to decode it", kind="out of memory")
         kind, reason = blank_problem(image) or ("", "")
         problem = f"image {path!r} {reason}" if reason else ""
         return ImageFacts(path, image.size, image.mode, digest, problem, kind)
@@ -50,7 +55,7 @@ class _Look:
 def survey_images(folder: ImageFolder, paths: Sequence[str], *, workers: int, hashed: bool) -> Iterator[ImageFacts]:
     """Facts about each of ``paths``, in their order, read by ``workers`` processes (0: in this one).
 
-    InputError where such a process is killed, with the first image that nothing is known of.
+    InputError, with the first image that has no result, where such a process is killed.
     """
     look = _Look(folder, hashed)
     if workers == 0:

@@ -1,4 +1,4 @@
-"""Who is trained on and who is tested: a published split by study id, or a seeded one that keeps patients whole."""
+"""Training, validation and test split: a published one by study id, or a seeded one that keeps patients together."""
 
 import csv
 import hashlib
@@ -13,9 +13,10 @@ SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # R2Gen's, on IU X-Ray
 
 
 def seeded_split(patients: Sequence[str], seed: int) -> list[str]:
-    """The split of each record, given its patient: 7:1:2 of the records, with all records of a patient in one split.
+    """The split of each record, given its patient: 7:1:2 of the records, all records of a patient in the same split.
 
-    The order is by a hash of seed and patient, so it depends neither on the records' order nor on Python's version.
+    Patients are ordered by a hash of seed and patient, so the result depends neither on the records' order nor on
+    Python's version.
     """
     counts: dict[str, int] = {}
     for patient in patients:
@@ -36,7 +37,7 @@ def seeded_split(patients: Sequence[str], seed: int) -> list[str]:
 def read_split(path: Path) -> dict[str, str]:
     """Study id -> split, in the file's order, from an annotation.json, a JSON object of id lists, or a CSV (id, split).
 
-    Only ids are taken from an annotation. InputError for a file that is none of these, or names an id twice.
+    Only ids are read from an annotation. InputError for any other file, and for one that names an id twice.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -48,7 +49,7 @@ def read_split(path: Path) -> dict[str, str]:
         if not isinstance(identity, str) or not identity:
             raise InputError(f"--split {path}: split '{split}' has an entry without an id")
         if identity in found:
-            raise InputError(f"--split {path}: id {identity[:80]!r} is there twice")
+            raise InputError(f"--split {path}: id {identity[:80]!r} is listed twice")
         found[identity] = split
     if not found:
         raise InputError(f"--split {path}: names no study")

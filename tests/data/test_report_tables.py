@@ -80,7 +80,7 @@ def test_what_is_not_plain_is_said(read, capsys):
         (b"report\n\x81\n", r"not UTF-8 text \(byte 7\)"),
         ("id,report\n1,Eff\0usion.\n", "holds NUL bytes"),
         ('id,report\n1,"Effusion.\n2,Edema.\n', "in row 2 or after it: a quotation mark is never closed"),
-        ('id,report\n1,"The \\"egg shell\\" sign."\n', "a quotation mark stands inside a quoted cell"),
+        ('id,report\n1,"The \\"egg shell\\" sign."\n', "a quotation mark inside a quoted cell must be doubled"),
         ("id,report,split\n1,Effusion.\n", "row 1 has 2 cells where the header has 3"),
         ("small effusion, edema.\nno edema.\n", "quotation marks around reports with commas"),
         ("a secret finding, and more.\nb, c.\n", "names no column such as 'report' or 'id'"),
@@ -109,7 +109,9 @@ def test_captions_are_rows_of_any_length(tmp_path):
 # ---- which rows belong together
 
 
-@pytest.mark.parametrize("name", ["id", "ID", " Study_ID ", "dicom_id", "IMAGE_PATH", "image_id", "uid", ""])
+@pytest.mark.parametrize(
+    "name", ["id", "ID", " Study_ID ", "dicom_id", "IMAGE_PATH", "image_id", "uid", "case", "accession", ""]
+)
 def test_rows_are_matched_by_any_column_of_ids(name):
     references = Table("gts.csv", [name, "report"], [["a", "1"], ["b", "2"]])
     hypotheses = Table("res.csv", ["report", name.upper()], [["two", "b"], ["one", "a"]])
@@ -132,7 +134,7 @@ def test_rows_are_matched_by_the_column_that_tells_them_apart():
         ((["id", "report"], [["a", "x"]]), (["study_id", "report"], [["b", "x"]]), "res.csv: no row with id a"),
         ((["id", "report"], [["1", "x"], ["2", "y"]]), (["ID", "report"], [["1", "x"]]), "res.csv: no row with id 2"),
         ((["id", "report"], [["001", "x"]]), (["id", "report"], [["1.0", "x"]]), "same numbers, written otherwise"),
-        ((["id", "report"], [["a", "x"], ["a", "y"]]), (["id", "report"], [["a", "x"]]), "id a stands in 2 rows"),
+        ((["id", "report"], [["a", "x"], ["a", "y"]]), (["id", "report"], [["a", "x"]]), "id a is in 2 rows"),
         ((["report"], [["x"], ["y"]]), (["report"], [["x"]]), "gts.csv has 2 rows and res.csv 1"),
         ((["report"], []), (["report"], [["x"]]), "gts.csv: no rows below the header"),
     ],
@@ -142,7 +144,17 @@ def test_rows_that_do_not_belong_together_are_refused(left, right, cause):
         match_rows(Table("gts.csv", *left), Table("res.csv", *right))
 
 
+def test_ids_that_tell_no_rows_apart_must_at_least_be_the_same():
+    names = ["subject_id", "report"]
+    references = Table("gts.csv", names, [["p", "1"], ["p", "2"], ["q", "3"]])
+    assert match_rows(references, references) is references
+    with pytest.raises(InputError, match="id p is in 2 rows"):
+        match_rows(references, Table("res.csv", names, references.rows[::-1]))
+
+
 def test_row_by_row_only_where_a_file_has_no_ids(capsys):
     with_ids = Table("gts.csv", ["id", "report"], [["a", "x"]])
     assert match_rows(with_ids, Table("res.csv", ["report"], [["y"]])).rows == [["y"]]
-    assert "only gts.csv has a column of ids: the two files are compared row by row" in capsys.readouterr().err
+    numbered = Table("res.csv", ["", "report"], [["7", "y"]])
+    assert match_rows(with_ids, numbered).rows == numbered.rows
+    assert capsys.readouterr().err.count("only gts.csv has a column of ids: the two files are compared row by row") == 2

@@ -156,7 +156,7 @@ LABELLED = [["report", *CLASSES], ["x", *[""] * 14]]
     ("gts", "res", "flags", "message"),
     [
         ([["report"], ["Edema."]], [["report"], ["Edema."], ["x"]], [], "gts.csv has 1 rows and"),
-        ([["report"], ["Edema."]], LABELLED, [], "label both with one labeler"),
+        ([["report"], ["Edema."]], LABELLED, [], "label both with the same labeler"),
         ([["report"], ["Edema."]], [["report"], ["Edema."]], ["--labeler", "chexbert"], "only our rules"),
         (LABELLED, LABELLED, [], "--labeler is needed"),
         (LABELLED, LABELLED, ["--labeler", "Che Xbert"], "small letters and digits"),
@@ -164,7 +164,7 @@ LABELLED = [["report", *CLASSES], ["x", *[""] * 14]]
         (LABELLED, [["Edema"], ["1"]], ["--labeler", "chexpert"], "no label column No Finding"),
         (LABELLED, [LABELLED[0], ["x", "2", *[""] * 13]], ["--labeler", "chexpert"], "row 1: No Finding is '2'"),
         ([["id", "report"], ["a", "x"]], [["id", "report"], ["b", "x"]], [], "no row with id a"),
-        ([["id", "report"], ["a", "x"], ["a", "y"]], [["id", "report"], ["a", "x"]], [], "id a stands in 2 rows"),
+        ([["id", "report"], ["a", "x"], ["a", "y"]], [["id", "report"], ["a", "x"]], [], "id a is in 2 rows"),
         ([["Edema", "edema"], ["1", "0"]], LABELLED, ["--labeler", "chexpert"], "two columns hold the labels of Edema"),
     ],
 )

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,9 @@ def test_files_become_studies(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "a" / "IM0001").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "a" / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "c" / "1.2.840.5").write_bytes(b"\x08\x00\x16\x00\x1c\0\0\0" + bytes(200))  # without preamble
+    os.mkfifo(tmp_path / "a" / "pipe.png")
 
     def found(group, *paths):
         return [
@@ -170,8 +174,13 @@ def test_files_become_studies(tmp_path):
     assert found("none", "b/2.png", "a") == [("2.png", ["2.png"]), ("IM0001", ["IM0001"]), ("x.jpg", ["x.jpg"])]
     assert found("folder", "") == [("a", ["IM0001", "x.jpg"]), ("b", ["2.png", "10.png"])]
     assert found("all", "b", "b/2.png") == [("b", ["2.png", "10.png"])]
+    assert found("none", "c") == [("1.2.840.5", ["1.2.840.5"])]
+    (tmp_path / "c" / "1.2.840.5").unlink()
     with pytest.raises(InputError, match="no image in this folder"):
         found("none", "c")
+    for special in (str(tmp_path / "a" / "pipe.png"), "/dev/zero"):
+        with pytest.raises(InputError, match="neither a regular file nor a folder"):
+            find_studies([special], "none")
     with pytest.raises(InputError, match="no such file or folder"):
         found("none", "d")
 
@@ -179,20 +188,18 @@ def test_files_become_studies(tmp_path):
 def test_an_unreadable_image_costs_its_own_report_only(demo, trained, tmp_path, monkeypatch, capsys):
     good = next((demo / "images").rglob("*.png"))
     (tmp_path / "bad.png").write_bytes(b"no image")
-    code = run(
-        monkeypatch,
-        predict,
-        "--load",
-        trained / "model_best.pth",
-        tmp_path / "bad.png",
-        good,
-        "--json",
-        tmp_path / "out.json",
-    )
-    assert code == 2
+    Image.new("L", (64, 64)).save(tmp_path / "black.png")
+    dicom(tmp_path / "outside.dcm", WindowCenter=60000, WindowWidth=10)
+    dicom(tmp_path / "low.dcm", WindowCenter=128, WindowWidth=256)  # a window for 8 bits on 12
+    images = [tmp_path / name for name in ("bad.png", "black.png", "outside.dcm", "low.dcm")]
+    arguments = ("--load", trained / "model_best.pth", *images, good, "--json", tmp_path / "out.json")
+    assert run(monkeypatch, predict, *arguments) == 2
     shown = capsys.readouterr().err
-    assert "bad.png" in shown and "1 of 2 studies" in shown and "Traceback" not in shown
-    assert [row["id"] for row in json.loads((tmp_path / "out.json").read_text())["reports"]] == [str(good)]
+    assert "bad.png" in shown and "3 of 5 studies" in shown and "Traceback" not in shown
+    assert "black.png' is blank" in shown and "outside.dcm' is blank: every pixel has the grey value 0" in shown
+    assert "warning: image" in shown and "low.dcm' is nearly blank: 9" in shown
+    written = [row["id"] for row in json.loads((tmp_path / "out.json").read_text())["reports"]]
+    assert written == [str(tmp_path / "low.dcm"), str(good)]
 
 
 def test_what_cannot_predict_is_refused(trained, tmp_path):

@@ -143,7 +143,7 @@ GOOD = caption_file(2014, "train", TRAIN)
         ({"captions_train2014.json": GOOD}, "no caption of image 73, which --karpathy has in train"),
         (
             {"captions_train2014.json": GOOD, "captions_train2017.json": caption_file(2017, "train", TRAIN)},
-            "stands in another file too",
+            "is in another file too",
         ),
     ],
 )
@@ -161,7 +161,7 @@ def test_wrong_caption_files_get_one_line(prepare, captions, part):
         ({"image": []}, "it needs a list 'images'"),
         ([], "it needs a list 'images'"),
         (karpathy(train=[9], dev=[25]), "image 1 needs a cocoid, and a split of"),
-        (karpathy(train=[9], val=[9]), "image 9 stands there twice"),
+        (karpathy(train=[9], val=[9]), "image 9 is listed twice"),
         ({"images": [{"split": "train", "filename": "1.jpg"}]}, "image 0 needs a cocoid"),
     ],
 )

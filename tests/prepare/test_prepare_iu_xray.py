@@ -260,7 +260,7 @@ def test_missing_images_take_no_record_away(openi, tmp_path, monkeypatch):
     [
         ('{"train": [], "val": []}', "lists under train, val, test"),
         ("{", "not valid JSON"),
-        ('{"train": ["a", "a"], "val": [], "test": []}', "'a' is there twice"),
+        ('{"train": ["a", "a"], "val": [], "test": []}', "'a' is listed twice"),
         ('{"train": [{"report": "x"}], "val": [], "test": []}', "an entry without an id"),
         ('{"train": [], "val": [], "test": []}', "names no study"),
     ],
