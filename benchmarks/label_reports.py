@@ -27,6 +27,7 @@ from modules.runtime.errors import InputError, run_entry_point
 Labels = list[int | None]  # 14, in the order of CLASSES
 Place = tuple[str, str | int | None, int, int]  # table, entry of it, start and end of an alternative in its pattern
 _NEVER = "(?!)"
+_LOOKAROUND = re.compile(r"\(\?<?[!=](?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
 _OPENING = re.compile(r"\((?:\?(?:[:=!]|<[=!]))?")
 
 
@@ -122,6 +123,20 @@ def correct(truth: Labels, ours: Labels) -> int:
     return sum(first == second for first, second in zip(truth, ours, strict=True))
 
 
+def _loosened(place: Place) -> re.Pattern[str] | None:
+    """A pattern that matches every sentence in which the alternative can; None where that is not plain."""
+    table, key, start, end = place
+    value = getattr(clinical_rules, table)
+    pattern = (value if key is None else value[key][1] if table == "CONVENTIONS" else value[key])[start:end]
+    loose = _LOOKAROUND.sub("", pattern)
+    if table == "ONE_SIDE" or re.search(r"[$^]|\(\?[<!=]| and", loose):  # anchors are those of a part of the sentence
+        return None
+    try:
+        return re.compile(loose)
+    except re.error:  # deeper lookarounds than are left out
+        return None
+
+
 def supports(reports: list[str], truth: list[Labels]) -> dict[Place, set[int]]:
     """For each alternative, the reports whose labels get worse without it."""
     base = RuleLabeler()
@@ -132,8 +147,9 @@ def supports(reports: list[str], truth: list[Labels]) -> dict[Place, set[int]]:
     from tqdm import tqdm
 
     for place in tqdm(places(), desc="alternatives", unit="alternative"):
-        labeler = without([place])
-        changed = {sentence for sentence, labels in known.items() if labeler.label_sentence(sentence) != labels}
+        labeler, pattern = without([place]), _loosened(place)
+        touched = (sentence for sentence in known if pattern is None or pattern.search(sentence))
+        changed = {sentence for sentence in touched if labeler.label_sentence(sentence) != known[sentence]}
         support[place] = {
             index
             for index, parts in enumerate(sentences)

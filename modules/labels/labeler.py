@@ -100,7 +100,7 @@ class RuleLabeler:
                     yield name, match
 
     def _judge_finding(self, sentence: str, start: int, end: int, breaks: list[tuple[int, int]]) -> int:
-        """Decide a mention by the cues before and after it, as far as they reach; "no" before it outranks doubt."""
+        """Decide a mention by the cues that reach it from before and after; a "no" before it outranks doubt."""
         scope_start, scope_end = 0, len(sentence)
         for first, last in breaks:
             if last <= start:
@@ -121,7 +121,7 @@ class RuleLabeler:
         return POSITIVE
 
     def _judge_anatomy(self, name: str, sentence: str) -> int:
-        """Decide the size of heart or mediastinum by what the sentence says of it; without a word it is abnormal."""
+        """Decide the size of heart or mediastinum by the words of its sentence; positive where none of them says."""
         if self._cues["NOT_NORMAL"].search(sentence):
             return POSITIVE
         if self._cues["STABLE_BEFORE_NORMAL"].search(sentence) or self._cues["SIZE_DOUBTED"].search(sentence):

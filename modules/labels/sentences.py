@@ -19,7 +19,7 @@ _BACKGROUND = (
     r"|(?:type of |date of )?(?:exam(?:ination)?s?|procedures?|study|studies)|date|hpi|pmh|hx"
 )
 _RESULT = r"(?:findings?|impressions?|conclusions?|opinion|interpretation|report|assessment)"
-# At the start of a line or sentence; those of results anywhere, since "Indication: pain Findings: ..." occurs.
+# At the start of a line or sentence; result headings anywhere, since "Indication: pain Findings: ..." occurs.
 _HEADING = re.compile(
     rf"(?:^|(?<=[.;]))[^\S\n]*(?P<background>{_BACKGROUND})[^\S\n]*(?::|$)"
     rf"|\b{_RESULT}[^\S\n]*:|^[^\S\n]*[a-z][a-z /&,()-]{{2,40}}:",
@@ -36,7 +36,7 @@ _PLAIN = str.maketrans(
     | dict.fromkeys("\u2013\u2014\u2212", " - ") | dict.fromkeys("\u2022\u00b7\u25aa\u25cf\u25e6", "\n- ")
 )  # fmt: skip
 _HYPHENATED = re.compile(r"(?<=[A-Za-z]{2})-\n\s*(?=[A-Za-z]{2})")
-# A line that begins so begins a sentence, unless the line before it ends in a word that cannot end one.
+# A line that starts like this begins a sentence, unless the line before it ends in a word that cannot end one.
 _NEW_LINE = re.compile(
     r"(?:[-*+>]|\(?(?:\d{1,2}|[a-hA-H])[.)])\s"
     r"|(?:[A-Z][a-z]|[A-Z]{2,5}\s|no\b|there (?:is|are)\b|[A-Za-z][A-Za-z /&()-]{2,40}:)"
@@ -60,12 +60,12 @@ _DOUBTED = re.compile(r"(?:^|(?<=[\s,(;:.-]))\?\s*(?=[a-z])")  # "?pneumonia", "
 _MISSING = {"", "nan", "none", "null", "na", "n/a", "<na>", "nat"}  # what spreadsheets and pandas write
 _LETTER = re.compile(r"[^\W\d_]")
 _SPACE_BEFORE = re.compile(r"[^\S\n]+(?=[.,;:!]|\?(?:\s|$))")
-# A first sentence that says who the patient is or what the examination was to find out, where more follow.
+# A first sentence about the patient or the question of the examination; left out if more sentences follow.
 _WHY = re.compile(
     r"(?:this is )?(?:an? )?(?:\d{1,3}|_+|xxxx)[ -]*(?:years?|yrs?|months?|weeks?|days?|y)[ -/]*(?:old|o)\b"
     r"|(?:please )?(?:rule out|(?:evaluate|assess) for)\b"
 )
-# "..., it has resolved", "Today there is none.": about what the sentence before it names.
+# "..., it has resolved", "Today there is none.": refers to the findings before it.
 _NO_MORE = re.compile(
     r"[.;,]?\s*\b(?:(?:and|but|today|now|currently|at present|on (?:the (?:current|present)|this|today's) \w+),? )*"
     r"(?:there (?:is|are) (?:now )?none\b"
@@ -76,7 +76,7 @@ _NO_MORE = re.compile(
     r"(?:(?!,| but | and | with )[^.;])*"
 )
 _PRONOUNS = (" none", " it ", " this ", " these ", " they ", " which ", " it's ")
-GONE = " [gone]"  # what such a clause is replaced by
+GONE = " [gone]"  # replaces such a clause
 
 
 def split_sentences(text: str) -> list[str]:
