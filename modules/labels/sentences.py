@@ -59,6 +59,7 @@ _SHORTENED = re.compile(r"(?<![a-z])(?:and/or|andor|w/o|w/|s/p|r/o|c/w)(?![a-z])
 _DOUBTED = re.compile(r"(?:^|(?<=[\s,(;:.-]))\?\s*(?=[a-z])")  # "?pneumonia", "opacity, ? pneumonia"
 _MISSING = {"", "nan", "none", "null", "na", "n/a", "<na>", "nat"}  # what spreadsheets and pandas write
 _LETTER = re.compile(r"[^\W\d_]")
+_SPACED = (" .", " ,", " ;", " :", " !", " ?")
 _SPACE_BEFORE = re.compile(r"[^\S\n]+(?=[.,;:!]|\?(?:\s|$))")
 # A first sentence about the patient or the question of the examination; left out if more sentences follow.
 _WHY = re.compile(
@@ -67,13 +68,15 @@ _WHY = re.compile(
 )
 # "..., it has resolved", "Today there is none.": refers to the findings before it.
 _NO_MORE = re.compile(
-    r"[.;,]?\s*\b(?:(?:and|but|today|now|currently|at present|on (?:the (?:current|present)|this|today's) \w+),? )*"
-    r"(?:there (?:is|are) (?:now )?none\b"
+    r"\b(?:there (?:is|are) (?:now )?none\b"
     r"|(?:it|this|these|they|which)(?: (?:is|are|has|have|can|cannot|now|since|been|be|completely|fully|entirely))+ "
     r"(?:gone|resolved|cleared|disappeared|removed|no longer|(?:not|no more)(?: \w+)? "
     r"(?:seen|visible|present|identified|evident|visuali[sz]ed|demonstrated))\b"
     r"(?! (?:on|in) (?:the |an? )?(?:\w+ )?(?:lateral|frontal|prior|previous|earlier)))"
     r"(?:(?!,| but | and | with )[^.;])*"
+)
+_NOW = re.compile(
+    r"[.;,]?\s*(?:\b(?:and|but|today|now|currently|at present|on (?:the (?:current|present)|this|today's) \w+),? )*$"
 )
 _PRONOUNS = (" none", " it ", " this ", " these ", " they ", " which ", " it's ")
 GONE = " [gone]"  # replaces such a clause
@@ -101,15 +104,26 @@ def split_sentences(text: str) -> list[str]:
         text = re.sub(r"(?<=[a-z])/(?=[a-z])", " / ", text)
     if "?" in text:
         text = _DOUBTED.sub("questionable ", text)
-    text = _SPACE_BEFORE.sub("", text.replace(" ,", ", "))
-    text = _ITEM.sub("\n", text)
+    if any(mark in text for mark in _SPACED):
+        text = _SPACE_BEFORE.sub("", text.replace(" ,", ", "))
+    if "\n" in text or ")" in text or "1." in text:
+        text = _ITEM.sub("\n", text)
     if any(word in text for word in _PRONOUNS):
-        text = _NO_MORE.sub(GONE, text)
+        text = _without_pronouns(text)
     sentences = [" ".join(sentence.split()) for sentence in _SENTENCE_END.split(text)]
     sentences = [sentence for sentence in sentences if _LETTER.search(sentence)]
     if len(sentences) > 1 and _WHY.match(sentences[0]):
         del sentences[0]
     return sentences
+
+
+def _without_pronouns(text: str) -> str:
+    """``text`` with GONE in place of clauses that say of the findings before them that they are not there any more."""
+    kept, position = [], 0
+    for match in _NO_MORE.finditer(text):
+        kept += [text[position : _NOW.search(text, position, match.start()).start()], GONE]
+        position = match.end()
+    return "".join([*kept, text[position:]])
 
 
 def is_missing(text: str) -> bool:
