@@ -14,6 +14,7 @@ from models.settings import declared_presets
 from modules.config import BACKBONE_SETTINGS, TRAIN_ONLY, Config, settings_of, settings_with
 from modules.data.dataset_specs import DATASETS
 from modules.runtime.errors import InputError, did_you_mean
+from modules.runtime.settings import part_of
 
 # Flags of R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN that had no effect on results there, or are decided
 # in another way here. The number of values that each takes: 0 (a switch) or 1.
@@ -332,7 +333,7 @@ def _is(kind: type, value: Any) -> bool:
 
 def flags_in_effect(
     given: Mapping[str, Any],
-    saved: Mapping[str, Any] | None = None,
+    config: Config,
     *,
     testing: bool = False,
     loaded: bool = False,
@@ -340,20 +341,18 @@ def flags_in_effect(
 ) -> tuple[dict[str, Any], list[str]]:
     """The flags ``given`` that this run depends on, and lines for the log that name the others and why.
 
-    ``saved`` are the settings of a checkpoint, if it has some; ``loaded`` says that weights come from one, and
+    ``config`` is what all of them resolve to; ``loaded`` says that weights come from a checkpoint, and
     ``own_vocabulary`` that the vocabulary does too.
     """
-    values = {**(saved or {}), **given}
-    name = values.get("model_name", Config.model_name)
-    kind = settings_class(name)
-    own = kind(**{item.name: values[item.name] for item in dataclasses.fields(kind) if item.name in values})
+    name = config.model_name
+    own = part_of(config, settings_class(name))
     stored = settings_with("initial")
     stored = stored | settings_with("vocabulary") if own_vocabulary else stored - settings_with("vocabulary")
     labels = () if backbone_class(name).needs_labels else (*LABEL_FILES, "cluster_order")
     reasons: dict[str, Collection[str]] = {
         "only training depends on them": TRAIN_ONLY if testing else (),
         "stored in the checkpoint": stored if loaded else (),
-        f"not settings of --model_name {name}": settings_of(*BACKBONE_SETTINGS) - settings_of(kind),
+        f"not settings of --model_name {name}": settings_of(*BACKBONE_SETTINGS) - settings_of(own),
         f"--model_name {name} needs no labels": labels,
         "labels are predicted from the image": LABEL_FILES if testing and not own.reads_reference_labels else (),
     }

@@ -48,7 +48,8 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     else:
         given = {"suppress_unk": False, **given}  # published figures were made with <unk>
     # Results say how the model was trained, not what its test was told of training.
-    given, idle = flags_in_effect(given, settings, testing=True, loaded=True, own_vocabulary=ours)
+    tested = resolve_config({name: value for name, value in given.items() if name not in TRAIN_ONLY}, settings)
+    given, idle = flags_in_effect(given, tested, testing=True, loaded=True, own_vocabulary=ours)
     config = resolve_config(given, settings)
     log = start_log()
     for line in (*ignored, *idle):

@@ -123,16 +123,16 @@ def _settings(given: Mapping[str, Any], source: Source | None, start: Start | No
     if start is not None:
         require_same_network(given, start.settings, start.path)
     own_vocabulary = loaded is not None and loaded.tokenizer is not None
-    given, idle = flags_in_effect(given, saved, loaded=loaded is not None, own_vocabulary=own_vocabulary)
+    config = resolve_config(given, saved)
+    given, idle = flags_in_effect(given, config, loaded=loaded is not None, own_vocabulary=own_vocabulary)
     for line in idle:
         logger.info("%s", line)
-    config = resolve_config(given, saved)
     if config.self_critical and loaded is None:
         raise InputError(
             "--self_critical: this stage starts from a model that already writes reports; train with cross entropy "
             "first, then give --load results/RUN/model_best.pth and another --save_dir"
         )
-    return config, given
+    return resolve_config(given, saved), given
 
 
 def _begin(config: Config, folder: CheckpointFolder, source: Source | None) -> None:

@@ -245,7 +245,7 @@ def test_a_weighted_loss_term(project, demo, demo_index):
     shown = project.run(["main_train.py", "--help"], [*train, "--uniformity_weight", 3])
     assert "--uniformity_weight FLOAT" in shown and "weight of the uniformity (default: 0.0)" in shown
     [row] = json.loads((project.root / "run" / "history.json").read_text())
-    assert row["train_uniformity"] < 0 and "train_uniformity=" in (project.root / "run" / "train.log").read_text()
+    assert row["train_uniformity"] < 0 and "  uniformity " in (project.root / "run" / "train.log").read_text()
     weights = {"nll": 1, "contrastive": 0.1, "cosine": 0.2, "uniformity": 3}
     expected = sum(weight * row[f"train_{name}"] for name, weight in weights.items())
     assert row["train_loss"] == pytest.approx(expected, rel=1e-5)

@@ -296,7 +296,7 @@ def test_a_replaced_test_image_is_counted_and_not_shown(train, demo, tmp_path):
     annotation["test"][0] |= {"id": "unreadable", "image_path": ["none.png"], "view": []}
     (tmp_path / "one_bad.json").write_text(json.dumps(annotation))
     folder = train("--ann_path", tmp_path / "one_bad.json", "--on_bad_image", "skip", "--report_samples", 200)
-    assert "1 of 104 samples stood in" in (folder / "train.log").read_text()
+    assert "1 of 104 samples replaced some with unreadable images" in (folder / "train.log").read_text()
     assert "unreadable" not in (folder / "exports" / "predicted_reports.csv").read_text()
     assert (folder / "report.html").read_text().count("<article") == 104
 

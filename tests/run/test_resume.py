@@ -233,7 +233,7 @@ def test_shards_are_read_on_at_the_right_sample(run, demo, demo_index, tmp_path)
         run("part", "--shards", tmp_path / "shards", shutdown=StopAt(2))
     for flags, reason in (
         (["--shards", tmp_path / "others"], "others': --resume .* began with other shards"),
-        (["--shards", ""], "--shards '': --resume .* in the middle of epoch 1, which began with"),
+        (["--shards", ""], "--shards '': --resume .* is from the middle of epoch 1, which began with"),
         (["--batch_size", 1], "--batch_size 1: the run of .* began with 2"),
     ):
         with pytest.raises(InputError, match=reason):

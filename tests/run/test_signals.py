@@ -265,7 +265,7 @@ def test_the_program_itself_stops_and_goes_on(demo, tmp_path):
         seen = []
         for line in process.stdout:
             seen.append(line)
-            if "step 1 " in line:
+            if "step 1: " in line:
                 break
         os.killpg(process.pid, signal.SIGTERM)
         seen.append(process.stdout.read())
