@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modules.config import TRAIN_ONLY
 from modules.data.tokenizers import tokenizer_from_state
 from modules.flags import flags_in_effect, resolve_config
 from modules.run.build import build_objective, build_tester, load_weights, prepare_device, with_precision
