@@ -110,7 +110,8 @@ def assert_same(one, other, where=""):
 def logged(folder):
     """The losses in the log, and what was judged; not the times."""
     lines = [line.split(" INFO ")[1] for line in (folder / "train.log").read_text().splitlines() if " INFO " in line]
-    return [re.sub(r" seconds=\S+", "", line) for line in lines if re.match(r"epoch \d+( step|:)|best epoch", line)]
+    kept = [line for line in lines if re.match(r"epoch \d+( step|:)|  (training|validation) |best epoch", line)]
+    return [re.sub(r" in \d+ min \d+ s,", "", line) for line in kept]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(run):
