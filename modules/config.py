@@ -137,9 +137,18 @@ class NetworkSettings:
     tokenizer: str = setting(
         "auto",
         "backbone",
-        "word: words of the training reports; bpe: GPT-2's byte pairs, from the files in --gpt2_path; auto: bpe for "
-        "VisualGPT where --gpt2_path has them, else word",
-        choices=("auto", "word", "bpe"),
+        "word: words of the training reports; subword: pieces of words, learnt from the training reports, for any "
+        "language; character: the characters of the training reports; bpe: GPT-2's byte pairs, from the files in "
+        "--gpt2_path; auto: bpe for VisualGPT where --gpt2_path has them, else word",
+        choices=("auto", "word", "subword", "character", "bpe"),
+        exported=True,
+        vocabulary=True,
+    )
+    subword_vocabulary: int = setting(
+        2000,
+        "backbone",
+        "--tokenizer subword: most tokens; a pair of pieces seen less often than --threshold is not merged",
+        low=1,
         exported=True,
         vocabulary=True,
     )

@@ -354,6 +354,7 @@ def flags_in_effect(
         "stored in the checkpoint": stored if loaded else (),
         f"not settings of --model_name {name}": settings_of(*BACKBONE_SETTINGS) - settings_of(own),
         f"--model_name {name} needs no labels": labels,
+        "only --tokenizer subword depends on it": () if config.tokenizer == "subword" else ("subword_vocabulary",),
         "labels are predicted from the image": LABEL_FILES if testing and not own.reads_reference_labels else (),
     }
     left, lines = dict(given), []

@@ -12,6 +12,7 @@ import dataclasses
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -59,7 +60,7 @@ def check(config: Config, hashed: bool) -> Findings:
         data_checks.check_reports(
             samples,
             findings,
-            cleaner=config.dataset.cleaner,
+            tokenizer=check_vocabulary(config, samples, findings),
             threshold=config.threshold,
             beam_size=config.beam_size,
             max_seq_length=config.max_seq_length,
@@ -83,6 +84,22 @@ def check(config: Config, hashed: bool) -> Findings:
             hashed=hashed,
         )
     return findings
+
+
+def check_vocabulary(config: Config, annotation: Annotation, findings: Findings) -> Any:
+    """The tokenizer of the training reports, words in place of GPT-2's byte pairs, and whether it fits them."""
+    from modules.data.tokenizers import Tokenizer, count_words
+    from modules.run.vocabulary import build_tokenizer, many_unknown, needs_spaces
+
+    reports = [study.report for study in annotation.splits["train"]]
+    if config.tokenizer in ("subword", "character"):
+        return build_tokenizer(config, reports, kind="word")
+    counts = count_words(reports, config.dataset.cleaner)
+    if problem := needs_spaces(config, reports):
+        findings.add("reports have no spaces between words", problem, annotation.path)
+    elif line := many_unknown(counts, config.threshold):
+        findings.statistics["advice"] = line
+    return Tokenizer.from_counts(counts, config.threshold, config.dataset.cleaner)
 
 
 def check_index(config: Config, annotation: Annotation, findings: Findings) -> None:

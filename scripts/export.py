@@ -83,11 +83,11 @@ def to_checkpoint(source: Path, out: Path) -> None:
     """Folder -> checkpoint; InputError where its weights do not fit its settings."""
     import dataclasses
 
-    from modules.data.tokenizers import tokenizer_from_state
     from modules.flags import resolve_config
     from modules.inference.hub_format import read_hub_folder
     from modules.ithn.objective import Objective
     from modules.run.build import build_backbone, build_extractor, load_weights, prepare_device
+    from modules.run.vocabulary import tokenizer_from_state
     from modules.training.checkpoint import FORMAT
     from scripts.convert_checkpoint import write
 

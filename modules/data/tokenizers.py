@@ -1,20 +1,17 @@
 """The word tokenizer of the R2Gen family: report cleaning, vocabulary and ids, equal to theirs bit for bit.
 
-Captions of natural images are cleaned by other rules. One id, 0, is begin, end and padding at once; words have the ids
-1..V.
+Captions of natural images, and reports in other languages, are cleaned by other rules. One id, 0, is begin, end and
+padding at once; words have the ids 1..V.
 """
 
 import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from modules.data.languages import words_of
 from modules.runtime.errors import InputError
-
-if TYPE_CHECKING:
-    from modules.data.bpe_tokenizer import BpeTokenizer
 
 BOS = EOS = PAD = 0
 UNKNOWN = "<unk>"
@@ -52,7 +49,7 @@ def _clean_caption(caption: str) -> str:
 # A data set's DataSpec names one of these, and a checkpoint's vocabulary keeps the name.
 CLEANERS: dict[str, Callable[[str], str]] = {
     name: functools.partial(_clean_with, replacements) for name, replacements in _REPLACEMENTS.items()
-} | {"coco": _clean_caption}
+} | {"coco": _clean_caption, "any": words_of}
 
 
 def clean_report(report: str, cleaner: str) -> str:
@@ -60,6 +57,27 @@ def clean_report(report: str, cleaner: str) -> str:
     if not isinstance(cleaner, str) or cleaner not in CLEANERS:
         raise InputError(f"cleaner {cleaner!r} is unknown; choose one of {', '.join(CLEANERS)}")
     return CLEANERS[cleaner](report)
+
+
+def count_words(reports: Iterable[str], cleaner: str) -> Counter[str]:
+    """How often each token occurs in the cleaned ``reports``."""
+    return Counter(token for report in reports for token in clean_report(report, cleaner).split())
+
+
+def unknown_share(counts: Mapping[str, int], threshold: int) -> float:
+    """The share of all tokens that ``threshold`` turns into <unk>, in [0, 1]."""
+    return sum(count for count in counts.values() if count < threshold) / max(sum(counts.values()), 1)
+
+
+def largest_threshold(counts: Mapping[str, int], share: float) -> int:
+    """The largest threshold that turns at most ``share`` of all tokens into <unk>."""
+    total, lost = sum(counts.values()), 0
+    by_count = Counter(counts.values())
+    for count in sorted(by_count):
+        lost += count * by_count[count]
+        if lost > share * total:
+            return count
+    return 1
 
 
 class Tokenizer:
@@ -80,7 +98,11 @@ class Tokenizer:
     @classmethod
     def from_reports(cls, reports: Iterable[str], threshold: int, cleaner: str) -> "Tokenizer":
         """Vocabulary of <unk> and the tokens seen at least ``threshold`` times in ``reports`` (the train split)."""
-        counts = Counter(token for report in reports for token in clean_report(report, cleaner).split())
+        return cls.from_counts(count_words(reports, cleaner), threshold, cleaner)
+
+    @classmethod
+    def from_counts(cls, counts: Mapping[str, int], threshold: int, cleaner: str) -> "Tokenizer":
+        """The same, of the ``counts`` that ``count_words`` gives."""
         frequent = {token for token, count in counts.items() if count >= threshold}
         return cls(sorted(frequent | {UNKNOWN}), cleaner)
 
@@ -137,12 +159,3 @@ class Tokenizer:
         if not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
             raise InputError("tokenizer state: expected {'tokens': [strings], 'cleaner': name}")
         return cls(tokens, state.get("cleaner"))
-
-
-def tokenizer_from_state(state: dict) -> "Tokenizer | BpeTokenizer":
-    """The tokenizer whose ``state()`` a checkpoint stores; InputError for anything else."""
-    if isinstance(state, dict) and isinstance(state.get("bpe"), str):
-        from modules.data.bpe_tokenizer import BpeTokenizer
-
-        return BpeTokenizer(state["bpe"], state.get("cleaner"))
-    return Tokenizer.from_state(state)

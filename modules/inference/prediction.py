@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from modules.data.languages import join_words
 from modules.data.transforms import Transform
 from modules.decoding.options import DecodingOptions
 from modules.inference.attention import recorded_attention, view_maps
@@ -24,7 +25,7 @@ WARNING = (
     "Research software, not a medical device: these reports are written by a statistical model, may be wrong in "
     "any sentence, and must not be used for care."
 )
-SENTENCE_END = "."
+SENTENCE_ENDS = (".", "\u3002", "\u0964")  # the full stop, that of Chinese and Japanese, and the danda
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class WrittenReport:
 
     @property
     def text(self) -> str:
-        return " ".join(self.words)
+        return join_words(self.words)
 
     @property
     def log_prob(self) -> float:
@@ -64,9 +65,9 @@ class WrittenReport:
     @property
     def sentences(self) -> list[WrittenSentence]:
         """The report split after every full stop; words after the last one form a sentence too."""
-        cuts = [0, *(i for i, word in enumerate(self.words, start=1) if word == SENTENCE_END), len(self.words)]
+        cuts = [0, *(i for i, word in enumerate(self.words, start=1) if word in SENTENCE_ENDS), len(self.words)]
         return [
-            WrittenSentence(" ".join(self.words[start:stop]), start, stop, sum(self.log_probs[start:stop]))
+            WrittenSentence(join_words(self.words[start:stop]), start, stop, sum(self.log_probs[start:stop]))
             for start, stop in itertools.pairwise(cuts)
             if start < stop
         ]

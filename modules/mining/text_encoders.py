@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from modules.data.languages import lacks_spaces, words_of
 from modules.runtime.errors import InputError
 from modules.runtime.hub import download_model, respelled
 from modules.runtime.records import private_folder
@@ -73,6 +74,8 @@ class TfidfEncoder:
         from scipy import sparse
         from sklearn.feature_extraction.text import TfidfVectorizer
 
+        if lacks_spaces(texts):
+            texts = list(map(words_of, texts))
         # The usual pattern would drop words of one letter.
         vectorizer = TfidfVectorizer(token_pattern=r"\w+", ngram_range=(1, 2), sublinear_tf=True, dtype=np.float32)
         try:

@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# A full stop ends a sentence where white space or nothing follows: not in "1.5 cm".
-_END = re.compile(r"\s*\.(?:\s+|$)")
+# A full stop ends a sentence where white space or nothing follows: not in "1.5 cm". Chinese, Japanese and Hindi have
+# full stops of their own.
+_END = re.compile(r"\s*(?:\.(?:\s+|$)|[\u3002\u0964]\s*)")
 
 
 class Sentence(NamedTuple):

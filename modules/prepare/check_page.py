@@ -27,6 +27,8 @@ def render_statistics(found: Mapping[str, Any], max_seq_length: int, image_size:
             f"vocabulary: {words['vocabulary']:,} tokens with <unk>, of {words['different_words']:,} words of "
             f"the training reports; {words['rarer_than_threshold']:,} are rarer than --threshold"
         )
+    if advice := found.get("advice"):
+        lines.append(advice)
     if images := found.get("images"):
         lines += _image_lines(images, image_size)
     if detections := found.get("detections"):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from modules.data.annotations import Annotation, Study, read_annotation
-from modules.data.tokenizers import Tokenizer
 from modules.labels.sentences import is_missing
 from modules.runtime.errors import InputError, Problem
 
@@ -88,14 +87,13 @@ def normal(path: str) -> str:
 
 
 def check_reports(
-    annotation: Annotation, findings: Findings, *, cleaner: str, threshold: int, beam_size: int, max_seq_length: int
+    annotation: Annotation, findings: Findings, *, tokenizer: Any, threshold: int, beam_size: int, max_seq_length: int
 ) -> None:
     """Reports without words, splits that cannot be scored; vocabulary, lengths, unknown words, equal reports."""
     from modules.prepare import data_statistics
 
     path, splits = annotation.path, annotation.splits
-    cleaned = data_statistics.cleaned_reports(splits, cleaner)
-    tokenizer = Tokenizer.from_reports([study.report for study in splits["train"]], threshold, cleaner)
+    cleaned = data_statistics.cleaned_reports(splits, tokenizer.cleaner)
     for split, studies in splits.items():
         for study, text in zip(studies, cleaned[split], strict=True):
             _check_report(study, text, path, findings)
@@ -105,7 +103,10 @@ def check_reports(
         findings.problems.append(Problem("vocabulary is too small", message, path))
     findings.statistics["vocabulary"] = data_statistics.vocabulary_statistics(cleaned["train"], tokenizer, threshold)
     findings.statistics["reports"] = {
-        split: data_statistics.report_statistics(texts, tokenizer, max_seq_length) for split, texts in cleaned.items()
+        split: data_statistics.report_statistics(
+            [study.report for study in splits[split]], texts, tokenizer, max_seq_length
+        )
+        for split, texts in cleaned.items()
     }
     findings.statistics["text_shared_with_train"] = data_statistics.shared_text(cleaned)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from modules.data.annotations import SPLITS, Study
-from modules.data.tokenizers import Tokenizer, clean_report
+from modules.data.tokenizers import clean_report
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 Splits = Mapping[str, Sequence[Study]]
@@ -37,16 +37,18 @@ def view_statistics(studies: Sequence[Study], expected: int) -> dict[str, Any]:
     }
 
 
-def report_statistics(cleaned: Sequence[str], tokenizer: Tokenizer, max_seq_length: int) -> dict[str, Any]:
+def report_statistics(
+    reports: Sequence[str], cleaned: Sequence[str], tokenizer: Any, max_seq_length: int
+) -> dict[str, Any]:
     """Lengths in tokens with begin and end, what --max_seq_length cuts, <unk>s, and reports of the same cleaned text.
 
     The quantiles of the lengths are those of QUANTILES.
     """
     lengths, unknown = [], 0
-    for text in cleaned:
-        words = text.split()
-        lengths.append(len(words) + 2)
-        unknown += sum(word not in tokenizer.token2idx for word in words)
+    for report in reports:
+        ids = tokenizer.encode(report)
+        lengths.append(len(ids))
+        unknown += ids.count(tokenizer.unk_id)
     total = sum(lengths)
     same = Counter(cleaned)
     commonest = same.most_common(1)[0][1] if same else 0
@@ -62,7 +64,7 @@ def report_statistics(cleaned: Sequence[str], tokenizer: Tokenizer, max_seq_leng
     }
 
 
-def vocabulary_statistics(cleaned_train: Iterable[str], tokenizer: Tokenizer, threshold: int) -> dict[str, int]:
+def vocabulary_statistics(cleaned_train: Iterable[str], tokenizer: Any, threshold: int) -> dict[str, int]:
     """How many words of the training reports the vocabulary keeps, and how many are too rare for ``threshold``."""
     counts = Counter(word for text in cleaned_train for word in text.split())
     return {

@@ -20,7 +20,8 @@ from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
 from modules.ithn.weights import load_published_state
 from modules.layers.visual_extractor import VisualExtractor
-from modules.run.data import AnyTokenizer, Data, backbone_settings, clusters, score_tag
+from modules.run.data import Data, backbone_settings, clusters, score_tag
+from modules.run.vocabulary import AnyTokenizer
 from modules.runtime import distributed
 from modules.runtime.environment import choose_device, choose_precision
 from modules.runtime.errors import InputError

@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,10 +16,10 @@ from modules.data.annotations import Annotation, Study, read_annotation
 from modules.data.datasets import EpochLoader, ReportDataset, build_loader
 from modules.data.images import ImageFolder
 from modules.data.loaders import LimitedLoader
-from modules.data.tokenizers import Tokenizer
 from modules.data.transforms import Transform, eval_transform, train_transform
 from modules.ithn.synthesis import DRAWING_NEIGHBOURS, NEEDING_NEGATIVES
 from modules.mining.index import HardNegativeIndex
+from modules.run.vocabulary import AnyTokenizer, build_tokenizer
 from modules.runtime import distributed
 from modules.runtime.errors import InputError
 from modules.runtime.records import private_folder
@@ -27,7 +27,6 @@ from modules.runtime.run_log import Bar
 from modules.runtime.settings import part_of
 
 if TYPE_CHECKING:  # what only some runs need is imported where it is used
-    from modules.data.bpe_tokenizer import BpeTokenizer
     from modules.data.detection_features import DetectionFeatures
     from modules.data.feature_cache import FeatureCache
     from modules.data.image_cache import ImageCache
@@ -36,7 +35,6 @@ if TYPE_CHECKING:  # what only some runs need is imported where it is used
     from modules.layers.visual_extractor import VisualExtractor
 
 logger = logging.getLogger("ithn")
-AnyTokenizer = Union[Tokenizer, "BpeTokenizer"]
 
 FIRST_IMAGES = 100  # of a split, among which one must be found
 MEAN_STUDIES = 256  # the standard error of their mean is 1/16 of the patches' spread
@@ -127,33 +125,6 @@ def clusters(config: Config) -> tuple[str, ...]:
     from modules.labels.study_labels import class_order
 
     return class_order(config.cluster_order, "cluster_order")
-
-
-def build_tokenizer(config: Config, reports: Sequence[str], *, kind: str) -> AnyTokenizer:
-    """The tokenizer that --tokenizer names; auto is the backbone's ``kind``, bpe only where --gpt2_path is given."""
-    wants_bpe = config.tokenizer == "bpe" or (config.tokenizer == "auto" and kind == "bpe" and config.gpt2_path)
-    if wants_bpe and not config.gpt2_path:
-        raise InputError(
-            "--tokenizer bpe: give the folder or hub id with GPT-2's vocab.json and merges.txt as --gpt2_path"
-        )
-    if wants_bpe:
-        from modules.data.bpe_tokenizer import BpeTokenizer, find_gpt2
-
-        folder = find_gpt2(config.gpt2_path)
-        found = BpeTokenizer.from_folder(folder, config.dataset.cleaner)
-        if found is not None:
-            return found
-        lacking = f"--gpt2_path {config.gpt2_path}: no BPE files (vocab.json and merges.txt, or tokenizer.json) there"
-        if config.tokenizer == "bpe":
-            raise InputError(f"{lacking}; add them, or give --tokenizer word")
-        logger.warning("%s: the vocabulary is the words of the training reports", lacking)
-    found = Tokenizer.from_reports(reports, config.threshold, config.dataset.cleaner)
-    if found.vocab_size == 1:  # <unk> alone
-        raise InputError(
-            f"--threshold {config.threshold}: no word of the training reports in {config.ann_path} occurs that often, "
-            "so the vocabulary would be empty; give a smaller one"
-        )
-    return found
 
 
 def hard_negatives(

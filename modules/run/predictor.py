@@ -10,7 +10,6 @@ from PIL import Image
 
 from models.base import Backbone
 from modules.data.images import open_image, refuse_blank
-from modules.data.tokenizers import tokenizer_from_state
 from modules.flags import resolve_config
 from modules.inference.prediction import Predictor
 from modules.inference.study_files import StudyFiles
@@ -18,6 +17,7 @@ from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
 from modules.run.build import build_backbone, build_extractor, decoding_options, load_weights, prepare_device
 from modules.run.data import image_transform, score_tag
+from modules.run.vocabulary import tokenizer_from_state
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import FORMAT, load_checkpoint
 

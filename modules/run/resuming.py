@@ -13,11 +13,11 @@ from torch import Tensor
 from models import MODELS
 from models.settings import declared_settings
 from modules.config import Config
-from modules.data.bpe_tokenizer import BpeTokenizer
-from modules.data.tokenizers import tokenizer_from_state
+from modules.data.tokenizers import Tokenizer
 from modules.flags import resolve_config
 from modules.ithn.objective import Objective
-from modules.run.data import AnyTokenizer, Data
+from modules.run.data import Data
+from modules.run.vocabulary import AnyTokenizer, tokenizer_from_state
 from modules.runtime import distributed
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import FORMAT, TESTED, load_checkpoint, require_entries, require_resumable
@@ -62,9 +62,9 @@ class Source:
 
     @property
     def tokenizer(self) -> AnyTokenizer | None:
-        """Its byte pairs, whose files may be gone; None for words, which the annotation gives again."""
+        """Its pieces of words, whose files may be gone; None for words, which the annotation gives again."""
         found = own_tokenizer(self.content, str(self.path))
-        return found if isinstance(found, BpeTokenizer) else None
+        return None if isinstance(found, Tokenizer) else found
 
 
 def find_source(resume: str, folder: CheckpointFolder) -> Source | None:

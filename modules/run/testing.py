@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from modules.config import TRAIN_ONLY
-from modules.data.tokenizers import tokenizer_from_state
 from modules.flags import flags_in_effect, resolve_config
 from modules.run.build import build_objective, build_tester, load_weights, prepare_device, with_precision
 from modules.run.data import (
@@ -21,6 +20,7 @@ from modules.run.data import (
 from modules.run.results import test_and_write
 from modules.run.resuming import own_settings, require_same_network
 from modules.run.scoring import Scoring
+from modules.run.vocabulary import tokenizer_from_state
 from modules.runtime.distributed import is_main_process
 from modules.runtime.records import private_folder
 from modules.runtime.run_log import log_to, start_log

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from modules.data.datasets import ReportDataset
-from modules.data.tokenizers import tokenizer_from_state
 from modules.flags import resolve_config
 from modules.ithn.losses import normalise
 from modules.ithn.synthesis import SYNTHESISED
@@ -19,6 +18,7 @@ from modules.mining.index import HardNegativeIndex
 from modules.run.build import build_objective, load_weights, prepare_device
 from modules.run.data import build_dataset, build_split_loader, cache_features, check_images, read_data
 from modules.run.resuming import own_settings
+from modules.run.vocabulary import tokenizer_from_state
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
 from modules.runtime.run_log import Bar

@@ -74,12 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def rows(path: str, given: dict[str, Any], grid: int) -> list[tuple[str, ...]]:
     """The table's rows of one checkpoint, for train and test."""
-    from modules.data.tokenizers import tokenizer_from_state
     from modules.evaluation.tester import mean_patches
     from modules.flags import resolve_config
     from modules.run.build import build_objective, load_weights, prepare_device
     from modules.run.data import build_dataset, build_split_loader, cache_features, read_data
     from modules.run.resuming import own_settings
+    from modules.run.vocabulary import tokenizer_from_state
     from modules.runtime.run_log import Bar
     from modules.training.checkpoint import load_checkpoint
     from scripts.research import image_leakage as leakage

@@ -11,11 +11,11 @@ from models.visualgpt import Settings, VisualGPT
 from modules.config import Config
 from modules.data.bpe_tokenizer import BpeTokenizer, find_gpt2, read_gpt2
 from modules.data.detection_features import DetectionExtractor
-from modules.data.tokenizers import Tokenizer, clean_report, tokenizer_from_state
+from modules.data.tokenizers import Tokenizer, clean_report
 from modules.flags import parse_flags, preset
 from modules.run.build import gpt2_options
-from modules.run.data import build_tokenizer
 from modules.run.testing import run_testing
+from modules.run.vocabulary import build_tokenizer, tokenizer_from_state
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
 from tests.gpt2_support import REPORTS, SIZE_FLAGS, SIZES, SPECIAL, save_bpe, save_gpt2

@@ -172,7 +172,7 @@ def test_files_become_studies(tmp_path):
         ]
 
     assert found("none", "b/2.png", "a") == [("2.png", ["2.png"]), ("IM0001", ["IM0001"]), ("x.jpg", ["x.jpg"])]
-    assert found("folder", "") == [("a", ["IM0001", "x.jpg"]), ("b", ["2.png", "10.png"])]
+    assert found("folder", "") == [("a", ["IM0001", "x.jpg"]), ("b", ["2.png", "10.png"]), ("c", ["1.2.840.5"])]
     assert found("all", "b", "b/2.png") == [("b", ["2.png", "10.png"])]
     assert found("none", "c") == [("1.2.840.5", ["1.2.840.5"])]
     (tmp_path / "c" / "1.2.840.5").unlink()
