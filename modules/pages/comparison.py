@@ -3,24 +3,19 @@
 Shapes: N test reports.
 """
 
-import base64
-import hashlib
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from modules.evaluation.bootstrap import TEST_RESAMPLES, Difference
 from modules.evaluation.report_statistics import ReportStatistics, scores_of_sums
 from modules.evaluation.score_names import untagged
+from modules.pages.rendering import page_parts
 from modules.pages.sentences import compare_sentences
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _HEADINGS = ("Score", "A", "B", "B − A", "95 % interval", "p bootstrap", "p randomisation", "p Holm")
 _EXPLANATION = (
     f"Paired over the test patients, else studies, {TEST_RESAMPLES:,} resamples: interval of the difference and p by "
@@ -124,14 +119,7 @@ def to_markdown(comparison: Comparison) -> str:
 
 def to_html(comparison: Comparison) -> str:
     """The comparison as a self-contained page without scripts; sentences that the reference lacks are marked."""
-    style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    template, parts, hashes = page_parts("comparison.html.j2", ("report.css",))
     sections = [
         (
             title,
@@ -149,9 +137,9 @@ def to_html(comparison: Comparison) -> str:
         )
         for title, pairs in _sections(comparison)
     ]
-    return environment.get_template("comparison.html.j2").render(
-        style=Markup(style),
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+    return template.render(
+        **parts,
+        hashes=hashes,
         comparison=comparison,
         headings=_HEADINGS,
         scores=[_score_cells(line) for line in comparison.scores],

@@ -4,27 +4,21 @@ Self-contained (images inside, no script, nothing fetched), escaped, and restric
 own style sheet: the reports are private, and they are untrusted text.
 """
 
-import base64
-import hashlib
-import io
+import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-from PIL import Image
 from tqdm import tqdm
 
+from modules.pages.curves import svg_curves, value_table
 from modules.pages.html_scores import REPORTS, ScoreRow, class_tables, reference_table, score_tables, score_tiles
-from modules.pages.plots import PANEL_TITLES, History, training_figures
-from modules.pages.sentences import Sentence, compare_captions, compare_sentences
+from modules.pages.plots import History
+from modules.pages.rendering import page_parts
+from modules.pages.studies import Sample, browser, shown_study
 from modules.runtime.records import write_private
 
-THUMBNAIL = 320  # pixels of the longer side
-_TEMPLATES = Path(__file__).parent / "templates"
 _VARIETY = (
     ("Reports", "num_reports", "{:,}"),
     ("Different reports", "unique_reports", "{:,}"),
@@ -44,21 +38,6 @@ _VARIETY = (
 )
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A study: its images, the name of each view, the reference (cleaned, not cut) and the generated report.
-
-    ``captions``, if any, are shown instead of the reference.
-    """
-
-    id: str
-    images: Sequence[Image.Image]
-    views: Sequence[str]
-    reference: str
-    generated: str
-    captions: Sequence[str] = ()
-
-
 def write_report(
     path: str | Path,
     *,
@@ -72,6 +51,9 @@ def write_report(
     variety: Mapping[str, Mapping[str, Any]],
     warnings: Sequence[str],
     samples: Iterable[Sample],
+    highlights: Iterable[tuple[str, Sample]] = (),
+    chosen_by: str = "",
+    total: int | None = None,
     flags: Mapping[str, Any],
     provenance: Mapping[str, Any],
     references: Mapping[str, str] = REPORTS,
@@ -82,84 +64,38 @@ def write_report(
 
     ``scores``: the model's rows and the baselines'. ``classes``: by labeler, its class_table
     (modules.evaluation.clinical_scores). ``history``: see modules.pages.plots. ``variety``: collapse_statistics of
-    "model", "references" and so on. ``samples`` may be a generator: one study's images are in memory at a time.
-    ``references``: the heading of each form of them. ``by_reference``: scores of references seen in training and of
-    others. ``notes``: sentences below the scores. ``flags`` and ``provenance`` are shown as they are, nested ones
-    flattened.
+    "model", "references" and so on. ``highlights`` open the page, each with its rank; ``chosen_by`` says how they were
+    chosen. ``samples``, of the ``total`` studies that were tested, are the ones to browse. Both may be generators: one
+    study's images are in memory at a time. ``references``: the heading of each form. ``by_reference``: scores of
+    references seen in training and of others. ``notes``: sentences below the scores. ``flags`` and ``provenance`` are
+    shown as they are, nested ones flattened.
     """
-    style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    figures = training_figures(history, best_epoch=best_epoch)
-    page = environment.get_template("report.html.j2").render(
+    bar = functools.partial(tqdm, desc="report page", leave=False, disable=None)
+    studies = browser([shown_study(sample) for sample in bar(samples)])
+    template, parts, hashes = page_parts("report.html.j2", ("report.css",), own_style=studies.style)
+    page = template.render(
+        **parts,
+        hashes=hashes,
         title=title,
         subtitle=subtitle,
         synthetic=synthetic,
         warnings=warnings,
-        style=Markup(style),
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         written=time.strftime("%Y-%m-%d %H:%M"),
+        highlights=[(rank, shown_study(sample)) for rank, sample in highlights],
+        chosen_by=chosen_by,
         tiles=score_tiles(scores),
         tables=score_tables(scores, references),
         class_tables=class_tables(classes),
         reference_table=reference_table(by_reference or {}),
         notes=notes,
         variety=_variety(variety),
-        figures=[(PANEL_TITLES[name], data_uri(png, "image/png")) for name, png in figures.items()],
-        samples=[_sample(sample) for sample in tqdm(samples, desc="report page", leave=False, disable=None)],
+        curves=svg_curves(history, best_epoch=best_epoch),
+        values=value_table(history),
+        studies=studies,
+        total=total,
         settings=[("Flags", _flatten(flags)), ("Provenance", _flatten(provenance))],
     )
     write_private(path, page)
-
-
-def data_uri(content: bytes, media_type: str) -> str:
-    """``content`` as a data: URI."""
-    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
-
-
-def thumbnail(image: Image.Image) -> bytes:
-    """A JPEG at most THUMBNAIL pixels long, without the file's metadata."""
-    small = image.convert("L" if image.mode == "L" else "RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    small.info.clear()
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=82, optimize=True)
-    return buffer.getvalue()
-
-
-def _sample(sample: Sample) -> dict[str, Any]:
-    if sample.captions:
-        reference, generated = compare_captions(sample.captions, sample.generated)
-    else:
-        reference, generated = compare_sentences(sample.reference, sample.generated)
-    shared = sum(sentence.shared for sentence in generated)
-    if shared == len(reference) == len(generated):
-        agreement = "same"
-    else:
-        agreement = "part" if shared else "none"
-    views = [*sample.views, *[""] * (len(sample.images) - len(sample.views))]
-    images = [
-        {"uri": data_uri(thumbnail(image), "image/jpeg"), "view": view or f"view {number}"}
-        for number, (image, view) in enumerate(zip(sample.images, views, strict=False), start=1)
-    ]
-    texts = " ".join(sample.captions) or sample.reference
-    return {
-        "id": sample.id,
-        "images": images,
-        "agreement": agreement,
-        "shared": shared,
-        "what": "captions" if sample.captions else "reference sentences",
-        "sides": [_side("reference", reference, texts), _side("generated", generated, sample.generated)],
-    }
-
-
-def _side(name: str, sentences: list[Sentence], report: str) -> dict[str, Any]:
-    return {"name": name, "sentences": sentences, "tokens": len(report.split())}
 
 
 def _variety(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from modules.evaluation.score_names import FULL
 
 _CLINICAL_HEADLINE = CLINICAL_F1.format("micro") + FULL
 _HEADLINES = (*(metric.headline.name for metric in SENTENCE_METRICS), _CLINICAL_HEADLINE)
+_EXAMPLE_F1 = CLINICAL_F1.format("example") + FULL
+# What the page says of single reports; corpus scores of several words in a row are zero for most of them.
+OWN_SCORES = (*(metric.headline.name for metric in SENTENCE_METRICS if metric.name != "BLEU"), _EXAMPLE_F1)
 REPORTS = {
     "": "References cut to the maximum length, as the R2Gen family scores (comparable with published figures)",
     FULL: "Full references (nothing cut, rare words kept)",
@@ -59,12 +62,12 @@ def score_tiles(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
         best = _best_baseline(name, baselines)
         tiles.append(
             {
-                "name": f"{_shown_name(name)} {model.tag}".rstrip(),
+                "name": f"{shown_name(name)} {model.tag}".rstrip(),
                 "split": model.split,
-                "value": _shown(model.scores.get(name)),
+                "value": shown_value(model.scores.get(name)),
                 "verdict": _verdict(name, model, baselines),
                 "interval": _interval(model, name),
-                "baseline": best and (_shown(best[0]), best[1]),
+                "baseline": best and (shown_value(best[0]), best[1]),
             }
         )
     return tiles
@@ -102,11 +105,11 @@ def reference_table(by_reference: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         if any(name in scores for part in by_reference.values() for scores in part["scores"].values())
     ]
     rows = [
-        (f"{system}, {part['reports']:,} references {kind}", [_shown(scores.get(name)) for name in names])
+        (f"{system}, {part['reports']:,} references {kind}", [shown_value(scores.get(name)) for name in names])
         for kind, part in by_reference.items()
         for system, scores in part["scores"].items()
     ]
-    columns = [f"{_shown_name(name)}{' (full)' if name.endswith(FULL) else ''}" for name in names]
+    columns = [f"{shown_name(name)}{' (full)' if name.endswith(FULL) else ''}" for name in names]
     return {"columns": columns, "rows": rows}
 
 
@@ -121,7 +124,7 @@ def score_tables(rows: Sequence[ScoreRow], references: Mapping[str, str] = REPOR
             for name in row.scores
             if name.endswith(FULL) == bool(suffix) and not name.startswith("ce_")
         ]
-        tables.append(_table(caption, {name: _shown_name(name) for name in names}, rows))
+        tables.append(_table(caption, {name: shown_name(name) for name in names}, rows))
     for labeler in dict.fromkeys(found for row in rows for found in _labelers(row)):
         columns = {f"ce_{labeler}_{key}_uncertain_negative{FULL}": heading for key, heading in _CLINICAL.items()}
         caption = (
@@ -140,9 +143,9 @@ def class_tables(classes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dic
             (
                 line["class"],
                 [
-                    _shown(line["precision"] if line["generated_positives"] else None),
-                    _shown(line["recall"] if line["reference_positives"] else None),
-                    _shown(line["f1"] if line["generated_positives"] or line["reference_positives"] else None),
+                    shown_value(line["precision"] if line["generated_positives"] else None),
+                    shown_value(line["recall"] if line["reference_positives"] else None),
+                    shown_value(line["f1"] if line["generated_positives"] or line["reference_positives"] else None),
                     f"{line['reference_positives']:,}",
                     f"{line['generated_positives']:,}",
                 ],
@@ -171,7 +174,7 @@ def _line(row: ScoreRow, names: Sequence[str], rows: Sequence[ScoreRow]) -> dict
         ]
         value = row.scores.get(name)
         best = len(rivals) > 1 and value is not None and value == (min if smaller_is_better(name) else max)(rivals)
-        cells.append({"text": _shown(value), "best": best, "interval": _interval(row, name)})
+        cells.append({"text": shown_value(value), "best": best, "interval": _interval(row, name)})
     name = f"{row.name} ({row.tag})" if row.tag else row.name
     return {"name": name, "split": row.split, "is_baseline": row.is_baseline, "cells": cells}
 
@@ -181,12 +184,14 @@ def _interval(row: ScoreRow, name: str) -> str:
     return f"{limits[0]:.3f} – {limits[1]:.3f}" if limits else ""
 
 
-def _shown_name(name: str) -> str:
+def shown_name(name: str) -> str:
+    """How a score is called on the page; with or without _full."""
     name = name.removesuffix(FULL)
-    if name == _CLINICAL_HEADLINE.removesuffix(FULL):
+    if name in (_CLINICAL_HEADLINE.removesuffix(FULL), _EXAMPLE_F1.removesuffix(FULL)):
         return "Clinical F1 (rules)"
     return SCORES[name].label if name in SCORES else name.replace("BERTScore_", "BERTScore ")
 
 
-def _shown(value: float | None) -> str:
+def shown_value(value: float | None) -> str:
+    """A score with three digits."""
     return "–" if value is None else f"{value:.3f}"

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from modules.inference.prediction import WARNING
-from modules.pages.prediction_page import TEMPLATES, page_parts
+from modules.pages.rendering import TEMPLATES, page_parts
 from modules.runtime.answering import AnswerFailed
 from modules.runtime.errors import InputError
 

@@ -1,4 +1,4 @@
-"""Training curves from the per-epoch history, as PNG bytes for a file or a page.
+"""Training curves from the per-epoch history: which there are, and all of them as PNG bytes for a file.
 
 The history is a list of one dictionary per epoch (modules.training.trainer): ``epoch``, ``train_<term>``,
 ``val_<metric>``, ``lr_<group>``. Keys may be missing; a value that is None or not finite leaves a gap.
@@ -30,23 +30,25 @@ _LABELS = {f"val_{score.name}": score.label for score in SCORES.values()}
 
 
 @dataclass(frozen=True)
-class _Panel:
+class Panel:
+    """A diagram: the keys of the history that it shows, as ``selects`` says."""
+
     name: str
     title: str
     selects: Callable[[str], bool]
     logarithmic: bool = False
 
 
-def _score_panel(name: str, metrics: Sequence[SentenceMetric], *others: Score) -> _Panel:
+def _score_panel(name: str, metrics: Sequence[SentenceMetric], *others: Score) -> Panel:
     """The validation scores of ``metrics``, and of ``others``; a tag in a key (val_<score>_<tag>) does not matter."""
     starts = tuple(f"val_{score.name}" for score in (*(s for metric in metrics for s in metric.scores), *others))
     labels = [metric.label for metric in metrics]
     title = " and ".join(filter(None, (", ".join(labels[:-1]), labels[-1])))
-    return _Panel(name, f"{title} on validation", lambda key: key.startswith(starts))
+    return Panel(name, f"{title} on validation", lambda key: key.startswith(starts))
 
 
 _PANELS = (
-    _Panel(
+    Panel(
         "loss",
         "Losses",
         lambda key: (
@@ -54,36 +56,26 @@ _PANELS = (
             or (key.startswith("train_") and key not in _NOT_LOSSES | _SIMILARITIES.keys() | _REWARDS.keys())
         ),
     ),
-    _Panel("reward", "Reward of the sampled reports", lambda key: key in _REWARDS),
+    Panel("reward", "Reward of the sampled reports", lambda key: key in _REWARDS),
     *(_score_panel(metric.name.lower(), [metric]) for metric in SENTENCE_METRICS if metric not in _SHARED),
     _score_panel("other_scores", _SHARED, XPRONET_SUM),
-    _Panel(
+    Panel(
         "clinical",
         "Clinical F1 on validation (14 classes, labels by rules)",
         lambda key: key.startswith("val_ce_rule_f1_"),
     ),
-    _Panel("hardness", "Hardness λ of the synthesised negatives", lambda key: key == "train_hardness"),
-    _Panel("similarity", "Cosine of an image and a report; retrieval", lambda key: key in _SIMILARITIES),
-    _Panel("learning_rate", "Learning rate", lambda key: key.startswith("lr"), logarithmic=True),
+    Panel("hardness", "Hardness λ of the synthesised negatives", lambda key: key == "train_hardness"),
+    Panel("similarity", "Cosine of an image and a report; retrieval", lambda key: key in _SIMILARITIES),
+    Panel("learning_rate", "Learning rate", lambda key: key.startswith("lr"), logarithmic=True),
 )
-PANEL_TITLES = {panel.name: panel.title for panel in _PANELS}
+PANELS = tuple(panel.name for panel in _PANELS)
 
 History = Sequence[Mapping[str, float | None]]
 
 
-def training_figures(history: History, *, best_epoch: int | None = None) -> dict[str, bytes]:
-    """One PNG for each panel that has data, keyed by the names in PANEL_TITLES; ``best_epoch`` is marked."""
-    figures = {}
-    for panel, series in _drawn_panels(history):
-        figure = _figure(5.6, 3.4)
-        _draw(figure.subplots(), panel, series, history, best_epoch)
-        figures[panel.name] = _png(figure)
-    return figures
-
-
 def training_curves(history: History, *, best_epoch: int | None = None) -> bytes:
     """All panels that have data as one PNG, two in a row."""
-    drawn = _drawn_panels(history)
+    drawn = drawn_panels(history)
     rows = max(1, math.ceil(len(drawn) / 2))
     figure = _figure(11.2, 3.5 * rows)
     grid = figure.subplots(rows, 2, squeeze=False).flatten()
@@ -94,7 +86,8 @@ def training_curves(history: History, *, best_epoch: int | None = None) -> bytes
     return _png(figure)
 
 
-def _drawn_panels(history: History) -> list[tuple[_Panel, dict[str, list[float]]]]:
+def drawn_panels(history: History) -> list[tuple[Panel, dict[str, list[float]]]]:
+    """Each panel that has data, with its series: a value for each epoch, NaN where there is none."""
     keys = dict.fromkeys(key for row in history for key in row)
     drawn = []
     for panel in _PANELS:
@@ -116,7 +109,7 @@ def _figure(width: float, height: float):
     return Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
 
 
-def _draw(axes, panel: _Panel, series: Mapping[str, list[float]], history: History, best_epoch: int | None) -> None:
+def _draw(axes, panel: Panel, series: Mapping[str, list[float]], history: History, best_epoch: int | None) -> None:
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
@@ -124,7 +117,7 @@ def _draw(axes, panel: _Panel, series: Mapping[str, list[float]], history: Histo
         axes.plot(
             epochs,
             values,
-            label=_label(key),
+            label=series_label(key),
             color=_COLOURS[i % 7],
             linewidth=1.5,
             linestyle="--" if key.startswith("val_nll") else "-",
@@ -149,7 +142,8 @@ def _draw(axes, panel: _Panel, series: Mapping[str, list[float]], history: Histo
     axes.legend(fontsize=8, frameon=False)
 
 
-def _label(key: str) -> str:
+def series_label(key: str) -> str:
+    """How a key of the history is called in a legend."""
     if key.startswith("val_nll"):
         return f"{key.removeprefix('val_')} (validation)"
     if key.startswith("val_ce_rule_f1_"):

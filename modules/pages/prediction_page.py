@@ -3,8 +3,6 @@
 Self-contained, private and closed like report.html (modules/pages/html_report.py); its one script is named by its hash.
 """
 
-import base64
-import hashlib
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -12,19 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from modules.inference.attention import shares
 from modules.inference.prediction import WARNING, WrittenReport
-from modules.pages.html_report import data_uri
+from modules.pages.rendering import data_uri, environment, page_parts
 from modules.runtime.records import write_private
 
 LONGEST_SIDE = 512  # pixels of an image in the page
 EVEN = 100  # an even share of attention in the page's script
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -74,29 +69,7 @@ def render_page(studies: Sequence[PageStudy], *, title: str, checkpoint: str) ->
 
 def render_studies(studies: Sequence[PageStudy]) -> str:
     """The studies alone, as the page of scripts/serve.py takes them in."""
-    return _environment().get_template("studies.html.j2").render(studies=[_shown(study) for study in studies])
-
-
-def page_parts(
-    template: str, styles: Sequence[str], scripts: Sequence[str]
-) -> tuple[jinja2.Template, dict[str, Markup], dict[str, str]]:
-    """A template, its ``style`` and ``script`` from files, and for each the source that a security policy names."""
-    parts = {
-        name: Markup("\n".join((TEMPLATES / file).read_text(encoding="utf-8") for file in files))
-        for name, files in (("style", styles), ("script", scripts))
-    }
-    digests = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in parts.items()}
-    return _environment().get_template(template), parts, {name: f"'sha256-{text}'" for name, text in digests.items()}
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    return environment().get_template("studies.html.j2").render(studies=[_shown(study) for study in studies])
 
 
 def _shown(study: PageStudy) -> dict[str, Any]:

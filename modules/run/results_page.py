@@ -1,31 +1,41 @@
 """report.html of a tested model: what modules.pages shows is gathered here from a run's parts."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from modules.config import Config
 from modules.data.datasets import ReportDataset
-from modules.evaluation.score_names import SELECTION, untagged
-from modules.pages.html_report import Sample, ScoreRow, write_report
-from modules.pages.html_scores import CAPTIONS, REPORTS
+from modules.evaluation.score_names import FULL, SELECTION, untagged
+from modules.pages.comparison import report_scores
+from modules.pages.findings import best_middle_worst, compare_labels
+from modules.pages.html_report import write_report
+from modules.pages.html_scores import CAPTIONS, OWN_SCORES, REPORTS, ScoreRow, shown_name
+from modules.pages.studies import Sample
 from modules.run.data import Data, image_folder
 from modules.run.scoring import class_tables
 from modules.run.tested import MODEL, Tested
 from modules.run.training_free import COMMONEST
 from modules.runtime.errors import InputError
 
+RANKING = "ROUGE_L"  # of single reports: BLEU-4 is zero for most
+
 
 def write_page(path: Path, tested: Tested, dataset: ReportDataset) -> None:
     """Write the page; ``dataset`` is the test split, whose images it shows."""
     config, data, tag = tested.config, tested.data, tested.tag
+    sample = _sample_maker(dataset, tested)
+    highlights, chosen_by = _highlights(tested)
+    total = len(tested.found.ids)
+    count = min(config.report_samples, total)
     write_report(
         path,
         title=f"{config.exp_name or config.model_name} on {config.dataset_name}",
-        subtitle=f"{_method(config, data)}; {len(tested.found.ids)} test samples; best epoch {tested.best_epoch} of "
+        subtitle=f"{_method(config, data)}; {total} test samples; best epoch {tested.best_epoch} of "
         f"{len(tested.history)}",
         synthetic=data.annotation.synthetic,
         scores=_score_rows(tested),
@@ -41,7 +51,10 @@ def write_page(path: Path, tested: Tested, dataset: ReportDataset) -> None:
         references=CAPTIONS if tested.captions else REPORTS,
         by_reference=_by_reference(tested),
         notes=_notes(tested),
-        samples=_samples(dataset, _image_reader(config, dataset), tested),
+        highlights=[(rank, sample(row)) for rank, row in highlights] if count else [],
+        chosen_by=chosen_by,
+        samples=(sample(i * total // count) for i in range(count)),  # spread evenly over the split
+        total=total,
         flags=dataclasses.asdict(config),
         provenance=tested.provenance,
     )
@@ -110,23 +123,48 @@ def _image_reader(config: Config, dataset: ReportDataset) -> Callable[[str], Ima
     return read
 
 
-def _samples(dataset: ReportDataset, read: Callable[[str], Image.Image | None], tested: Tested) -> Iterator[Sample]:
-    """--report_samples samples spread evenly over the split, with their images."""
-    found, total = tested.found, len(tested.found.ids)
-    count = min(tested.config.report_samples, total)
+def _sample_maker(dataset: ReportDataset, tested: Tested) -> Callable[[int], Sample]:
+    """A function that gives the study of a row of the test split as the page shows it, with its images."""
+    found, read = tested.found, _image_reader(tested.config, dataset)
     # By id: an unreadable image is replaced by another sample.
     rows = {dataset.sample_id(index): sample for index, sample in enumerate(dataset.samples)}
-    for i in range(count):
-        index = i * total // count
+    labels, scores = _labels(tested), _own_scores(tested)
+
+    def sample(index: int) -> Sample:
         row, view = rows[found.ids[index]]
         study = dataset.studies[row]
         chosen = [view] if dataset.separate else range(min(dataset.num_views, len(study.image_paths)))
         images = [(image, study.views[v]) for v in chosen if (image := read(study.image_paths[v])) is not None]
-        yield Sample(
+        return Sample(
             id=found.ids[index],
             images=[image for image, _ in images],
             views=[view for _, view in images],
             reference=found.full_references[index],
             generated=found.generated[index],
             captions=tested.captions[index] if tested.captions else (),
+            findings=None if labels is None else compare_labels(labels[0][index], labels[1][index]),
+            scores={name: float(values[index]) for name, values in scores.items()},
         )
+
+    return sample
+
+
+def _labels(tested: Tested) -> tuple[np.ndarray, np.ndarray] | None:
+    """Labels (N, 14) of whole references and of the model's reports, by the first labeler; None without one."""
+    first = next(iter(tested.scored.labels.values()), None)
+    return None if first is None else (first[f"references{FULL}"], first[MODEL])
+
+
+def _own_scores(tested: Tested) -> dict[str, np.ndarray]:
+    """Each headline score of single reports (N,), by its name in results.json; only those that were computed."""
+    statistics = tested.scored.statistics[MODEL]
+    found = {name: report_scores(statistics, name) for name in OWN_SCORES}
+    return {name: values for name, values in found.items() if values is not None}
+
+
+def _highlights(tested: Tested) -> tuple[list[tuple[str, int]], str]:
+    """The studies that open the page, each with its rank, and how they were chosen."""
+    labels = _labels(tested)
+    words = report_scores(tested.scored.statistics[MODEL], RANKING)
+    chosen, by = best_middle_worst(*(labels or (None, None)), words)
+    return chosen, by.replace("word score", shown_name(RANKING))

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from modules.pages.exports import write_caption_exports
-from modules.pages.html_report import Sample, write_report
+from modules.pages.html_report import write_report
 from modules.pages.html_scores import CAPTIONS, ScoreRow, score_tables
 from modules.pages.sentences import compare_captions
+from modules.pages.studies import Sample
 from modules.runtime.records import write_report_tables
 
 
@@ -85,7 +86,10 @@ def page(path, **sample):
 
 def test_the_page_shows_every_caption_and_says_how_texts_were_split(tmp_path):
     found = page(tmp_path / "report.html")
-    assert "A &lt;b&gt;dog&lt;/b&gt;." in found and "1 of 2 captions generated" in found
+    assert (
+        'A <mark class="only-reference">&lt;b&gt;dog&lt;/b&gt;</mark>.' in found
+        and "1 of 2 captions generated" in found
+    )
     assert "cleaned" not in found  # all captions stand in the place of the one cleaned reference
     assert "split into words by: rules &amp; rules" in found
     assert "Against all captions of an image" in found and "cut to the maximum length" not in found

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from modules.evaluation.diversity import collapse_statistics
-from modules.pages.html_report import THUMBNAIL, Sample, ScoreRow, thumbnail, write_report
-from modules.pages.plots import PANEL_TITLES, training_curves, training_figures
-from modules.pages.sentences import compare_sentences, split_sentences
+from modules.pages.findings import Finding, Findings
+from modules.pages.html_report import write_report
+from modules.pages.html_scores import ScoreRow
+from modules.pages.plots import PANELS, drawn_panels, training_curves
+from modules.pages.studies import THUMBNAIL, Sample, thumbnail
 
 VOID = {"meta", "img", "input", "br", "hr", "link", "base"}
 PAYLOADS = [
@@ -119,6 +121,14 @@ def film(size=(40, 30), value=90):
     return Image.new("L", size, value)
 
 
+def sample(text, **changes):
+    arguments = {
+        "findings": Findings((Finding("Edema"),), (Finding("Fracture", "uncertain"),), ()),
+        "scores": {"ROUGE_L": 0.5},
+    }
+    return Sample(text, [film(), film()], (text, ""), text, f"{text} . clear .", **(arguments | changes))
+
+
 def page(path, text="plain", **changes):
     """Write a page that shows ``text`` wherever a text can come from outside."""
     arguments = {
@@ -143,7 +153,10 @@ def page(path, text="plain", **changes):
         "scores": [ScoreRow(text, "test", {"BLEU_4": 0.2, "METEOR": None}), ScoreRow("floor", text, {text: 0.1}, True)],
         "variety": {text: collapse_statistics([text, "other words here too"])},
         "warnings": [text],
-        "samples": [Sample(text, [film(), film()], (text, ""), text, f"{text} . clear .")],
+        "samples": [sample(text)],
+        "highlights": [("best", sample(text))],
+        "chosen_by": text,
+        "total": 9,
         "flags": {text: text, "nested": {text: [text, 1]}},
         "provenance": {"commit": text},
     }
@@ -176,9 +189,12 @@ def test_fifty_payloads_are_tried():
 def test_nothing_is_fetched_and_no_script_can_run(tmp_path):
     found = page(tmp_path / "report.html")
     tags = {tag for tag, _ in found.structure}
-    assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form", "a"}
-    for _, attributes in found.structure:
-        assert not [key for key in attributes if key.startswith("on") or key in ("style", "href", "srcset", "action")]
+    assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form", "use", "foreignobject"}
+    ids = [attributes["id"] for _, attributes in found.structure if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in found.structure:
+        assert not [key for key in attributes if key.startswith("on") or key in ("style", "srcset", "action")]
+        assert "href" not in attributes or (tag == "a" and attributes["href"].removeprefix("#") in ids)
         assert attributes.get("src", "data:image/").startswith("data:image/")
     [style] = found.styles
     assert "url(" not in style and "@import" not in style
@@ -302,44 +318,50 @@ def test_a_class_without_any_report_has_no_score(tmp_path):
     assert "Edema|–|–|–|0|0|Fracture|–|0.000|0.000|3|0" in text
 
 
-def test_sentences_are_compared_whatever_their_order_and_case():
-    reference, generated = compare_sentences(
-        "The heart is normal. A 1.5 cm nodule. No effusion. No effusion.",
-        "no effusion . the  heart is normal . clear .",
+def test_a_reader_meets_studies_then_scores_then_the_rest_and_every_part_is_in_the_contents(tmp_path):
+    found = page(tmp_path / "report.html")
+    headings = [attributes["id"] for tag, attributes in found.structure if tag == "h2"]
+    assert headings == ["highlights", "scores", "samples", "training", "tables", "variety", "settings"]
+    assert [attributes["href"] for attributes in found.find("a")] == [f"#{name}" for name in headings]
+    text = " ".join("".join(found.texts).split())
+    assert (
+        "best plain plain view 2 found Edema missed Fracture uncertain Reference 1 word plain. Generated 2 words"
+        in text
     )
-    assert reference == [
-        ("The heart is normal", True),
-        ("A 1.5 cm nodule", False),
-        ("No effusion", True),
-        ("No effusion", False),
-    ]
-    assert generated == [("no effusion", True), ("the  heart is normal", True), ("clear", False)]
-    assert split_sentences(" . . a .b . ") == ["a .b"]
-    assert compare_sentences("", "") == ([], [])
+    assert "1 of 9 test studies, spread evenly" in text
+    assert "Edema (1 found, 0 missed, 0 invented)" in text and "Fracture (0 found, 1 missed, 0 invented)" in text
 
 
-@pytest.mark.parametrize(
-    ("generated", "agreement", "marks"),
-    [("b . a .", "same", 0), ("a . c .", "part", 2), ("c .", "none", 3), ("", "none", 2), ("a . b . b .", "part", 1)],
-)
-def test_differing_sentences_are_marked_and_samples_sorted_for_the_filter(tmp_path, generated, agreement, marks):
-    found = page(tmp_path / "report.html", samples=[Sample("s", [film()], (), "a . b .", generated)])
-    assert found.find("article")[0]["class"] == f"sample agreement-{agreement}"
-    assert len(found.find("mark")) == 2 + marks  # two in the legend
-    assert [a["id"] for a in found.find("input", type="radio")] == ["show-all", "show-same", "show-part", "show-none"]
+def test_words_that_differ_are_marked_inside_their_sentence(tmp_path):
+    study = Sample("s", [], (), "the heart is large . no effusion .", "the heart is normal . no effusion .")
+    page(tmp_path / "report.html", samples=[study], highlights=[])
+    text = " ".join((tmp_path / "report.html").read_text().split())
+    assert 'the heart is <mark class="only-reference">large</mark>.</span> <span class="sentence">no effusion.' in text
+    assert 'the heart is <mark class="only-generated">normal</mark>.</span> <span class="sentence">no effusion.' in text
+    assert "1 of 2 reference sentences and 83% of its words generated" in text
+
+
+def test_values_of_every_epoch_can_be_pointed_at_and_read_in_a_table(tmp_path):
+    found = page(tmp_path / "report.html", history=history(4))
+    shown = [attributes for attributes in found.find("g", **{"class": "epoch"})]
+    assert len(shown) == 4 * len(PANELS)
+    texts = "|".join(part.strip() for part in found.texts if part.strip())
+    assert "epoch 4|loss 0.75|nll 0.5" in texts
+    assert "train loss|train nll" in texts and "|4|0.75|0.5" in texts
 
 
 def test_a_page_without_samples_scores_or_history_is_still_a_page(tmp_path):
-    found = page(tmp_path / "report.html", samples=[], scores=[], history=[], variety={})
+    found = page(tmp_path / "report.html", samples=[], scores=[], history=[], variety={}, highlights=[])
     assert not found.open and not found.find("img") and not found.find("input")
 
 
 def test_curves_show_what_the_history_has():
-    figures = training_figures(history(), best_epoch=2)
-    assert list(figures) == list(PANEL_TITLES)
-    assert all(png.startswith(b"\x89PNG") for png in figures.values())
-    assert list(training_figures([{"epoch": 1, "train_loss": float("nan"), "val_BLEU_4": 0.1}])) == ["bleu"]
+    def names(rows):
+        return [panel.name for panel, _ in drawn_panels(rows)]
+
+    assert names(history()) == list(PANELS)
+    assert names([{"epoch": 1, "train_loss": float("nan"), "val_BLEU_4": 0.1}]) == ["bleu"]
     # How many steps were skipped, or taken, is not a loss.
-    assert training_figures([{"epoch": 1, "train_skipped_steps": 7, "train_steps": 9}]) == {}
-    assert training_figures([]) == {} and training_curves([]).startswith(b"\x89PNG")
+    assert names([{"epoch": 1, "train_skipped_steps": 7, "train_steps": 9}]) == []
+    assert names([]) == [] and training_curves([]).startswith(b"\x89PNG")
     assert Image.open(io.BytesIO(training_curves(history()))).width > 1000

@@ -298,7 +298,7 @@ def test_a_replaced_test_image_is_counted_and_not_shown(train, demo, tmp_path):
     folder = train("--ann_path", tmp_path / "one_bad.json", "--on_bad_image", "skip", "--report_samples", 200)
     assert "1 of 104 samples replaced some with unreadable images" in (folder / "train.log").read_text()
     assert "unreadable" not in (folder / "exports" / "predicted_reports.csv").read_text()
-    assert (folder / "report.html").read_text().count("<article") == 104
+    assert (folder / "report.html").read_text().count('<article class="sample ') == 104
 
 
 @pytest.mark.parametrize(
