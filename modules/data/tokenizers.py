@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from modules.data.languages import words_of
 from modules.runtime.errors import InputError
@@ -159,3 +160,8 @@ class Tokenizer:
         if not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
             raise InputError("tokenizer state: expected {'tokens': [strings], 'cleaner': name}")
         return cls(tokens, state.get("cleaner"))
+
+
+def cut_report(report: str, tokenizer: Any, max_seq_length: int) -> str:
+    """A report as the R2Gen family scores references: cleaned, rare words as <unk>, cut to ``max_seq_length`` ids."""
+    return tokenizer.decode(tokenizer.encode(report)[:max_seq_length][1:])

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
+COMMONEST, NEAREST = "commonest training report", "nearest training image"
+
 
 def commonest_report_baseline(train_reports: Sequence[str], num_images: int) -> list[str]:
     """The commonest training report (the first of equals), repeated for each of ``num_images`` images."""

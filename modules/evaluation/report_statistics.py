@@ -173,8 +173,12 @@ def _joined_numbers(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
 
 
 def numbered(names: Sequence[str]) -> np.ndarray:
-    """(N,) int32: equal names have equal numbers, which say nothing else of them."""
-    return np.unique(np.asarray(names), return_inverse=True)[1].astype(np.int32).reshape(-1)
+    """(N,) int32: equal names have equal numbers, from 0 in the order of first appearance.
+
+    The numbers say nothing else of the names, and resamples do not depend on how studies are called.
+    """
+    first: dict[str, int] = {}
+    return np.array([first.setdefault(name, len(first)) for name in names], dtype=np.int32)
 
 
 def digest(ids: Sequence[str], references: Sequence[str]) -> str:

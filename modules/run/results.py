@@ -14,12 +14,13 @@ from modules.config import NO_EFFECT_ON_RESULTS, OLDER_VALUES, Config
 from modules.data.tokenizers import clean_report
 from modules.evaluation.report_statistics import save_statistics
 from modules.evaluation.score_names import SELECTION
+from modules.evaluation.system_scorer import RULE
 from modules.evaluation.tester import Tester
 from modules.ithn.objective import Objective
 from modules.pages.exports import write_caption_exports, write_exports, write_labelled
 from modules.run.data import Data
 from modules.run.results_page import write_page
-from modules.run.scoring import RULE, Scoring
+from modules.run.scoring import Scoring
 from modules.run.tested import MODEL, Tested
 from modules.run.training_free import training_free_reports
 from modules.runtime.environment import file_sha256, provenance

@@ -10,6 +10,7 @@ from PIL import Image
 
 from modules.config import Config
 from modules.data.datasets import ReportDataset
+from modules.evaluation.baselines import COMMONEST
 from modules.evaluation.score_names import FULL, SELECTION, untagged
 from modules.pages.comparison import report_scores
 from modules.pages.findings import best_middle_worst, compare_labels
@@ -17,9 +18,7 @@ from modules.pages.html_report import write_report
 from modules.pages.html_scores import CAPTIONS, OWN_SCORES, REPORTS, ScoreRow, shown_name
 from modules.pages.studies import Sample
 from modules.run.data import Data, image_folder
-from modules.run.scoring import class_tables
 from modules.run.tested import MODEL, Tested
-from modules.run.training_free import COMMONEST
 from modules.runtime.errors import InputError
 
 RANKING = "ROUGE_L"  # of single reports: BLEU-4 is zero for most
@@ -39,7 +38,7 @@ def write_page(path: Path, tested: Tested, dataset: ReportDataset) -> None:
         f"{len(tested.history)}",
         synthetic=data.annotation.synthetic,
         scores=_score_rows(tested),
-        classes=class_tables(tested.scored, MODEL),
+        classes=tested.scored.class_tables(MODEL),
         history=tested.history,
         best_epoch=tested.best_epoch or None,
         variety={
@@ -77,7 +76,7 @@ def _by_reference(tested: Tested) -> dict[str, dict[str, Any]]:
 def _notes(tested: Tested) -> list[str]:
     missing = [f"{name} is missing: {reason}." for name, reason in tested.scored.missing.items()]
     return [
-        f"Small: 95 % interval, {tested.intervals_are}; it does not cover other seeds.",
+        f"Small: 95 % interval, {tested.scored.intervals_are}; it does not cover other seeds.",
         f"Texts were split into words by: {tested.tokenisation}.",
         *missing,
     ]

@@ -3,8 +3,6 @@
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,35 +10,21 @@ import torch
 from modules.config import Config
 from modules.data.datasets import ReportDataset
 from modules.data.tokenizers import UNKNOWN
-from modules.evaluation.bootstrap import intervals
-from modules.evaluation.clinical_scores import class_table, clinical_scores
-from modules.evaluation.diversity import UNK_SHARE, ngram_counts, unk_share
+from modules.evaluation.clinical_scores import clinical_scores
+from modules.evaluation.diversity import UNK_SHARE, unk_share
 from modules.evaluation.labeler_fit import misfit
 from modules.evaluation.meteor import TOKENISER, ptb_tokenise
 from modules.evaluation.metric_table import CLINICAL_MONITORED, NEED_JAVA, XPRONET_SELECTION, XPRONET_SUM
-from modules.evaluation.metrics import Metrics, measure
-from modules.evaluation.report_statistics import ReportStatistics, clinical_tables, digest, numbered
+from modules.evaluation.metrics import Metrics
 from modules.evaluation.score_names import FULL, SELECTION
-from modules.evaluation.tester import Predictions, mean_nll
+from modules.evaluation.scored import Scored
+from modules.evaluation.system_scorer import RULE, References, SystemScorer, seen_in_training, units_of
+from modules.evaluation.tester import Predictions
 from modules.labels.labeler import label_reports
 from modules.runtime.errors import InputError
 
 logger = logging.getLogger("ithn")
-RULE, CHEXBERT = "rule", "chexbert"
 _NO_WORD = "unkgenerated"  # in place of a generated <unk>: no reference has it
-_NO_LABELS = np.full((1, 14), np.nan)
-
-
-@dataclass
-class Scored:
-    """What the reports of several systems (the model, the baselines) came to, by system."""
-
-    scores: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    statistics: dict[str, ReportStatistics] = field(default_factory=dict)
-    labels: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # labeler -> text -> (N, 14)
-    missing: dict[str, str] = field(default_factory=dict)  # METEOR, ce_rule, ce_chexbert: why its scores are null
-    seen: np.ndarray | None = None  # (N,) bool: references that are training reports word for word
 
 
 class Scoring:
@@ -51,7 +35,6 @@ class Scoring:
     """
 
     def __init__(self, config: Config, device: torch.device, datasets: Iterable[ReportDataset] = ()):
-        self.metrics = Metrics(timeout=config.meteor_timeout)
         datasets = tuple(datasets)
         self._captions: Mapping[str, Sequence[str]] | None = None
         if config.captioning:
@@ -64,22 +47,20 @@ class Scoring:
             for index, (row, _) in enumerate(dataset.samples)
         }
         self._tokenised = _tokenised(self._captions) if self._captions else {}
-        self._config, self._device = config, device
+        self._config = config
         if config.monitor_metric.startswith("ce_") and self._studies:
             self._require_fit([study.report for study in self._studies.values()])
-        self._chexbert, self._encoders = None, []
-        if config.chexbert_path:
-            from modules.labels.chexbert import Chexbert
+        self._systems = SystemScorer(
+            config,
+            device,
+            labels_by_rules=config.labels_by_rules,
+            split_words=ptb_tokenise if self._captions is not None else None,
+        )
 
-            self._chexbert = Chexbert(config.chexbert_path, config.chexbert_encoder)
-        if config.bertscore_path:
-            from modules.evaluation.bertscore import BertScore
-
-            self._encoders.append(BertScore(config.bertscore_path, config.bertscore_layer))
-        if config.radgraph_path:
-            from modules.evaluation.radgraph import RadGraph
-
-            self._encoders.append(RadGraph(config.radgraph_path, config.radgraph_python))
+    @property
+    def metrics(self) -> Metrics:
+        """The sentence metrics."""
+        return self._systems.metrics
 
     def __enter__(self) -> "Scoring":
         return self
@@ -158,69 +139,33 @@ class Scoring:
         are ``found.generated`` itself, which alone has a likelihood. ``training_reports`` are cleaned: references that
         are among them, word for word, are scored apart from the others.
         """
-        references = self._references(found)
-        digests = [digest(found.ids, references[form if form in references else ""]) for form in ("", FULL)]
-        # Whole references are labelled as in the annotation: cleaning removes commas, colons and slashes.
-        originals = references if self._captions is not None else references | {FULL: found.reports}
-        scored = Scored()
-        if self._labelers and (reason := misfit(found.reports)):
-            scored.missing |= {f"ce_{labeler}": reason for labeler in self._labelers}
-        else:
-            scored.labels = self._labels(originals, systems)
-        for system, generated in systems.items():
-            scores, tables = self._test_system(found, references, system, generated, scored)
-            statistics = ReportStatistics(tables, *digests, tags.get(system, ""), *self._units(found.ids))
-            scored.scores[system], scored.statistics[system] = scores, statistics
-            scored.intervals[system] = intervals(statistics)
-        if self._captions is None and training_reports:
-            scored.seen = np.array([text in training_reports for text in found.full_references])
+        words, captions = self._references(found), self._captions
+        studies, patients = self._units(found.ids)
+        references = References(
+            found.ids,
+            words,
+            found.references,
+            found.reports,
+            # Whole references are labelled as in the annotation: cleaning removes commas, colons and slashes.
+            labelled=words if captions is not None else words | {FULL: found.reports},
+            encoded=words if captions is None else {"": [captions[sample] for sample in found.ids]},
+            studies=studies,
+            patients=patients,
+        )
+        likelihoods = {
+            system: found.nll.numpy() for system, generated in systems.items() if generated is found.generated
+        }
+        scored = self._systems.score(references, systems, tags=tags, likelihoods=likelihoods)
+        if captions is None:
+            scored.seen = seen_in_training(found.full_references, training_reports)
         return scored
-
-    def _test_system(
-        self,
-        found: Predictions,
-        references: Mapping[str, Sequence[str] | Sequence[Sequence[str]]],
-        system: str,
-        generated: Sequence[str],
-        scored: Scored,
-    ) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:
-        """Scores and tables of one system; reasons for missing scores are noted in ``scored``."""
-        meteor, words = self._config.meteor, self._words(generated)
-        scores, tables = measure(self.metrics, references[""], references.get(FULL), words, with_meteor=meteor)
-        if self.metrics.meteor_error:
-            scored.missing.setdefault("METEOR", self.metrics.meteor_error)
-        if generated is found.generated:
-            scores["nll"], tables["nll"] = mean_nll(found), found.nll.numpy()
-        tables["diversity"] = ngram_counts(generated)
-        for suffix, texts in references.items():
-            for labeler in self._labelers:
-                if labeler not in scored.labels:
-                    scores |= _suffixed(dict.fromkeys(clinical_scores(_NO_LABELS, _NO_LABELS, labeler)), suffix)
-                    continue
-                pair = [scored.labels[labeler][name] for name in (f"references{suffix}", system)]
-                scores |= _suffixed(clinical_scores(*pair, labeler), suffix)
-                tables |= _suffixed(clinical_tables(*pair, labeler), suffix)
-            whole = [self._captions[sample] for sample in found.ids] if self._captions is not None else texts
-            for encoder in self._encoders:
-                own = _suffixed(_best(encoder.to(self._device), whole, generated), suffix)
-                encoder.to("cpu")
-                scores |= {name: float(values.mean()) for name, values in own.items()}
-                tables |= own
-        return scores, tables
-
-    @property
-    def _labelers(self) -> list[str]:
-        return [RULE] * self._config.labels_by_rules + [CHEXBERT] * (self._chexbert is not None)
 
     def _units(self, ids: Sequence[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Numbers (N,) of the samples' studies, and of their patients; None where the annotation does not say."""
         studies = [self._studies.get(sample) for sample in ids]
         if None in studies:
             return None, None
-        names = [study.study_id for study in studies]
-        if not any(study.subject_id for study in studies):
-            return numbered(names), None
-        return numbered(names), numbered([f"p{s.subject_id}" if s.subject_id else f"s{s.study_id}" for s in studies])
+        return units_of([study.study_id for study in studies], [study.subject_id for study in studies])
 
     def _references(self, found: Predictions) -> dict[str, Sequence[str] | Sequence[Sequence[str]]]:
         if self._captions is None:
@@ -230,47 +175,8 @@ class Scoring:
     def _words(self, generated: Sequence[str]) -> Sequence[str]:
         return generated if self._captions is None else ptb_tokenise(generated)
 
-    def _labels(
-        self, references: Mapping[str, Sequence[str]], systems: Mapping[str, Sequence[str]]
-    ) -> dict[str, dict[str, np.ndarray]]:
-        """Labels (N, 14) by labeler, of both forms of the references and of each system's reports."""
-        texts = {f"references{suffix}": reports for suffix, reports in references.items()} | dict(systems)
-        found = {}
-        if self._config.labels_by_rules:
-            found[RULE] = {name: label_reports(reports) for name, reports in texts.items()}
-        if self._chexbert is not None:
-            self._chexbert.to(self._device)
-            found[CHEXBERT] = {name: self._chexbert.label(reports) for name, reports in texts.items()}
-            self._chexbert.to("cpu")
-        return found
-
-
-def class_tables(scored: Scored, system: str) -> dict[str, list[dict[str, Any]]]:
-    """Precision, recall and F1 of each class by labeler, against whole references, uncertain labels as negative."""
-    return {
-        labeler: class_table(labels[f"references{FULL}"], labels[system]) for labeler, labels in scored.labels.items()
-    }
-
 
 def _tokenised(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """The tokens of every caption of each sample, all of them by one process."""
     flat = iter(ptb_tokenise([text for texts in captions.values() for text in texts]))
     return {sample: [next(flat) for _ in texts] for sample, texts in captions.items()}
-
-
-def _best(
-    encoder: Any, references: Sequence[str] | Sequence[Sequence[str]], generated: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Each score of each text against its best reference, as BERTScore's published tool takes several."""
-    listed = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
-    counts = [len(texts) for texts in listed]
-    scores = encoder.score(
-        [text for texts in listed for text in texts],
-        [text for text, count in zip(generated, counts, strict=True) for _ in range(count)],
-    )
-    starts = np.cumsum([0, *counts[:-1]])
-    return {name: np.maximum.reduceat(values, starts, axis=0) for name, values in scores.items()}
-
-
-def _suffixed(values: Mapping[str, Any], suffix: str) -> dict[str, Any]:
-    return {f"{name}{suffix}": value for name, value in values.items()}

@@ -1,19 +1,15 @@
 """A tested model: what it wrote, what that scored, and what it was; results.json, log and record derive from it."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from modules.config import Config
-from modules.evaluation.bootstrap import LEVEL, RESAMPLES
-from modules.evaluation.clinical_scores import MIN_POSITIVES
-from modules.evaluation.diversity import collapse_statistics, collapse_warning, unk_warning
-from modules.evaluation.score_names import FULL, SELECTION, tagged, untagged, with_aliases
+from modules.evaluation.score_names import FULL, SELECTION, tagged, with_aliases
+from modules.evaluation.scored import Scored, recorded
 from modules.evaluation.tester import Predictions
 from modules.run.data import Data
-from modules.run.scoring import Scored, class_tables
 
 MODEL = "model"
 
@@ -50,22 +46,20 @@ class Tested:
             name.removeprefix("val_"): value for row in rows for name, value in row.items() if name.startswith("val_")
         }
 
-    @functools.cached_property
+    @property
     def variety(self) -> dict[str, dict[str, float | int | None]]:
         """The collapse statistics of each system's reports, and of the references."""
-        texts = dict(self.reports) | {"references": self.found.references}
-        return {name: collapse_statistics(reports) for name, reports in texts.items()}
+        return self.scored.variety
+
+    @property
+    def by_reference(self) -> dict[str, dict[str, Any]]:
+        """Scores for references seen in training, and for the others."""
+        return self.scored.by_reference
 
     @property
     def warnings(self) -> list[str]:
         """What a reader of the scores has to know, a line each."""
-        variety, studies = self.variety, self.scored.statistics[MODEL].studies
-        lines = [
-            collapse_warning(variety[MODEL]),
-            unk_warning(variety[MODEL]["unk_share"], variety["references"]["unk_share"]),
-        ]
-        if len(set(self.found.references)) == 1 or (studies is not None and len(set(studies.tolist())) == 1):
-            lines.append("CIDEr is 0 whatever is generated: with one study, or equal references, no n-gram is rare")
+        lines = self.scored.warnings(MODEL)
         if judged := [row["epoch"] for row in self.history if row.get(f"val_{SELECTION}") is not None]:
             lines.append(
                 f"epochs {', '.join(map(str, judged))} wrote many <unk> in validation and were judged by "
@@ -74,34 +68,7 @@ class Tested:
         if skipped := sum(row.get("train_skipped_steps") or 0 for row in self.history):
             steps = sum(row.get("train_steps") or 0 for row in self.history)
             lines.append(f"{skipped} of {steps} training steps were skipped: their loss or gradient was not finite")
-        return [line for line in lines if line]
-
-    @functools.cached_property
-    def by_reference(self) -> dict[str, dict[str, Any]]:
-        """Scores of the reports whose reference is a training report word for word ("seen"), and of the others.
-
-        Empty where nothing is known of the training reports. CIDEr's document frequencies are those of all references.
-        """
-        if self.scored.seen is None:
-            return {}
-        found = {}
-        for name, rows in (("seen", self.scored.seen), ("unseen", ~self.scored.seen)):
-            scores = {}
-            if rows.any():
-                scores = {
-                    system: self._kept(statistics.scores(rows)) for system, statistics in self.scored.statistics.items()
-                }
-            found[name] = {"reports": int(rows.sum()), "scores": scores}
-        return found
-
-    @property
-    def intervals_are(self) -> str:
-        """How the intervals were made."""
-        units, _ = self.scored.statistics[MODEL].units
-        return (
-            f"percentile bootstrap over {units}, {RESAMPLES} resamples, level {LEVEL:g}; none for macro averages over "
-            f"classes with fewer than {MIN_POSITIVES} reference positives"
-        )
+        return lines
 
     def as_json(self) -> dict[str, Any]:
         """The content of results.json."""
@@ -112,11 +79,11 @@ class Tested:
             "val": self.validation,
             "test": {name: with_aliases(values) for name, values in self.scores.items()},
             "intervals": self.scored.intervals,
-            "intervals_are": self.intervals_are,
+            "intervals_are": self.scored.intervals_are,
             "by_reference": self.by_reference,
             "variety": variety | {MODEL: self._tagged(variety[MODEL])},
             "tokenisation": self.tokenisation,
-            "clinical_classes": class_tables(self.scored, MODEL),
+            "clinical_classes": self.scored.class_tables(MODEL),
             "missing": self.scored.missing,
             "meteor_error": self.scored.missing.get("METEOR"),
             "warnings": self.warnings,
@@ -127,14 +94,7 @@ class Tested:
 
     def recorded(self, system: str = MODEL) -> dict[str, Any]:
         """The scores that a record keeps: of clinical ones those of 14 classes, uncertain as negative, ``_full``."""
-        return self._kept(self.scores[system])
-
-    def _kept(self, scores: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in scores.items()
-            if not name.startswith("ce_") or untagged(name, self.tag).endswith(f"_14_uncertain_negative{FULL}")
-        }
+        return recorded(self.scores[system], self.tag)
 
     def log_lines(self) -> list[str]:
         """A line of scores for each system, and what is known of the model's reports."""
@@ -154,7 +114,7 @@ class Tested:
         """Words against references as others cut them, labels against whole ones, without precision and recall."""
         return " ".join(
             f"{key}={'-' if value is None else f'{value:.4f}'}"
-            for key, value in self._kept(scores).items()
+            for key, value in recorded(scores, self.tag).items()
             if key.endswith(FULL) == key.startswith("ce_") and not ("_precision_" in key or "_recall_" in key)
         )
 

@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 
 from modules.config import Config
-from modules.data.tokenizers import Tokenizer
-from modules.evaluation.baselines import commonest_report_baseline, nearest_image_baseline
+from modules.data.tokenizers import cut_report
+from modules.evaluation.baselines import COMMONEST, NEAREST, commonest_report_baseline, nearest_image_baseline
 from modules.evaluation.tester import Predictions
 from modules.ithn.objective import Objective
 from modules.run.data import Data, build_dataset, build_split_loader, one_per_image
 from modules.runtime import distributed
 from modules.runtime.environment import autocast
 from modules.runtime.run_log import Bar
-
-COMMONEST, NEAREST = "commonest training report", "nearest training image"
 
 
 def training_free_reports(
@@ -69,8 +67,3 @@ def _pooled_features(
     if gathered is None:
         return None
     return [name for batch in gathered[0] for name in batch], torch.cat(gathered[1])
-
-
-def cut_report(report: str, tokenizer: Tokenizer, max_seq_length: int) -> str:
-    """A report as the R2Gen family scores references: cleaned, rare words as <unk>, cut to ``max_seq_length`` ids."""
-    return tokenizer.decode(tokenizer.encode(report)[:max_seq_length][1:])

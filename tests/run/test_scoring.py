@@ -12,7 +12,7 @@ from modules.evaluation.meteor import MeteorError
 from modules.evaluation.score_names import tagged, untagged, with_aliases
 from modules.evaluation.tester import Predictions
 from modules.labels.labeler import CLASSES, label_reports
-from modules.run.scoring import Scoring, class_tables
+from modules.run.scoring import Scoring
 from modules.runtime.errors import InputError
 
 FULL_REFERENCES = ["the heart is normal . no effusion .", "mild edema . small left effusion .", "no acute disease ."]
@@ -65,7 +65,7 @@ def test_the_reason_for_a_missing_meteor_outlives_the_next_system(monkeypatch):
 def test_clinical_scores_are_against_both_forms_of_the_references():
     scored = run()
     # The cut reference of the second study has lost its effusion, which the model has not said.
-    [effusion] = [row for row in class_tables(scored, "model")["rule"] if row["class"] == "Pleural Effusion"]
+    [effusion] = [row for row in scored.class_tables("model")["rule"] if row["class"] == "Pleural Effusion"]
     assert (effusion["reference_positives"], effusion["generated_positives"], effusion["f1"]) == (1, 1, 0)
     key = "ce_rule_recall_micro_14_uncertain_negative"
     assert scored.scores["model"][key] > scored.scores["model"][f"{key}_full"]
@@ -92,7 +92,7 @@ def test_clinical_scores_of_another_language_are_null_with_the_reason():
     assert len(clinical) == 2 * 36 and set(clinical.values()) == {None}
     assert "the labelers read English" in scored.missing["ce_rule"]
     assert not any(name.startswith("ce_") for name in scored.intervals["model"])
-    assert class_tables(scored, "model") == {} and scored.scores["model"]["BLEU_4"] == pytest.approx(1, abs=1e-6)
+    assert scored.class_tables("model") == {} and scored.scores["model"]["BLEU_4"] == pytest.approx(1, abs=1e-6)
 
 
 def test_no_best_epoch_is_sought_by_labels_that_mean_nothing():
@@ -173,7 +173,7 @@ def test_optional_models_score_under_their_own_names(monkeypatch):
     assert scores["ce_chexbert_f1_micro_14_uncertain_negative"] == 1 > scores["ce_rule_f1_micro_14_uncertain_negative"]
     assert scores["ce_chexbert_f1_macro_14_uncertain_positive_full"] == pytest.approx(1 / 14)
     assert scores["BERTScore_f1_full"] == pytest.approx(np.mean([len(text) for text in FULL_REFERENCES]))
-    assert set(class_tables(scored, "model")) == {"rule", "chexbert"}
+    assert set(scored.class_tables("model")) == {"rule", "chexbert"}
     assert scored.intervals["model"]["BERTScore_f1"][0] <= scores["BERTScore_f1"]
 
 
