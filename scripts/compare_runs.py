@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.dataset_specs import DATASETS
 from modules.data.report_tables import REPORT_COLUMNS, Table, match_rows, read_rows, read_table
-from modules.evaluation.score_names import FULL
+from modules.evaluation.score_names import FULL, is_main
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
 from scripts.experiments.plan import NO_EFFECT_ON_RESULTS, read_json
@@ -28,8 +28,6 @@ from scripts.experiments.plan import NO_EFFECT_ON_RESULTS, read_json
 if TYPE_CHECKING:
     from modules.evaluation.report_statistics import ReportStatistics
     from modules.pages.comparison import Comparison
-
-SHOWN_CLINICAL = ("f1_micro_14_uncertain_negative", "f1_macro_14_uncertain_negative")
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
             "references are compared."
         )
         by = f"{by.removesuffix(FULL)}{FULL}"
-    shown = [name for name in changes if all_scores or _is_main(untagged(name, statistics[0].tag), cut_alike)]
+    shown = [name for name in changes if all_scores or is_main(untagged(name, statistics[0].tag), cut_alike)]
     corrected = holm({name: changes[name].p for name in shown})
     lines = [ScoreLine(name, values[0][name], values[1][name], changes[name], corrected[name]) for name in shown]
     each = [report_scores(run, by) for run in statistics]
@@ -214,12 +212,6 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
         better=pairs(gains),
         worse=pairs(losses),
     )
-
-
-def _is_main(name: str, cut_alike: bool) -> bool:
-    if name.startswith("ce_"):  # labels of whole references: a cut or <unk>-ed one says something else
-        return name.endswith(tuple(f"{shown}{FULL}" for shown in SHOWN_CLINICAL))
-    return name.endswith(FULL) is not cut_alike or name == "diversity"
 
 
 def main() -> None:

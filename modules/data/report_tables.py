@@ -50,8 +50,7 @@ def read_table(
     line is an empty report. InputError for a file that cannot be read; given another ``on_problem``, rows of another
     length are passed to it and left out.
     """
-    path = str(path)
-    text = _decode(path, _read(path))
+    path, text = str(path), read_text(path)
     known = {*REPORT_COLUMNS, *ID_COLUMNS, *names}
     separator = _separator(path, text, known)
     rows = list(_parse(path, text, separator))
@@ -69,8 +68,12 @@ def read_table(
 
 def read_rows(path: str | Path) -> list[list[str]]:
     """The rows of a CSV file without a header that may differ in length, such as captions; InputError as above."""
-    path = str(path)
-    return list(_parse(path, _decode(path, _read(path)), ","))
+    return list(_parse(str(path), read_text(path), ","))
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, whatever its encoding; InputError where it cannot be read."""
+    return _decode(str(path), _read(str(path)))
 
 
 def _columns_without_header(path: str, rows: list[list[str]]) -> tuple[list[str], int]:
@@ -185,7 +188,13 @@ def _say(line: str) -> None:
 
 
 def match_rows(references: Table, hypotheses: Table) -> Table:
-    """The hypotheses in the order of the references: by ids where both have a column of these, else row by row.
+    """The hypotheses in the order of ``matching_rows``; InputError as there."""
+    rows = matching_rows(references, hypotheses)
+    return Table(hypotheses.path, hypotheses.columns, [hypotheses.rows[row] for row in rows])
+
+
+def matching_rows(references: Table, hypotheses: Table) -> list[int]:
+    """The hypotheses' row for each of the references': by ids where both have a column of these, else row by row.
 
     InputError where ids are not the same on both sides, where a file has one twice, or where row by row the numbers
     differ.
@@ -203,13 +212,13 @@ def match_rows(references: Table, hypotheses: Table) -> Table:
         with_ids = [table.path for table in (references, hypotheses) if _id_names(table).keys() - set(_INDEX_NAMES)]
         if len(with_ids) == 1:
             _say(f"only {with_ids[0]} has a column of ids: the two files are compared row by row")
-        return hypotheses
+        return list(range(len(hypotheses.rows)))
     ids, others = (_ids(table, column) for table, column in zip((references, hypotheses), columns, strict=True))
     for here, there, path in ((ids, others, hypotheses.path), (others, ids, references.path)):
         if missing := sorted(set(here) - set(there)):
             raise InputError(f"{path}: no row with id {missing[0]} ({len(missing)} are missing){_hint(ids, others)}")
-    rows = dict(zip(others, hypotheses.rows, strict=True))
-    return Table(hypotheses.path, hypotheses.columns, [rows[identity] for identity in ids])
+    places = {identity: row for row, identity in enumerate(others)}
+    return [places[identity] for identity in ids]
 
 
 def _id_columns(references: Table, hypotheses: Table) -> tuple[int, int] | None:

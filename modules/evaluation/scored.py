@@ -35,6 +35,11 @@ class Scored:
     missing: dict[str, str] = field(default_factory=dict)  # METEOR, ce_rule, ce_chexbert: why its scores are null
     seen: np.ndarray | None = None  # (N,) bool: references that are training reports word for word
 
+    @property
+    def cut(self) -> bool:
+        """Whether words were scored against cut references and whole ones, each under its own name."""
+        return any(name.endswith(FULL) and not name.startswith("ce_") for own in self.scores.values() for name in own)
+
     @functools.cached_property
     def variety(self) -> dict[str, dict[str, float | int | None]]:
         """The collapse statistics of each system's reports, and of the references."""

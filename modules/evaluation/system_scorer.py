@@ -30,9 +30,10 @@ Texts = Sequence[str] | Sequence[Sequence[str]]  # a text for each report, or se
 class References:
     """What N reports are scored against. The keys of a mapping are the suffixes of the scores' names, "" or FULL.
 
-    ``words``: split into words by white space. ``labelled``: what labels are of; the same texts where it is None.
-    ``encoded``: what encoders read, likewise. ``texts``: one for each report, whose variety is told. ``originals`` tell
-    whether the labelers fit. ``studies`` and ``patients`` (N,) number each report's, None where they are not known.
+    ``words``: split into words by white space. ``texts``: one for each report, whose variety is told. ``originals``
+    tell whether the labelers fit. ``labelled``: what labels are of, the words where it is None. ``encoded``: what
+    encoders read beside generated texts as they are; where it is None, the words of both. ``studies`` and ``patients``
+    (N,) number each report's, None where they are not known.
     """
 
     ids: Sequence[str]
@@ -135,9 +136,10 @@ class SystemScorer:
                 pair = [scored.labels[labeler][name] for name in (f"references{suffix}", system)]
                 scores |= _suffixed(clinical_scores(*pair, labeler), suffix)
                 tables |= _suffixed(clinical_tables(*pair, labeler), suffix)
+        read = words if references.encoded is None else generated
         for suffix, texts in (references.encoded or references.words).items():
             for encoder in self._encoders:
-                own = _suffixed(_best(encoder.to(self._device), texts, generated), suffix)
+                own = _suffixed(_best(encoder.to(self._device), texts, read), suffix)
                 encoder.to("cpu")
                 scores |= {name: float(values.mean()) for name, values in own.items()}
                 tables |= own

@@ -148,7 +148,7 @@ class Scoring:
             found.reports,
             # Whole references are labelled as in the annotation: cleaning removes commas, colons and slashes.
             labelled=words if captions is not None else words | {FULL: found.reports},
-            encoded=words if captions is None else {"": [captions[sample] for sample in found.ids]},
+            encoded=None if captions is None else {"": [captions[sample] for sample in found.ids]},
             studies=studies,
             patients=patients,
         )

@@ -147,7 +147,7 @@ def test_rows_that_do_not_belong_together_are_refused(left, right, cause):
 def test_ids_that_tell_no_rows_apart_must_at_least_be_the_same():
     names = ["subject_id", "report"]
     references = Table("gts.csv", names, [["p", "1"], ["p", "2"], ["q", "3"]])
-    assert match_rows(references, references) is references
+    assert match_rows(references, references) == references
     with pytest.raises(InputError, match="id p is in 2 rows"):
         match_rows(references, Table("res.csv", names, references.rows[::-1]))
 

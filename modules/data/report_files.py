@@ -1,0 +1,257 @@
+"""Reports of anybody's systems: CSV, JSON lists and objects, JSON lines, this project's and ReXrank's exports.
+
+A file becomes a table of ids (modules.data.report_tables) and the texts of each row: one, or several captions.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modules.data.report_tables import (
+    ID_COLUMNS,
+    REPORT_COLUMNS,
+    Table,
+    matching_rows,
+    read_rows,
+    read_table,
+    read_text,
+)
+from modules.runtime.errors import InputError
+
+SPLITS = ("train", "val", "validate", "test")
+# What a column or a JSON field of texts is called, by what it holds; the first that is there is read.
+FIELDS = {
+    "gts": ("reference", "references", "reference_report", "ground_truth", "gt", "gt_report", "target"),
+    "res": (
+        *("model_prediction", "generated", "generated_report", "prediction", "predicted_report", "predicted"),
+        *("hypothesis", "response", "output", "result"),
+    ),
+}
+_BOTH = (*REPORT_COLUMNS, "section_findings", "caption", "captions", "text")
+# Of a folder that main_test.py or R2Gen wrote.
+_IN_FOLDER = {"gts": "gts.csv", "res": "res.csv"}
+_STUDY, _SUBJECT = ("study_id",), ("subject_id", "patient_id")
+
+
+@dataclass(frozen=True)
+class ReportFile:
+    """N rows: their ids and other cells, and the texts of each, of which there are several only for captions."""
+
+    table: Table
+    texts: list[list[str]]
+
+    @property
+    def path(self) -> str:
+        """The file's name."""
+        return self.table.path
+
+    def column(self, names: Sequence[str]) -> list[str]:
+        """The cells (N,) of the first column of these names, "" where there is none."""
+        place = self.table.find(*names)
+        return [""] * len(self.texts) if place is None else [row[place].strip() for row in self.table.rows]
+
+    @property
+    def ids(self) -> list[str]:
+        """The rows' ids, or their numbers from 1 where the file has none."""
+        place = self.table.find(*ID_COLUMNS)
+        if place is None:
+            return [str(number) for number, _ in enumerate(self.texts, start=1)]
+        return [row[place].strip() for row in self.table.rows]
+
+    @property
+    def studies(self) -> list[str]:
+        """The rows' studies: their column, else the ids; empty where the file has neither."""
+        if self.table.find(*_STUDY, *ID_COLUMNS) is None:
+            return []
+        return [study or row for study, row in zip(self.column(_STUDY), self.ids, strict=True)]
+
+    @property
+    def subjects(self) -> list[str]:
+        """The rows' patients, "" where not known."""
+        return self.column(_SUBJECT)
+
+
+def read_reports(
+    path: str | Path, side: str, *, column: str = "", split: str = "test", captions: bool = False
+) -> ReportFile:
+    """Read the reports in ``path``; ``side`` is "gts" (references) or "res" (generated): which field is theirs.
+
+    ``column`` names the field instead. Of an annotation.json ``split`` is read; with ``captions`` a row may have
+    several texts, and rows of one id are joined. InputError for a file that cannot be read, or whose field of texts
+    cannot be told.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / _IN_FOLDER[side]
+    names = (column.strip().lower(),) if column else (*FIELDS[side], *_BOTH)
+    if _is_json(path):
+        found = _Records(str(path), names, split).read(read_text(path))
+    elif captions and side == "gts" and not column and (rows := _bare_captions(path)):
+        return ReportFile(Table(str(path), [], [[] for _ in rows]), rows)
+    else:
+        table = read_table(path, names=(*names, *_SUBJECT))
+        place = _text_column(table, names, column)
+        found = ReportFile(table, [[row[place]] for row in table.rows])
+    if captions and side == "gts":
+        return _joined(found)
+    several = [key for key, texts in zip(found.ids, found.texts, strict=True) if len(texts) != 1]
+    if several:
+        raise InputError(f"{path}: id {several[0]} has several texts ({len(several)} have); that is for --cleaner coco")
+    return found
+
+
+def align(references: ReportFile, generated: ReportFile) -> ReportFile:
+    """``generated`` in the order of the references: by ids where both have some, else row by row; InputError."""
+    rows = matching_rows(references.table, generated.table)
+    table = Table(generated.path, generated.table.columns, [generated.table.rows[row] for row in rows])
+    return ReportFile(table, [generated.texts[row] for row in rows])
+
+
+def _is_json(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    if suffix in (".json", ".jsonl", ".ndjson"):
+        return True
+    return suffix not in (".csv", ".tsv") and read_text(path).lstrip()[:1] in ("[", "{")
+
+
+def _text_column(table: Table, names: Sequence[str], column: str) -> int:
+    place = table.find(*names)
+    if place is None:
+        wanted = repr(column) if column else "such as 'report'"
+        raise InputError(
+            f"{table.path}: no column {wanted}; its columns are {', '.join(table.columns)[:200]}: name the one of "
+            "reports with --gts_column or --res_column"
+        )
+    _say_choice(table.path, table.columns[place], [name for name in map(str.lower, table.columns) if name in names])
+    return place
+
+
+def _say_choice(path: str, chosen: str, candidates: Sequence[str]) -> None:
+    others = [name for name in candidates if name != chosen.lower()]
+    if others:
+        print(f"note: {path}: {chosen!r} is read as the reports; it has {', '.join(others)} too", file=sys.stderr)
+
+
+def _bare_captions(path: Path) -> list[list[str]]:
+    """The captions of a gts.csv of a run on captions: a row each, no header; empty where there is a header."""
+    rows = [[cell for cell in row if cell] for row in read_rows(path)]
+    known = {*FIELDS["gts"], *_BOTH, *ID_COLUMNS}
+    return [] if rows and known & {cell.strip().lower() for cell in rows[0]} else rows
+
+
+def _joined(found: ReportFile) -> ReportFile:
+    """Rows of one id as one row with all their texts, in the order of the first of each."""
+    if found.table.find(*ID_COLUMNS) is None:
+        return found
+    first: dict[str, int] = {}
+    texts: list[list[str]] = []
+    rows = []
+    for key, row, own in zip(found.ids, found.table.rows, found.texts, strict=True):
+        if key not in first:
+            first[key] = len(texts)
+            texts.append([])
+            rows.append(row)
+        texts[first[key]] += own
+    return ReportFile(Table(found.path, found.table.columns, rows), texts)
+
+
+class _Records:
+    """Reads the shapes of JSON in which reports are kept."""
+
+    def __init__(self, path: str, names: Sequence[str], split: str):
+        self.path, self.names, self.split = path, names, split
+
+    def read(self, text: str) -> ReportFile:
+        records = list(self._records(self._parse(text)))
+        if not records:
+            raise InputError(f"{self.path}: holds no reports")
+        columns = [name for name in ("id", *ID_COLUMNS[1:], *_SUBJECT) if any(name in cells for cells, _ in records)]
+        rows = [[cells.get(name, "") for name in columns] for cells, _ in records]
+        return ReportFile(Table(self.path, columns, rows), [texts for _, texts in records])
+
+    def _parse(self, text: str) -> Any:
+        try:
+            return json.loads(text, object_pairs_hook=self._unique)
+        except RecursionError:
+            raise InputError(f"{self.path}: the JSON is nested too deeply") from None
+        except ValueError as error:
+            lines = [line for line in text.splitlines() if line.strip()]
+            if len(lines) < 2 or not _is_value(lines[0]):
+                raise InputError(f"{self.path}: not valid JSON: {error}") from None
+        found = []
+        for number, line in enumerate(lines, start=1):  # JSON lines
+            try:
+                found.append(json.loads(line, object_pairs_hook=self._unique))
+            except ValueError as error:
+                raise InputError(f"{self.path}: line {number} is not valid JSON: {error}") from None
+        return found
+
+    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # JSON readers keep the last of two equal keys
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise InputError(f"{self.path}: id or key {twice} is there twice")
+        return found
+
+    def _records(self, data: Any) -> Iterable[tuple[dict[str, str], list[str]]]:
+        """(cells by column, texts) of each record."""
+        if isinstance(data, Mapping):
+            if data and set(data) <= set(SPLITS):
+                if not isinstance(data.get(self.split), list):
+                    raise InputError(f"{self.path}: has no split {self.split!r}; it has {', '.join(data)}")
+                data = data[self.split]
+            elif isinstance(data.get("annotations"), list):  # COCO's references
+                data = [_without_number(item) for item in data["annotations"]]
+            elif len(data) == 1 and isinstance(inner := next(iter(data.values())), list) and _are_objects(inner):
+                data = inner
+        if isinstance(data, Mapping):
+            for key, item in data.items():
+                yield self._record(item, f"id {key}", key)
+        elif isinstance(data, list):
+            for number, item in enumerate(data, start=1):
+                yield self._record(item, f"record {number}", None)
+        else:
+            raise InputError(f"{self.path}: holds neither a list nor an object of reports")
+
+    def _record(self, item: Any, where: str, key: str | None) -> tuple[dict[str, str], list[str]]:
+        cells = {} if key is None else {"id": key}
+        if isinstance(item, Mapping):
+            item = {str(name).strip().lower(): value for name, value in item.items()}
+            for name in (*ID_COLUMNS, *_SUBJECT):
+                if isinstance(value := item.get(name), (str, int)) and not isinstance(value, bool):
+                    cells.setdefault(name, str(value))
+            if "id" in cells and (identity := cells["id"]) != key:
+                where = f"id {identity}"
+            fields = [name for name in self.names if name in item]
+            if not fields:
+                raise InputError(
+                    f"{self.path}: {where} has none of the fields {', '.join(self.names)[:120]}; it has "
+                    f"{', '.join(map(str, item))[:200]}: name the one of reports with --gts_column or --res_column"
+                )
+            item = item[fields[0]]
+        texts = item if isinstance(item, list) else [item]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            kind = "null" if None in texts else "not a text"
+            raise InputError(f'{self.path}: {where}: its report is {kind}; an empty report is written ""')
+        return cells, list(texts)
+
+
+def _without_number(item: Any) -> Any:
+    """A caption of COCO's file without the caption's own number; its image's is what counts."""
+    return {name: item[name] for name in item if name != "id"} if isinstance(item, Mapping) else item
+
+
+def _is_value(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _are_objects(values: list) -> bool:
+    return all(isinstance(value, Mapping) for value in values)

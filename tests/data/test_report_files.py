@@ -1,0 +1,170 @@
+"""Files of reports in every shape that people have: what is read from which field, joined how, refused why."""
+
+import json
+
+import pytest
+
+from modules.data.report_files import align, read_reports
+from modules.runtime.errors import InputError
+
+REFERENCES = ["The heart is normal, no effusion.", "Mild edema.", "Clear lungs."]
+GENERATED = ["heart is normal .", "edema .", "lungs are clear ."]
+IDS = ["s1", "s2", "s3"]
+BY_ID = dict(zip(IDS, REFERENCES, strict=True))
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def records(field, texts, key="id", order=(2, 0, 1)):
+    return [{key: IDS[row], field: texts[row]} for row in order]
+
+
+# (name of the file, content, whether it has ids) of GENERATED, shuffled where it has.
+GENERATED_FILES = {
+    "bare csv": ("r.csv", "\n".join(GENERATED), False),
+    "csv with header": ("r.csv", "report\n" + "\n".join(GENERATED), False),
+    "csv with ids": ("r.csv", "id,report\ns3,lungs are clear .\ns1,heart is normal .\ns2,edema .\n", True),
+    "csv with ids, no header": ("r.csv", "s3,lungs are clear .\ns1,heart is normal .\ns2,edema .\n", True),
+    "csv, other names": (
+        "r.csv",
+        "ID,Model_Prediction\ns3,lungs are clear .\ns1,heart is normal .\ns2,edema .\n",
+        True,
+    ),
+    "tsv": ("r.tsv", "id\treport\ns3\tlungs are clear .\ns1\theart is normal .\ns2\tedema .\n", True),
+    "json list of texts": ("r.json", json.dumps(GENERATED), False),
+    "json list of objects": ("r.json", json.dumps(records("report", GENERATED)), True),
+    "this project's reports.json": (
+        "reports.json",
+        json.dumps([row | {"reference": "x"} for row in records("report", GENERATED)]),
+        True,
+    ),
+    "json object of texts": ("r.json", json.dumps({IDS[row]: GENERATED[row] for row in (1, 2, 0)}), True),
+    "json object of lists": ("r.json", json.dumps({IDS[row]: [GENERATED[row]] for row in (1, 2, 0)}), True),
+    "rexrank": (
+        "r.json",
+        json.dumps(
+            {
+                IDS[row]: {"model_prediction": GENERATED[row], "report": "x", "image_path": ["a.png", "b.png"]}
+                for row in (2, 1, 0)
+            }
+        ),
+        True,
+    ),
+    "wrapped list": ("r.json", json.dumps({"predictions": records("prediction", GENERATED)}), True),
+    "captions.json": ("captions.json", json.dumps(records("caption", GENERATED, key="image_id")), True),
+    "json lines": ("r.jsonl", lines(records("generated_report", GENERATED)), True),
+    "json lines of texts": ("r.jsonl", lines(GENERATED), False),
+    "json without a suffix": ("r", json.dumps(GENERATED), False),
+    "byte order mark": ("r.json", "\ufeff" + json.dumps(GENERATED), False),
+    "numbers as ids": ("r.json", json.dumps([{"study_id": 1, "report": text} for text in GENERATED]), False),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATED_FILES)
+def test_generated_reports(tmp_path, kind):
+    name, content, has_ids = GENERATED_FILES[kind]
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "gts.json").write_text(json.dumps(BY_ID))
+    found = read_reports(tmp_path / name, "res")
+    assert [len(texts) for texts in found.texts] == [1, 1, 1]
+    if has_ids:
+        found = align(read_reports(tmp_path / "gts.json", "gts"), found)
+    assert [text for [text] in found.texts] == GENERATED
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        records("reference", REFERENCES),
+        {key: {"section_findings": text, "model_prediction": "x"} for key, text in BY_ID.items()},
+        {"train": [], "test": records("report", REFERENCES, order=(0, 1, 2))},
+        {
+            "images": [{"id": 7}],
+            "annotations": [{"id": n, "image_id": key, "caption": text} for n, (key, text) in enumerate(BY_ID.items())],
+        },
+    ],
+    ids=["list", "rexrank", "annotation", "coco"],
+)
+def test_references(tmp_path, content):
+    (tmp_path / "g.json").write_text(json.dumps(content))
+    found = read_reports(tmp_path / "g.json", "gts")
+    assert sorted(zip(found.ids, [text for [text] in found.texts], strict=True)) == sorted(BY_ID.items())
+
+
+def test_studies_and_patients_are_read(tmp_path):
+    (tmp_path / "g.csv").write_text("dicom_id,study_id,subject_id,report\na,1,7,Edema.\nb,1,7,Edema.\nc,2,,Clear.\n")
+    found = read_reports(tmp_path / "g.csv", "gts")
+    assert (found.ids, found.studies, found.subjects) == (["a", "b", "c"], ["1", "1", "2"], ["7", "7", ""])
+    (tmp_path / "h.csv").write_text("report\nEdema.\n")
+    assert read_reports(tmp_path / "h.csv", "gts").studies == []
+
+
+def test_a_folder_of_a_run(tmp_path):
+    (tmp_path / "gts.csv").write_text("Edema.\n")
+    (tmp_path / "res.csv").write_text("edema .\n")
+    assert read_reports(tmp_path, "gts").texts == [["Edema."]] and read_reports(tmp_path, "res").texts == [["edema ."]]
+
+
+def test_several_captions_are_for_captions(tmp_path):
+    captions = [
+        {"image_id": key, "id": n, "caption": text} for n, (key, text) in enumerate([(1, "a"), (2, "b"), (1, "c")])
+    ]
+    for content in ({"annotations": captions, "images": []}, {"1": ["a", "c"], "2": ["b"]}):
+        (tmp_path / "g.json").write_text(json.dumps(content))
+        found = read_reports(tmp_path / "g.json", "gts", captions=True)
+        assert (found.ids, found.texts) == (["1", "2"], [["a", "c"], ["b"]])
+    with pytest.raises(InputError, match="id 1 has several texts .*--cleaner coco"):
+        read_reports(tmp_path / "g.json", "gts")
+    (tmp_path / "gts.csv").write_text("a,c\nb,\n")
+    assert read_reports(tmp_path / "gts.csv", "gts", captions=True).texts == [["a", "c"], ["b"]]
+
+
+def test_the_field_is_said_where_there_are_several_and_can_be_named(tmp_path, capsys):
+    (tmp_path / "r.csv").write_text("id,report,findings\n1,whole,part\n")
+    assert read_reports(tmp_path / "r.csv", "res").texts == [["whole"]]
+    assert "'report' is read as the reports; it has findings too" in capsys.readouterr().err
+    assert read_reports(tmp_path / "r.csv", "res", column="Findings").texts == [["part"]]
+    (tmp_path / "r.json").write_text('[{"id": 1, "mine": "x", "report": "y"}]')
+    assert read_reports(tmp_path / "r.json", "res", column="mine").texts == [["x"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("r.json", '{"a": "x", "a": "y"}', "id or key a is there twice"),
+        ("r.json", '[{"id": "a", "report": null}]', "id a: its report is null"),
+        ("r.json", '{"a": 3}', "id a: its report is not a text"),
+        ("r.json", '[{"id": "a", "words": "x"}]', "id a has none of the fields .*it has id, words.*--res_column"),
+        ("r.json", "[]", "holds no reports"),
+        ("r.json", "3", "neither a list nor an object"),
+        ("r.json", '[{"id": 1', "not valid JSON"),
+        ("r.jsonl", '{"id": 1, "report": "x"}\n{"id"\n', "line 2 is not valid JSON"),
+        ("r.json", "[" * 100_000, "nested too deeply"),
+        ("r.json", '{"train": [], "val": []}', "has no split 'test'; it has train, val"),
+        ("r.csv", "id,words\n1,x\n", "no column such as 'report'; its columns are id, words"),
+        ("none.json", None, "there is no such file"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_its_cause(tmp_path, name, content, cause):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=cause):
+        read_reports(tmp_path / name, "res")
+
+
+@pytest.mark.parametrize(
+    ("generated", "cause"),
+    [
+        ({"s1": "x", "s2": "y"}, r"no row with id s3 \(1 are missing\)"),
+        ({"s1": "x", "s2": "y", "s3": "z", "s4": "q"}, r"g.json: no row with id s4 \(1 are missing\)"),
+        ([{"id": key, "report": "x"} for key in ("s1", "s2", "s2", "s3")], "id s2 is in 2 rows"),
+        (["x", "y"], "has 3 rows and .* 2"),
+    ],
+)
+def test_ids_that_do_not_agree_are_named(tmp_path, generated, cause):
+    (tmp_path / "g.json").write_text(json.dumps(BY_ID))
+    (tmp_path / "r.json").write_text(json.dumps(generated))
+    with pytest.raises(InputError, match=cause):
+        align(read_reports(tmp_path / "g.json", "gts"), read_reports(tmp_path / "r.json", "res"))
