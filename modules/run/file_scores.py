@@ -12,8 +12,9 @@ from modules.evaluation.report_scores import COCO, MODEL, as_json, score, tokeni
 from modules.evaluation.report_statistics import save_statistics
 from modules.evaluation.scored import Scored
 from modules.evaluation.settings import ScoringSettings
-from modules.pages.html_report import Sample, write_report
+from modules.pages.html_report import write_report
 from modules.pages.html_scores import CAPTIONS, REPORTS, ScoreRow
+from modules.run.shown_studies import highlights, samples_without_images
 from modules.runtime.environment import choose_device, file_sha256, provenance
 from modules.runtime.errors import InputError
 from modules.runtime.records import private_folder, write_report_tables, write_results
@@ -168,6 +169,9 @@ def _write_page(
     chosen = {run: run} | ({COMMONEST: COMMONEST} if COMMONEST in scored.scores else {})
     forms = CAPTIONS if captions else REPORTS if scored.cut else _GIVEN
     results = as_json(scored, run, run)
+    file = found.references
+    studies = samples_without_images(scored, run, file.ids, file.texts, captions=captions)
+    count, (first, chosen_by) = min(samples, len(studies)), highlights(scored, run)
     write_report(
         path,
         title=f"{run}, scored",
@@ -189,18 +193,10 @@ def _write_page(
             f"Texts were split into words by: {tokenisation(found.inputs.cleaner)}.",
             *(f"{name} is missing: {reason}." for name, reason in scored.missing.items()),
         ],
-        samples=_samples(found, run, samples),
+        highlights=[(rank, studies[row]) for rank, row in first] if count else [],
+        chosen_by=chosen_by,
+        samples=[studies[number * len(studies) // count] for number in range(count)],  # spread evenly
+        total=len(studies),
         flags=config,
         provenance=about,
     )
-
-
-def _samples(found: FileScores, run: str, count: int) -> list[Sample]:
-    """Reports spread evenly over the file, without images."""
-    total, captions = len(found.references.texts), found.inputs.cleaner == COCO
-    rows = [number * total // min(count, total) for number in range(min(count, total))]
-    texts, ids = found.references.texts, found.references.ids
-    generated = found.scored.reports[run]
-    return [
-        Sample(ids[row], [], [], texts[row][0], generated[row], captions=texts[row] if captions else ()) for row in rows
-    ]

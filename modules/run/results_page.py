@@ -5,30 +5,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from modules.config import Config
 from modules.data.datasets import ReportDataset
 from modules.evaluation.baselines import COMMONEST
-from modules.evaluation.score_names import FULL, SELECTION, untagged
-from modules.pages.comparison import report_scores
-from modules.pages.findings import best_middle_worst, compare_labels
+from modules.evaluation.score_names import SELECTION, untagged
+from modules.pages.findings import compare_labels
 from modules.pages.html_report import write_report
-from modules.pages.html_scores import CAPTIONS, OWN_SCORES, REPORTS, ScoreRow, shown_name
+from modules.pages.html_scores import CAPTIONS, REPORTS, ScoreRow
 from modules.pages.studies import Sample
 from modules.run.data import Data, image_folder
+from modules.run.shown_studies import highlights, labels_of, own_scores
 from modules.run.tested import MODEL, Tested
 from modules.runtime.errors import InputError
-
-RANKING = "ROUGE_L"  # of single reports: BLEU-4 is zero for most
 
 
 def write_page(path: Path, tested: Tested, dataset: ReportDataset) -> None:
     """Write the page; ``dataset`` is the test split, whose images it shows."""
     config, data, tag = tested.config, tested.data, tested.tag
     sample = _sample_maker(dataset, tested)
-    highlights, chosen_by = _highlights(tested)
+    first, chosen_by = highlights(tested.scored, MODEL)
     total = len(tested.found.ids)
     count = min(config.report_samples, total)
     write_report(
@@ -50,7 +47,7 @@ def write_page(path: Path, tested: Tested, dataset: ReportDataset) -> None:
         references=CAPTIONS if tested.captions else REPORTS,
         by_reference=_by_reference(tested),
         notes=_notes(tested),
-        highlights=[(rank, sample(row)) for rank, row in highlights] if count else [],
+        highlights=[(rank, sample(row)) for rank, row in first] if count else [],
         chosen_by=chosen_by,
         samples=(sample(i * total // count) for i in range(count)),  # spread evenly over the split
         total=total,
@@ -127,7 +124,7 @@ def _sample_maker(dataset: ReportDataset, tested: Tested) -> Callable[[int], Sam
     found, read = tested.found, _image_reader(tested.config, dataset)
     # By id: an unreadable image is replaced by another sample.
     rows = {dataset.sample_id(index): sample for index, sample in enumerate(dataset.samples)}
-    labels, scores = _labels(tested), _own_scores(tested)
+    labels, scores = labels_of(tested.scored, MODEL), own_scores(tested.scored, MODEL)
 
     def sample(index: int) -> Sample:
         row, view = rows[found.ids[index]]
@@ -146,24 +143,3 @@ def _sample_maker(dataset: ReportDataset, tested: Tested) -> Callable[[int], Sam
         )
 
     return sample
-
-
-def _labels(tested: Tested) -> tuple[np.ndarray, np.ndarray] | None:
-    """Labels (N, 14) of whole references and of the model's reports, by the first labeler; None without one."""
-    first = next(iter(tested.scored.labels.values()), None)
-    return None if first is None else (first[f"references{FULL}"], first[MODEL])
-
-
-def _own_scores(tested: Tested) -> dict[str, np.ndarray]:
-    """Each headline score of single reports (N,), by its name in results.json; only those that were computed."""
-    statistics = tested.scored.statistics[MODEL]
-    found = {name: report_scores(statistics, name) for name in OWN_SCORES}
-    return {name: values for name, values in found.items() if values is not None}
-
-
-def _highlights(tested: Tested) -> tuple[list[tuple[str, int]], str]:
-    """The studies that open the page, each with its rank, and how they were chosen."""
-    labels = _labels(tested)
-    words = report_scores(tested.scored.statistics[MODEL], RANKING)
-    chosen, by = best_middle_worst(*(labels or (None, None)), words)
-    return chosen, by.replace("word score", shown_name(RANKING))
