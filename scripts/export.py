@@ -13,7 +13,6 @@ compares them with the model at once (docs/SHARING.md).
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from modules.evaluation.metric_table import METRIC_NAMES
 from modules.flags import Parser
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.input_files import read_json
 
 MODEL = "model"  # its scores' name in results.json
 
@@ -173,7 +173,7 @@ def model_card(content: dict, folder: Path, licence: str) -> str:
 def read_results(folder: Path) -> dict:
     """The results.json of a run, empty where there is none."""
     try:
-        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        return read_json(folder / "results.json")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

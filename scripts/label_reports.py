@@ -7,7 +7,6 @@ program wrote it and it has not been changed since.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from modules.labels.labeler import CLASSES, label_report, with_parents
 from modules.labels.sentences import is_missing
 from modules.labels.tables import Table, class_columns, read_table, report_column, write_table
 from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.input_files import read_json
 from modules.runtime.output_files import Output, check_outputs, contains
 from modules.runtime.run_log import Bar
 
@@ -115,7 +115,7 @@ def is_own(out: Path) -> bool:
     """Whether this program wrote ``out`` according to its record, and it has not been changed since."""
     from modules.runtime.environment import file_sha256
 
-    return json.loads(origin_of(out).read_text(encoding="utf-8"))["output_sha256"] == file_sha256(out)
+    return read_json(origin_of(out))["output_sha256"] == file_sha256(out)
 
 
 def write_origin(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from modules.runtime.errors import InputError, Problem, raise_problem
-from modules.runtime.input_files import open_regular
+from modules.runtime.input_files import MAX_ANNOTATION, read_bytes
 
 SPLITS = ("train", "val", "test")
 
@@ -86,8 +86,7 @@ def train_sha256(studies: Iterable[Study]) -> str:
 
 def _read_json(path: str | Path) -> tuple[bytes, object]:
     try:
-        with open_regular(path) as file:
-            content = file.read()
+        content = read_bytes(path, MAX_ANNOTATION)
     except OSError as error:
         raise InputError(f"{path}: cannot read the annotation: {error.strerror}") from error
     try:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Bpe
 from modules.data.tokenizers import BOS, EOS, clean_report
 from modules.runtime.errors import InputError
 from modules.runtime.hub import download_model
+from modules.runtime.input_files import require_regular_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,7 @@ class BpeTokenizer:
 
         InputError for damaged files.
         """
+        require_regular_folder(folder, "--gpt2_path")
         names = [path.name for path in folder.iterdir()]
         if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
             return None
@@ -139,6 +141,7 @@ def read_gpt2(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, int]]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    require_regular_folder(folder, "--gpt2_path")
     try:
         model, report = GPT2Model.from_pretrained(
             folder, local_files_only=True, weights_only=True, dtype=torch.float32, output_loading_info=True

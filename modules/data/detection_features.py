@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from modules.data.annotations import Study
+from modules.data.hdf5 import Refused, own_dataset, require_plain_matrix
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import require_regular
 
 
 class DetectionFeatures:
@@ -26,6 +28,7 @@ class DetectionFeatures:
 
     def __init__(self, file: str, ids: Mapping[str, str], max_detections: int):
         self.file, self.ids, self._handle = file, ids, None
+        self._max_detections = max_detections
         _READERS.add(self)
         self.shape = (max_detections, self._matrix(next(iter(ids))).shape[1])
         self.close()
@@ -40,7 +43,7 @@ class DetectionFeatures:
             )
         try:
             rows = torch.from_numpy(matrix[: self.shape[0]].astype("float32"))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise InputError(
                 f"--detection_features {self.file}: '{matrix.name[1:]}' is damaged ({_one_line(error)})"
             ) from error
@@ -82,22 +85,23 @@ class DetectionFeatures:
                 f"--detection_features {self.file}: no record of the annotation has {path!r} as its first "
                 "image, so its id, and with it its features, are not known"
             )
+        name = f"{self.ids[path]}_features"
         try:
             if self._handle is None:
+                require_regular(self.file)
                 self._handle = h5py.File(self.file, "r", locking="best-effort")
-            dataset = self._handle.get(f"{self.ids[path]}_features")
-        except (OSError, RuntimeError) as error:
+            dataset = own_dataset(self._handle, name)
+            if dataset is not None:
+                require_plain_matrix(dataset, self._max_detections)
+        except Refused as error:
+            raise InputError(f"--detection_features {self.file}: '{name}' {error}") from error
+        except Exception as error:  # damaged bytes lead the reader to all kinds of exceptions
             reason = "no such file" if isinstance(error, FileNotFoundError) else _one_line(error)
             raise InputError(f"--detection_features {self.file}: cannot be read: {reason}") from error
-        if not isinstance(dataset, h5py.Dataset):
+        if dataset is None:
             raise InputError(
-                f"--detection_features {self.file}: has no '{self.ids[path]}_features'; every record of "
+                f"--detection_features {self.file}: has no '{name}'; every record of "
                 "the annotation needs a matrix (n, width) that its id names"
-            )
-        if dataset.ndim != 2 or not len(dataset):
-            raise InputError(
-                f"--detection_features {self.file}: '{dataset.name[1:]}' has the shape {dataset.shape}, "
-                "expected (n, width) with at least one row"
             )
         return dataset
 

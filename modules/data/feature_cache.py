@@ -17,6 +17,7 @@ from modules.data.images import ImageFolder
 from modules.data.transforms import Transform
 from modules.runtime import distributed
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import MAX_MAPPED, require_regular
 
 
 @dataclass
@@ -32,7 +33,7 @@ class FeatureCache:
     def __call__(self, path: str) -> Tensor:
         """Features (S, C) float32 of the image at ``path``."""
         if self._features is None:  # each loader process maps the file itself
-            self._features = np.load(self.file, mmap_mode="r", allow_pickle=False)
+            self._features = _mapped(self.file)
         return torch.from_numpy(np.array(self._features[self.rows[path]]))
 
     def __getstate__(self) -> dict:
@@ -100,9 +101,14 @@ def build_feature_cache(
     return FeatureCache(file, rows, images, shape)
 
 
+def _mapped(path: Path) -> np.ndarray:
+    require_regular(path, MAX_MAPPED)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
 def _require_whole(file: Path, shape: tuple[int, int, int]) -> None:
     try:
-        found = np.load(file, mmap_mode="r", allow_pickle=False)
+        found = _mapped(file)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
             f"--feature_cache: {file} is damaged ({' '.join(str(error).split())[:150]}); "

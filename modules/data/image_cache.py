@@ -28,6 +28,7 @@ from modules.data.images import ImageFolder, stored_shape
 from modules.data.loaders import GuardedLoader
 from modules.data.transforms import Transform
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import MAX_MAPPED, open_regular
 
 logger = logging.getLogger("ithn")
 FORMAT = 1  # of the file; part of its name
@@ -123,7 +124,7 @@ def _alone(file: Path) -> Iterator[None]:
 
 def _read(file: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and bytes of ``file``; ValueError for one that is shorter than its rows say."""
-    with open(file, "rb") as opened:
+    with open_regular(file, MAX_MAPPED) as opened:
         pixels = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     index = pixels[: count * ROW.itemsize].view(ROW)
     ends = index["offset"] + index["planes"] * index["height"] * index["width"]

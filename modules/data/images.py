@@ -212,7 +212,7 @@ def stored_shape(path: str | Path) -> tuple[int, int, int]:
     Width and height may come out exchanged where the file says so.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if is_dicom(file.read(132)):
                 return dicom_shape(file)
             file.seek(0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.runtime.errors import InputError
-from modules.runtime.input_files import require_plain_archive
+from modules.runtime.input_files import load_tensors, open_regular, open_safetensors
 from modules.runtime.records import write_private
 
 FORMAT = "ithn-prototypes-1"
@@ -38,11 +38,12 @@ def load_prototypes(
             f"--init_protypes_path {path}: no such file; scripts/build_prototypes.py makes one, and an "
             "empty name draws the prototypes at random"
         )
-    require_plain_archive(path, "--init_protypes_path")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             ours = file.read(9)[8:] == b"{"  # safetensors: eight bytes of length, then JSON
-        tensor, own_classes = _read_ours(path) if ours else (torch.load(path, "cpu", weights_only=True), None)
+        tensor, own_classes = _read_ours(path) if ours else (load_tensors(path, "--init_protypes_path"), None)
+    except InputError:
+        raise
     except Exception as error:  # the readers raise whatever the damaged bytes lead them to
         raise InputError(
             f"--init_protypes_path {path}: damaged, or holds more than a tensor ({type(error).__name__}); "
@@ -71,9 +72,7 @@ def load_prototypes(
 
 
 def _read_ours(path: str | Path) -> tuple[Tensor, list[str]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path, framework="pt") as file:
         tensor, header = file.get_tensor("prototypes"), file.metadata()
     checksum = header.pop("sha256", None)  # absent in files of earlier versions
     if checksum is not None and checksum != _checksum(tensor, header):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.runtime.errors import InputError, Problem, raise_problem
-from modules.runtime.input_files import open_regular
+from modules.runtime.input_files import read_bytes
 
 REPORT_COLUMNS = ("report", "reports", "findings", "report impression")  # the last is CheXbert's
 ID_COLUMNS = ("id", "dicom_id", "image_id", "image_path", "study_id")  # the finest first
@@ -109,15 +109,11 @@ def _of_equal_length(path: str, columns: list[str], rows: list[list[str]], on_pr
 
 def _read(path: str) -> bytes:
     try:
-        with open_regular(path) as file:
-            content = file.read(MAX_BYTES + 1)
+        return read_bytes(path, MAX_BYTES)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(content) > MAX_BYTES:
-        raise InputError(f"{path}: has more than {MAX_BYTES} bytes, too many for a table of reports")
-    return content
 
 
 def _decode(path: str, content: bytes) -> str:

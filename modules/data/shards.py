@@ -7,26 +7,31 @@ after another is enough. ``shards.json`` says which record is in which shard. Sh
 import importlib.util
 import io
 import json
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from modules.data.annotations import Study
-from modules.data.images import MAX_PIXELS, ImageFolder, decode_image, open_image
+from modules.data.images import MAX_BYTES, MAX_PIXELS, ImageFolder, decode_image, open_image
 from modules.data.sample_order import LANES, ORDER, keyed_generator
 from modules.data.transforms import size_by_shorter_side
+from modules.runtime.archive_files import tar_members
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import MAX_TEXT, open_regular, read_bytes
 from modules.runtime.records import write_private
 
 FORMAT = "ithn-shards-1"
 MANIFEST = "shards.json"
+MAX_SHARD = 2**32  # bytes; --shard_mb makes them far smaller
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,200}\.tar", re.ASCII)
 TRIES, SECONDS_BETWEEN_TRIES = 3, 2.0  # of reading from an address
 
 
@@ -60,26 +65,37 @@ class Manifest:
     @classmethod
     def load(cls, root: str) -> "Manifest":
         """The manifest below ``root``, a folder or an address; InputError where there is none."""
-        require_library()
+        content = read_file(root, MANIFEST, MAX_TEXT)
         try:
-            content = json.loads(read_file(root, MANIFEST))
-            if content.pop("format") != FORMAT:
-                raise ValueError("another version")
-            splits = {
-                name: tuple(Shard(**(shard | {"rows": tuple(shard["rows"])})) for shard in shards)
-                for name, shards in content.pop("splits").items()
-            }
-            for shard in (shard for shards in splits.values() for shard in shards):
-                if PurePosixPath(shard.file).name != shard.file:
-                    raise ValueError(f"{shard.file!r} is not a file name")
-            return cls(**content, splits=splits)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
+            return cls._of(json.loads(content))
+        except Exception as error:  # whatever the file holds instead
             raise InputError(
                 f"--shards {root}: its {MANIFEST} is damaged or of another version "
                 f"({' '.join(str(error).split())[:100]}); make it again with scripts/make_shards.py"
             ) from error
+
+    @classmethod
+    def _of(cls, content: Any) -> "Manifest":
+        """The manifest in the JSON ``content``; any exception where it is none."""
+        if content.pop("format") != FORMAT:
+            raise ValueError("another version")
+        splits = {
+            name: tuple(Shard(**(shard | {"rows": tuple(shard["rows"])})) for shard in shards)
+            for name, shards in content.pop("splits").items()
+        }
+        manifest = cls(**content, splits=splits)
+        if not isinstance(manifest.annotation_sha256, str) or not isinstance(manifest.negatives, str):
+            raise ValueError("its hashes are not texts")
+        if type(manifest.num_neighbours) is not int or manifest.num_neighbours < 0:
+            raise ValueError("num_neighbours is not a count")
+        for shard in (shard for shards in splits.values() for shard in shards):
+            if not isinstance(shard.file, str) or not _FILE_NAME.fullmatch(shard.file):
+                raise ValueError(f"{shard.file!r} is not the name of a shard")
+            if type(shard.size) is not int or not 0 <= shard.size <= MAX_SHARD:
+                raise ValueError(f"{shard.file} has a size of {shard.size!r}; at most {MAX_SHARD} bytes are read")
+            if not all(type(row) is int and row >= 0 for row in shard.rows):
+                raise ValueError(f"the rows of {shard.file} are not counts")
+        return manifest
 
     def check(self, root: str, annotation_sha256: str, negatives: str | None, num_neighbours: int) -> None:
         """InputError unless the shards were made from this annotation and, if training needs them, these negatives."""
@@ -95,6 +111,16 @@ class Manifest:
                 f"--negative_index FILE --num_neighbours {num_neighbours}"
             )
 
+    def shards_of(self, root: str, split: str, count: int) -> tuple[Shard, ...]:
+        """The shards of a ``split`` of ``count`` records; InputError unless each record is in one of them."""
+        shards = self.splits.get(split, ())
+        if sorted(row for shard in shards for row in shard.rows) != list(range(count)):
+            raise InputError(
+                f"--shards {root}: its {MANIFEST} does not place each of the {count} records of '{split}' in one "
+                "shard; make the shards again"
+            )
+        return shards
+
 
 def neighbours_sha256(neighbours: np.ndarray, num_neighbours: int) -> str:
     """Identifies the first ``num_neighbours`` hard negatives of every record, of neighbours (N, k)."""
@@ -102,7 +128,7 @@ def neighbours_sha256(neighbours: np.ndarray, num_neighbours: int) -> str:
 
 
 def require_library() -> None:
-    """InputError where what reads and writes shards is not installed."""
+    """InputError where what writes shards is not installed."""
     if importlib.util.find_spec("webdataset") is None:
         raise InputError("tar shards need webdataset: pip install -r requirements/shards.txt")
 
@@ -115,23 +141,26 @@ def is_address(root: str) -> bool:
     return "://" in root
 
 
-def read_file(root: str, name: str) -> bytes:
-    """The bytes of ``name`` below ``root``; InputError where it cannot be read."""
+def read_file(root: str, name: str, max_bytes: int) -> bytes:
+    """The bytes of ``name`` below ``root``; InputError where it cannot be read, or has more than ``max_bytes``."""
     import fsspec
 
     path = f"{root.rstrip('/')}/{name}"
     for attempt in range(TRIES):
         try:
             # A folder's name must not be taken for a chain of fsspec's protocols.
-            with fsspec.open(path, "rb") if is_address(root) else open(path, "rb") as file:
-                return file.read()
+            with fsspec.open(path, "rb") if is_address(root) else open_regular(path, max_bytes) as file:
+                content = file.read(max_bytes + 1)
+            break
         except (FileNotFoundError, ImportError, ValueError) as error:
             raise InputError(f"--shards {root}: {name} cannot be read: {error}") from error
         except OSError as error:
             if attempt == TRIES - 1 or not is_address(root):
                 raise InputError(f"--shards {root}: {name} cannot be read: {error.strerror or error}") from error
         time.sleep(SECONDS_BETWEEN_TRIES)
-    raise AssertionError("unreachable")
+    if len(content) > max_bytes:
+        raise InputError(f"--shards {root}: {name} has more than {max_bytes} bytes; copy or make it again")
+    return content
 
 
 @dataclass
@@ -184,7 +213,7 @@ class ShardImages:
         """A shard's images by row and path."""
         if number not in self._held:
             shard = self.shards[number]
-            content = read_file(self.root, shard.file)
+            content = read_file(self.root, shard.file, shard.size)
             if len(content) != shard.size or sha256(content).hexdigest() != shard.sha256:
                 raise InputError(
                     f"--shards {self.root}: {shard.file} is not what {MANIFEST} says (its size or SHA-256 "
@@ -193,28 +222,32 @@ class ShardImages:
             # The reader would unpack a compressed one, however large it becomes.
             if content[257:262] != b"ustar":
                 raise InputError(f"--shards {self.root}: {shard.file} is not a plain tar file; make the shards again")
-            self._held[number] = _unpack(content)
+            self._held[number] = _unpack(content, f"--shards {self.root}: {shard.file}")
             if len(self._held) > self.keep:
                 self._held.popitem(last=False)
         self._held.move_to_end(number)
         return self._held[number]
 
 
-def _unpack(content: bytes) -> dict[tuple[int, str], bytes]:
-    """(row, path) -> bytes of each image in a tar file; nothing is written to disk."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    images = {}
-    members = tar_file_expander([{"url": "", "stream": io.BytesIO(content)}])
-    for sample in group_by_keys(members, keys=_row_and_rest):
-        for name, path in json.loads(sample["json"])["images"].items():
-            images[int(sample["__key__"]), path] = sample[name]
-    return images
-
-
-def _row_and_rest(name: str) -> tuple[str, str]:
-    row, _, rest = name.partition(".")
-    return row, rest
+def _unpack(content: bytes, where: str) -> dict[tuple[int, str], bytes]:
+    """(row, path) -> bytes of each image in a tar file of WebDataset's layout; InputError for another file."""
+    try:
+        members = {
+            name: read()
+            for name, size, read in tar_members(io.BytesIO(content))
+            if size is not None and size <= len(content)
+        }
+        images = {}
+        for name in members:
+            row, _, rest = name.partition(".")
+            if rest == "json":
+                for image, path in json.loads(members[name])["images"].items():
+                    images[int(row), path] = members[f"{row}.{image}"]
+        return images
+    except Exception as error:  # damaged bytes lead the readers to all kinds of exceptions
+        raise InputError(
+            f"{where} is not a shard of scripts/make_shards.py ({type(error).__name__}); make the shards again"
+        ) from error
 
 
 # ---- writing
@@ -294,7 +327,7 @@ def packed_image(path: str, resize: int) -> tuple[str, bytes]:
     With ``resize`` the shorter side becomes that many pixels, which is the training transform's first step.
     """
     image = open_image(path)
-    content = Path(path).read_bytes()
+    content = read_bytes(path, MAX_BYTES)
     if resize and min(image.size) > resize:
         image = image.resize(size_by_shorter_side(*image.size, resize), Image.Resampling.BILINEAR)
     elif content.startswith(b"\x89PNG"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import require_regular_folder
 
 NAMES = ("BERTScore_precision", "BERTScore_recall", "BERTScore_f1")
 # The published tool's default layers, whose scores agree best with human judgement, by architecture and depth.
@@ -41,6 +42,7 @@ class BertScore:
             raise InputError(
                 f"--bertscore_path {path}: a folder with an encoder's config.json, weights and tokeniser is needed"
             )
+        require_regular_folder(path, "--bertscore_path")
         try:
             # Left out, transformers would ask about trust_remote_code in the terminal.
             options = {"local_files_only": True, "trust_remote_code": False}

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import require_regular_folder
 
 LEVELS = ("simple", "partial", "complete")  # entities; and whether they have relations; and which
 _WORKER = Path(__file__).with_name("radgraph_worker.py")
@@ -36,6 +37,7 @@ class RadGraph:
                 f"--radgraph_path {path}: a folder such as radgraph-xl is needed, with config.json, "
                 "vocabulary/ and weights.th"
             )
+        require_regular_folder(path, "--radgraph_path")
         self._run([])
 
     def to(self, device: object) -> "RadGraph":

@@ -29,6 +29,7 @@ from modules.evaluation.metric_table import SENTENCE_METRICS, SentenceMetric
 from modules.evaluation.score_names import FULL, tagged
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import open_regular
 from modules.runtime.records import write_private
 
 _TAG, _UNITS = "tag", ("studies", "patients")
@@ -202,8 +203,8 @@ def save_statistics(path: str | Path, systems: Mapping[str, ReportStatistics]) -
 def load_statistics(path: str | Path) -> dict[str, ReportStatistics]:
     """What ``save_statistics`` wrote, by system; InputError for a file that is missing, damaged or of another kind."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        with open_regular(path) as file:
+            arrays = dict(np.load(file, allow_pickle=False))
         digests = [str(arrays.pop(key)) for key in ("references", "full_references")]
         units = {name: arrays.pop(name, None) for name in _UNITS}  # older files have none
     except FileNotFoundError:

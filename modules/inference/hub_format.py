@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import open_safetensors, read_json
 from modules.runtime.records import private_folder, write_private
 from modules.training.checkpoint import require_mean_patches
 
@@ -76,13 +77,12 @@ def read_hub_folder(folder: Path, names: Collection[str]) -> dict[str, Any]:
 
     Of the settings only those in ``names``. InputError for anything else.
     """
-    from safetensors.torch import load_file
-
     settings, vocabulary = (_read_json(folder / name) for name in (SETTINGS, VOCABULARY))
     if settings.get("format") != FORMAT:
         raise InputError(f"{folder / SETTINGS}: format is {settings.get('format')!r}, expected {FORMAT!r}")
     try:
-        weights = load_file(folder / WEIGHTS)
+        with open_safetensors(folder / WEIGHTS, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # damaged bytes lead the reader to all kinds of exceptions
         raise InputError(f"{folder / WEIGHTS}: missing or damaged ({type(error).__name__})") from error
     if not isinstance(settings.get("strategy"), str) or not isinstance(settings.get("epoch"), int):
@@ -101,7 +101,7 @@ def read_hub_folder(folder: Path, names: Collection[str]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import open_safetensors
 from modules.runtime.records import write_private
 
 FORMAT = "ithn-report-index-1"
@@ -52,12 +53,12 @@ class ReportIndex:
     @classmethod
     def load(cls, path: str | Path) -> "ReportIndex":
         """Read what ``save`` wrote; InputError for anything else."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         if not Path(path).is_file():
             raise InputError(f"--index {path}: no such file; scripts/index_reports.py makes one")
         try:
-            with safe_open(path, framework="numpy") as file:
+            with open_safetensors(path) as file:
                 header = file.metadata() or {}
                 features = file.get_tensor("features")
             reports = json.loads(header["reports"])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from modules.runtime.errors import InputError
-from modules.runtime.input_files import open_regular
+from modules.runtime.input_files import MAX_ANNOTATION, read_bytes
 
 
 class _Refused(Exception):
@@ -104,8 +104,7 @@ def read_pickled_arrays(path: str | Path) -> dict[str, np.ndarray]:
     Raises InputError for a file that is missing, damaged, or holds anything else.
     """
     try:
-        with open_regular(path) as file:
-            data = file.read()
+        data = read_bytes(path, MAX_ANNOTATION)
         _check_opcodes(data)
         content = _Reader(io.BytesIO(data)).load()
     except _Refused as error:

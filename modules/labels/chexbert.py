@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError
-from modules.runtime.input_files import require_plain_archive
+from modules.runtime.input_files import load_tensors, require_regular_folder
 
 # The order of the heads, and the classes of a head: blank, positive, negative, uncertain.
 CONDITIONS = (
@@ -104,14 +104,7 @@ class Chexbert(nn.Module):
 def _read_weights(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise InputError(f"--chexbert_path {path}: no such file; CheXbert's chexbert.pth is needed")
-    require_plain_archive(path, "--chexbert_path")
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise many kinds of errors
-        raise InputError(
-            f"--chexbert_path {path}: damaged, or holds more than tensors and plain values "
-            f"({type(error).__name__}); it was not loaded"
-        ) from error
+    content = load_tensors(path, "--chexbert_path")
     weights = content.get("model_state_dict") if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
         raise InputError(f"--chexbert_path {path}: has no model_state_dict, which CheXbert's checkpoint has")
@@ -128,6 +121,8 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 def _read_encoder(encoder: str) -> tuple[Any, Any]:
     from transformers import BertConfig, BertTokenizer
 
+    if Path(encoder).is_dir():
+        require_regular_folder(encoder, "--chexbert_encoder")
     try:
         config, tokenizer = BertConfig.from_pretrained(encoder), BertTokenizer.from_pretrained(encoder)
     except Exception as error:  # connection, cache, damaged or missing files: the library raises many kinds

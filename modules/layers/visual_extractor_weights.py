@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from modules.runtime.input_files import load_tensors, open_safetensors
+
 HEADS = ("fc.", "classifier.", "heads.", "head.")
 # Packages that carry ImageNet weights of a timm model inside: (module, class with the path of the file).
 PACKAGED_WEIGHTS = {
@@ -54,17 +56,13 @@ def not_fetched(name: str, error: Exception) -> ValueError:
 def _read_weights(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise ValueError(f"visual_extractor_weights {path}: no such file")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the readers raise anything
-        raise ValueError(
-            f"visual_extractor_weights {path}: damaged, or holds more than tensors and plain values "
-            f"({type(error).__name__})"
-        ) from error
+    if path.endswith(".safetensors"):
+        try:
+            with open_safetensors(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except Exception as error:  # damaged bytes make the reader raise anything
+            raise ValueError(f"visual_extractor_weights {path}: damaged ({type(error).__name__})") from error
+    state = load_tensors(path, "--visual_extractor_weights")
     if not isinstance(state, dict):
         raise ValueError(f"visual_extractor_weights {path}: holds a {type(state).__name__}, expected a state dict")
     for key in ("state_dict", "model"):

@@ -11,6 +11,7 @@ import numpy as np
 
 from modules.data.annotations import Annotation
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import open_safetensors
 from modules.runtime.records import write_private
 
 if TYPE_CHECKING:
@@ -42,12 +43,12 @@ class HardNegativeIndex:
     @classmethod
     def load(cls, path: str | Path) -> "HardNegativeIndex":
         """Read what ``save`` wrote; InputError for a missing, truncated, altered or other file."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         if not Path(path).is_file():
             raise InputError(f"{path}: no such hard-negative index; scripts/mine_hard_negatives.py makes one")
         try:
-            with safe_open(path, framework="numpy") as file:
+            with open_safetensors(path) as file:
                 header = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError, TypeError, AttributeError) as error:

@@ -19,6 +19,7 @@ import numpy as np
 from modules.data.languages import lacks_spaces, words_of
 from modules.runtime.errors import InputError
 from modules.runtime.hub import download_model, respelled
+from modules.runtime.input_files import require_regular, require_regular_folder
 from modules.runtime.records import private_folder
 from modules.runtime.run_log import Bar
 
@@ -298,6 +299,7 @@ def load_pretrained(folder: Path, model_class: type) -> tuple:
 
     logging.set_verbosity_error()  # it would report the pooler, which is missing and not wanted
     logging.disable_progress_bar()
+    require_regular_folder(folder, "text encoder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
         model, report = model_class.from_pretrained(
@@ -343,9 +345,11 @@ class EmbeddingCache:
         path = Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.f32"
         private_folder(path.parent)
         try:
+            if path.exists():
+                require_regular(path)
             self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)  # noqa: SIM115
             _lock(self._file, path)
-            found = np.fromfile(path, dtype=np.float32, count=count * width)
+            found = np.fromfile(self._file, dtype=np.float32, count=count * width)
         except OSError as error:
             raise InputError(f"--cache {path}: cannot be used: {error.strerror}") from error
         rows = found[: found.size // width * width].reshape(-1, width)

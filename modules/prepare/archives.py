@@ -1,23 +1,18 @@
-"""Files of an archive (zip, or tar with any compression) or of a folder, read into memory one at a time.
+"""Files of an archive (zip, or tar also packed) or of a folder, read into memory one at a time.
 
-Nothing is ever unpacked to a path that an archive names, so its names can do no harm; a file above a size limit and
-anything that is not a plain file are refused with one line.
+A file above a size limit and anything that is not a plain file are refused with one line.
 """
 
 import contextlib
-import lzma
 import os
-import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from modules.runtime.errors import InputError
+from modules.runtime.archive_files import Member, tar_members, zip_members
+from modules.runtime.errors import InputError, one_line
+from modules.runtime.input_files import open_regular, read_bytes
 
-_SUFFIXES = (".tgz", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
-# The last is raised for encrypted zip files.
-_DAMAGE = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError)
+_SUFFIXES = (".tgz", ".tar", ".tar.gz", ".tar.bz2", ".zip")
 
 File = tuple[str, Callable[[], bytes]]
 
@@ -37,10 +32,7 @@ def read_files(source: Path, suffix: str, max_bytes: int) -> Iterator[File]:
         raise InputError(f"{source}: no such file or folder")
     if not source.is_dir() and not is_archive(source):
         raise InputError(f"{source}: neither a folder nor an archive ({', '.join(_SUFFIXES)})")
-    if source.is_dir():
-        files = _folder_files
-    else:
-        files = _zip_files if source.name.lower().endswith(".zip") else _tar_files
+    files = _folder_files if source.is_dir() else _archive_files
     with _one_line(source):
         for name, size, read in files(source):
             # macOS packs a file "._NAME" for each file.
@@ -57,8 +49,13 @@ def read_files(source: Path, suffix: str, max_bytes: int) -> Iterator[File]:
 def _one_line(source: Path) -> Iterator[None]:
     try:
         yield
-    except _DAMAGE as error:
-        raise InputError(f"{source}: damaged, or not of the kind its name says ({error}); download it again") from error
+    except InputError:
+        raise
+    except Exception as error:  # damaged bytes lead the readers to all kinds of exceptions
+        reason = one_line(str(error))[:100] or type(error).__name__
+        raise InputError(
+            f"{source}: damaged, or not of the kind its name says ({reason}); download it again"
+        ) from error
 
 
 def _explained(source: Path, read: Callable[[], bytes]) -> Callable[[], bytes]:
@@ -69,27 +66,16 @@ def _explained(source: Path, read: Callable[[], bytes]) -> Callable[[], bytes]:
     return read_or_explain
 
 
-# Each yields (name, size in bytes or None for anything but a plain file, function that reads it).
-_Files = Iterator[tuple[str, int | None, Callable[[], bytes]]]
-
-
-def _folder_files(folder: Path) -> _Files:
+def _folder_files(folder: Path) -> Iterator[Member]:
     for place, names, files in os.walk(folder):  # does not follow links to folders
         names.sort()
         for path in (Path(place, name) for name in sorted(files)):
             plain = path.is_file() and not path.is_symlink()
-            yield str(path.relative_to(folder)), path.stat().st_size if plain else None, path.read_bytes
+            size = path.stat().st_size if plain else None
+            yield str(path.relative_to(folder)), size, lambda path=path, size=size: read_bytes(path, size)
 
 
-def _tar_files(path: Path) -> _Files:
-    with tarfile.open(path) as archive:
-        for member in archive:
-            size = member.size if member.isreg() else None
-            yield member.name, size, lambda member=member: archive.extractfile(member).read()
-
-
-def _zip_files(path: Path) -> _Files:
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            is_link = member.external_attr >> 16 & 0o170000 == 0o120000
-            yield member.filename, None if is_link else member.file_size, lambda member=member: archive.read(member)
+def _archive_files(path: Path) -> Iterator[Member]:
+    members = zip_members if path.name.lower().endswith(".zip") else tar_members
+    with open_regular(path) as file:
+        yield from members(file)

@@ -1,13 +1,12 @@
 """COCO's caption files and Karpathy's split; only the fields that captioning needs are kept in memory."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from modules.runtime.errors import InputError
-from modules.runtime.input_files import open_regular
+from modules.runtime.input_files import MAX_ANNOTATION, read_json
 
 # Karpathy's "restval" are the images of COCO's validation set that he left for training.
 KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
@@ -87,9 +86,8 @@ def read_karpathy(path: Path) -> dict[str, list[int]]:
 def _read_json(path: Path, flag: str, slim: Callable[[dict[str, Any]], Any]) -> Any:
     """The file's content; each object is replaced by what ``slim`` keeps of it as soon as it has been parsed."""
     try:
-        with open_regular(path) as file:
-            return json.loads(file.read().decode("utf-8-sig"), object_hook=slim)
+        return read_json(path, MAX_ANNOTATION, object_hook=slim)
     except OSError as error:
         raise InputError(f"{flag} {path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{flag} {path}: not valid JSON: {str(error)[:100]}") from error

@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import read_json
 from modules.runtime.records import private_folder, write_private
 
 WAYS = ("link", "copy", "none")
@@ -104,8 +105,8 @@ def keep_settings(out: Path, placing: Placing) -> None:
     path, settings = out / _SETTINGS, asdict(placing)
     if path.is_file() and (out / "images").is_dir():
         try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            earlier = read_json(path)
+        except (OSError, ValueError):
             earlier = None
         if earlier != settings:
             raise InputError(

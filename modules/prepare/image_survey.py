@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from modules.data.images import ImageFolder, blank_problem
 from modules.runtime.errors import ImageError, InputError
+from modules.runtime.input_files import open_regular
 
 _AT_ONCE = 16  # images handed to a process at a time
 
@@ -41,7 +42,7 @@ class _Look:
             image = self.folder(path)
             digest = ""
             if self.hashed:
-                with open(self.folder.locate(path), "rb") as file:
+                with open_regular(self.folder.locate(path)) as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
         except ImageError as error:
             return ImageFacts(path, problem=str(error), kind=error.kind)

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from modules.labels.sentences import count_slips
 from modules.labels.tables import Table, parse_labels
 from modules.prepare.archives import is_archive, read_files
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import open_regular
 
 SPLIT_NAMES = {"train": "train", "validate": "val", "test": "test"}
 MAX_REPORT = 2**20  # bytes
@@ -95,9 +97,10 @@ def read_chexpert(folder: Path) -> list[list[str]]:
 
 def _rows(path: Path, *columns: str) -> Iterator[dict[str, str]]:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with open_regular(path) as plain:
+            file = gzip.GzipFile(fileobj=plain) if path.suffix == ".gz" else plain
             content = file.read(_MAX_TABLE + 1)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); fetch it again") from error
     if len(content) > _MAX_TABLE:
         raise InputError(f"{path}: unpacks to more than {_MAX_TABLE} bytes, which no table of MIMIC-CXR does")
@@ -143,7 +146,7 @@ def read_reports(source: Path, studies: Sequence[MimicImage]) -> Iterator[tuple[
 
 def _read_text(path: Path) -> str | None:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return _decoded(file.read(MAX_REPORT))
     except OSError:
         return None

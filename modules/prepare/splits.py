@@ -8,6 +8,7 @@ from pathlib import Path
 
 from modules.data.annotations import SPLITS
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import MAX_ANNOTATION, read_text
 
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # R2Gen's, on IU X-Ray
 
@@ -40,7 +41,7 @@ def read_split(path: Path) -> dict[str, str]:
     Only ids are read from an annotation. InputError for any other file, and for one that names an id twice.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, MAX_ANNOTATION)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--split {path}: cannot be read: {error}") from error
     pairs = _csv_pairs(path, text) if path.suffix.lower() == ".csv" else _json_pairs(path, text)

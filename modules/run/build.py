@@ -25,7 +25,6 @@ from modules.run.vocabulary import AnyTokenizer
 from modules.runtime import distributed
 from modules.runtime.environment import choose_device, choose_precision
 from modules.runtime.errors import InputError
-from modules.runtime.input_files import require_plain_archive
 from modules.runtime.launch import process_device
 from modules.runtime.run_log import Bar
 from modules.runtime.settings import part_of
@@ -57,8 +56,6 @@ def with_precision(config: Config, device: torch.device) -> Config:
 
 def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
     """The visual extractor, without weights unless ``pretrained``; InputError for an unknown name or misfit."""
-    if pretrained and config.visual_extractor_weights:
-        require_plain_archive(config.visual_extractor_weights, "--visual_extractor_weights")
     try:
         return VisualExtractor(
             config.visual_extractor,

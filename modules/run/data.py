@@ -227,7 +227,8 @@ def shard_source(config: Config, data: Data, split: str, *, negatives: bool) -> 
             wanted = neighbours_sha256(data.index.neighbours, manifest.num_neighbours)
     manifest.check(config.shards, data.annotation.sha256, wanted, _drawn_neighbours(config, data))
     studies = data.annotation.splits[split]
-    return ShardImages(config.shards, manifest.splits[split], [study.image_paths for study in studies])
+    shards = manifest.shards_of(config.shards, split, len(studies))
+    return ShardImages(config.shards, shards, [study.image_paths for study in studies])
 
 
 def _drawn_neighbours(config: Config, data: Data) -> int:

@@ -24,6 +24,7 @@ from modules.run.scoring import Scoring
 from modules.run.tested import MODEL, Tested
 from modules.run.training_free import training_free_reports
 from modules.runtime.environment import file_sha256, provenance
+from modules.runtime.input_files import read_json
 from modules.runtime.records import append_record, write_report_tables, write_results
 from modules.training.checkpoint_folder import TEST_FILES, set_aside
 
@@ -113,7 +114,7 @@ def _keep_others(folder: Path, config: Config, checkpoint_sha256: str) -> None:
     # As JSON gives it back: tuples become lists.
     ours = json.loads(json.dumps(dataclasses.asdict(config)))
     try:
-        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "results.json")
         theirs = OLDER_VALUES | content["config"]
         same = content["provenance"]["checkpoint_sha256"] == checkpoint_sha256 and all(
             theirs[name] == ours[name] for name in ours.keys() - NO_EFFECT_ON_RESULTS

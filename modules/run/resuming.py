@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ class Start:
 def find_start(given: Mapping[str, Any], folder: CheckpointFolder) -> Start:
     """What --load names; InputError where the new run would be written over it."""
     path = given["load"]
-    if "save_dir" not in given or Path(path).resolve().parent == folder.path.resolve():
+    if "save_dir" not in given or Path(os.path.realpath(path)).parent == Path(os.path.realpath(folder.path)):
         raise InputError(f"--load {path}: the run that starts from it needs its own folder; give another --save_dir")
     return Start(path, load_checkpoint(path))
 

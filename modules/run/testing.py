@@ -1,7 +1,6 @@
 """What main_test.py runs: loads a checkpoint, generates the test split's reports, scores them, writes the results."""
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from modules.run.resuming import own_settings, require_same_network
 from modules.run.scoring import Scoring
 from modules.run.vocabulary import tokenizer_from_state
 from modules.runtime.distributed import is_main_process
+from modules.runtime.input_files import read_json
 from modules.runtime.records import private_folder
 from modules.runtime.run_log import log_to, start_log
 from modules.runtime.shortages import explain_out_of_memory
@@ -93,7 +93,7 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
 def _history(content: Mapping[str, Any], folder: Path) -> list[dict]:
     """The epochs up to the checkpoint, and those after it if the run's history.json is still next to it."""
     try:
-        rows = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+        rows = read_json(folder / "history.json")
     except (OSError, ValueError):
         rows = []
     known = list(content["history"])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +176,7 @@ def git_state(root: Path = ROOT) -> dict[str, Any] | None:
         or b""
     )
     for name in sorted(filter(None, untracked.split(b"\0"))):
-        difference += name + b"\0" + (root / os.fsdecode(name)).read_bytes()
+        difference += name + b"\0" + file_sha256(root / os.fsdecode(name)).encode()
     return {
         "commit": commit.decode().strip(),
         "dirty": bool(difference),
@@ -224,7 +225,7 @@ def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal; "" where there is no such file."""
     if not Path(path).is_file():
         return ""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

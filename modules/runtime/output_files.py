@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import MAX_ANNOTATION, open_regular, read_bytes
 from modules.runtime.records import write_private
 
 Recognises = Callable[[Path], bool]
@@ -29,7 +30,7 @@ def contains(*marks: str) -> Recognises:
     """Recognises a file by text that the program writes into it, such as the name of its format or its keys."""
 
     def recognises(path: Path) -> bool:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return all(content.find(mark.encode()) >= 0 for mark in marks)
 
     return recognises
@@ -78,7 +79,7 @@ def _recognised(recognises: Recognises, path: Path) -> bool:
 def check_outside(out: Path, inputs: Iterable[tuple[str, str | Path | None]]) -> None:
     """Raise InputError if one of the ``inputs`` (flag, path) is inside ``out``, a folder that will be overwritten."""
     for flag, path in inputs:
-        if path and Path(path).resolve().is_relative_to(out.resolve()):
+        if path and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
             raise InputError(
                 f"{flag} {path}: is inside --out {out}, which will be overwritten; copy it elsewhere, or name "
                 "another --out"
@@ -115,7 +116,7 @@ def write_annotation(path: Path, annotation: Annotation, hint: str = "") -> str:
 def _read(path: Path) -> Any:
     """The JSON in ``path``; None if there is no file or an empty one, "" if it is not JSON."""
     try:
-        text = path.read_bytes()
+        text = read_bytes(path, MAX_ANNOTATION)
         return json.loads(text) if text else None
     except FileNotFoundError:
         return None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import read_text
 
 
 def private_folder(path: str | Path) -> Path:
@@ -39,7 +40,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
     InputError where ``out`` is there and not an empty folder, or cannot be made.
     """
-    out = Path(out).resolve()
+    out = Path(os.path.realpath(out))
     require_empty(out)
     private_folder(out.parent)
     temporary = None
@@ -133,8 +134,7 @@ def append_record(
     with _locked(path.with_name(f".{path.name}.lock")):
         rows: list[Mapping[str, Any]] = []
         if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file, restkey="more"))
+            rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), restkey="more"))
         rows.append(row)
         columns = list(dict.fromkeys(column for row in rows for column in row))
         text = io.StringIO(newline="")

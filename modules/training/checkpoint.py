@@ -17,10 +17,11 @@ import torch
 
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
-from modules.runtime.input_files import require_plain_archive
+from modules.runtime.input_files import load_tensors, open_regular, read_bytes, require_plain_archive
 
 logger = logging.getLogger("ithn")
 FORMAT = "ithn-checkpoint-1"
+_MAX_CHECKSUMS = 4096  # bytes; a checksum file has two lines at most
 # Entries required by main_test.py.
 TESTED = {"config": dict, "vocabulary": dict, "history": list, "epoch": int, "strategy": str}
 # Entries required by --resume.
@@ -87,10 +88,10 @@ def known_checksums(path: Path) -> list[str] | None:
     There are two while another file replaces it: whenever that is interrupted, one of them is right.
     """
     try:
-        lines = checksum_file(path).read_text(encoding="ascii", errors="replace").splitlines()
+        lines = read_bytes(checksum_file(path), _MAX_CHECKSUMS).decode("ascii", "replace").splitlines()
     except FileNotFoundError:
         return None
-    except OSError:  # a folder of that name, say
+    except OSError:  # a folder or a pipe of that name, say
         return []
     return [line.split(" ")[0] for line in lines if line.strip()]
 
@@ -112,19 +113,19 @@ def require_whole(path: Path) -> bool:
 
 def _damaged_part(path: Path) -> str | None:
     """What in the archive differs from its own checksums, which torch writes and does not look at; None: nothing."""
-    if not zipfile.is_zipfile(path):
-        # Published files may be of the time before archives.
-        return None if known_checksums(path) is None else "it is not an archive of torch.save"
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
+        if not zipfile.is_zipfile(file):
+            # Published files may be of the time before archives.
+            return None if known_checksums(path) is None else "it is not an archive of torch.save"
         file.seek(-22, os.SEEK_END)
         end = file.read()
-    if end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
-        return "its end is not that of an archive of torch.save"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entry = archive.testzip()
-    except Exception as error:  # the reader raises whatever the damaged bytes lead it to
-        return f"its archive cannot be read: {type(error).__name__}"
+        if end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
+            return "its end is not that of an archive of torch.save"
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entry = archive.testzip()
+        except Exception as error:  # the reader raises whatever the damaged bytes lead it to
+            return f"its archive cannot be read: {type(error).__name__}"
     return entry and f"its part {entry} differs from its checksum"
 
 
@@ -140,23 +141,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint {path}: no such file; --load and --resume take a .pth file, such as model_best.pth"
         )
     require_plain_archive(path, "checkpoint")
-    try:
-        if not require_whole(path):
-            logger.warning(
-                "checkpoint %s: %s does not belong to it or is damaged; the archive's own checksums are right, so the "
-                "checkpoint is used",
-                path,
-                checksum_file(path).name,
-            )
-        with _plain_numpy_scalars():
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # damaged bytes make the reader raise anything
-        raise InputError(
-            f"checkpoint {path}: damaged, or holds more than tensors and plain values "
-            f"({type(error).__name__}); it was not loaded"
-        ) from error
+    agrees = require_whole(path)
+    with _plain_numpy_scalars():
+        content = load_tensors(path, "checkpoint")
+    if not agrees:
+        logger.warning(
+            "checkpoint %s: %s does not belong to it or is damaged; the archive's own checksums are right, so the "
+            "checkpoint is used",
+            path,
+            checksum_file(path).name,
+        )
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {path}: holds a {type(content).__name__}, expected a dictionary of weights")
     if "state_dict" not in content:

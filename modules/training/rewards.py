@@ -14,6 +14,7 @@ from modules.evaluation.metric_table import SENTENCE_METRICS
 from modules.evaluation.report_statistics import ReportStatistics, clinical_tables, scores_of_sums
 from modules.labels.labeler import label_reports
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import MAX_ANNOTATION, read_json
 from modules.runtime.records import write_private
 
 References = Sequence[Sequence[str]]
@@ -87,7 +88,7 @@ def training_frequencies(path: Path, studies: References) -> Frequencies:
 
 def _read(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, MAX_ANNOTATION)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -11,6 +11,7 @@ from typing import Any
 from modules.flags import flags_of_training
 from modules.runtime.environment import ROOT
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import read_json
 
 DEFAULT_COLUMNS = ["BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr"]
 SHORT = {"BLEU_": "B-", "ROUGE_L": "R-L", "METEOR": "M", "CIDEr": "C"}
@@ -125,7 +126,7 @@ def read_datasets(path: str | Path) -> dict[str, DataSet]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return read_json(path)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ from modules.flags import parse_flags, resolve_config, stage_settings
 from modules.ithn.synthesis import NEEDING_NEGATIVES
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import read_json as read_plain_json
 from scripts.experiments.files import DataSet, Row, Table
 
 RESULTS, RECORD, CHECKPOINT, BEST = "results.json", "experiment.json", "current_checkpoint.pth", "model_best.pth"
@@ -117,7 +118,7 @@ def changed_line(runs: Iterable[Run]) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object that this project wrote; InputError if the file is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_plain_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it to run this again") from error
     if not isinstance(content, dict):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from modules.runtime.environment import ROOT, file_sha256
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import MAX_ANNOTATION, read_bytes
 from modules.runtime.records import private_folder, write_results
 from scripts.experiments.files import DataSet
 from scripts.experiments.plan import BEST, CUT, RECORD, RESULTS, START, UNTESTED, Index, Run
@@ -121,7 +122,7 @@ def start(run: Run, lock: int) -> tuple[subprocess.Popen, int]:
 def _last_words(run: Run, before: int, code: int) -> str:
     if code < 0:
         return f"killed by signal {-code}"
-    lines = (run.folder / CONSOLE).read_bytes()[before:].decode(errors="replace").splitlines()
+    lines = read_bytes(run.folder / CONSOLE, MAX_ANNOTATION)[before:].decode(errors="replace").splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (errors[-1:] or [line.strip() for line in lines if line.strip()][-1:] or [f"exit code {code}"])[0]
 

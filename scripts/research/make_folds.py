@@ -21,6 +21,7 @@ from modules.data.annotations import SPLITS, Annotation, Study, read_annotation
 from modules.flags import Parser
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.input_files import MAX_ANNOTATION, read_json
 from modules.runtime.records import new_folder, require_empty, write_private, write_results
 
 RECORD = "folds.json"
@@ -150,7 +151,7 @@ def main() -> None:
     check(arguments)
     annotation = read_annotation(arguments.ann_path, required_splits=())
     found = make(annotation, arguments.folds, arguments.val_share, arguments.seed)
-    content = json.loads(Path(arguments.ann_path).read_text(encoding="utf-8-sig"))
+    content = read_json(arguments.ann_path, MAX_ANNOTATION)
     records = [record for split in SPLITS for record in content.get(split, ())]
     with new_folder(arguments.out) as out:
         for number, splits in enumerate(found, start=1):

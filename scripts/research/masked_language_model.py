@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from modules.mining.text_encoders import LOCAL, load_pretrained, longest_input
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import require_regular_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,6 +95,7 @@ def _require_masked_lm(folder: Path) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
+    require_regular_folder(folder, "text encoder")
     try:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
     except Exception as error:  # damaged files raise almost anything

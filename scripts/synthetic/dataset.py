@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import read_bytes
 from scripts.synthetic.anatomy import DEMO, Variation
 from scripts.synthetic.findings import Finding, complete, sample_findings
 from scripts.synthetic.findings_csv import write_findings, write_labels
@@ -93,13 +94,20 @@ def _random_splits(number: int, seed: int) -> list[str]:
     return splits
 
 
+def _is_signed(readme: Path) -> bool:
+    try:
+        return read_bytes(readme).startswith(SIGNATURE.encode())
+    except OSError:
+        return False
+
+
 def prepare_folder(out: Path) -> None:
     """Make ``out`` ready to be filled: empty, or a data set of ours whose images are removed; else InputError."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder")
     if out.is_dir() and any(out.iterdir()):
         readme = out / "README.txt"
-        if not readme.is_file() or not readme.read_text(encoding="utf-8", errors="replace").startswith(SIGNATURE):
+        if not _is_signed(readme):
             raise InputError(f"--out {out}: holds files that are no synthetic data set; name an empty or a new folder")
         _remove_old_images(out / "images")
         (out / "annotation.json").unlink(missing_ok=True)  # written last: where it is missing, a run was interrupted

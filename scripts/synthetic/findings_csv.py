@@ -5,12 +5,14 @@ attributes may be missing altogether.
 """
 
 import csv
+import io
 import re
 from dataclasses import asdict
 from pathlib import Path
 
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import MAX_ANNOTATION, read_text
 from scripts.synthetic.findings import ATTRIBUTES, RULES, Finding, class_labels, possible_kinds
 
 COLUMNS = ("id", "finding", *ATTRIBUTES)
@@ -38,7 +40,7 @@ def write_labels(path: Path, studies: dict[str, tuple[Finding, ...]]) -> None:
 def read_findings(path: str | Path) -> dict[str, tuple[Finding, ...]]:
     """Read a findings CSV: id -> its findings, in the order of the file; InputError names the line that is wrong."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with io.StringIO(read_text(path, MAX_ANNOTATION), newline="") as file:
             reader = csv.DictReader(file)
             rows = [(reader.line_num, row) for row in reader]
             columns = reader.fieldnames or []  # of a file without a line it is read here, not before

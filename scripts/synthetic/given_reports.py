@@ -1,11 +1,13 @@
 """Reports that people bring for drawn studies: a CSV with id, report and maybe split, or an annotation.json."""
 
 import csv
+import io
 from collections.abc import Container
 from pathlib import Path
 
 from modules.data.annotations import SPLITS, read_annotation
 from modules.runtime.errors import InputError
+from modules.runtime.input_files import MAX_ANNOTATION, read_text
 
 
 def read_reports(path: Path, ids: Container[str]) -> dict[str, tuple[str, str]]:
@@ -28,7 +30,7 @@ def _read_annotation(path: Path) -> dict[str, tuple[str, str]]:
 def _read_csv(path: Path) -> dict[str, tuple[str, str]]:
     rows: dict[str, tuple[str, str]] = {}
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with io.StringIO(read_text(path, MAX_ANNOTATION), newline="") as file:
             reader = csv.DictReader(file)
             if not {"id", "report"} <= set(reader.fieldnames or ()):
                 raise InputError(f"--reports {path}: needs the columns id and report (and may have split)")

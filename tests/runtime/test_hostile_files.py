@@ -188,6 +188,7 @@ def test_code_in_a_model_folder_is_not_run(code_folder, demo, tmp_path, monkeypa
     assert "config.json makes no BERT" in said
 
 
+@pytest.mark.timeout(120)
 def test_links_and_pipes_in_the_place_of_files(demo, tmp_path, monkeypatch, capsys):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
@@ -200,5 +201,13 @@ def test_links_and_pipes_in_the_place_of_files(demo, tmp_path, monkeypatch, caps
             ["--visual_extractor_weights", path, "--visual_extractor_pretrained", "true"],
             [*XPRONET, "--label_path", path],
             ["--chexbert_path", path],
+            ["--detection_features", path],
+            ["--load", path],
+            [*XPRONET, "--init_protypes_path", path],
         ):
             refused(monkeypatch, capsys, "main_train", *training(demo, tmp_path), *flags)
+        refused(monkeypatch, capsys, "scripts.predict", "--load", path, demo / "annotation.json")
+        if path != tmp_path:
+            refused(monkeypatch, capsys, "scripts.predict", "--load", demo / "annotation.json", path)
+    (tmp_path / "shards.json").symlink_to("pipe")
+    refused(monkeypatch, capsys, "main_train", *training(demo, tmp_path), "--shards", tmp_path)

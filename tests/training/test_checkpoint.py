@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from modules.runtime.errors import InputError
-from modules.training.checkpoint import FORMAT, RESUMED, load_checkpoint, require_resumable, write_checkpoint
+from modules.training.checkpoint import (
+    FORMAT,
+    RESUMED,
+    checksum_file,
+    load_checkpoint,
+    require_resumable,
+    write_checkpoint,
+)
 
 
 def state(value: float) -> dict:
@@ -93,3 +100,24 @@ def test_a_checkpoint_without_an_entry_or_with_a_wrong_one_is_no_start_for_more_
         require_resumable({name: value for name, value in content.items() if name != entry}, "c.pth")
     with pytest.raises(InputError, match=rf"c\.pth: its entry '{entry}' is a NoneType"):
         require_resumable(content | {entry: None}, "c.pth")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "endless", "binary", "empty"])
+def test_a_checksum_file_that_is_none_costs_a_warning(kind, tmp_path, caplog):
+    path = tmp_path / "model_best.pth"
+    torch.save({"state_dict": {"w": torch.arange(3.0)}}, path)
+    place = checksum_file(path)
+    {
+        "folder": place.mkdir,
+        "pipe": lambda: os.mkfifo(place),
+        "device": lambda: place.symlink_to("/dev/zero"),
+        "endless": lambda: (place.touch(), os.truncate(place, 2**40)),
+        "binary": lambda: place.write_bytes(bytes(range(256))),
+        "empty": place.touch,
+    }[kind]()
+    assert load_checkpoint(path)["state_dict"]["w"][2] == 2
+    assert caplog.text.count("model_best.pth.sha256 does not belong to it or is damaged") == 1
+    path.write_bytes(path.read_bytes().replace(torch.arange(3.0).numpy().tobytes(), bytes(12)))
+    with pytest.raises(InputError, match=r"damaged, it differs from its checksum in .*sha256 \(its part"):
+        load_checkpoint(path)
