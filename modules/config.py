@@ -230,8 +230,8 @@ class Config(
     load: str = setting(
         "",
         "run",
-        "main_test.py: the checkpoint to test; main_train.py: the initial weights of a new run. The settings stored in "
-        "a checkpoint of this project are its defaults",
+        "main_test.py: the checkpoint to test, or a folder of scripts/export.py (hf://OWNER/NAME on the hub); "
+        "main_train.py: the checkpoint with the initial weights of a new run. The settings stored in it are defaults",
         effect=False,
     )
 

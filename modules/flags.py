@@ -159,10 +159,10 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], *, defaults
             )
 
 
-def add_study_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the programs that write reports: which checkpoint reads which studies."""
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="images (PNG, JPEG, DICOM, ...) or folders of them")
-    parser.add_argument("--load", required=True, metavar="PTH", help="a checkpoint of main_train.py: model_best.pth")
+def add_study_arguments(parser: argparse.ArgumentParser, paths: str = "+") -> None:
+    """The arguments of the programs that write reports: which checkpoint reads which studies (``paths``: how many)."""
+    parser.add_argument("paths", nargs=paths, metavar="PATH", help="images (PNG, JPEG, DICOM, ...) or folders of them")
+    add_load(parser)
     parser.add_argument(
         "--group",
         choices=GROUPS,
@@ -171,6 +171,17 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
         "all: all images are (default: %(default)s)",
     )
     add_batch_size(parser)
+
+
+def add_load(parser: argparse.ArgumentParser) -> None:
+    """--load, of the programs that take a trained model in any form."""
+    parser.add_argument(
+        "--load",
+        required=True,
+        metavar="MODEL",
+        help="a checkpoint of main_train.py (model_best.pth), a folder that scripts/export.py wrote, or such a folder "
+        "on the Hugging Face hub: hf://OWNER/NAME",
+    )
 
 
 def add_batch_size(parser: argparse.ArgumentParser) -> None:

@@ -4,9 +4,9 @@
   python scripts/export.py shared/iu_xray --out model.pth
   python scripts/export.py results/iu_xray/model_best.pth --program programs/iu_xray
 
-The folder has model.safetensors, config.json, vocabulary.json and README.md (the model card, with the scores of the
-results.json next to the checkpoint). It holds no paths, ids or reports, but weights and vocabulary come from patients'
-reports: ask your data use agreement before you share them.
+The folder has model.safetensors, config.json, vocabulary.json and README.md (the model card, with the scores, intervals
+and baselines of the results.json next to the checkpoint); every --load takes it. It holds no paths, ids or reports, but
+weights and vocabulary come from patients' reports: ask your data use agreement before you share them.
 
 --program writes encoder.pt2 and step.pt2 instead, programs of torch.export that need none of this project's code, and
 compares them with the model at once (docs/SHARING.md).
@@ -16,17 +16,19 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.config import EXPORTED
-from modules.evaluation.metric_table import METRIC_NAMES
+from modules.data.dataset_specs import data_title
 from modules.flags import Parser
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.input_files import read_json
 
-MODEL = "model"  # its scores' name in results.json
+if TYPE_CHECKING:
+    from modules.inference.model_card import CardFacts
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +51,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="licence named in the model card, as the hub spells it (default %(default)s)",
     )
+    parser.add_argument(
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help="name of the data set in the model card (default: that of a known data set in its usual folder)",
+    )
+    parser.add_argument(
+        "--language",
+        default="",
+        metavar="CODE",
+        help="language of the reports in the model card, such as en (default: en where clinical labels by rules apply)",
+    )
     return parser
 
 
@@ -62,9 +76,10 @@ def _tolerance(text: str) -> float:
     return value
 
 
-def to_folder(source: Path, out: Path, licence: str) -> None:
+def to_folder(source: Path, out: Path, given: argparse.Namespace) -> None:
     """Checkpoint -> folder, read back and compared with the checkpoint."""
     from modules.inference.hub_format import hub_tensors, read_hub_folder, same_weights, write_hub_folder
+    from modules.inference.model_card import model_card
     from modules.run.resuming import own_settings
     from modules.training.checkpoint import FORMAT, load_checkpoint
 
@@ -74,7 +89,8 @@ def to_folder(source: Path, out: Path, licence: str) -> None:
             f"{source}: not a checkpoint of this project; convert it with scripts/convert_checkpoint.py --to ours"
         )
     own_settings(content, str(source))
-    write_hub_folder(out, content, model_card(content, source.parent, licence), EXPORTED)
+    results = results_of(content, source.parent)
+    write_hub_folder(out, content, model_card(content, results, facts_of(content, results, given)), EXPORTED)
     if not same_weights(hub_tensors(read_hub_folder(out, EXPORTED)), hub_tensors(content)):
         raise InputError(f"{out}: the weights do not read back as they were written; is the disk whole?")
 
@@ -138,36 +154,28 @@ def to_programs(source: Path, folder: Path, tolerance: float) -> None:
         )
 
 
-def model_card(content: dict, folder: Path, licence: str) -> str:
-    """README.md with the hub's header: what the model is, what it scored, what it must not be used for."""
-    config, results = content["config"], read_results(folder)
+def facts_of(content: dict, results: dict, given: argparse.Namespace) -> "CardFacts":
+    """What the card says of data, licence and language: as given, or as far as the run itself says it."""
+    from modules.inference.model_card import CardFacts
+
+    config = content["config"]
+    name = data_title(config["dataset_name"], config.get("ann_path", ""), bool(results.get("synthetic")))
+    scored = results.get("test", {}).get("model", {})
+    # Labels by rules are null wherever the reports are not in English.
+    english = any(name.startswith("ce_rule_") and value is not None for name, value in scored.items())
+    return CardFacts(
+        dataset=given.dataset or name or "radiographs with reports (unnamed)",
+        licence=given.licence,
+        language=given.language or ("en" if english else ""),
+    )
+
+
+def results_of(content: dict, folder: Path) -> dict:
+    """The results.json next to a checkpoint; of another checkpoint only whether its data are synthetic."""
+    results = read_results(folder)
     if results.get("best_epoch") != content["epoch"]:
-        results = {"synthetic": results.get("synthetic")}  # of another checkpoint than this one
-    lines = [
-        "---",
-        f"license: {licence}",
-        "pipeline_tag: image-to-text",
-        "tags:",
-        "- radiology",
-        "- radiology-report-generation",
-        "---",
-        "",
-        f"# {config['model_name']} on {config['dataset_name']}",
-        "",
-        f"Backbone `{config['model_name']}`, visual extractor `{config['visual_extractor']}`, strategy "
-        f"`{content['strategy']}`, epoch {content['epoch']}.",
-        "`config.json` has the settings, `vocabulary.json` the words.",
-        "",
-        "Research software, no medical device: no report that it writes is fit for care.",
-        "",
-    ]
-    if results.get("synthetic"):
-        lines += ["Trained on synthetic images: it says nothing about patients.", ""]
-    scores = results.get("test", {}).get(MODEL, {})
-    if known := [(name, scores[name]) for name in METRIC_NAMES if isinstance(scores.get(name), float)]:
-        lines += [f"Test split, epoch {results.get('best_epoch')}, one run:", "", "| score | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.3f} |" for name, value in known]
-    return "\n".join([*lines, ""])
+        return {"synthetic": results.get("synthetic")}
+    return results
 
 
 def read_results(folder: Path) -> dict:
@@ -192,7 +200,7 @@ def main() -> None:
     elif arguments.source.is_dir():
         to_checkpoint(arguments.source, out)
     else:
-        to_folder(arguments.source, out, arguments.licence)
+        to_folder(arguments.source, out, arguments)
     print(f"written: {out}")
 
 

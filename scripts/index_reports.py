@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.annotations import read_annotation
-from modules.flags import Parser, add_batch_size, add_flags, given_flags
+from modules.flags import Parser, add_batch_size, add_flags, add_load, given_flags
 from modules.runtime.environment import check_python
 from modules.runtime.errors import run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
@@ -24,7 +24,7 @@ RUNNING = ("device", "n_gpu", "precision")
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--load", required=True, metavar="PTH", help="the checkpoint that will write the reports")
+    add_load(parser)
     parser.add_argument("--ann_path", required=True, metavar="JSON", help="the annotation with the training split")
     parser.add_argument("--image_dir", required=True, metavar="FOLDER", help="where its image paths start")
     parser.add_argument("--out", required=True, metavar="FILE", help="the index to write (safetensors)")

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.flags import Parser, add_flags, add_study_arguments, given_flags
-from modules.inference.study_files import StudyFiles, checkpoint_name, find_studies, require_checkpoint
+from modules.inference.study_files import StudyFiles, checkpoint_name, find_studies, require_model
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
@@ -71,7 +71,7 @@ def main() -> int:
     check_python()
     arguments = build_parser().parse_args()
     studies = find_studies(arguments.paths, arguments.group)
-    require_checkpoint(arguments.load)
+    require_model(arguments.load)
     check(Path(arguments.out), studies)
 
     from modules.inference.prediction import WARNING

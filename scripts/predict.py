@@ -3,6 +3,7 @@
   python scripts/predict.py --load results/iu_xray/model_best.pth chest.png
   python scripts/predict.py --load results/iu_xray/model_best.pth --group all frontal.dcm lateral.dcm
   python scripts/predict.py --load results/iu_xray/model_best.pth --group folder studies/ --csv reports.csv --quiet
+  python scripts/predict.py --load results/iu_xray/model_best.pth --rexrank ReXRank_IUXray_test.json out.json images/
 
 Each sentence is printed after the mean log-probability of its words (0: certain). This is research software and no
 medical device: no report it writes is fit for care.
@@ -18,13 +19,16 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.flags import Parser, add_flags, add_study_arguments, given_flags
-from modules.inference.study_files import checkpoint_name, find_studies, require_checkpoint
+from modules.inference.rexrank import FLAG as REXRANK
+from modules.inference.rexrank import PREDICTION, read_rexrank, rexrank_files
+from modules.inference.study_files import StudyFiles, checkpoint_name, find_studies, require_model
 from modules.runtime.environment import check_python, provenance
-from modules.runtime.errors import run_entry_point
+from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
 
 if TYPE_CHECKING:
     from modules.inference.prediction import WrittenReport
+    from modules.pages.prediction_page import PageStudy
 
 # Flags of main_test.py that change how reports are written; the checkpoint has its own values.
 DECODING = (
@@ -51,7 +55,13 @@ COLUMNS = ("id", "report", "log_prob", "sentence_mean_log_probs")
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(description=__doc__)
-    add_study_arguments(parser)
+    add_study_arguments(parser, paths="*")
+    parser.add_argument(
+        REXRANK,
+        nargs=3,
+        metavar=("IN.json", "OUT.json", "FOLDER"),
+        help="read the studies of a file of ReXrank, whose images lie in FOLDER, and write it with model_prediction",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--csv", metavar="FILE", help="also write a table: id, report, log-probabilities")
     parser.add_argument("--html", metavar="FILE", help="also write a page with the images, and where the model looked")
@@ -60,34 +70,56 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_studies(arguments: argparse.Namespace) -> tuple[list[StudyFiles], dict[str, Any] | None]:
+    """The studies to read, and with --rexrank its content, to which the reports are added."""
+    if not arguments.rexrank:
+        if not arguments.paths:
+            raise InputError("no images: name files or folders, or give --rexrank IN.json OUT.json FOLDER")
+        return find_studies(arguments.paths, arguments.group), None
+    if arguments.paths or arguments.group != "none":
+        raise InputError("--rexrank names the images and their studies itself: leave out other paths and --group")
+    source, _, root = arguments.rexrank
+    content = read_rexrank(source)
+    return rexrank_files(source, content, root), content
+
+
+def check_files(arguments: argparse.Namespace, studies: list[StudyFiles]) -> None:
+    """InputError where an output would replace an input, or a file that this program did not make."""
+    source, target, _ = arguments.rexrank or (None, None, None)
+    marks = contains('"checkpoint":', '"warning":', '"reports":')
+    check_outputs(
+        [
+            Output("--json", arguments.json, "a JSON file of this program", marks),
+            Output("--csv", arguments.csv, "a table of this program", contains(",".join(COLUMNS))),
+            Output("--html", arguments.html, "a page of this program", contains(f"<title>{TITLE}</title>")),
+            Output(REXRANK, target, "a file of ReXrank with predictions", contains(f'"{PREDICTION}":')),
+        ],
+        [
+            ("--load", arguments.load),
+            (f"the first file of {REXRANK}", source),
+            *(("an image", path) for study in studies for path in study.paths),
+        ],
+    )
+
+
 def main() -> int:
     """Read the images, write their reports; 2 where an image could not be read."""
     check_python()
     arguments = build_parser().parse_args()
-    studies = find_studies(arguments.paths, arguments.group)
-    check_outputs(
-        [
-            Output(
-                "--json",
-                arguments.json,
-                "a JSON file of this program",
-                contains('"checkpoint":', '"warning":', '"reports":'),
-            ),
-            Output("--csv", arguments.csv, "a table of this program", contains(",".join(COLUMNS))),
-            Output("--html", arguments.html, "a page of this program", contains(f"<title>{TITLE}</title>")),
-        ],
-        [("--load", arguments.load), *(("an image", path) for study in studies for path in study.paths)],
-    )
-    require_checkpoint(arguments.load)
+    studies, rexrank = read_studies(arguments)
+    check_files(arguments, studies)
+    require_model(arguments.load)
     from tqdm import tqdm
 
     from modules.inference.prediction import WARNING
-    from modules.pages.prediction_page import PageStudy, write_page
+    from modules.pages.prediction_page import PageStudy
     from modules.run.predictor import StudyReader, load_predictor
     from modules.runtime.run_log import Bar
 
     print(WARNING, file=sys.stderr)
     predictor = load_predictor(arguments.load, given_flags(arguments, DECODING))
+    if rexrank is not None:  # in the order in which a model with fewer views needs them
+        studies = [StudyFiles(study.name, study.paths[: predictor.num_views]) for study in studies]
     reader = StudyReader(studies, predictor.num_views, arguments.batch_size)
     rows, page = [], []
     for batch in Bar(reader, "reports"):
@@ -100,23 +132,36 @@ def main() -> int:
                 tqdm.write(render(study.name, report), file=sys.stdout)
             if arguments.html:
                 page.append(PageStudy.of(study.name, images, report))
+    write_files(arguments, rows, page, rexrank, str(predictor.device))
+    if reader.unreadable:
+        print(f"{reader.unreadable} of {len(studies)} studies could not be read", file=sys.stderr)
+    return 2 if reader.unreadable else 0
+
+
+def write_files(
+    arguments: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    page: "list[PageStudy]",
+    rexrank: dict[str, Any] | None,
+    device: str,
+) -> None:
+    """Write the files that were asked for."""
+    from modules.inference.prediction import WARNING
+    from modules.pages.prediction_page import write_page
+    from modules.runtime.records import write_results
+
+    checkpoint = checkpoint_name(arguments.load)
     if arguments.json:
         write_json(
-            arguments.json,
-            rows,
-            {
-                "checkpoint": checkpoint_name(arguments.load),
-                "warning": WARNING,
-                "provenance": provenance(str(predictor.device)),
-            },
+            arguments.json, rows, {"checkpoint": checkpoint, "warning": WARNING, "provenance": provenance(device)}
         )
     if arguments.csv:
         write_csv(arguments.csv, rows)
     if arguments.html:
-        write_page(arguments.html, page, title=TITLE, checkpoint=checkpoint_name(arguments.load))
-    if reader.unreadable:
-        print(f"{reader.unreadable} of {len(studies)} studies could not be read", file=sys.stderr)
-    return 2 if reader.unreadable else 0
+        write_page(arguments.html, page, title=TITLE, checkpoint=checkpoint)
+    if rexrank is not None:
+        reports = {row["id"]: {PREDICTION: row["report"]} for row in rows}
+        write_results(arguments.rexrank[1], {name: study | reports.get(name, {}) for name, study in rexrank.items()})
 
 
 def render(name: str, report: "WrittenReport") -> str:

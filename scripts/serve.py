@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.flags import Parser, add_flags, given_flags
-from modules.inference.study_files import checkpoint_name, require_checkpoint
+from modules.flags import Parser, add_flags, add_load, given_flags
+from modules.inference.study_files import checkpoint_name, require_model
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
 
@@ -26,7 +26,7 @@ RUNNING = ("device", "n_gpu", "precision", "max_seq_length", "beam_size", "guida
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--load", required=True, metavar="PTH", help="a checkpoint of main_train.py: model_best.pth")
+    add_load(parser)
     parser.add_argument("--index", metavar="FILE", help="training reports to show as well, by scripts/index_reports.py")
     parser.add_argument(
         "--port",
@@ -50,7 +50,7 @@ def main() -> None:
     """Load the model, then serve the page until interrupted."""
     check_python()
     arguments = build_parser().parse_args()
-    require_checkpoint(arguments.load)
+    require_model(arguments.load)
     require_extra()
     if not 0 < arguments.time_limit < float("inf"):
         raise InputError(f"--time_limit {arguments.time_limit:g}: must be a positive number of seconds")

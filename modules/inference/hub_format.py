@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.inference.study_files import SETTINGS
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import open_safetensors, read_json
 from modules.runtime.records import private_folder, write_private
 from modules.training.checkpoint import require_mean_patches
 
-WEIGHTS, SETTINGS, VOCABULARY, CARD = "model.safetensors", "config.json", "vocabulary.json", "README.md"
+WEIGHTS, VOCABULARY, CARD = "model.safetensors", "vocabulary.json", "README.md"
 FORMAT = "ithn-shared-1"
 MEAN = "mean_patches"  # mean training image of models that decode with guidance
 _OURS_ALONE = ("label_head.",)  # XProNet's labels predicted from the image

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.runtime.errors import InputError
+from modules.runtime.hub import HUB
 from modules.runtime.input_files import open_regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".gif", ".webp")
+SETTINGS = "config.json"  # of a folder of scripts/export.py
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,15 @@ def require_checkpoint(path: str) -> None:
     """InputError where ``--load`` names no file: checked before torch is imported, which takes seconds."""
     if not Path(path).is_file():
         raise InputError(f"--load {path}: no such file; it takes a checkpoint of main_train.py, such as model_best.pth")
+
+
+def require_model(path: str) -> None:
+    """As ``require_checkpoint``, where a folder of scripts/export.py or hf://owner/name on the hub will do as well."""
+    if path.startswith(HUB) or (Path(path) / SETTINGS).is_file():
+        return
+    if Path(path).is_dir():
+        raise InputError(
+            f"--load {path}: a folder without {SETTINGS}; it takes a checkpoint such as model_best.pth, or a "
+            "folder that scripts/export.py wrote"
+        )
+    require_checkpoint(path)

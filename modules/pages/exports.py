@@ -19,8 +19,8 @@ def write_exports(folder: str | Path, ids: Sequence[str], generated: Sequence[st
 
     ``reports.json``: a list of {id, report, reference}. ``predicted_reports.csv`` and ``gt_reports.csv``: study_id and
     report, for CXR-Report-Metric (BLEU, BERTScore, CheXbert similarity, RadGraph F1, RadCliQ). ``rexrank.json``: what
-    ReXrank's scripts take, by id, the reference as its findings. ``captions.json``: COCO's format of results, with its
-    integer ids.
+    ReXrank's scripts take, by id, the reference as its findings, with an empty impression, which they would otherwise
+    spell None. ``captions.json``: COCO's format of results, with its integer ids.
     """
     folder = Path(folder)
     triples = list(zip(ids, generated, references, strict=True))
@@ -31,7 +31,7 @@ def write_exports(folder: str | Path, ids: Sequence[str], generated: Sequence[st
     write_results(
         folder / "rexrank.json",
         {
-            key: {"model_prediction": report, "section_findings": reference, "section_impression": None}
+            key: {"model_prediction": report, "section_findings": reference, "section_impression": ""}
             for key, report, reference in triples
         },
     )

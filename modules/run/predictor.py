@@ -1,4 +1,4 @@
-"""Composes a Predictor from a checkpoint alone: no annotation, no data set."""
+"""Composes a Predictor from a trained model alone: no annotation, no data set."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,19 +17,20 @@ from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
 from modules.run.build import build_backbone, build_extractor, decoding_options, load_weights, prepare_device
 from modules.run.data import image_transform, score_tag
+from modules.run.loading import load_trained
 from modules.run.vocabulary import tokenizer_from_state
 from modules.runtime.errors import InputError
-from modules.training.checkpoint import FORMAT, load_checkpoint
+from modules.training.checkpoint import FORMAT
 
 # Settings of a run that say nothing about the model that writes.
 UNUSED = {"feature_cache": "", "resume": "", **asdict(ITHNSettings(ithn="off"))}
 
 
 def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
-    """The model in the checkpoint ``path``; the flags ``given`` override its settings.
+    """The model in ``path`` (modules.run.loading); the flags ``given`` override its settings.
 
     InputError for a checkpoint without settings and vocabulary, or one whose model needs more than images."""
-    content = load_checkpoint(path)
+    content, _ = load_trained(path)
     if content.get("format") != FORMAT:
         raise InputError(
             f"--load {path}: it holds no vocabulary and no settings, like every published checkpoint; "

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from modules.config import Config
+from modules.data.dataset_specs import data_title
 from modules.data.datasets import ReportDataset
 from modules.evaluation.baselines import COMMONEST
 from modules.evaluation.score_names import SELECTION, untagged
@@ -30,9 +31,8 @@ def write_page(path: Path, tested: Tested, dataset: ReportDataset) -> None:
     count = min(config.report_samples, total)
     write_report(
         path,
-        title=f"{config.exp_name or config.model_name} on {config.dataset_name}",
-        subtitle=f"{_method(config, data)}; {total} test samples; best epoch {tested.best_epoch} of "
-        f"{len(tested.history)}",
+        title=f"{config.exp_name or config.model_name} on {_data_name(tested)}",
+        subtitle="; ".join(filter(None, (_method(config, data), f"{total} test samples", _best_epoch(tested)))),
         synthetic=data.annotation.synthetic,
         scores=_score_rows(tested),
         classes=tested.scored.class_tables(MODEL),
@@ -54,6 +54,18 @@ def write_page(path: Path, tested: Tested, dataset: ReportDataset) -> None:
         flags=dataclasses.asdict(config),
         provenance=tested.provenance,
     )
+
+
+def _data_name(tested: Tested) -> str:
+    """The data set's own name, else that of the folder of its annotation."""
+    path = Path(tested.config.ann_path)
+    known = data_title(tested.config.dataset_name, str(path), tested.data.annotation.synthetic)
+    return known or path.absolute().parent.name
+
+
+def _best_epoch(tested: Tested) -> str:
+    """Nothing where no history came with the checkpoint."""
+    return f"best epoch {tested.best_epoch} of {len(tested.history)}" if tested.history else ""
 
 
 def _by_reference(tested: Tested) -> dict[str, dict[str, Any]]:

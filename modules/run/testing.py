@@ -16,16 +16,18 @@ from modules.run.data import (
     read_data,
     training_studies,
 )
+from modules.run.loading import load_trained
 from modules.run.results import test_and_write
 from modules.run.resuming import own_settings, require_same_network
 from modules.run.scoring import Scoring
 from modules.run.vocabulary import tokenizer_from_state
 from modules.runtime.distributed import is_main_process
+from modules.runtime.errors import InputError
 from modules.runtime.input_files import read_json
 from modules.runtime.records import private_folder
 from modules.runtime.run_log import log_to, start_log
 from modules.runtime.shortages import explain_out_of_memory
-from modules.training.checkpoint import FORMAT, load_checkpoint
+from modules.training.checkpoint import FORMAT
 
 
 def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
@@ -41,8 +43,10 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
 
 def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     path = given["load"]
-    content = load_checkpoint(path)
+    content, weights = load_trained(path)
     ours = content.get("format") == FORMAT
+    if weights != Path(path) and "save_dir" not in given:
+        raise InputError(f"--save_dir is missing: name a folder for the results of {path}, which is not one of a run")
     settings = own_settings(content, path) if ours else None
     if settings is not None:
         require_same_network(given, content["config"], path)
@@ -84,7 +88,7 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
             loader=loader,
             scoring=scoring,
             folder=folder,
-            weights=Path(path),
+            weights=weights,
             history=_history(content, Path(path).parent) if ours else [],
             best_epoch=int(content.get("epoch") or 0),
         )

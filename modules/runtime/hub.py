@@ -1,10 +1,12 @@
-"""Fetches the weights of a text encoder or language model from the Hugging Face hub, once, and only what it needs."""
+"""Fetches a model from the Hugging Face hub, once, and only what is needed of it."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from modules.runtime.errors import InputError
 
+HUB = "hf://"  # before owner/name, where a flag takes paths too: a mistyped path is not asked for
 _CONFIGURATION = ("*.json", "*.txt", "*.model")  # also the vocabularies of all tokenisers
 
 
@@ -61,6 +63,34 @@ def download_model(name: str, *, flag: str, otherwise: str) -> Path:
             f"({type(error).__name__}); where there is a network, run 'hf download {name} --local-dir DIR' and give "
             f"'{flag} DIR'; {otherwise}"
         ) from error
+
+
+def download_files(address: str, names: Sequence[str], *, flag: str) -> Path:
+    """Folder with the files ``names`` of hf://owner/name: from the local hub cache, or else downloaded into it.
+
+    InputError where the hub cannot be reached or does not have (or give out) the model.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    name = address.removeprefix(HUB)
+    try:
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=list(names), local_files_only=True))
+        except LocalEntryNotFoundError:
+            folder = None
+        if folder is None or not all((folder / file).is_file() for file in names):
+            folder = Path(snapshot_download(name, allow_patterns=list(names)))
+    except HFValidationError as error:
+        raise InputError(f"{flag} {address}: expected {HUB}owner/name") from error
+    except Exception as error:  # connection, proxy, certificate, no such model, consent, disk
+        raise InputError(
+            f"{flag} {address}: cannot be downloaded ({type(error).__name__}); where there is a network, run "
+            f"'hf download {name} --local-dir DIR' and give '{flag} DIR'"
+        ) from error
+    if missing := [file for file in names if not (folder / file).is_file()]:
+        raise InputError(f"{flag} {address}: has no {missing[0]}; it is not a model of scripts/export.py")
+    return folder
 
 
 def _weights(files: list[str]) -> list[str]:

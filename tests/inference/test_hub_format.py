@@ -7,10 +7,18 @@ import sys
 
 import pytest
 import torch
+import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from modules.config import EXPORTED
+from modules.data.dataset_specs import data_title
 from modules.inference.hub_format import published_weights, read_hub_folder, same_weights
+from modules.inference.model_card import CardFacts, model_card
+from modules.inference.study_files import require_model
+from modules.run.loading import load_trained
+from modules.run.testing import run_testing
+from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
 from scripts import convert_checkpoint, export
@@ -53,16 +61,18 @@ def trained(demo, demo_index, tmp_path_factory):
 
 
 def test_to_the_hubs_layout_and_back(trained, tmp_path, monkeypatch, demo):
-    run(export, monkeypatch, trained / "model_best.pth", "--out", tmp_path / "shared", "--licence", "mit")
+    flags = ("--licence", "mit", "--dataset", "Own & Sons", "--language", "de")
+    run(export, monkeypatch, trained / "model_best.pth", "--out", tmp_path / "shared", *flags)
     files = {path.name for path in (tmp_path / "shared").iterdir()}
     assert files == {"model.safetensors", "config.json", "vocabulary.json", "README.md"}
     # No path of this machine, and nothing of the data but its words.
     text = "".join((tmp_path / "shared" / name).read_text() for name in ("config.json", "vocabulary.json", "README.md"))
     assert str(demo) not in text and str(trained) not in text and not re.search(r"SYN\d{4}", text)
     card = (tmp_path / "shared" / "README.md").read_text()
-    assert card.startswith("---\nlicense: mit\n") and "synthetic" in card and "no medical device" in card
-    scores = json.loads((trained / "results.json").read_text())["test"]["model"]
-    assert f"| BLEU_1 | {scores['BLEU_1']:.3f} |" in card
+    assert "license: mit\n" in card and "synthetic" in card and "no medical device" in card
+    assert "# r2gencmn on Own & Sons\n" in card and "language of the reports: de" in card
+    results = json.loads((trained / "results.json").read_text())
+    _require_scores(card, results)
     run(export, monkeypatch, tmp_path / "shared", "--out", tmp_path / "back.pth")
     first, last = load_checkpoint(trained / "model_best.pth"), load_checkpoint(tmp_path / "back.pth")
     assert same_weights(first["state_dict"], last["state_dict"]) and first["vocabulary"] == last["vocabulary"]
@@ -72,6 +82,81 @@ def test_to_the_hubs_layout_and_back(trained, tmp_path, monkeypatch, demo):
     )
     with pytest.raises(InputError, match="is there already"):
         run(export, monkeypatch, trained / "model_best.pth", "--out", tmp_path / "shared")
+
+
+def _require_scores(card, results):
+    """The card's table has the run's scores, intervals and baselines, and its header is the hub's model-index."""
+    scores, (low, high) = results["test"], results["intervals"]["model"]["BLEU_1"]
+    systems = ("model", "commonest training report", "nearest training image")
+    own, common, nearest = (f"{scores[name]['BLEU_1']:.3f}" for name in systems)
+    assert f"| BLEU-1 | {own} | {low:.3f} – {high:.3f} | {common} | {nearest} |" in card
+    assert f"test split of {results['variety']['model']['num_reports']} reports" in card
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["language"] == "de" and header["pipeline_tag"] == "image-to-text"
+    [entry] = header["model-index"]
+    assert entry["results"][0]["dataset"] == {"name": "Own & Sons", "type": "own___sons", "split": "test"}
+    found = {metric["name"]: metric["value"] for metric in entry["results"][0]["metrics"]}
+    assert found["BLEU-1"] == round(scores["model"]["BLEU_1"], 4) and "Clinical F1, micro, 14 classes" in found
+
+
+def test_a_data_set_is_called_by_its_own_name():
+    assert data_title("iu_xray", "data/iu_xray/annotation.json", False) == "IU X-Ray"
+    assert data_title("mimic_cxr", "/x/MIMIC-CXR/annotation.json", False) == "MIMIC-CXR"
+    assert data_title("iu_xray", "data/own/annotation.json", False) == ""
+    assert data_title("iu_xray", "data/iu_xray/annotation.json", True) == "synthetic radiographs"
+
+
+def test_a_card_without_scores_says_so():
+    content = {"config": {"model_name": "r2gen", "visual_extractor": "x", "dataset_name": "coco"}, "strategy": "off"}
+    card = model_card(content | {"epoch": 3}, {}, CardFacts("COCO"))
+    assert "No scores of this checkpoint" in card and "model-index" not in card and "captions of images" in card
+    assert "language of the reports: not stated" in card and "language:" not in card.split("---")[1]
+
+
+def test_a_folder_is_loaded_as_its_checkpoint(trained, demo, tmp_path, monkeypatch):
+    """The same reports from predict.py, and the same scores from main_test.py."""
+    shared = tmp_path / "shared"
+    run(export, monkeypatch, trained / "model_best.pth", "--out", shared)
+    image = next((demo / "images").rglob("0.png"))
+    assert written_by(shared, image, monkeypatch, tmp_path) == written_by(
+        trained / "model_best.pth", image, monkeypatch, tmp_path
+    )
+    data = {"ann_path": str(demo / "annotation.json"), "image_dir": str(demo / "images"), "device": "cpu"}
+    data |= {"record_dir": str(tmp_path / "records"), "num_workers": 0, "meteor": False}
+    run_testing(data | {"load": str(shared), "save_dir": str(tmp_path / "tested")}, [])
+    results = [json.loads((folder / "results.json").read_text()) for folder in (trained, tmp_path / "tested")]
+    assert results[0]["test"] == results[1]["test"] and results[0]["intervals"] == results[1]["intervals"]
+    assert (trained / "res.csv").read_text() == (tmp_path / "tested/res.csv").read_text()
+    assert results[1]["provenance"]["checkpoint_sha256"] == file_sha256(shared / "model.safetensors")
+    assert "best epoch" not in (tmp_path / "tested/report.html").read_text()
+    with pytest.raises(InputError, match="--save_dir is missing"):
+        run_testing(data | {"load": str(shared)}, [])
+
+
+def test_a_model_on_the_hub_is_asked_for_by_its_address_alone(trained, tmp_path, monkeypatch):
+    shared, asked = tmp_path / "shared", []
+    run(export, monkeypatch, trained / "model_best.pth", "--out", shared)
+
+    def snapshot_download(name, **options):
+        asked.append(name)
+        if options.get("local_files_only"):
+            raise LocalEntryNotFoundError("not here")
+        return str(shared)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    content, weights = load_trained("hf://owner/name")
+    assert weights == shared / "model.safetensors" and content["epoch"] == 1 and asked == ["owner/name"] * 2
+    with pytest.raises(InputError, match="no such file"):
+        load_trained("owner/name")  # may be a mistyped path: nobody is told of it
+    assert len(asked) == 2
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError, match="hf download owner/name --local-dir DIR"):
+        load_trained("hf://owner/name")
+    for path in ("hf://owner/name", str(shared), str(trained / "model_best.pth")):
+        require_model(path)
+    for path, error in ((tmp_path, "a folder without config.json"), (tmp_path / "none", "no such file")):
+        with pytest.raises(InputError, match=error):
+            require_model(str(path))
 
 
 def written_by(checkpoint, image, monkeypatch, folder):

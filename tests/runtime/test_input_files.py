@@ -57,10 +57,8 @@ ALLOWED = {
     ("modules.training.checkpoint_folder", "open"): "the copy of it",
     ("modules.training.checkpoint_folder", "os.open"): "a folder, to flush it",
     ("models.settings", "(ROOT / _path(module)).read_text"): "the project's source",
-    ("modules.pages.comparison", "(_TEMPLATES / 'report.css').read_text"): "the project's style",
-    ("modules.pages.html_report", "(_TEMPLATES / 'report.css').read_text"): "the project's style",
     ("modules.pages.local_page", "(TEMPLATES / 'example.png').read_bytes"): "the project's example",
-    ("modules.pages.prediction_page", "(TEMPLATES / file).read_text"): "the project's templates",
+    ("modules.pages.rendering", "(TEMPLATES / file).read_text"): "the project's templates",
     ("scripts.run_experiments", "paths[0].read_text"): "a table that was just written",
 }
 
