@@ -32,7 +32,7 @@ def build_parser() -> Parser:
     parser.add_argument("--labeler", metavar="NAME", help="who made the labels of labelled files, e.g. chexbert")
     parser.add_argument(
         "--uncertain",
-        choices=("negative", "positive"),
+        choices=("negative", "positive", "ignored"),
         default="negative",
         help="what an uncertain label counts as in the table of classes (default: %(default)s)",
     )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.tokenizers import CLEANERS
+from modules.evaluation.published_scores import PUBLISHED
 from modules.evaluation.score_names import is_main
 from modules.evaluation.settings import ScoringSettings
 from modules.flags import Parser, add_flags
@@ -68,6 +69,13 @@ def build_parser() -> Parser:
     add("--gts_column", default="", metavar="NAME", help="column or field of the references, where it is not found")
     add("--res_column", default="", metavar="NAME", help="column or field of the generated reports, likewise")
     add(
+        "--published",
+        type=lambda text: {name.lower(): name for name in PUBLISHED}.get(text.lower(), text),
+        choices=tuple(PUBLISHED),
+        metavar="NAME",
+        help=f"print clinical scores in the convention of a paper or package first: {', '.join(PUBLISHED)}",
+    )
+    add(
         "--out",
         type=Path,
         metavar="FOLDER",
@@ -103,6 +111,8 @@ def main() -> None:
     )
     folders = folders_of(arguments.out, list(inputs.runs)) if arguments.out else {}
     found = score_files(inputs, part_of(arguments, ScoringSettings), arguments.device)
+    if arguments.published:
+        print(render_published(arguments.published, found), end="\n\n")
     shown = (lambda name: True) if arguments.all_scores else is_main
     print(render_scores(found.scored, found.systems, shown))
     if tests := paired_tests(found.scored, found.systems, shown):
@@ -111,6 +121,25 @@ def main() -> None:
     if arguments.out:
         write(folders, found, arguments.report_samples)
         print(f"written: {arguments.out}")
+
+
+def render_published(name: str, found: "FileScores") -> str:
+    """Every run's clinical scores as ``name`` publishes them, by the labeler that it uses where that is there."""
+    from modules.evaluation.published_scores import published_lines
+
+    labelers = list(found.scored.labels)
+    if not labelers:
+        return f"--published {name}: there are no clinical scores; see below"
+    labeler = PUBLISHED[name].labeler.lower()
+    labeler = labeler if labeler in labelers else labelers[0]
+    return "\n".join(
+        line
+        for run in found.generated
+        for line in (
+            f"{run}, as {name} publishes clinical scores:",
+            *published_lines(name, found.scored.scores[run], found.scored.intervals[run], labeler),
+        )
+    )
 
 
 def folders_of(out: Path, runs: Sequence[str]) -> dict[str, Path]:

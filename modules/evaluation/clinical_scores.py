@@ -15,7 +15,8 @@ from modules.labels.rules import CLASSES
 # The five classes of the CheXpert competition (Irvin et al., 2019, arXiv:1901.07031).
 FIVE_CLASSES = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 CLASS_SETS = {"14": CLASSES, "5": FIVE_CLASSES}
-UNCERTAIN_POLICIES = ("negative", "positive")
+UNCERTAIN_POLICIES = ("negative", "positive", "ignored")
+AVERAGINGS = ("micro", "macro", "weighted", "example")
 RATIOS = ("precision", "recall", "f1")
 # F1 macro is given a second time, over the classes with this many reference positives: its interval can be trusted.
 MIN_POSITIVES = 5
@@ -32,9 +33,10 @@ class Outcomes:
 
 
 def outcomes(references: np.ndarray, hypotheses: np.ndarray, uncertain: str) -> Outcomes:
-    """Compare two (N, C) label arrays (1, 0, -1, NaN), with uncertain labels (-1) as ``negative`` or ``positive``.
+    """Compare two (N, C) label arrays (1, 0, -1, NaN), with uncertain labels (-1) as a policy of UNCERTAIN_POLICIES.
 
-    Not mentioned (NaN) counts as negative. ValueError for arrays of different shapes or another ``uncertain``.
+    Not mentioned (NaN) counts as negative. ``ignored``: where either side is uncertain the pair is no outcome at all.
+    ValueError for arrays of different shapes or another ``uncertain``.
     """
     references, hypotheses = np.asarray(references), np.asarray(hypotheses)
     if references.shape != hypotheses.shape or references.ndim != 2:
@@ -42,33 +44,48 @@ def outcomes(references: np.ndarray, hypotheses: np.ndarray, uncertain: str) -> 
     if uncertain not in UNCERTAIN_POLICIES:
         raise ValueError(f"uncertain must be one of {UNCERTAIN_POLICIES}, not {uncertain!r}")
     truth, claim = _binary(references, uncertain), _binary(hypotheses, uncertain)
+    if uncertain == "ignored":
+        kept = (references != -1) & (hypotheses != -1)
+        return Outcomes(truth & claim, ~truth & claim & kept, truth & ~claim & kept)
     return Outcomes(truth & claim, ~truth & claim, truth & ~claim)
 
 
 def scores_of(result: Outcomes) -> dict[str, float]:
-    """Precision, recall and F1 with micro, macro and example-based averaging, keyed ``f1_micro`` and so on.
+    """Precision, recall and F1 with each averaging of AVERAGINGS, keyed ``f1_micro`` and so on.
 
-    Macro is the mean over classes, example the mean over reports. A ratio with denominator 0 is 0, as in
-    scikit-learn with ``zero_division=0``: a class or report without any positive label scores 0, so even perfect labels
-    can stay below 1, most of all in example-based scores of the five classes.
+    Macro is the mean over classes, weighted the mean with their reference positives as weights, example the mean over
+    reports. A ratio with denominator 0 is 0, as in scikit-learn with ``zero_division=0``: a class or report without any
+    positive label scores 0, so even perfect labels can stay below 1, most of all in example-based scores of the five
+    classes.
     """
-    counts = (result.true_positive, result.false_positive, result.false_negative)
-    sums = {
-        "micro": [count.sum(keepdims=True) for count in counts],
-        "macro": [count.sum(axis=0) for count in counts],
-        "example": [count.sum(axis=1) for count in counts],
+    counts = np.stack([result.true_positive, result.false_positive, result.false_negative])  # (3, N, C)
+    by_class = counts.sum(axis=1)  # (3, C)
+    scores = averages(by_class[:, None])
+    for name, values in ratios(*counts.sum(axis=2)).items():
+        scores[f"{name}_example"] = values.mean(keepdims=True)
+    return {
+        f"{ratio}_{averaging}": float(scores[f"{ratio}_{averaging}"][0]) for averaging in AVERAGINGS for ratio in RATIOS
     }
-    scores = {}
-    for averaging, (true_positive, false_positive, false_negative) in sums.items():
-        for name, values in ratios(true_positive, false_positive, false_negative).items():
-            scores[f"{name}_{averaging}"] = float(values.mean())
+
+
+def averages(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Micro, macro and weighted averages (R,), keyed ``f1_micro`` and so on, of the classes' counts (3, R, C).
+
+    The counts are true positives, false positives and false negatives of R sets of reports.
+    """
+    support = counts[0] + counts[2]  # (R, C)
+    weights = support / np.maximum(support.sum(axis=1, keepdims=True), 1)
+    scores = {f"{name}_micro": values for name, values in ratios(*counts.sum(axis=2)).items()}
+    for name, values in ratios(*counts).items():
+        scores[f"{name}_macro"] = values.mean(axis=1)
+        scores[f"{name}_weighted"] = (values * weights).sum(axis=1)
     return scores
 
 
 def clinical_scores(references: np.ndarray, hypotheses: np.ndarray, labeler: str = "rule") -> dict[str, float]:
     """The clinical scores of (N, 14) labels, in [0, 1], keyed ``ce_<labeler>_<score>_<averaging>_...``.
 
-    For each policy 18 scores over the 14 and the five classes, and F1 macro over the classes with at least
+    For each policy 24 scores over the 14 and the five classes, and F1 macro over the classes with at least
     MIN_POSITIVES reference positives (``f1_macro_min5``) where there is one.
     """
     scores = {}

@@ -21,6 +21,7 @@ from modules.evaluation.clinical_scores import (
     FREQUENT,
     RATIOS,
     UNCERTAIN_POLICIES,
+    averages,
     frequent_classes,
     outcomes,
     ratios,
@@ -252,17 +253,13 @@ def _clinical(name: str, total: np.ndarray, count: int | np.ndarray) -> dict[str
     """Scores of sums (R, 42 + 6) under the keys of modules.evaluation.clinical_scores."""
     start, _, policy = name.partition("_uncertain_")
     counts, own = np.split(total, [3 * len(CLASSES)], axis=1)
-    counts = counts.reshape(len(total), 3, -1)
+    counts = counts.reshape(len(total), 3, -1).transpose(1, 0, 2)  # (3, R, 14)
     scores = {}
     for number, (class_set, names) in enumerate(CLASS_SETS.items()):
-        chosen = counts[:, :, _columns(names)]
-        macro = ratios(*chosen.transpose(1, 0, 2))
-        for column, (ratio, micro) in enumerate(ratios(*chosen.sum(axis=2).T).items()):
-            found = {"micro": micro, "macro": macro[ratio].mean(axis=1), "example": own[:, 3 * number + column] / count}
-            scores |= {
-                f"{start}_{ratio}_{averaging}_{class_set}_uncertain_{policy}": values
-                for averaging, values in found.items()
-            }
+        found = averages(counts[:, :, _columns(names)])
+        for column, ratio in enumerate(RATIOS):
+            found[f"{ratio}_example"] = own[:, 3 * number + column] / count
+        scores |= {f"{start}_{key}_{class_set}_uncertain_{policy}": values for key, values in found.items()}
     return scores
 
 

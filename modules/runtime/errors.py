@@ -41,8 +41,8 @@ class ImageError(InputError):
 
 def did_you_mean(names: str | Iterable[str], known: Iterable[str]) -> str:
     """ "; did you mean X?" with what comes closest in ``known`` to each mistyped name; "" where nothing is close."""
-    known, names = list(known), [names] if isinstance(names, str) else names
-    close = [found[0] for name in names if (found := difflib.get_close_matches(name.lower(), known, n=1))]
+    lowered, names = {name.lower(): name for name in known}, [names] if isinstance(names, str) else names
+    close = [lowered[found[0]] for name in names if (found := difflib.get_close_matches(name.lower(), lowered, n=1))]
     return f"; did you mean {' and '.join(close)}?" if close else ""
 
 

@@ -195,4 +195,4 @@ def test_two_thousand_resamples_of_a_split_of_mimics_size_give_every_interval():
         },
     }
     found = intervals(ReportStatistics(tables, "", ""))
-    assert len(found) == 5 + 72 + 4
+    assert len(found) == 5 + 96 + 4

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from modules.evaluation.clinical_scores import (
+    AVERAGINGS,
     CLASS_SETS,
     FIVE_CLASSES,
+    UNCERTAIN_POLICIES,
     class_table,
     clinical_scores,
     outcomes,
     scores_of,
 )
+from modules.evaluation.report_statistics import ReportStatistics, clinical_tables
 from modules.labels.labeler import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +38,7 @@ CLAIM = labels({"Edema": 1}, {"Edema": 0, "Atelectasis": 1}, {"Edema": 1, "Fract
 
 def test_scores_by_hand():
     scores = clinical_scores(TRUTH, CLAIM)
-    assert len(scores) == 36
+    assert len(scores) == 72
     # Uncertain as negative: TP 1 (Edema), FP 2 (Edema, Atelectasis), FN 2 (Fracture, Edema).
     assert scores["ce_rule_precision_micro_14_uncertain_negative"] == pytest.approx(1 / 3)
     assert scores["ce_rule_recall_micro_14_uncertain_negative"] == pytest.approx(1 / 3)
@@ -52,21 +55,51 @@ def test_scores_by_hand():
     assert scores["ce_rule_f1_micro_5_uncertain_positive"] == pytest.approx(4 / 6)
 
 
-def test_scores_equal_scikit_learn():
+SKLEARN = {"micro": "micro", "macro": "macro", "weighted": "weighted", "example": "samples"}
+
+
+def by_scikit_learn(truth, claim, average):
+    """Precision, recall and F1 of binary labels (N, C), or (N,) with average "binary"."""
     support = pytest.importorskip("sklearn.metrics").precision_recall_fscore_support
+    return support(truth, claim, average=average, zero_division=0)[:3]
+
+
+def ignoring(truth, claim, averaging):
+    """The same of labels (N, C) of which pairs with an uncertain one are left out, or are negative on both sides."""
+    kept = (truth != -1) & (claim != -1)
+    truth, claim = truth == 1, claim == 1
+    if averaging == "micro":
+        return by_scikit_learn(truth[kept], claim[kept], "binary")
+    return by_scikit_learn(truth & kept, claim & kept, SKLEARN[averaging])
+
+
+def test_scores_equal_scikit_learn():
+    """200 random label arrays: every averaging, class set and policy, to 1e-12."""
     rng = np.random.default_rng(0)
-    truth, claim = rng.choice([1, 0, -1, NAN], (2, 60, 14), p=[0.25, 0.3, 0.05, 0.4])
-    truth[:, 5], claim[3] = 0, NAN  # a class that no reference has, and a report that says nothing
-    scores = clinical_scores(truth, claim, labeler="chexbert")
-    for uncertain, positive in (("negative", (1,)), ("positive", (1, -1))):
+    for trial in range(200):
+        shares = rng.dirichlet([1, 1, 0.4, 1.5])
+        truth, claim = rng.choice([1, 0, -1, NAN], (2, int(rng.integers(1, 12)), 14), p=shares)
+        truth[:, trial % 14], claim[0] = (0, NAN) if trial % 3 == 0 else (truth[:, trial % 14], claim[0])
+        scores = clinical_scores(truth, claim, labeler="chexbert")
+        policy = UNCERTAIN_POLICIES[trial % 3]
         for class_set, names in CLASS_SETS.items():
             columns = [CLASSES.index(name) for name in names]
-            pair = [np.isin(side[:, columns], positive) for side in (truth, claim)]
-            for averaging, average in (("micro", "micro"), ("macro", "macro"), ("example", "samples")):
-                expected = support(*pair, average=average, zero_division=0)[:3]
+            pair = [side[:, columns] for side in (truth, claim)]
+            for averaging in AVERAGINGS:
+                if policy == "ignored":
+                    expected = ignoring(*pair, averaging)
+                else:
+                    positive = (1, -1) if policy == "positive" else (1,)
+                    expected = by_scikit_learn(*(np.isin(side, positive) for side in pair), SKLEARN[averaging])
                 for name, value in zip(("precision", "recall", "f1"), expected, strict=True):
-                    key = f"ce_chexbert_{name}_{averaging}_{class_set}_uncertain_{uncertain}"
-                    assert scores[key] == pytest.approx(value), key
+                    key = f"ce_chexbert_{name}_{averaging}_{class_set}_uncertain_{policy}"
+                    assert scores[key] == pytest.approx(value, abs=1e-12), (trial, key)
+
+
+def test_scores_of_sums_are_those_of_labels():
+    """What intervals resample gives the same numbers as the labels themselves."""
+    tables = clinical_tables(TRUTH, CLAIM, "rule")
+    assert ReportStatistics(tables, "", "").scores() == pytest.approx(clinical_scores(TRUTH, CLAIM), abs=1e-15)
 
 
 def test_rows_of_outcomes_resample():

@@ -57,7 +57,7 @@ def statistics_of(metrics, references, hypotheses):
 def test_sums_give_every_score_exactly(metrics):
     scores, statistics = statistics_of(metrics, REFERENCES, HYPOTHESES)
     assert statistics.scores() == pytest.approx(scores, abs=1e-15)
-    assert len(scores) == 2 * 7 + 36 + 1 and len(statistics) == 5
+    assert len(scores) == 2 * 7 + 72 + 1 and len(statistics) == 5
 
 
 def test_joined_parts_are_scored_as_one_test_set(metrics):

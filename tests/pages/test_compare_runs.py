@@ -94,7 +94,7 @@ def test_kept_statistics_are_used(runs):
         "ce_rule_f1_micro_14_uncertain_negative_full",
         "ce_rule_f1_macro_14_uncertain_negative_full",
     }
-    assert len(compared(runs, by="CIDEr", all_scores=True).scores) == 2 + 18
+    assert len(compared(runs, by="CIDEr", all_scores=True).scores) == 2 + 24
     with pytest.raises(InputError, match="--by METEOR: must be one of CIDEr, CIDEr_full, or a ce_"):
         compared(runs, by="METEOR")
 

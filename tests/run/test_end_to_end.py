@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from modules.evaluation.clinical_scores import AVERAGINGS, UNCERTAIN_POLICIES
 from modules.evaluation.report_statistics import load_statistics
 from modules.flags import parse_flags
 from modules.run.resuming import require_same_network
@@ -62,9 +63,9 @@ def _check_scores(folder, results):
     assert model["BLEU_4_truncated"] == model["BLEU_4"] and "BLEU_4_full" in model
     assert {
         f"ce_rule_f1_{averaging}_{classes}_uncertain_{policy}{suffix}"
-        for averaging in ("micro", "macro", "example")
+        for averaging in AVERAGINGS
         for classes in (14, 5)
-        for policy in ("negative", "positive")
+        for policy in UNCERTAIN_POLICIES
         for suffix in ("", "_full", "_truncated")
     } <= set(model)
     for system, scores in results["test"].items():

@@ -35,7 +35,7 @@ def run(tags=None, **flags):
 
 def test_every_score_has_an_interval_and_statistics_that_repeat_it():
     scored = run()
-    assert len(scored.scores["model"]) == 2 * 7 + 1 + 2 * 36 and scored.scores["model"]["nll"] == pytest.approx(0.6)
+    assert len(scored.scores["model"]) == 2 * 7 + 1 + 2 * 72 and scored.scores["model"]["nll"] == pytest.approx(0.6)
     assert "nll" not in scored.scores["floor"]
     for system, scores in scored.scores.items():
         measured = {name: value for name, value in scores.items() if value is not None}
@@ -89,7 +89,7 @@ def test_clinical_scores_of_another_language_are_null_with_the_reason():
     with Scoring(Config(meteor=False), torch.device("cpu")) as scoring:
         scored = scoring.test(found, {"model": SPANISH}, {})
     clinical = {name: value for name, value in scored.scores["model"].items() if name.startswith("ce_")}
-    assert len(clinical) == 2 * 36 and set(clinical.values()) == {None}
+    assert len(clinical) == 2 * 72 and set(clinical.values()) == {None}
     assert "the labelers read English" in scored.missing["ce_rule"]
     assert not any(name.startswith("ce_") for name in scored.intervals["model"])
     assert scored.class_tables("model") == {} and scored.scores["model"]["BLEU_4"] == pytest.approx(1, abs=1e-6)

@@ -54,6 +54,15 @@ def test_several_systems_are_tested_against_the_first(run, tmp_path):
     assert "| score | x | y |" in text and " ± " in text and "| p seeds | p Holm |" in text
 
 
+def test_published_conventions_come_first(run):
+    text = run("--res", "base.json", "--published", "promptmrg")
+    assert text.startswith(
+        "base, as PromptMRG publishes clinical scores:\n  example, 14 classes, uncertain as negative: "
+    )
+    with pytest.raises(InputError, match="'orgam'.*did you mean ORGan"):
+        run("--res", "base.json", "--published", "orgam")
+
+
 def test_mistakes_are_named_before_any_work(run, tmp_path):
     for flags, cause in (
         (("--res", "nowhere.json"), "nowhere.json: there is no such file"),
