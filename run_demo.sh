@@ -26,10 +26,10 @@ else
   echo "[1/3] data/demo is there already"
 fi
 echo "[2/3] mining hard negatives with tf-idf (no weights needed)"
-"$python" scripts/mine_hard_negatives.py --ann_path data/demo/annotation.json --dataset_name iu_xray \
+"$python" scripts/mine_hard_negatives.py --ann_path data/demo/annotation.json \
   --text_encoder tfidf --top_k 5 --examples 2 --out "$out/hard_negatives.safetensors"
 echo "[3/3] training R2GenCMN with ITHN; at the end the best model is tested"
-"$python" main_train.py --ann_path data/demo/annotation.json --image_dir data/demo/images --dataset_name iu_xray \
+"$python" main_train.py --ann_path data/demo/annotation.json --image_dir data/demo/images \
   --negative_index "$out/hard_negatives.safetensors" --save_dir "$out" \
   --visual_extractor tf_efficientnet_lite0 --image_size 128 --freeze_visual_extractor true \
   --feature_cache results/features --use_bn 1 --d_model 256 --d_ff 512 --num_heads 4 --num_layers 1 \

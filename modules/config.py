@@ -5,12 +5,12 @@ and are built from a Config with ``part_of(config, OptimSettings)``; what belong
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from models import MODELS, location
 from models.settings import declared_settings
-from modules.data.dataset_specs import DATASETS, DataSpec
+from modules.data.dataset_specs import CLEANER_NAMES, DATASETS, ENGLISH, OTHER, DataSpec, check_name
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.metric_table import NEED_JAVA, XPRONET_SUM
 from modules.evaluation.settings import ScoringSettings
@@ -50,10 +50,38 @@ class DataSettings:
     dataset_name: str = setting(
         "iu_xray",
         "data",
-        "decides report cleaning, images per study, record file (modules/data/dataset_specs.py); "
-        "coco: every caption is a sample, all captions of an image are references",
-        choices=tuple(DATASETS),
+        f"{', '.join(DATASETS)} (modules/data/dataset_specs.py), or the name in the dataset.json beside --ann_path, "
+        "which is then the default; names records and pages, decides what the next flags leave open",
         exported=True,
+    )
+    language: str = setting(
+        "en", "data", "language of the reports; clinical labels are made for en alone", exported=True
+    )
+    cleaner: str = setting(
+        "",
+        "data",
+        "rules of report cleaning; any: for every language; default: the data set's",
+        choices=("", *CLEANER_NAMES),
+        exported=True,
+        vocabulary=True,
+    )
+    max_views: int = setting(
+        0,
+        "data",
+        "images of a study that are read with --views paired, frontal ones first where the annotation names views; 0: "
+        "as many as the data set says, in the annotation's order",
+        low=0,
+        high=64,
+        exported=True,
+    )
+    captions: bool | None = setting(
+        None,
+        "data",
+        "every caption of an image is a training sample, all of them are references; default: as the data set says",
+        exported=True,
+    )
+    data_licence: str = setting(
+        "", "data", "licence of the data, for the cards of exported models", effect=False, exported=True
     )
     views: str = setting(
         "paired",
@@ -247,6 +275,7 @@ class Config(
     def __post_init__(self) -> None:
         for item in fields(self):
             check_value(item.name, getattr(self, item.name), item.metadata)
+        check_name(self.dataset_name)
         location(self.model_name)  # InputError for an unknown one
         for part in type(self).__bases__:
             part_of(self, part)  # each checks its own settings together
@@ -254,8 +283,15 @@ class Config(
 
     @property
     def dataset(self) -> DataSpec:
-        """The entry of --dataset_name in the table of data sets."""
-        return DATASETS[self.dataset_name]
+        """What is particular to the data set: its entry in the table of data sets, and the flags over it."""
+        spec = DATASETS.get(self.dataset_name, OTHER)
+        return replace(
+            spec,
+            cleaner=self.cleaner or spec.cleaner,
+            max_views=self.max_views or spec.max_views,
+            captions=spec.captions if self.captions is None else self.captions,
+            clinical=spec.clinical and self.language == ENGLISH,
+        )
 
     @property
     def captioning(self) -> bool:

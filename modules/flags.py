@@ -7,12 +7,13 @@ import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from models import MODELS, backbone_class, settings_class
 from models.settings import declared_presets
 from modules.config import BACKBONE_SETTINGS, TRAIN_ONLY, Config, settings_of, settings_with
-from modules.data.dataset_specs import DATASETS
+from modules.data.dataset_specs import DATASETS, FACTS, DataSpec, read_description, require_known
 from modules.runtime.errors import InputError, did_you_mean
 from modules.runtime.settings import part_of
 
@@ -273,7 +274,7 @@ def flags_of_training(words: Sequence[str]) -> list[str]:
 
 def _preset_notes(given: Mapping[str, Any]) -> list[str]:
     backbone = given["backbone"]
-    dataset_name = given.get("dataset_name", Config.dataset_name)
+    dataset_name = (_description(given) | given).get("dataset_name", Config.dataset_name)
     added = {name: value for name, value in preset(backbone, dataset_name).items() if name not in given}
     shown = ", ".join(
         f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in added.items()
@@ -311,9 +312,39 @@ def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = N
         values["adam_betas"] = tuple(values["adam_betas"])
     given = dict(given)
     backbone = given.pop("backbone", None)
+    if "dataset_name" not in values:
+        values = _description(given) | values
+    elif "ann_path" in given or "dataset_name" in given:
+        # A model is given images and texts as in its training; what data they are is a matter of the data.
+        values |= {name: value for name, value in _description(given, saved).items() if name in FACTS}
     dataset_name = (values | given).get("dataset_name", Config.dataset_name)
     published = preset(backbone, dataset_name) if backbone else {}
     return Config(**(published | values | given))
+
+
+def data_set(ann_path: str | Path, dataset_name: str | None) -> tuple[str, DataSpec]:
+    """Name and particulars of an annotation's data set, for programs with these two flags of main_train.py alone.
+
+    ``dataset_name`` None: as the dataset.json beside the annotation says, or the default.
+    """
+    named = {} if dataset_name is None else {"dataset_name": dataset_name}
+    config = resolve_config({"ann_path": str(ann_path), **named})
+    return config.dataset_name, config.dataset
+
+
+def _description(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The dataset.json beside the annotation of the flags ``given``; {} where they name another known data set.
+
+    InputError where they name one that is not known, also not from the ``saved`` settings of a checkpoint.
+    """
+    path = given.get("ann_path", (saved or {}).get("ann_path", Config.ann_path))
+    found = read_description(path)
+    named = given.get("dataset_name")
+    if named is None:
+        return found
+    if (saved or {}).get("dataset_name") != named:
+        require_known(named, found, path)
+    return found if found.get("dataset_name") == named else {}
 
 
 def _require_kinds(saved: Mapping[str, Any]) -> None:

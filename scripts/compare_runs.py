@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.data.dataset_specs import DATASETS
+from modules.data.dataset_specs import DATASETS, OTHER
 from modules.data.report_tables import REPORT_COLUMNS, Table, match_rows, read_rows, read_table
 from modules.evaluation.score_names import FULL, is_main
 from modules.flags import Parser
@@ -70,8 +70,10 @@ def read_folder(path: Path) -> Folder:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give the --save_dir of a tested run")
     results = read_json(path / "results.json") if (path / "results.json").is_file() else {}
-    spec = DATASETS.get(str(results.get("config", {}).get("dataset_name")))
-    several = spec is not None and spec.captions  # a column each
+    config = results.get("config", {})
+    several = config.get("captions")  # a column each
+    if several is None:
+        several = DATASETS.get(str(config.get("dataset_name")), OTHER).captions
     references = _reports(path / "gts.csv", several)
     generated = _reports(path / "res.csv")
     if several and not (path / "statistics.npz").is_file():

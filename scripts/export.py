@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.config import EXPORTED
-from modules.data.dataset_specs import data_title
+from modules.data.dataset_specs import ENGLISH, data_title
 from modules.flags import Parser
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
@@ -166,8 +166,13 @@ def facts_of(content: dict, results: dict, given: argparse.Namespace) -> "CardFa
     return CardFacts(
         dataset=given.dataset or name or "radiographs with reports (unnamed)",
         licence=given.licence,
-        language=given.language or ("en" if english else ""),
+        language=given.language or _foreign(config) or ("en" if english else ""),
     )
+
+
+def _foreign(config: dict) -> str:
+    """The language that the data set's description says, where it is not the default."""
+    return config["language"] if config.get("language", ENGLISH) != ENGLISH else ""
 
 
 def results_of(content: dict, folder: Path) -> dict:

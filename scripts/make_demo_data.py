@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from modules.data.dataset_specs import write_description
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import check_outside
@@ -90,6 +91,7 @@ def main() -> None:
     origin = f"{len(studies)} studies {origin}, --seed {arguments.seed}"
     wording = "written by a grammar" if reports is None else f"taken from {arguments.reports.name}"
     write_tables(arguments.out, studies, f"{origin}, {arguments.size} px; reports {wording}.\n\n{describe_format()}")
+    write_description(arguments.out, name="demo", language="en", views=2, licence="synthetic data of no patient")
     print(f"{len(studies)} synthetic studies in {arguments.out}")
 
 

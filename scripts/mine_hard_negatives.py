@@ -22,11 +22,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from modules.config import Config
 from modules.data.annotations import Annotation, read_annotation
 from modules.data.captions import split_captions
-from modules.data.dataset_specs import DATASETS
 from modules.data.tokenizers import clean_report
-from modules.flags import Parser, boolean
+from modules.flags import Parser, boolean, data_set
 from modules.runtime.errors import InputError, one_line, run_entry_point
 from modules.runtime.launch import launched, process_device, start_processes
 from modules.runtime.output_files import Output, check_outputs, contains
@@ -67,9 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top_k", type=int, default=5, metavar="K", help="neighbours kept per report; default %(default)s")
     add(
         "--dataset_name",
-        default="iu_xray",
-        choices=tuple(DATASETS),
-        help="cleaning rules by which texts count as identical; coco: every caption is a record; default %(default)s",
+        help="decides the cleaning rules by which texts count as identical, and whether every caption is a record; "
+        f"default: as the dataset.json beside --ann_path says, or {Config.dataset_name}",
     )
     _add_exclusions(parser)
     add(
@@ -145,9 +144,10 @@ def check(arguments: argparse.Namespace) -> None:
     ):
         if getattr(arguments, flag) < low:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: must be {low} or more")
+    arguments.dataset_name, data = data_set(arguments.ann_path, arguments.dataset_name)
     kind = TEXT_ENCODERS.get(arguments.text_encoder)
     labelled = arguments.exclude_same_labels or (kind is not None and kind.clinical)
-    if labelled and not DATASETS[arguments.dataset_name].clinical:
+    if labelled and not data.clinical:
         wrong = "--exclude_same_labels" if arguments.exclude_same_labels else f"--text_encoder {arguments.text_encoder}"
         raise InputError(f"{wrong}: there are no clinical labels on {arguments.dataset_name}")
     if arguments.out.is_dir():
@@ -186,7 +186,8 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
     device = str(choose_device("cpu" if arguments.n_gpu == 0 else process_device(arguments.device)))
     train = annotation.splits["train"]
     reports = [" ".join(study.report.split()) for study in train]
-    cleaned = group_ids(clean_report(study.report, DATASETS[arguments.dataset_name].cleaner) for study in train)
+    arguments.dataset_name, data = data_set(arguments.ann_path, arguments.dataset_name)
+    cleaned = group_ids(clean_report(study.report, data.cleaner) for study in train)
     studies = group_ids(study.study_id for study in train)
     labels = None
     if arguments.exclude_same_labels:
@@ -274,7 +275,7 @@ def mine_and_write(arguments: argparse.Namespace) -> None:
 
     start = time.monotonic()
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
-    if DATASETS[arguments.dataset_name].captions:
+    if data_set(arguments.ann_path, arguments.dataset_name)[1].captions:
         annotation = split_captions(annotation)
     index = mine(arguments, annotation)
     if not is_main_process():

@@ -22,6 +22,7 @@ value_of() {
 if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python; fi
 save_dir=$(value_of --save_dir results/iu_xray "$@")
 index=$(value_of --negative_index "$save_dir/hard_negatives.safetensors" "$@")
+dataset_name=$(value_of --dataset_name "" "$@")
 arguments=("$@")
 
 # An empty --negative_index says that the annotation brings its own negatives (neg_report, neg_image_path).
@@ -33,7 +34,7 @@ else
     echo "hard negatives: mining into $index"
     "$python" scripts/mine_hard_negatives.py \
         --ann_path "$(value_of --ann_path data/iu_xray/annotation.json "$@")" \
-        --dataset_name "$(value_of --dataset_name iu_xray "$@")" \
+        ${dataset_name:+--dataset_name "$dataset_name"} \
         --text_encoder "${TEXT_ENCODER:-zzxslp/RadBERT-RoBERTa-4m}" \
         --top_k "$(value_of --num_neighbours 5 "$@")" \
         --n_gpu "$(value_of --n_gpu 1 "$@")" --device "$(value_of --device auto "$@")" \

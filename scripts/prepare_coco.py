@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from modules.data.dataset_specs import write_description
 from modules.flags import Parser
 from modules.prepare.coco import read_captions, read_karpathy
 from modules.runtime.errors import InputError, run_entry_point
@@ -75,6 +76,9 @@ def main() -> None:
     annotation = build_annotation(splits, gather(arguments.captions))
     out = arguments.out / "annotation.json"
     done = write_annotation(out, annotation)
+    write_description(
+        arguments.out, name="coco", language="en", licence="captions CC BY 4.0, images by their owners' terms"
+    )
     print(f"{'':<8}{'images':>9}{'published':>11}{'captions':>10}")
     for split, records in annotation.items():
         captions = sum(len(record["captions"]) for record in records)

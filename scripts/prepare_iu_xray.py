@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.annotations import SPLITS
+from modules.data.dataset_specs import write_description
 from modules.flags import Parser
 from modules.prepare.image_placing import WAYS, Placing, keep_settings
 from modules.prepare.openi import OpeniStudy, annotation_record, order_of_views, place_images, read_openi
@@ -173,6 +174,7 @@ def main() -> None:
         chosen = without_missing_images(chosen, orders, arguments)
     annotation = records(chosen, orders)
     done = write_annotation(path, annotation, HINT)
+    write_description(arguments.out, name="iu_xray", language="en", licence="CC BY-NC-ND 4.0")
     print(f"{len(studies)} reports read from {arguments.reports}")
     for split in SPLITS:
         print(f"  {split:<6}{len(annotation[split]):>6} studies    (R2Gen: {R2GEN[split]})")

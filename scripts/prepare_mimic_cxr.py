@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.annotations import SPLITS
+from modules.data.dataset_specs import write_description
 from modules.flags import Parser
 from modules.labels.tables import write_table
 from modules.prepare.image_placing import MISSING, WAYS, Placing, keep_settings, place_all
@@ -36,6 +37,7 @@ from modules.runtime.output_files import Output, check_annotation, check_outputs
 from modules.runtime.records import write_results
 
 SUMMARY = "summary.json"
+LICENCE = "PhysioNet Credentialed Health Data License 1.5.0"
 R2GEN = {"train": 270790, "val": 2130, "test": 3858}
 _FRONTAL, _LATERAL = ("PA", "AP"), ("LATERAL", "LL")
 
@@ -260,6 +262,8 @@ def main() -> None:
             raise InputError(f"--images {arguments.images}: none of the images could be read")
     annotation = build_records(images, reports, arguments.records, ending)
     done = write_annotation(path, annotation)
+    views = {"views": 2} if arguments.records == "study" else {}  # a frontal and a lateral one; R2Gen reads one
+    write_description(arguments.out, name="mimic_cxr", language="en", **views, licence=LICENCE)
     if arguments.labels_out:
         write_table(arguments.labels_out, label_columns(), labels)
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from modules.runtime.errors import InputError, Problem, raise_problem
@@ -77,6 +77,27 @@ def read_annotation(
             if isinstance(item, dict)
         ),
     )
+
+
+def frontal_first(annotation: Annotation) -> Annotation:
+    """The annotation with every study's frontal images before its others, as far as ``view`` tells; else in order."""
+
+    def ordered(study: Study) -> Study:
+        order = sorted(range(len(study.views)), key=lambda index: not _is_frontal(study.views[index]))
+        if order == list(range(len(order))):
+            return study
+        return replace(
+            study,
+            image_paths=tuple(study.image_paths[index] for index in order),
+            views=tuple(study.views[index] for index in order),
+        )
+
+    splits = {split: tuple(map(ordered, studies)) for split, studies in annotation.splits.items()}
+    return replace(annotation, splits=splits)
+
+
+def _is_frontal(view: str) -> bool:
+    return view.strip().upper().startswith(("PA", "AP", "FRONTAL", "POSTEROANTERIOR", "ANTEROPOSTERIOR"))
 
 
 def train_sha256(studies: Iterable[Study]) -> str:

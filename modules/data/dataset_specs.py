@@ -1,19 +1,41 @@
-"""The data sets, one literal table: everything that differs between them derives from it.
+"""The data sets: one literal table of those that are known, and the file by which any other describes itself.
 
-A further data set is one more entry of DATASETS. Torch-free, as --help reads it.
+A data set that everybody should have is one more entry of DATASETS; a user's own has a dataset.json beside its
+annotation. Torch-free, as --help reads it.
 """
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from modules.runtime.errors import InputError, did_you_mean
+
+DESCRIPTION = "dataset.json"
+ENGLISH = "en"
+CLEANER_NAMES = ("iu_xray", "mimic_cxr", "coco", "any")  # the keys of modules/data/tokenizers.py's CLEANERS
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
+# What a dataset.json may say: its key -> the flag that it is a default of, and the type of its value.
+DESCRIBED: dict[str, tuple[str, type]] = {
+    "name": ("dataset_name", str),
+    "language": ("language", str),
+    "cleaner": ("cleaner", str),
+    "views": ("max_views", int),
+    "captions": ("captions", bool),
+    "clinical": ("clinical", bool),
+    "licence": ("data_licence", str),
+}
+# Flags that are facts of the data, whichever model reads them.
+FACTS = ("dataset_name", "language", "captions", "clinical", "data_licence")
 
 
 @dataclass(frozen=True)
 class DataSpec:
     """What is particular to a data set; its key in DATASETS names it in flags, records and pages."""
 
-    cleaner: str  # of its texts: a key of modules/data/tokenizers.py's CLEANERS
+    cleaner: str  # of its texts: one of CLEANER_NAMES
     max_views: int  # images of a study that are read with --views paired
     clinical: bool = True  # chest X-ray reports in English, which the clinical labels are made for
     captions: bool = False  # several texts of an image: each a training sample, all of them references
@@ -34,6 +56,8 @@ DATASETS: dict[str, DataSpec] = {
         title="COCO",
     ),
 }
+# A data set that is not in the table, as far as its dataset.json leaves it open.
+OTHER = DataSpec("iu_xray", max_views=2)
 
 
 def data_title(dataset_name: str, ann_path: str, synthetic: bool) -> str:
@@ -43,6 +67,71 @@ def data_title(dataset_name: str, ann_path: str, synthetic: bool) -> str:
     """
     if synthetic:
         return "synthetic radiographs"
-    spec = DATASETS.get(dataset_name)
+    if dataset_name not in DATASETS:  # described by its own dataset.json
+        return dataset_name
+    spec = DATASETS[dataset_name]
     own_folder = Path(ann_path).parent.name.lower().replace("-", "_") == dataset_name
-    return (spec.title or dataset_name) if spec is not None and own_folder else ""
+    return (spec.title or dataset_name) if own_folder else ""
+
+
+def check_name(name: str) -> None:
+    """InputError for a ``name`` that cannot be that of a records file."""
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"--dataset_name {name[:60]!r}: must be at most 60 letters, digits, hyphens, dots and underscores, and "
+            "begin with a letter or digit"
+        )
+
+
+def read_description(ann_path: str | Path) -> dict[str, Any]:
+    """The defaults of flags, by name, that the dataset.json beside an annotation gives; {} where there is none.
+
+    Without a cleaner, a language other than English has the cleaner for any language. InputError for other content.
+    """
+    path = Path(ann_path).parent / DESCRIPTION
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("name"), str):
+        raise InputError(
+            f'{path}: expected an object with at least {{"name": "..."}}; its keys: {", ".join(DESCRIBED)}'
+        )
+    found = {}
+    for key, value in content.items():
+        if key not in DESCRIBED:
+            raise InputError(
+                f"{path}: unknown key {key[:40]!r}{did_you_mean(key, DESCRIBED)}; known: {', '.join(DESCRIBED)}"
+            )
+        flag, kind = DESCRIBED[key]
+        if type(value) is not kind:
+            raise InputError(f"{path}: {key} is {str(value)[:40]!r}, expected a {_KINDS[kind]}")
+        found[flag] = value
+    if found.get("language", ENGLISH) != ENGLISH and found["dataset_name"] not in DATASETS:
+        found.setdefault("cleaner", "any")
+    return found
+
+
+_KINDS = {str: "string", int: "whole number", bool: "boolean (true or false)"}
+
+
+def require_known(name: str, described: Mapping[str, Any], ann_path: str) -> None:
+    """InputError for a ``name`` that is neither in the table nor ``described`` beside the annotation."""
+    if name in DATASETS or described.get("dataset_name") == name:
+        return
+    path, other = Path(ann_path).parent / DESCRIPTION, described.get("dataset_name")
+    hint = f"{path} describes {other!r}" if other else f'{path}, such as {{"name": "{name}"}}, would describe another'
+    raise InputError(
+        f"--dataset_name {name}: must be one of {', '.join(DATASETS)}{did_you_mean(name, DATASETS)}; {hint}"
+    )
+
+
+def write_description(folder: Path, **facts: Any) -> None:
+    """Write the dataset.json of a prepared data set; one that is there already may be the user's own and stays."""
+    from modules.runtime.records import write_private
+
+    path = folder / DESCRIPTION
+    if not path.exists():
+        write_private(path, json.dumps(facts, ensure_ascii=False, indent=2) + "\n")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modules.data.dataset_specs import DATASETS
+from modules.data.dataset_specs import DATASETS, OTHER
 from modules.evaluation.metric_table import CLINICAL_F1, SCORES, SENTENCE_METRICS, SENTENCE_SCORES
 from modules.evaluation.score_names import FULL
 
@@ -43,8 +43,10 @@ class CardFacts:
 def model_card(content: Mapping[str, Any], results: Mapping[str, Any], facts: CardFacts) -> str:
     """The card of the checkpoint ``content``; ``results`` are its results.json, empty without a test of it."""
     config = content["config"]
-    spec = DATASETS.get(config["dataset_name"])
-    what = "captions of images" if spec and spec.captions else "reports of radiographs"
+    captions = config.get("captions")
+    if captions is None:
+        captions = DATASETS.get(config["dataset_name"], OTHER).captions
+    what = "captions of images" if captions else "reports of radiographs"
     lines = [
         f"# {config['model_name']} on {facts.dataset}",
         "",
@@ -65,6 +67,7 @@ def model_card(content: Mapping[str, Any], results: Mapping[str, Any], facts: Ca
         "",
         f"Trained and tested on {facts.dataset}; language of the reports: {facts.language or 'not stated'}. "
         "The weights and the vocabulary come from its reports.",
+        *([f"Licence of the data: {config['data_licence']}"] if config.get("data_licence") else []),
         "",
         *_score_lines(results),
     ]

@@ -12,7 +12,7 @@ from torch import nn
 from models import backbone_class, settings_class
 from models.base import BackboneSettings
 from modules.config import Config
-from modules.data.annotations import Annotation, Study, read_annotation
+from modules.data.annotations import Annotation, Study, frontal_first, read_annotation
 from modules.data.datasets import EpochLoader, ReportDataset, build_loader
 from modules.data.images import ImageFolder
 from modules.data.loaders import LimitedLoader
@@ -68,6 +68,9 @@ def read_data(
     ``asked_for_ithn``: flags that were given ask for it, so without hard negatives this is an InputError.
     """
     annotation = read_annotation(config.ann_path)
+    if config.max_views and config.views == "paired":
+        annotation = frontal_first(annotation)
+    _log_unread(config, annotation)
     detections = None
     if config.detection_features:
         from modules.data.detection_features import detections_of
@@ -108,6 +111,20 @@ def read_data(
         labels,
         labels_leak=bool(score_tag(config)),
     )
+
+
+def _log_unread(config: Config, annotation: Annotation) -> None:
+    """Log how many images of their studies are not read."""
+    most = max_views(config)
+    counts = [len(study.image_paths) for studies in annotation.splits.values() for study in studies]
+    if config.views == "paired" and (unread := sum(max(0, count - most) for count in counts)):
+        logger.info(
+            "%d of %d images are not read: of %d studies, which have more, the first %d are (--max_views)",
+            unread,
+            sum(counts),
+            sum(count > most for count in counts),
+            most,
+        )
 
 
 def backbone_settings(config: Config) -> BackboneSettings:
@@ -273,14 +290,14 @@ def feature_source(
     )
 
 
-def _max_views(config: Config) -> int:
-    """Images of a study that are read together."""
+def max_views(config: Config) -> int:
+    """Images of a study that are read together, where --views is paired."""
     return 1 if config.detection_features else config.dataset.max_views
 
 
 def _paths(config: Config, studies: Iterable[Study], negatives: bool) -> list[str]:
     """Every image that samples of ``studies`` show, once."""
-    views = None if config.views == "separate" else _max_views(config)
+    views = None if config.views == "separate" else max_views(config)
     paths: dict[str, None] = {}
     for study in studies:
         paths |= dict.fromkeys(study.image_paths[:views] + (study.negative_image_paths[:views] if negatives else ()))
@@ -336,7 +353,7 @@ def build_dataset(
         transform,
         max_seq_length=config.max_seq_length,
         views=config.views,
-        max_views=_max_views(config),
+        max_views=max_views(config),
         seed=config.seed,
         neighbours=neighbours,
         num_neighbours=_drawn_neighbours(config, data),

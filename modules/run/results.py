@@ -93,6 +93,7 @@ def _provenance(config: Config, data: Data, device: torch.device, weights: Path)
         # Of a training that started from another checkpoint; a test loads the one above.
         "started_from_sha256": file_sha256(config.load) if Path(config.load) != weights else "",
         "seed": config.seed,
+        "data_licence": config.data_licence,
     }
 
 

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from modules.config import Config
 from modules.data.annotations import Annotation, read_annotation
 from modules.data.captions import split_captions
-from modules.data.dataset_specs import DATASETS
 from modules.data.tokenizers import clean_report
-from modules.flags import Parser
+from modules.flags import Parser, data_set
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.hub import respelled
 from modules.runtime.records import new_folder, require_empty, write_results
@@ -53,10 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--dataset_name",
-        default="iu_xray",
-        choices=tuple(DATASETS),
-        help="cleaning rules by which texts count as identical, each is read once; coco: every caption is a record; "
-        "default %(default)s",
+        help="decides the cleaning rules by which texts count as identical, each is read once, and whether every "
+        f"caption is a record; default: as the dataset.json beside --ann_path says, or {Config.dataset_name}",
     )
     add("--epochs", type=int, default=3, metavar="N", help="default %(default)s")
     add("--batch_size", type=int, default=32, metavar="B", help="reports per step; default %(default)s")
@@ -139,7 +137,8 @@ def adapt(arguments: argparse.Namespace, annotation: Annotation) -> None:
     device, seed = str(choose_device(arguments.device)), arguments.seed
     folder = encoder_folder(arguments.text_encoder)
     model = load_masked_lm(folder, max_length=arguments.max_length, device=device, seed=seed)
-    reports = distinct_reports(annotation, DATASETS[arguments.dataset_name].cleaner)
+    arguments.dataset_name, data = data_set(arguments.ann_path, arguments.dataset_name)
+    reports = distinct_reports(annotation, data.cleaner)
     texts, held_out = hold_out(model.tokenize(reports), seed)
     print(
         f"{len(annotation.splits['train']):,} training reports, {len(texts) + len(held_out):,} different ones with "
@@ -175,7 +174,7 @@ def main() -> None:
     check(arguments)
     start = time.monotonic()
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
-    if DATASETS[arguments.dataset_name].captions:
+    if data_set(arguments.ann_path, arguments.dataset_name)[1].captions:
         annotation = split_captions(annotation)
     with explain_out_of_memory("lower --batch_size or --max_length"):
         adapt(arguments, annotation)
