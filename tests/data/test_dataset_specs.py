@@ -123,7 +123,7 @@ def test_frontal_images_come_first_and_keep_their_views(ward):
 def test_title_records_results_and_card_have_the_name(ward, train, tmp_path):
     described(ward, name="ward7", views=3, licence="CC0 of nobody")
     folder = train("--ann_path", ward / "annotation.json")
-    assert "r2gencmn on ward7" in (folder / "report.html").read_text()
+    assert "r2gencmn on ward7 (synthetic)" in (folder / "report.html").read_text()
     assert (tmp_path / "records" / "ward7.csv").is_file()
     content = load_checkpoint(folder / "model_best.pth")
     given = Namespace(dataset="", licence="other", language="")
