@@ -11,6 +11,7 @@ from modules.evaluation.clinical_scores import outcomes, ratios
 from modules.labels.rules import CLASSES
 
 OUTCOMES = ("found", "missed", "invented")
+RANKS = ("best", "middle", "worst")
 # Labels that do not make a study worth showing: what is left is a finding.
 _NO_FINDINGS = ("No Finding", "Support Devices")
 
@@ -64,9 +65,9 @@ def best_middle_worst(
 ) -> tuple[list[tuple[str, int]], str]:
     """Three studies, each with its rank in words, and a sentence on how they were chosen.
 
-    Where there are labels (N, 14), the candidates are the studies whose reference has a finding, ranked by their
-    ``agreement`` and then by ``words`` (N,), a score of each report; else all studies by ``words``. Fewer than three
-    candidates give fewer studies.
+    Where there are labels (N, 14), the candidates are the studies whose reference has a finding (all studies, if these
+    are fewer than three), ranked by their ``agreement`` and then by ``words`` (N,), a score of each report; without
+    labels all studies by ``words``. Fewer studies give fewer.
     """
     count = len(words)
     rows, rank, by = np.arange(count), words[:, None], "word score"
@@ -75,14 +76,13 @@ def best_middle_worst(
         by = "F1 of the findings, then word score"
         findings = [column for column, name in enumerate(CLASSES) if name not in _NO_FINDINGS]
         rows = np.flatnonzero((references[:, findings] == 1).any(axis=1))
-    if not len(rows):
+    if len(rows) < len(RANKS):
         rows = np.arange(count)
     which = "studies with a finding" if len(rows) < count else "studies"
     # The last key is the first to sort by; equal studies stay in the split's order.
     order = rows[np.lexsort([-column for column in rank[rows].T[::-1]])]
-    places = {"best": 0, "middle": len(order) // 2, "worst": len(order) - 1}
     chosen: dict[int, str] = {}
-    for name, place in places.items():
+    for name, place in zip(RANKS, (0, len(order) // 2, -1), strict=True):
         if len(order):
             chosen.setdefault(int(order[place]), name)
     return [(name, row) for row, name in chosen.items()], f"Of {len(rows):,} {which}, by {by}."

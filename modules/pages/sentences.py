@@ -12,6 +12,7 @@ _END = re.compile(r"\s*(?:\.(?:\s+|$)|[\u3002\u0964]\s*)")
 # Words stand between spaces; in Chinese and Japanese every character is compared by itself.
 _CHARACTERS = "\u3040-\u30ff\u3400-\u9fff\uff00-\uffef"
 _WORD = re.compile(rf"[{_CHARACTERS}]|[^\s{_CHARACTERS}]+")
+_MARKS = ",;:()\"'"  # which cleaning removes from one side of some comparisons
 # Share of their words, by Dice's coefficient, from which two sentences are shown as one that was changed.
 ALIKE = 0.5
 
@@ -48,8 +49,8 @@ def split_sentences(report: str) -> list[str]:
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a sentence in small letters; of Chinese and Japanese its characters."""
-    return [word.lower() for word in _WORD.findall(text)]
+    """The words of a sentence in small letters, without marks around them; of Chinese and Japanese its characters."""
+    return [word.lower().strip(_MARKS) or word for word in _WORD.findall(text)]
 
 
 def compare_sentences(reference: str, generated: str) -> tuple[list[Sentence], list[Sentence]]:

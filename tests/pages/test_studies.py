@@ -56,6 +56,14 @@ def test_words_are_compared_within_the_sentences_that_are_most_alike():
     assert [each.shared_words for each in reference] == [5, 3, 0]
 
 
+def test_marks_around_words_do_not_count():
+    reference, generated = compare_sentences(
+        "No effusion, edema (or nodule) 1.5 cm", "no effusion edema or nodule 1.5 mm"
+    )
+    assert spelled(reference) == ["No effusion, edema (or nodule) 1.5 [cm]"]
+    assert spelled(generated) == ["no effusion edema or nodule 1.5 [mm]"]
+
+
 def test_words_in_another_order_are_not_shared():
     reference, _ = compare_sentences("a b c d", "d a b c")
     assert spelled(reference) == ["a b c [d]"]

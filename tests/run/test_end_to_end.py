@@ -50,6 +50,7 @@ def test_main_job(train, demo_index, tmp_path):
         assert len(list(csv.reader(generated))) == len(list(csv.reader(references))) == 4
     page = (folder / "report.html").read_text()
     assert "synthetic" in page.lower() and "<script" not in page
+    assert page.count('<article class="card">') == 3 and "ROUGE-L <b>" in page and 'class="finding ' in page
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((folder / "report.html").stat().st_mode) == 0o600
     _check_nothing_private(folder, demo_index.parent)
