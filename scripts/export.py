@@ -166,6 +166,7 @@ def facts_of(content: dict, results: dict, given: argparse.Namespace) -> "CardFa
     return CardFacts(
         dataset=given.dataset or name or "radiographs with reports (unnamed)",
         licence=given.licence,
+        data_licence=config.get("data_licence", ""),
         language=given.language or _foreign(config) or ("en" if english else ""),
     )
 

@@ -108,7 +108,8 @@ def test_a_data_set_is_called_by_its_own_name():
 
 def test_a_card_without_scores_says_so():
     content = {"config": {"model_name": "r2gen", "visual_extractor": "x", "dataset_name": "coco"}, "strategy": "off"}
-    card = model_card(content | {"epoch": 3}, {}, CardFacts("COCO"))
+    card = model_card(content | {"epoch": 3}, {}, CardFacts("COCO", data_licence="cc-by-4.0"))
+    assert "licence of the data: cc-by-4.0" in card
     assert "No scores of this checkpoint" in card and "model-index" not in card and "captions of images" in card
     assert "language of the reports: not stated" in card and "language:" not in card.split("---")[1]
 
