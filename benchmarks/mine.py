@@ -100,7 +100,8 @@ def measure_search(count: int, arguments: argparse.Namespace, device: str) -> di
 
 def measure_embedding(arguments: argparse.Namespace, device: str) -> dict:
     """Texts per second of the text encoder on a random sample of distinct training reports."""
-    from modules.mining.text_encoders import EncoderOptions, TransformerEncoder, build_text_encoder
+    from modules.mining.text_encoders import EncoderOptions, build_text_encoder
+    from modules.mining.transformer_encoder import TransformerEncoder
 
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
     texts = sorted({study.report for study in annotation.splits["train"]})

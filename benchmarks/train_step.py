@@ -216,7 +216,7 @@ def loss_module_alone(step: Step, num_ids: int) -> Callable[[], object]:
         def forward(self, *_, **__) -> Output:
             return Output(*given)
 
-    alone = type(objective)(Given(), strategy=objective.strategy).to(step.device).train()
+    alone = type(objective)(Given(), objective.settings).to(step.device).train()
     small = dataclasses.replace(
         batch,
         positive=dataclasses.replace(batch.positive, images=images),

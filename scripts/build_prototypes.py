@@ -100,7 +100,8 @@ def text_features(arguments: argparse.Namespace, reports: list[str], device: str
     import numpy as np
     from scipy import sparse
 
-    from modules.mining.text_encoders import EncoderOptions, TransformerEncoder, build_text_encoder
+    from modules.mining.text_encoders import EncoderOptions, build_text_encoder
+    from modules.mining.transformer_encoder import TransformerEncoder
 
     options = dataclasses.replace(part_of(arguments, EncoderOptions), device=device)
     encoder = build_text_encoder(arguments.text_encoder, options)

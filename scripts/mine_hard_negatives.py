@@ -163,7 +163,8 @@ def check(arguments: argparse.Namespace) -> None:
 
 def embed(arguments: argparse.Namespace, texts: list[str], device: str) -> tuple:
     """Embeddings of the texts, one row each, and the encoder's description."""
-    from modules.mining.text_encoders import EncoderOptions, TransformerEncoder, build_text_encoder
+    from modules.mining.text_encoders import EncoderOptions, build_text_encoder
+    from modules.mining.transformer_encoder import TransformerEncoder
     from modules.runtime import distributed
 
     options = dataclasses.replace(part_of(arguments, EncoderOptions), device=device)

@@ -122,12 +122,3 @@ def train(demo, tmp_path):
         return type(tmp_path)(given["save_dir"])
 
     return run
-
-
-def pytest_collection_modifyitems(items):
-    """Tests of tests/known_failures.txt are expected to fail: they still speak of the layout before the rooms."""
-    listed = (Path(__file__).parent / "known_failures.txt").read_text(encoding="utf-8").splitlines()
-    known = {line for line in listed if line and not line.startswith("#")}
-    for item in items:
-        if item.nodeid in known:
-            item.add_marker(pytest.mark.xfail(reason="tests/known_failures.txt", strict=False))

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from modules.evaluation.metric_table import METRIC_NAMES, SENTENCE_SCORES
 from modules.flags import flags_of_training
 from modules.runtime.environment import ROOT
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import read_json
 
-DEFAULT_COLUMNS = ["BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr"]
-SHORT = {"BLEU_": "B-", "ROUGE_L": "R-L", "METEOR": "M", "CIDEr": "C"}
 DEFAULT_SEEDS = [7580, 9233, 1234]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of a row or fold: it names a folder
 
@@ -81,7 +80,14 @@ class DataSet:
 def read_table(path: str | Path) -> Table:
     """Read a table; InputError names the file, the row and what would be right."""
     where, empty = str(path), {"title": Path(path).stem, "note": "", "text_encoder": "", "dataset": "iu_xray"}
-    empty |= {"flags": "", "baseline": "", "columns": DEFAULT_COLUMNS, "seeds": DEFAULT_SEEDS, "folds": [], "rows": []}
+    empty |= {
+        "flags": "",
+        "baseline": "",
+        "columns": list(METRIC_NAMES),
+        "seeds": DEFAULT_SEEDS,
+        "folds": [],
+        "rows": [],
+    }
     content = _read_json(Path(path))
     found = _entries(where, content, **empty)
     if not found["rows"]:
@@ -165,14 +171,18 @@ def _seeds(where: str, seeds: list) -> tuple[int, ...]:
 
 def _column(where: str, item: Any) -> tuple[str, str]:
     if isinstance(item, str):
-        label = item
-        for name, short in SHORT.items():
-            label = label.replace(name, short)
-        return item, label
+        return item, _heading(item)
     found = _entries(f"{where}, columns", item, key="", label="")
     if not found["key"]:
         raise InputError(f'{where}, columns: {item} has no key, such as "BLEU_4"')
     return found["key"], found["label"] or found["key"]
+
+
+def _heading(key: str) -> str:
+    """A score's heading in a paper's table: B-4 of BLEU_4, B-4_full of BLEU_4_full."""
+    fitting = [score for score in SENTENCE_SCORES if key.startswith(score.name)]
+    score = max(fitting, key=lambda score: len(score.name), default=None)
+    return key if score is None else (score.heading or score.label) + key.removeprefix(score.name)
 
 
 def _step(where: str, item: Any) -> Step:

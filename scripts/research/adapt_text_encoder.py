@@ -112,7 +112,7 @@ def distinct_reports(annotation: Annotation, cleaner: str) -> list[str]:
 
 def record_of(arguments: argparse.Namespace, annotation: Annotation, model: "MaskedLanguageModel", device: str) -> dict:
     """What the weights are made from: no text, id or path, and so no command line."""
-    from modules.mining.text_encoders import weights_sha256
+    from modules.mining.transformer_encoder import weights_sha256
     from modules.runtime.environment import provenance
 
     base = arguments.text_encoder
@@ -129,7 +129,8 @@ def record_of(arguments: argparse.Namespace, annotation: Annotation, model: "Mas
 
 def adapt(arguments: argparse.Namespace, annotation: Annotation) -> None:
     """Train the encoder, and write it with its tokeniser and record."""
-    from modules.mining.text_encoders import encoder_folder, weights_sha256
+    from modules.mining.text_encoders import encoder_folder
+    from modules.mining.transformer_encoder import weights_sha256
     from modules.runtime.environment import choose_device
     from modules.runtime.run_log import Bar
     from scripts.research.masked_language_model import hold_out, load_masked_lm, pretrain

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy
 
-from modules.mining.text_encoders import LOCAL, load_pretrained, longest_input
+from modules.mining.transformer_encoder import LOCAL, load_pretrained, longest_input
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import require_regular_folder
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from modules.data.report_tables import read_table
 from modules.labels.labeler import RuleLabeler, split_sentences
-from modules.labels.tables import read_table
 from modules.prepare.openi import read_openi
 from modules.runtime.errors import InputError
 from scripts.synthetic import phantom_terms as terms
@@ -23,6 +23,7 @@ _NORMALITY = re.compile(r"^no\b|\bnormal\b|unremarkable")
 # The labeler takes any word on the size of heart or mediastinum ("stable contours") for a mention.
 _SIZES, _ENLARGED = ("Cardiomegaly", "Enlarged Cardiomediastinum"), re.compile(r"enlarg|cardiomegaly|widen|prominen")
 _NORMAL = "normal"  # the coders' term for a study without findings
+CODING_COLUMNS = ("mesh_major", "images")
 _OPPOSITES = ("hyperinflation", "low lung volumes")
 _labeler = RuleLabeler()
 _incidental, _device = (
@@ -39,8 +40,8 @@ def read_coding(path: Path) -> dict[str, tuple[str, ...]]:
     """
     if path.suffix.lower() != ".csv":
         return {study.id: study.mesh for study in read_openi(path) if study.images}
-    table = read_table(path)
-    missing = [name for name in ("mesh_major", "images") if name not in table.columns]
+    table = read_table(path, names=CODING_COLUMNS)
+    missing = [name for name in CODING_COLUMNS if name not in table.columns]
     if missing:
         raise InputError(f"--coding {path}: no column {', '.join(missing)}; the columns are {', '.join(table.columns)}")
     mesh, images = table.columns.index("mesh_major"), table.columns.index("images")

@@ -257,7 +257,7 @@ def test_an_unreadable_image_stops_or_is_replaced(train, demo, tmp_path):
 
 
 def test_features_and_images_are_not_both_kept(train, tmp_path):
-    with pytest.raises(InputError, match="--image_cache .*--feature_cache, not both"):
+    with pytest.raises(InputError, match="--image_cache .*with --feature_cache no image is read"):
         train("--image_cache", tmp_path, "--feature_cache", tmp_path, "--freeze_visual_extractor", "true")
 
 

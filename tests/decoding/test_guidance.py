@@ -116,7 +116,7 @@ def test_every_backbone_is_guided_by_its_mean_image(demo, demo_labels, demo_inde
         )
         features.pooled = backbone_mean(features)
         backbone.mean_patches = 20 * torch.randn_like(features.patches[0])
-        options = DecodingOptions(sample_method="greedy", block_trigrams=False, max_seq_length=8)
+        options = DecodingOptions(sample_method="greedy", block_trigrams=False, max_seq_length=8, suppress_unk=False)
         plain = backbone.generate(None, features=features, labels=labels, decoding=options)
         guided = backbone.generate(
             None, features=features, labels=labels, decoding=dataclasses.replace(options, guidance=1.5)
@@ -160,26 +160,16 @@ def test_a_study_of_the_mean_image_is_written_as_without_guidance(demo, demo_ind
         assert torch.equal(backbone.mean_study(mean).patches[0], torch.cat([one_view, one_view]))
 
 
-def make_tester(objective, batches) -> tester.Tester:
-    return tester.Tester(
-        objective,
-        tokenizer=None,
-        decoding=DecodingOptions(guidance=1.0),
-        device=torch.device("cpu"),
-        precision="float32",
-        clean=str,
-        score=None,
-        progress=lambda batches, _: batches,
-        training_studies=batches,
-    )
-
-
-def test_the_mean_image_leaves_absent_views_out():
+def mean_of(batches) -> torch.Tensor:
     class Backbone:
         @staticmethod
         def extract(images, view_mask):
             return VisualFeatures(images, None if view_mask.all() else view_mask, images.mean(1))
 
+    return tester.mean_patches(Backbone, batches, torch.device("cpu"), "float32")
+
+
+def test_the_mean_image_leaves_absent_views_out():
     class Batch:
         def __init__(self, patches, mask):
             self.positive = type("Pair", (), {"images": torch.tensor(patches), "view_mask": torch.tensor(mask)})
@@ -187,17 +177,16 @@ def test_the_mean_image_leaves_absent_views_out():
         def to(self, device):
             return self
 
-    objective = type("Objective", (), {"backbone": Backbone})
     batches = [
         Batch([[[1.0], [10.0]], [[2.0], [99.0]]], [[True, True], [True, False]]),
         Batch([[[6.0], [20.0]]], [[True, True]]),
     ]
-    assert make_tester(objective, batches)._mean_patches().tolist() == [[3.0], [15.0]]
+    assert mean_of(batches).tolist() == [[3.0], [15.0]]
     # One study of seventeen has a second view: its mean would be that patient's, so it is that of all, 17 + 10 by 18.
     rare = [Batch([[[1.0], [0.0]]] * 16, [[True, False]] * 16), Batch([[[1.0], [10.0]]], [[True, True]])]
-    assert make_tester(objective, rare)._mean_patches().tolist() == [[1.0], [1.5]]
+    assert mean_of(rare).tolist() == [[1.0], [1.5]]
     with pytest.raises(InputError, match="the mean training image is not finite"):
-        make_tester(objective, [Batch([[[math.inf], [1.0]]], [[True, True]])])._mean_patches()
+        mean_of([Batch([[[math.inf], [1.0]]], [[True, True]])])
 
 
 def test_the_mean_image_is_of_studies_spread_over_the_training_split(demo, demo_index, monkeypatch):

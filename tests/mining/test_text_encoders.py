@@ -18,13 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from modules.mining.index import HardNegativeIndex
-from modules.mining.text_encoders import (
-    EncoderOptions,
-    TfidfEncoder,
-    TransformerEncoder,
-    build_text_encoder,
-    encoder_folder,
-)
+from modules.mining.text_encoders import EncoderOptions, TfidfEncoder, build_text_encoder, encoder_folder
+from modules.mining.transformer_encoder import TransformerEncoder
 from modules.runtime.errors import InputError
 from tests.gloo_support import run_together
 

@@ -57,9 +57,9 @@ def build(seed=0, **changes):
         "num_heads": 2,
         "num_layers": 2,
     }
-    no_finding = changes.pop("no_finding", 4)
+    apart = {"no_finding": changes.pop("no_finding", 4), "init_prototypes": changes.pop("init_prototypes", None)}
     settings = Settings(**options | changes)
-    model = XProNet(visual_extractor=Extractor(), num_ids=WORDS, settings=settings, no_finding=no_finding)
+    model = XProNet(visual_extractor=Extractor(), num_ids=WORDS, settings=settings, **apart)
     # Small random weights tell the same report for every image: sharpen the words.
     nn.init.normal_(model.encoder_decoder.logit.weight, std=2.0)
     return model.eval()
@@ -229,9 +229,9 @@ def test_initial_prototypes_are_taken_over():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"topk": 16}, "topk 16: num_cluster 5 times num_protype 3 are only 15 prototypes"),
+        ({"topk": 16}, "--topk 16: --num_cluster 5 times --num_protype 3 are only 15 prototypes"),
         ({"no_finding": 5}, "no_finding 5"),
-        ({"xpronet_labels": "given"}, "expected one of predicted, reference"),
+        ({"xpronet_labels": "given"}, "--xpronet_labels given: must be one of predicted, reference"),
     ],
 )
 def test_options_that_do_not_fit(changes, reason):
@@ -262,7 +262,7 @@ def test_published_weights_have_no_head(prefix):
     ("flags", "reason"),
     [
         ({}, "--num_cluster 20: the labels have 14 classes.*give --num_cluster 14"),
-        ({"num_cluster": 14, "num_protype": 2}, "--topk 32: num_cluster 14 times num_protype 2 are only 28"),
+        ({"num_cluster": 14, "num_protype": 2}, "--topk 32: --num_cluster 14 times --num_protype 2 are only 28"),
         ({"num_cluster": 14, "label_loss_weight": 0.0}, "--label_loss_weight 0 trains no predicted labels"),
     ],
 )

@@ -137,7 +137,7 @@ GOOD = caption_file(2014, "train", TRAIN)
         ({"captions_train2014.json": b"{"}, "not valid JSON"),
         ({"captions_train2014.json": b"\xff\xfe"}, "not valid JSON"),
         ({"captions_train2014.json": []}, "it needs the lists 'images' and 'annotations'"),
-        ({"captions.json": GOOD}, "must be called as published"),
+        ({"captions.json": GOOD}, "keep its published name"),
         ({"captions_train2014.json": GOOD | {"annotations": [{"image_id": 9, "bbox": []}]}}, "annotation 0 lacks"),
         ({"captions_train2014.json": GOOD | {"images": [{"id": 9}]}}, "image 0 lacks id or file_name"),
         ({"captions_train2014.json": GOOD}, "no caption of image 73, which --karpathy has in train"),

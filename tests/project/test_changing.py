@@ -146,8 +146,8 @@ def test_a_sentence_metric(project, demo):
     flags = [*TINY, "--monitor_metric", "words", "--ann_path", demo / "annotation.json"]
     flags = " ".join(map(str, [*flags, "--image_dir", demo / "images"]))
     (project.root / "sets.json").write_text(json.dumps({"drawn": {"flags": flags}}))
-    row = {"name": "base", "flags": "--ithn off --epochs 1", "dataset": "drawn", "seeds": [1]}
-    (project.root / "table.json").write_text(json.dumps({"rows": [row]}))
+    row = {"name": "base", "flags": "--ithn off --epochs 1", "dataset": "drawn"}
+    (project.root / "table.json").write_text(json.dumps({"seeds": [1], "rows": [row]}))
     shown = project.run(["scripts/run_experiments.py", "table.json", "--datasets", "sets.json", "--out", "runs"])
     assert "| W |" in shown and "| B-4 |" in shown
     run = project.root / "runs" / "base" / "seed1"

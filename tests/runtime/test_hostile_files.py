@@ -185,7 +185,7 @@ def test_code_in_a_model_folder_is_not_run(code_folder, demo, tmp_path, monkeypa
     torch.save({"model_state_dict": {"w": torch.ones(1)}}, code_folder / "chexbert.pth")
     (code_folder / "config.json").write_text(json.dumps(BERT | {"num_attention_heads": 3}))
     said = refused(monkeypatch, capsys, "scripts.label_reports", *labelling)
-    assert "config.json makes no BERT" in said
+    assert "its config.json is not a BERT's" in said
 
 
 @pytest.mark.timeout(120)
