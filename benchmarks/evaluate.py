@@ -1,8 +1,8 @@
 """Time of scoring a test split of synthetic reports, by part, and the number of Java processes that it takes.
 
-What modules/run/testing.py does after generation: every score against references as published codes cut them and
-against
-whole ones, labels by rules, confidence intervals. METEOR works in a Java process, whose seconds are counted with it.
+What main_test.py does after generation, and scripts/score.py with files: every score against references as published
+codes cut them and against whole ones, labels by rules, confidence intervals. METEOR works in a Java process, whose
+seconds are counted with it. The memory of the intervals is what 2,000 and 20,000 resamples add at their peak.
 
   python benchmarks/evaluate.py                            3,858 reports, as many as MIMIC-CXR's test split has
   python benchmarks/evaluate.py --reports 590 3858 --rounds 3 --out evaluate.json
@@ -22,6 +22,7 @@ from benchmarks.reference_figures import print_reference
 from modules.runtime.errors import run_entry_point
 
 CUT = 60  # words of a reference that published codes keep, at most
+RESAMPLES = (2_000, 20_000)  # whose memory is compared
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,11 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def synthetic_reports(count: int, seed: int) -> list[str]:
-    """Cleaned reports of made-up studies."""
+    """Cleaned reports of made-up studies, two of which have the length of one of MIMIC-CXR's."""
     from modules.data.tokenizers import clean_report
     from scripts.synthetic.dataset import plan_studies
 
-    return [clean_report(study.report, "mimic_cxr") for study in plan_studies(seed, count)]
+    texts = [clean_report(study.report, "mimic_cxr") for study in plan_studies(seed, 2 * count)]
+    return [f"{first} {second}" for first, second in zip(texts[::2], texts[1::2], strict=True)]
 
 
 class Evaluation:
@@ -80,6 +82,19 @@ class Evaluation:
 
         intervals(ReportStatistics(self.tables, "", "", tag=""))
 
+    def interval_memory(self, resamples: int) -> float:
+        """MiB that so many resamples need at their peak."""
+        import tracemalloc
+
+        from modules.evaluation.bootstrap import intervals
+        from modules.evaluation.report_statistics import ReportStatistics
+
+        tracemalloc.start()
+        intervals(ReportStatistics(self.tables, "", "", tag=""), resamples=resamples)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak / 2**20
+
     def run(self) -> dict[str, float]:
         """Seconds of every part."""
         parts: dict[str, Callable[[], None]] = {
@@ -119,9 +134,13 @@ def measure_reports(count: int, rounds: int, clock: str) -> dict[str, Any]:
             seconds.setdefault(name, []).append(took)
         starts.append(evaluation.metrics.meteor.starts)
         evaluation.metrics.close()
+    memory = {str(resamples): evaluation.interval_memory(resamples) for resamples in RESAMPLES}
     seconds["all"] = [sum(parts) for parts in zip(*seconds.values(), strict=True)]
+    seconds["all but METEOR"] = [
+        every - meteor for every, meteor in zip(seconds["all"], seconds["METEOR"], strict=True)
+    ]
     words = statistics.mean(len(report.split()) for report in references)
-    return {"reports": count, "words": words, "seconds": seconds, "java_starts": max(starts)}
+    return {"reports": count, "words": words, "seconds": seconds, "java_starts": max(starts), "interval_mib": memory}
 
 
 def main() -> None:
@@ -142,6 +161,8 @@ def main() -> None:
         for name, seconds in result["seconds"].items():
             median = statistics.median(seconds)
             print_row(name, seconds, f"{median / whole:.0%}", f"{count / median:,.0f}")
+        memory = ", ".join(f"{mib:.1f} MiB with {resamples}" for resamples, mib in result["interval_mib"].items())
+        print(f"peak memory of the intervals, by resamples: {memory}")
         save(arguments.out, {"benchmark": "evaluate", **made_by, "results": results})
     print_reference("evaluate")
 

@@ -61,9 +61,11 @@ def intervals(
     ReportStatistics.without_interval. InputError where the runs are not about the same reports.
     """
     sums = _Sums(runs, _comparable(runs), _units(runs))
-    drawn = _stack(_mean(sums.scores(counts)) for counts in _resamples(sums.units, resamples, seed))
     left_out = runs[0].without_interval()
-    return {name: _interval(values, level) for name, values in drawn.items() if name not in left_out}
+    drawn = _Resampled(resamples, level)
+    for counts in _resamples(sums.units, resamples, seed):
+        drawn.add({name: values for name, values in _mean(sums.scores(counts)).items() if name not in left_out})
+    return {name: drawn.interval(name) for name in drawn.names}
 
 
 def compare(
@@ -95,18 +97,26 @@ def compare(
     count = sides[0].units
     by_seed = [side.scores(np.ones((1, count))) for side in sides]  # (S, 1)
     observed = _subtract(*map(_mean, by_seed))
-    bootstrap = _stack(
-        _subtract(*(_mean(side.scores(counts)) for side in sides)) for counts in _resamples(count, resamples, seed)
-    )
-    exchanged = _stack(_subtract(*_exchange(sides, swapped)) for swapped in _coin_flips(count, resamples, seed))
+    bootstrap = _Resampled(resamples, level, {name: float(value) for name, [value] in observed.items()})
+    for counts in _resamples(count, resamples, seed):
+        bootstrap.add(_subtract(*(_mean(side.scores(counts)) for side in sides)))
+    # Exchanging reports that are alike changes the order of summation and with it the last digit.
+    beyond = dict.fromkeys(observed, 0)
+    for swapped in _coin_flips(count, resamples, seed):
+        for name, values in _subtract(*_exchange(sides, swapped)).items():
+            beyond[name] += int((np.abs(values) >= abs(observed[name][0]) - 1e-12).sum())
     left_out = first[0].without_interval()
     found = {}
     for name, [difference] in observed.items():
-        limits = (None, None) if name in left_out else _interval(bootstrap[name], level)
-        # Exchanging reports that are alike changes the order of summation and with it the last digit.
-        beyond = np.abs(exchanged[name]) >= abs(difference) - 1e-12
-        p_seeds = _with_seeds(difference, bootstrap[name].var(), [scores[name][:, 0] for scores in by_seed])
-        found[name] = Difference(float(difference), *limits, _two_sided(bootstrap[name]), _share(beyond), p_seeds)
+        limits = (None, None) if name in left_out else bootstrap.interval(name)
+        by_system = [scores[name][:, 0] for scores in by_seed]
+        found[name] = Difference(
+            float(difference),
+            *limits,
+            bootstrap.two_sided(name),
+            _share(beyond[name], resamples),
+            _with_seeds(difference, bootstrap.variance(name), by_system),
+        )
     return found
 
 
@@ -225,11 +235,6 @@ def _coin_flips(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield rng.integers(2, size=(min(_BLOCK, resamples - start), count)).astype(np.float64)
 
 
-def _stack(blocks: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    found = list(blocks)
-    return {name: np.concatenate([block[name] for block in found]) for name in found[0]}
-
-
 def _mean(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """(R,) over the runs of scores (S, R)."""
     return {name: values.mean(axis=0) for name, values in scores.items()}
@@ -239,14 +244,55 @@ def _subtract(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray])
     return {name: first[name] - second[name] for name in first}
 
 
-def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+class _Resampled:
+    """What is kept of a score's values in R resamples: their tails, where the limits lie, and their signs and moments.
+
+    All R values of all scores would grow with R to more than everything else. ``centres`` are the observed values,
+    around which the variance is summed up.
+    """
+
+    def __init__(self, resamples: int, level: float, centres: Mapping[str, float] | None = None):
+        self._resamples, self._share = resamples, (1 - level) / 2
+        self._kept = min(resamples, int((resamples - 1) * self._share) + 2)
+        self._centres = centres or {}
+        self._tails: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._sums: dict[str, np.ndarray] = {}  # values of at most 0, of at least 0, sum, sum of squares
+
+    @property
+    def names(self) -> list[str]:
+        """The scores that were added."""
+        return list(self._tails)
+
+    def add(self, scores: Mapping[str, np.ndarray]) -> None:
+        """Take a block of values (B,) of each score."""
+        for name, values in scores.items():
+            low, high = self._tails.get(name, (values[:0], values[:0]))
+            low, high = (np.sort(np.concatenate([tail, values])) for tail in (low, high))
+            self._tails[name] = (low[: self._kept].copy(), high[-self._kept :].copy())
+            apart = values - self._centres.get(name, 0.0)
+            new = np.array([(values <= 0).sum(), (values >= 0).sum(), apart.sum(), (apart**2).sum()])
+            self._sums[name] = self._sums.get(name, 0.0) + new
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """The percentiles that numpy would find among all values."""
+        low, high = self._tails[name]
+        place = (self._resamples - 1) * self._share
+        below, rest = int(place), place - int(place)
+        lower = np.quantile(low[below : below + 2], rest)
+        place = (self._resamples - 1) * (1 - self._share)
+        below, rest = int(place), place - int(place)
+        first = len(high) - self._resamples + below
+        return float(lower), float(np.quantile(high[first : first + 2], rest))
+
+    def two_sided(self, name: str) -> float:
+        """Twice the smaller share of values on either side of 0."""
+        return min(1.0, 2 * min(_share(int(hits), self._resamples) for hits in self._sums[name][:2]))
+
+    def variance(self, name: str) -> float:
+        """The variance of the values, with R in the denominator."""
+        mean, squares = self._sums[name][2:] / self._resamples
+        return max(float(squares - mean**2), 0.0)
 
 
-def _two_sided(differences: np.ndarray) -> float:
-    return min(1.0, 2 * min(_share(differences <= 0), _share(differences >= 0)))
-
-
-def _share(hits: np.ndarray) -> float:
-    return (int(hits.sum()) + 1) / (len(hits) + 1)
+def _share(hits: int, of: int) -> float:
+    return (hits + 1) / (of + 1)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from modules.evaluation.bootstrap import Spread, compare, holm, intervals, over_seeds
+from modules.evaluation.bootstrap import Spread, _Resampled, compare, holm, intervals, over_seeds
 from modules.evaluation.report_statistics import ReportStatistics
+from modules.evaluation.score_names import FULL
 from modules.runtime.errors import InputError
 
 
@@ -196,3 +198,31 @@ def test_two_thousand_resamples_of_a_split_of_mimics_size_give_every_interval():
     }
     found = intervals(ReportStatistics(tables, "", ""))
     assert len(found) == 5 + 96 + 4
+
+
+@pytest.mark.parametrize(("resamples", "level"), [(2000, 0.95), (37, 0.95), (1, 0.95), (200, 0.5), (401, 0.9)])
+def test_limits_are_the_percentiles_of_all_resamples(resamples, level):
+    values = np.random.default_rng(0).normal(size=resamples)
+    kept = _Resampled(resamples, level, {"x": 0.3})
+    for start in range(0, resamples, 200):
+        kept.add({"x": values[start : start + 200]})
+    share = (1 - level) / 2
+    assert kept.interval("x") == pytest.approx(np.quantile(values, [share, 1 - share]), abs=1e-15)
+    assert kept.variance("x") == pytest.approx(values.var(), abs=1e-12)
+    smaller = min((values <= 0).sum(), (values >= 0).sum())
+    assert kept.two_sided("x") == pytest.approx(min(1, 2 * (smaller + 1) / (resamples + 1)))
+
+
+def test_memory_does_not_grow_with_the_number_of_resamples():
+    rng = np.random.default_rng(0)
+    table = {f"ce_rule_uncertain_negative{suffix}": rng.integers(0, 2, (400, 42)).astype(bool) for suffix in ("", FULL)}
+    run, other = (ReportStatistics(table | {"CIDEr": rng.uniform(size=(400, 1))}, "", "") for _ in range(2))
+    compare([run], [other], resamples=400)  # imports
+    peaks = {}
+    for resamples in (400, 8000):
+        tracemalloc.start()
+        intervals(run, resamples=resamples)
+        compare([run], [other], resamples=resamples)
+        peaks[resamples] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks[8000] < 1.1 * peaks[400]

@@ -11,9 +11,12 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
 
-from modules.evaluation import cider, meteor
+from modules.evaluation import cider, meteor, rouge
 from modules.evaluation.meteor import Meteor, MeteorError, find_java
 from modules.evaluation.metric_table import METRIC_NAMES
 from modules.evaluation.metrics import Metrics, measure
@@ -140,6 +143,25 @@ def test_full_and_cut_references_are_scored_under_their_own_names(metrics):
     assert scores["BLEU_4"] != scores["BLEU_4_full"]
     names = ("BLEU", "METEOR", "ROUGE_L", "CIDEr")
     assert set(tables) == {*names, *(f"{name}_full" for name in names)}
+
+
+def test_rouge_and_cider_of_any_texts_are_pycocoevalcaps():
+    """Empty texts, one word, words that no reference has, equal texts, and several references of different number."""
+    rng = np.random.default_rng(0)
+
+    def text(most):
+        return " ".join(rng.choice(list("abcdefgh"), size=int(rng.integers(0, most))))
+
+    references = [[text(14) for _ in range(int(rng.integers(1, 4)))] for _ in range(150)]
+    hypotheses = [text(14) for _ in references]
+    hypotheses[0], hypotheses[1], references[2], hypotheses[3] = "", "z y x w", ["a"], references[3][0]
+    given, found = dict(enumerate(references)), {row: [own] for row, own in enumerate(hypotheses)}
+    assert rouge.per_report(references, hypotheses)[:, 0].tolist() == Rouge().compute_score(given, found)[1].tolist()
+    expected = pytest.approx(Cider().compute_score(given, found)[1], abs=1e-12)
+    assert cider.per_report(references, hypotheses)[:, 0] == expected
+    frequencies = cider.document_frequencies(references)
+    assert cider.cider_scores(references, hypotheses, frequencies, len(references)) == expected
+    assert cider.per_report([["a b"], [""]], ["", ""]).tolist() == [[0], [0]]
 
 
 def test_cider_with_document_frequencies_of_another_corpus():

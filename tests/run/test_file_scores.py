@@ -129,6 +129,32 @@ def test_generated_texts_that_were_cleaned_before_stay_as_they_are():
     assert raw.scores["model"]["ROUGE_L"] == pytest.approx(1)
 
 
+JAVA = """#!/bin/sh
+echo start >> "$0.log"
+case "$*" in
+  *-stdio*) while read -r line; do echo 2 3 0 0 2 2 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 2 2; done ;;
+  *) tr -d . ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("cleaner", "starts"), [("coco", 2), ("iu_xray", 1)])
+def test_two_java_processes_at_most_whatever_is_scored(tmp_path, monkeypatch, cleaner, starts):
+    """One tokenises all captions of all systems, one answers METEOR's questions."""
+    java = tmp_path / "java"
+    java.write_text(JAVA)
+    java.chmod(0o755)
+    monkeypatch.setattr("modules.evaluation.meteor.find_java", lambda: str(java))
+    references = [[text, text.lower()] for text in REFERENCES] if cleaner == "coco" else REFERENCES
+    options = {} if cleaner == "coco" else {"training": REFERENCES, "max_seq_length": 9}
+    scored = score(references, {"base": BASE, "ours": OURS}, cleaner=cleaner, **options)
+    assert (tmp_path / "java.log").read_text().count("start") == starts
+    assert scored.scores["ours"]["METEOR"] is not None and not scored.missing.get("METEOR")
+    if cleaner == "coco":
+        assert not any(name.startswith("ce_") for name in scored.scores["ours"])
+        assert as_json(scored, "ours")["test"]["model"]["BLEU_1"] > 0
+
+
 def test_names_of_systems(tmp_path):
     assert systems_of(["a/res.csv"]) == {"res": ["a/res.csv"]}
     assert systems_of(["a/res.csv", "b/res.csv"]) == {"a": ["a/res.csv"], "b": ["b/res.csv"]}
