@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.dataset_specs import DATASETS, OTHER
 from modules.data.report_tables import REPORT_COLUMNS, Table, match_rows, read_rows, read_table
-from modules.evaluation.score_names import FULL, is_main
+from modules.evaluation.metric_table import is_main
+from modules.evaluation.score_names import FULL
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
 from scripts.experiments.plan import NO_EFFECT_ON_RESULTS, read_json

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.tokenizers import CLEANERS
+from modules.evaluation.metric_table import is_main, smaller_is_better
 from modules.evaluation.published_scores import PUBLISHED
-from modules.evaluation.score_names import is_main
 from modules.evaluation.settings import ScoringSettings
 from modules.flags import Parser, add_flags
 from modules.runtime.errors import InputError, run_entry_point
@@ -185,7 +185,7 @@ def render_scores(scored: "Scored", systems: Mapping[str, Sequence[str]], shown:
                 cells.append(f"{spread.mean:.4f} ± {spread.sd:.4f}")
             else:
                 cells.append(f"{values[0]:.4f}" + (f" [{limits[0]:.4f}, {limits[1]:.4f}]" if limits else ""))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {_marked(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -200,10 +200,14 @@ def render_tests(tests: Sequence["SystemTest"]) -> str:
         change = test.change
         interval = "–" if change.low is None else f"[{change.low:+.4f}, {change.high:+.4f}]"
         lines.append(
-            f"| {test.system} | {test.score} | {change.difference:+.4f} | {interval} | {change.p:.4f} | "
+            f"| {test.system} | {_marked(test.score)} | {change.difference:+.4f} | {interval} | {change.p:.4f} | "
             f"{test.p_holm:.4f} |"
         )
     return "\n".join(lines)
+
+
+def _marked(name: str) -> str:
+    return f"{name} (lower is better)" if smaller_is_better(name) else name
 
 
 def render_notes(found: "FileScores") -> str:

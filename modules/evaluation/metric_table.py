@@ -66,6 +66,14 @@ CLINICAL_MONITORED = tuple(
     Score(CLINICAL_F1.format(average), f"clinical F1, {average}") for average in ("micro", "macro", "example")
 )
 
+# Errors by the rule labeler's parse (modules/evaluation/report_errors.py), against whole references.
+REPORT_ERRORS = (
+    Score("comparison_rate", "comparisons without a prior", smaller_is_better=True),
+    Score("laterality_conflicts", "laterality conflicts", smaller_is_better=True),
+    Score("hallucinated_devices", "hallucinated devices", smaller_is_better=True),
+    Score("contradictions", "contradicting sentences", smaller_is_better=True),
+)
+
 SENTENCE_SCORES = tuple(score for metric in SENTENCE_METRICS for score in metric.scores)
 SCORES = {score.name: score for score in (*SENTENCE_SCORES, NLL, XPRONET_SUM, *CLINICAL_MONITORED)}
 METRIC_NAMES = tuple(score.name for score in SENTENCE_SCORES)
@@ -75,7 +83,25 @@ REWARDS = (*(score.name for score in SENTENCE_SCORES if not score.smaller_is_bet
 NEED_JAVA = frozenset(score.name for metric in SENTENCE_METRICS if metric.needs_java for score in metric.scores)
 
 
+def known_score(name: str) -> Score | None:
+    """What is known of the score ``name`` (with or without _full); None for one that is not in a table here."""
+    return (SCORES | {score.name: score for score in REPORT_ERRORS}).get(name.removesuffix(FULL))
+
+
 def smaller_is_better(name: str) -> bool:
     """Whether a smaller value of the score ``name`` (with or without _full) is better; unknown scores should grow."""
-    known = SCORES.get(name.removesuffix(FULL))
+    known = known_score(name)
     return known is not None and known.smaller_is_better
+
+
+def is_main(name: str, cut: bool = True) -> bool:
+    """Whether a score is shown where there is no room for all; ``name`` is without a tag.
+
+    These are words against references as others cut them, or against whole ones where ``cut`` is false, and labels and
+    errors of whole references: a cut or <unk>-ed one says something else.
+    """
+    if name.startswith("ce_"):
+        return name.endswith(tuple(f"_f1_{averaging}_14_uncertain_negative{FULL}" for averaging in ("micro", "macro")))
+    if known_score(name) in REPORT_ERRORS:
+        return name.endswith(FULL)
+    return name.endswith(FULL) is not cut or name == "diversity"

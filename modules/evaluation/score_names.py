@@ -23,14 +23,3 @@ def untagged(name: str, tag: str) -> str:
 def with_aliases(scores: Mapping[str, Any]) -> dict[str, Any]:
     """``scores`` with an alias ``<name>_truncated`` for each one that also has a ``_full`` form."""
     return {**scores, **{f"{name}{TRUNCATED}": value for name, value in scores.items() if f"{name}{FULL}" in scores}}
-
-
-def is_main(name: str, cut: bool = True) -> bool:
-    """Whether a score is shown where there is no room for all; ``name`` is without a tag.
-
-    These are words against references as others cut them, or against whole ones where ``cut`` is false, and labels of
-    whole references: a cut or <unk>-ed one says something else.
-    """
-    if name.startswith("ce_"):
-        return name.endswith(tuple(f"_f1_{averaging}_14_uncertain_negative{FULL}" for averaging in ("micro", "macro")))
-    return name.endswith(FULL) is not cut or name == "diversity"

@@ -13,6 +13,7 @@ import numpy as np
 from modules.evaluation.bootstrap import LEVEL, RESAMPLES
 from modules.evaluation.clinical_scores import MIN_POSITIVES, class_table
 from modules.evaluation.diversity import collapse_statistics, collapse_warning, unk_warning
+from modules.evaluation.metric_table import METRIC_NAMES
 from modules.evaluation.report_statistics import ReportStatistics
 from modules.evaluation.score_names import FULL, untagged
 
@@ -38,7 +39,7 @@ class Scored:
     @property
     def cut(self) -> bool:
         """Whether words were scored against cut references and whole ones, each under its own name."""
-        return any(name.endswith(FULL) and not name.startswith("ce_") for own in self.scores.values() for name in own)
+        return any(f"{name}{FULL}" in own for own in self.scores.values() for name in METRIC_NAMES)
 
     @functools.cached_property
     def variety(self) -> dict[str, dict[str, float | int | None]]:

@@ -14,6 +14,7 @@ from modules.evaluation.clinical_scores import clinical_scores
 from modules.evaluation.diversity import ngram_counts
 from modules.evaluation.labeler_fit import misfit
 from modules.evaluation.metrics import Metrics, measure
+from modules.evaluation.report_errors import report_errors
 from modules.evaluation.report_statistics import ReportStatistics, clinical_tables, digest, numbered, scores_of_sums
 from modules.evaluation.score_names import FULL
 from modules.evaluation.scored import Scored
@@ -136,6 +137,10 @@ class SystemScorer:
                 pair = [scored.labels[labeler][name] for name in (f"references{suffix}", system)]
                 scores |= _suffixed(clinical_scores(*pair, labeler), suffix)
                 tables |= _suffixed(clinical_tables(*pair, labeler), suffix)
+        if RULE in scored.labels:
+            errors = _suffixed(report_errors(references.originals, generated), FULL)
+            scores |= {name: float(values.mean()) for name, values in errors.items()}
+            tables |= errors
         read = words if references.encoded is None else generated
         for suffix, texts in (references.encoded or references.words).items():
             for encoder in self._encoders:

@@ -18,7 +18,7 @@ from modules.runtime.run_log import Bar
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CLASSES", "RuleLabeler", "label_report", "label_reports", "with_parents"]
+__all__ = ["CLASSES", "RuleLabeler", "label_report", "label_reports", "label_sentence", "with_parents"]
 
 POSITIVE, NEGATIVE, UNCERTAIN = 1, 0, -1
 _STRENGTH = {None: 0, NEGATIVE: 1, UNCERTAIN: 2, POSITIVE: 3}
@@ -145,6 +145,11 @@ _labeler = RuleLabeler()
 def label_report(text: str) -> dict[str, int | None]:
     """Return the 14 CheXpert labels of a report by class: 1, 0, -1 or None, see ``RuleLabeler.label_report``."""
     return _labeler.label_report(text)
+
+
+def label_sentence(sentence: str) -> tuple[tuple[str, int], ...]:
+    """Class and label of each mention in one of ``sentences.split_sentences``'s sentences."""
+    return tuple((name, label) for name, label in _labeler.label_sentence(sentence) if name != _OTHER)
 
 
 def label_reports(texts: Sequence[str], progress: bool = False) -> "np.ndarray":

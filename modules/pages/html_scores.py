@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modules.evaluation.clinical_scores import FREQUENT, MIN_POSITIVES
-from modules.evaluation.metric_table import CLINICAL_F1, METRIC_NAMES, SCORES, SENTENCE_METRICS, smaller_is_better
+from modules.evaluation.metric_table import (
+    CLINICAL_F1,
+    METRIC_NAMES,
+    REPORT_ERRORS,
+    SENTENCE_METRICS,
+    known_score,
+    smaller_is_better,
+)
 from modules.evaluation.score_names import FULL
 
 _CLINICAL_HEADLINE = CLINICAL_F1.format("micro") + FULL
@@ -189,7 +196,10 @@ def shown_name(name: str) -> str:
     name = name.removesuffix(FULL)
     if name in (_CLINICAL_HEADLINE.removesuffix(FULL), _EXAMPLE_F1.removesuffix(FULL)):
         return "Clinical F1 (rules)"
-    return SCORES[name].label if name in SCORES else name.replace("BERTScore_", "BERTScore ")
+    known = known_score(name)
+    if known is None:
+        return name.replace("BERTScore_", "BERTScore ")
+    return f"{known.label} ↓" if known in REPORT_ERRORS else known.label
 
 
 def shown_value(value: float | None) -> str:

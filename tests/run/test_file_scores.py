@@ -6,9 +6,9 @@ import pytest
 
 from modules.evaluation import score
 from modules.evaluation.baselines import COMMONEST
+from modules.evaluation.metric_table import is_main
 from modules.evaluation.report_scores import as_json
 from modules.evaluation.report_statistics import load_statistics
-from modules.evaluation.score_names import is_main
 from modules.evaluation.settings import ScoringSettings
 from modules.evaluation.system_tests import paired_tests
 from modules.run.file_scores import Inputs, folder_name, score_files, systems_of, write_run

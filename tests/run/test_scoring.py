@@ -35,7 +35,7 @@ def run(tags=None, **flags):
 
 def test_every_score_has_an_interval_and_statistics_that_repeat_it():
     scored = run()
-    assert len(scored.scores["model"]) == 2 * 7 + 1 + 2 * 72 and scored.scores["model"]["nll"] == pytest.approx(0.6)
+    assert len(scored.scores["model"]) == 2 * 7 + 1 + 2 * 72 + 4 and scored.scores["model"]["nll"] == pytest.approx(0.6)
     assert "nll" not in scored.scores["floor"]
     for system, scores in scored.scores.items():
         measured = {name: value for name, value in scores.items() if value is not None}
