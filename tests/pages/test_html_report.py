@@ -332,6 +332,19 @@ def test_a_reader_meets_studies_then_scores_then_the_rest_and_every_part_is_in_t
     assert "Edema (1 found, 0 missed, 0 invented)" in text and "Fracture (0 found, 1 missed, 0 invented)" in text
 
 
+def test_without_labels_nothing_is_said_of_findings(tmp_path):
+    def heading(name, **changes):
+        text = " ".join("".join(page(tmp_path / name, **changes).texts).split())
+        return text.partition("One study: ")[2].partition(" plain")[0]
+
+    assert heading("a.html") == "what was found, missed and invented"
+    unlabelled = sample("plain", findings=None)
+    assert heading("b.html", highlights=[("best", unlabelled)]) == "best, middle and worst"
+    assert (
+        'class="finding' not in (tmp_path / "b.html").read_text().partition('id="scores"')[0].partition("</style>")[2]
+    )
+
+
 def test_words_that_differ_are_marked_inside_their_sentence(tmp_path):
     study = Sample("s", [], (), "the heart is large . no effusion .", "the heart is normal . no effusion .")
     page(tmp_path / "report.html", samples=[study], highlights=[])

@@ -159,7 +159,7 @@ def test_a_sentence_metric(project, demo):
     assert epoch["val_words"] > 0 and results["best_epoch"] == 1
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Words a report" in page
-    assert 'alt="Words a report, METEOR, ROUGE-L and CIDEr on validation, by epoch"' in page
+    assert 'aria-label="Words a report, METEOR, ROUGE-L and CIDEr on validation, by epoch"' in page
     with open(project.root / "runs" / "records" / "iu_xray.csv", newline="") as file:
         [line] = csv.DictReader(file)
     assert float(line["test_words"]) == pytest.approx(scores["words"])
