@@ -65,6 +65,7 @@ class Settings(BackboneSettings):
         "from random weights",
         file=True,
         initial=True,
+        remote=True,
         vocabulary=True,
     )
     gpt2_layers: int = setting(

@@ -37,13 +37,14 @@ class DataSettings:
         exported=True,
     )
     max_detections: int = setting(
-        50, "data", "regions of an image that are read from --detection_features", low=1, exported=True
+        50, "data", "regions of an image that are read from --detection_features", low=1, high=10_000, exported=True
     )
     shards: str = setting(
         "",
         "data",
         "images in tar shards made by scripts/make_shards.py, instead of --image_dir: their "
         "folder, or an address that fsspec reads (https://, s3://)",
+        remote=True,
     )
     follow_links: bool = setting(False, "data", "follow links below --image_dir that lead out of it", effect=False)
     ann_path: str = setting("data/iu_xray/annotation.json", "data", "annotation.json in R2Gen's schema", effect=False)
@@ -94,7 +95,7 @@ class DataSettings:
     threshold: int = setting(
         3, "data", "a token enters the vocabulary from this training count on", low=1, exported=True, vocabulary=True
     )
-    num_workers: int = setting(2, "data", "processes that read images", low=0, effect=False)
+    num_workers: int = setting(2, "data", "processes that read images", low=0, high=1024, effect=False)
     worker_timeout: float = setting(
         50.0,
         "data",
@@ -102,11 +103,11 @@ class DataSettings:
         low=0.0,
         effect=False,
     )
-    batch_size: int = setting(16, "data", "samples per step, of each process", low=1)
+    batch_size: int = setting(16, "data", "samples per step, of each process", low=1, high=2**16)
     drop_last: bool = setting(
         False, "data", "leave out an epoch's last, incomplete training batch, as XProNet does", train_only=True
     )
-    image_size: int = setting(224, "data", "side of the network's input in pixels", low=32, exported=True)
+    image_size: int = setting(224, "data", "side of the network's input in pixels", low=32, high=2048, exported=True)
     flip: bool = setting(
         True, "data", "random horizontal flip in training, as in R2GenCMN; mirrors left and right", train_only=True
     )
@@ -138,7 +139,7 @@ class NetworkSettings:
 
     model_name: str = setting("r2gencmn", "backbone", f"the backbone: {', '.join(MODELS)}", exported=True)
     visual_extractor: str = setting(
-        "resnet101", "backbone", "torchvision or timm model that gives patch features", exported=True
+        "resnet101", "backbone", "torchvision or timm model that gives patch features", exported=True, remote=True
     )
     visual_extractor_pretrained: bool = setting(
         True, "backbone", "start from ImageNet weights", train_only=True, initial=True
@@ -224,6 +225,7 @@ class Config(
         "number of GPUs, each with its own process; with --device cpu, number of processes; 0 trains on the CPU. "
         "Ignored under torchrun, which has its own number",
         low=0,
+        high=1024,
     )
     max_restarts: int = setting(
         0,
@@ -403,6 +405,10 @@ OLDER_VALUES = {item.name: item.metadata.get("before", item.default) for item in
 NO_EFFECT_ON_RESULTS = settings_with("effect", False)
 # Without effect where a model is only tested.
 TRAIN_ONLY = settings_with("train_only") | settings_of(ITHNSettings, OptimSettings, SelfCriticalSettings)
+# Hub ids and addresses: what a checkpoint says there is not downloaded.
+REMOTE = settings_with("remote")
+# Never taken from a checkpoint.
+TYPED_ONLY = settings_with("typed_only")
 # Stored with exported weights: what decides their results, unless it names a file of this machine.
 EXPORTED = settings_with("exported") | (
     settings_of(DecodingOptions, *BACKBONE_SETTINGS) - settings_with("train_only") - settings_with("file")

@@ -12,8 +12,9 @@ from typing import Any
 
 from models import MODELS, backbone_class, settings_class
 from models.settings import declared_presets
-from modules.config import BACKBONE_SETTINGS, TRAIN_ONLY, Config, settings_of, settings_with
+from modules.config import BACKBONE_SETTINGS, REMOTE, TRAIN_ONLY, TYPED_ONLY, Config, settings_of, settings_with
 from modules.data.dataset_specs import DATASETS, FACTS, DataSpec, read_description, require_known
+from modules.runtime import hub
 from modules.runtime.errors import InputError, did_you_mean
 from modules.runtime.settings import part_of
 
@@ -303,10 +304,11 @@ def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:
 def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Config:
     """Config from the flags ``given``, else those ``saved`` in a checkpoint, else --backbone's preset, else defaults.
 
+    A program that is named by a file is not run, and what a file names is not downloaded (modules/runtime/hub.py).
     InputError where they are invalid.
     """
     names = {item.name for item in dataclasses.fields(Config)}
-    values = {name: value for name, value in (saved or {}).items() if name in names}
+    values = {name: value for name, value in (saved or {}).items() if name in names - TYPED_ONLY}
     _require_kinds(values)
     if "adam_betas" in values:
         values["adam_betas"] = tuple(values["adam_betas"])
@@ -319,7 +321,10 @@ def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = N
         values |= {name: value for name, value in _description(given, saved).items() if name in FACTS}
     dataset_name = (values | given).get("dataset_name", Config.dataset_name)
     published = preset(backbone, dataset_name) if backbone else {}
-    return Config(**(published | values | given))
+    config = Config(**(published | values | given))
+    for name in REMOTE:
+        hub.note_origin(getattr(config, name), typed=not saved or name in given)
+    return config
 
 
 def data_set(ann_path: str | Path, dataset_name: str | None) -> tuple[str, DataSpec]:

@@ -102,15 +102,23 @@ def to_checkpoint(source: Path, out: Path) -> None:
     from modules.flags import resolve_config
     from modules.inference.hub_format import read_hub_folder
     from modules.ithn.objective import Objective
-    from modules.run.build import build_backbone, build_extractor, load_weights, prepare_device
+    from modules.run.build import (
+        StoredWeights,
+        build_backbone,
+        build_extractor,
+        load_weights,
+        prepare_device,
+        require_fitting,
+    )
     from modules.run.vocabulary import tokenizer_from_state
     from modules.training.checkpoint import FORMAT
     from scripts.convert_checkpoint import write
 
     shared = read_hub_folder(source, EXPORTED)
     tokenizer = tokenizer_from_state(shared["vocabulary"])
-    config = resolve_config(shared["config"])
+    config = resolve_config({}, shared["config"])
     device = prepare_device(config)
+    require_fitting(config, tokenizer, StoredWeights(shared["state_dict"], str(source)))
     extractor = build_extractor(config, device, pretrained=False)
     backbone = build_backbone(config, extractor, tokenizer, pretrained=False)
     load_weights(Objective(backbone), shared["state_dict"], str(source))

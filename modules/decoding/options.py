@@ -14,16 +14,16 @@ class DecodingOptions:
     the mean training image (modules/decoding/guidance.py).
     """
 
-    max_seq_length: int = setting(60, "data", "longest report in tokens, begin and end included", low=3)
+    max_seq_length: int = setting(60, "data", "longest report in tokens, begin and end included", low=3, high=4096)
     sample_method: str = setting(
         "beam_search", "decoding", "how reports are decoded", choices=("beam_search", "greedy", "sample")
     )
-    beam_size: int = setting(3, "decoding", "beams", low=1)
+    beam_size: int = setting(3, "decoding", "beams", low=1, high=1000)
     group_size: int = setting(1, "decoding", "groups of diverse beam search", low=1)
     diversity_lambda: float = setting(0.5, "decoding", "penalty of diverse beam search", low=0.0)
     temperature: float = setting(1.0, "decoding", "divides the log-probabilities", low=1e-6)
     sample_n: int = setting(
-        1, "decoding", "reports drawn per study with --sample_method sample; the likeliest is kept", low=1
+        1, "decoding", "reports drawn per study with --sample_method sample; the likeliest is kept", low=1, high=1000
     )
     block_trigrams: int = setting(
         1, "decoding", "penalise repeated trigrams in greedy decoding and sampling", choices=(0, 1)

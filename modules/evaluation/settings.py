@@ -23,13 +23,19 @@ class ScoringSettings:
         "bert-base-uncased",
         "scores",
         "folder with config.json and vocab.txt of CheXbert's BERT, or a hub id to download them from",
+        remote=True,
     )
     bertscore_path: str = setting("", "scores", "folder of a text encoder: BERTScore with it too")
     bertscore_layer: int = setting(
         0, "scores", "hidden layer that BERTScore compares; 0: the published tool's for this architecture", low=0
     )
     radgraph_path: str = setting("", "scores", "folder of a RadGraph model: RadGraph F1 too, by the package radgraph")
-    radgraph_python: str = setting("", "scores", "Python interpreter that has the package radgraph; default: this one")
+    radgraph_python: str = setting(
+        "",
+        "scores",
+        "Python interpreter that has the package radgraph; default: this one, whatever a checkpoint says",
+        typed_only=True,
+    )
     floors: bool = setting(
         True, "scores", "score two training-free baselines: the commonest report, and the nearest training image's"
     )

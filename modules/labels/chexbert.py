@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError
+from modules.runtime.hub import is_local_only, without_requests
 from modules.runtime.input_files import load_tensors, require_regular_folder
 
 # The order of the heads, and the classes of a head: blank, positive, negative, uncertain.
@@ -124,7 +125,11 @@ def _read_encoder(encoder: str) -> tuple[Any, Any]:
     if Path(encoder).is_dir():
         require_regular_folder(encoder, "--chexbert_encoder")
     try:
-        config, tokenizer = BertConfig.from_pretrained(encoder), BertTokenizer.from_pretrained(encoder)
+        with without_requests(encoder):
+            config, tokenizer = (
+                kind.from_pretrained(encoder, local_files_only=is_local_only(encoder))
+                for kind in (BertConfig, BertTokenizer)
+            )
     except Exception as error:  # connection, cache, damaged or missing files: the library raises many kinds
         raise InputError(
             f"--chexbert_encoder {encoder}: its configuration and vocabulary cannot be read ({type(error).__name__}); "

@@ -1,13 +1,16 @@
 """Builds the parts of a run from its Config: device, visual extractor, backbone, objective, search."""
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from models import backbone_class
 from models.base import Backbone
@@ -25,11 +28,14 @@ from modules.run.vocabulary import AnyTokenizer
 from modules.runtime import distributed
 from modules.runtime.environment import choose_device, choose_precision
 from modules.runtime.errors import InputError
+from modules.runtime.hub import is_local_only, without_requests
 from modules.runtime.launch import process_device
 from modules.runtime.run_log import Bar
 from modules.runtime.settings import part_of
 
 logger = logging.getLogger("ithn")
+# Parameters that a model has while it is built, and its checkpoint has not: classifiers, heads of ITHN, empty biases.
+MORE_TENSORS, MORE_ELEMENTS = 2_000, 2**27
 
 
 def prepare_device(config: Config) -> torch.device:
@@ -56,24 +62,43 @@ def with_precision(config: Config, device: torch.device) -> Config:
 
 def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
     """The visual extractor, without weights unless ``pretrained``; InputError for an unknown name or misfit."""
+    name = config.visual_extractor
     try:
-        return VisualExtractor(
-            config.visual_extractor,
-            pretrained=pretrained and config.visual_extractor_pretrained,
-            weights=config.visual_extractor_weights if pretrained else None,
-            batch_norm=config.batch_norm,
-            channels_last=True,
-            frozen=config.freeze_visual_extractor,
-            image_size=config.image_size,
-        )
+        with without_requests(name):
+            return VisualExtractor(
+                name,
+                pretrained=pretrained and config.visual_extractor_pretrained,
+                weights=config.visual_extractor_weights if pretrained else None,
+                batch_norm=config.batch_norm,
+                channels_last=True,
+                frozen=config.freeze_visual_extractor,
+                image_size=config.image_size,
+            )
     except ValueError as error:
+        if is_local_only(name) and ":" in name:
+            raise InputError(
+                f"--visual_extractor {name}: named by a checkpoint and not on this machine; nothing is downloaded on a "
+                f"file's word: fetch it with 'hf download {name.partition(':')[2]}' if you trust it"
+            ) from error
         raise InputError(str(error)) from error
 
 
 def build_objective(
-    config: Config, data: Data, device: torch.device, *, pretrained: bool, make: Callable[..., Objective] = Objective
+    config: Config,
+    data: Data,
+    device: torch.device,
+    *,
+    pretrained: bool,
+    make: Callable[..., Objective] = Objective,
+    of: "StoredWeights | None" = None,
 ) -> Objective:
-    """Backbone and losses, on ``device``; ``make`` takes the arguments of Objective."""
+    """Backbone and losses, on ``device``; ``make`` takes the arguments of Objective.
+
+    InputError where they are to be those ``of`` a checkpoint and its settings do not fit its tensors.
+    """
+    if of is not None:
+        features = data.features.shape if config.detection_features else None
+        require_fitting(config, data.tokenizer, of, features=features)
     if config.detection_features:
         from modules.data.detection_features import DetectionExtractor
 
@@ -216,12 +241,70 @@ def build_tester(
     )
 
 
+class StoredWeights(NamedTuple):
+    """The state dict of a checkpoint of this project, and the path of its file."""
+
+    weights: Mapping[str, torch.Tensor]
+    path: str
+
+
+def require_fitting(
+    config: Config, tokenizer: AnyTokenizer, of: StoredWeights, *, features: tuple[int, int] | None = None
+) -> None:
+    """InputError unless a checkpoint has the tensors of the model that its own settings describe.
+
+    Nothing is allocated on their word: the model is first built on the meta device, whose tensors have shapes and no
+    bytes, and no further than the checkpoint has tensors. ``features`` (R, C) are those of --detection_features.
+    """
+    try:
+        with torch.device("meta"), _parameters_within(of), warnings.catch_warnings(action="ignore"):
+            if features is not None:
+                from modules.data.detection_features import DetectionExtractor
+
+                extractor: nn.Module = DetectionExtractor(*features)
+            else:
+                extractor = build_extractor(config, torch.device("meta"), pretrained=False)
+            backbone = build_backbone(config, extractor, tokenizer, pretrained=False)
+            load_weights(Objective(backbone, part_of(config, ITHNSettings), n_samples=1), of.weights, of.path)
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # sizes that no tensor can have
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"checkpoint {of.path}: its settings describe no model: {reason}") from error
+
+
+@contextlib.contextmanager
+def _parameters_within(of: StoredWeights) -> Iterator[None]:
+    """InputError as soon as modules built in the block have more or larger parameters than the checkpoint."""
+    most = MORE_TENSORS + len(of.weights)
+    left = MORE_ELEMENTS + sum(value.numel() for value in of.weights.values())
+    found = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal found, left
+        found, left = found + 1, left - (0 if parameter is None else parameter.numel())
+        if found > most or left < 0:
+            raise InputError(
+                f"checkpoint {of.path}: its settings describe a larger model than its {len(of.weights)} tensors; it "
+                "was edited, or is damaged"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path: str) -> None:
     """Load a checkpoint's ``weights``, of any shape, this project's or published; InputError where they do not fit."""
     entry = objective.backbone.vocabulary_entry
     # Trained on several GPUs, the published codes save the wrapper's names.
     here, there = (
-        next((len(value) for name, value in state.items() if name.removeprefix("module.") == entry), None)
+        next(
+            (value.shape[0] for name, value in state.items() if name.removeprefix("module.") == entry and value.dim()),
+            None,
+        )
         for state in (objective.backbone.state_dict(), weights)
     )
     if there is not None and here != there:

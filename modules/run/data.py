@@ -22,6 +22,7 @@ from modules.mining.index import HardNegativeIndex
 from modules.run.vocabulary import AnyTokenizer, build_tokenizer
 from modules.runtime import distributed
 from modules.runtime.errors import InputError
+from modules.runtime.hub import is_local_only
 from modules.runtime.records import private_folder
 from modules.runtime.run_log import Bar
 from modules.runtime.settings import part_of
@@ -229,12 +230,17 @@ def image_folder(config: Config) -> ImageFolder:
 
 def shard_source(config: Config, data: Data, split: str, *, negatives: bool) -> "ShardImages":
     """The images of a split in --shards; with ``negatives`` those of the hard negatives must be there too."""
-    from modules.data.shards import Manifest, ShardImages, neighbours_sha256
+    from modules.data.shards import Manifest, ShardImages, is_address, neighbours_sha256
 
     if config.captioning:
         raise InputError(
             f"--shards {config.shards}: a record of --dataset_name {config.dataset_name} makes several "
             "samples, for which shards are not made; give --image_dir"
+        )
+    if is_address(config.shards) and is_local_only(config.shards):
+        raise InputError(
+            f"--shards {config.shards}: named by a checkpoint; nothing is read from an address on a file's word: give "
+            "the flag again"
         )
     manifest = Manifest.load(config.shards)
     wanted = None

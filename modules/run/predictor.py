@@ -15,7 +15,15 @@ from modules.inference.prediction import Predictor
 from modules.inference.study_files import StudyFiles
 from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
-from modules.run.build import build_backbone, build_extractor, decoding_options, load_weights, prepare_device
+from modules.run.build import (
+    StoredWeights,
+    build_backbone,
+    build_extractor,
+    decoding_options,
+    load_weights,
+    prepare_device,
+    require_fitting,
+)
 from modules.run.data import image_transform, score_tag
 from modules.run.loading import load_trained
 from modules.run.vocabulary import tokenizer_from_state
@@ -49,6 +57,7 @@ def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
         )
     device = prepare_device(config)
     tokenizer = tokenizer_from_state(content["vocabulary"])
+    require_fitting(config, tokenizer, StoredWeights(content["state_dict"], path))
     extractor = build_extractor(config, device, pretrained=False)
     backbone = build_backbone(config, extractor, tokenizer, pretrained=False)
     objective = Objective(backbone).to(device)

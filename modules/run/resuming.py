@@ -166,16 +166,20 @@ def _misfit(path: Path, error: Exception) -> InputError:
     return InputError(f"--resume {path}: it does not fit the flags: {' '.join(str(error).split())[:300]}")
 
 
+def require_same_vocabulary(source: Source, config: Config, data: Data) -> None:
+    """InputError unless the words of the checkpoint are those that the annotation gives."""
+    if source.content["vocabulary"] != data.tokenizer.state():
+        raise InputError(
+            f"--resume {source.path}: it was trained with another vocabulary than {config.ann_path} "
+            f"gives with --threshold {config.threshold}; use the annotation it was trained on"
+        )
+
+
 def restore(trainer: Trainer, objective: Objective, source: Source, config: Config, data: Data) -> None:
     """Restore everything that the checkpoint holds; InputError where it does not fit the flags or the data."""
     path, content = source.path, source.content
     began = resolve_config({}, content["config"])
     _require_unchanged(config, began, KEPT, path)
-    if content["vocabulary"] != data.tokenizer.state():
-        raise InputError(
-            f"--resume {path}: it was trained with another vocabulary than {config.ann_path} "
-            f"gives with --threshold {config.threshold}; use the annotation it was trained on"
-        )
     state = dict(content)
     try:
         _require_alike(trainer.state_dict(), state, ("scheduler", "scaler", "position", "best", "guard"))

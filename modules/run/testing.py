@@ -7,7 +7,7 @@ from typing import Any
 
 from modules.config import TRAIN_ONLY
 from modules.flags import flags_in_effect, resolve_config
-from modules.run.build import build_objective, build_tester, load_weights, prepare_device, with_precision
+from modules.run.build import StoredWeights, build_objective, build_tester, load_weights, prepare_device, with_precision
 from modules.run.data import (
     build_dataset,
     build_split_loader,
@@ -64,7 +64,8 @@ def _test(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     tokenizer = tokenizer_from_state(content["vocabulary"]) if ours else None
     data = read_data(config, tokenizer=tokenizer, trained_with=content.get("strategy", "unknown"))
     check_images(config, data, ("test", "train") if config.floors else ("test",))
-    objective = build_objective(config, data, device, pretrained=False)
+    of = StoredWeights(content["state_dict"], path) if ours else None
+    objective = build_objective(config, data, device, pretrained=False, of=of)
     load_weights(objective, content["state_dict"], path)
     cache_features(config, data, objective.backbone.visual_extractor, device)
     dataset = build_dataset(config, data, "test", augment=False, extractor=objective.backbone.visual_extractor)

@@ -18,7 +18,7 @@ from modules.ithn.objective import Objective
 from modules.ithn.synthesis import NEEDING_NEGATIVES
 from modules.ithn.weights import published_state
 from modules.pages.plots import training_curves
-from modules.run.build import build_objective, build_tester, load_weights, prepare_device, with_precision
+from modules.run.build import StoredWeights, build_objective, build_tester, load_weights, prepare_device, with_precision
 from modules.run.data import (
     Data,
     build_dataset,
@@ -37,6 +37,7 @@ from modules.run.resuming import (
     find_source,
     find_start,
     require_same_network,
+    require_same_vocabulary,
     restore,
     restore_extractor,
 )
@@ -181,7 +182,10 @@ def _compose(
 
         with distributed.main_process_first():
             make = self_critical_objective(config, data, folder)
-    objective = build_objective(config, data, device, pretrained=loaded is None, make=make)
+    if source is not None:
+        require_same_vocabulary(source, config, data)
+    of = _stored_weights(source, start)
+    objective = build_objective(config, data, device, pretrained=loaded is None, make=make, of=of)
     if start is not None:
         load_weights(objective, start.content["state_dict"], start.path)
     if source is not None:
@@ -199,6 +203,13 @@ def _compose(
     guide = opened.enter_context(training_studies(config, data, objective.backbone.visual_extractor, device))
     tester = build_tester(config, data.tokenizer, objective, device, scoring and scoring.validation, guide)
     return Parts(config, device, data, objective, loaders, tester, scoring)
+
+
+def _stored_weights(source: Source | None, start: Start | None) -> StoredWeights | None:
+    """The weights that decide the model's sizes together with settings from the same file; None for published ones."""
+    if source is not None:
+        return StoredWeights(source.content["state_dict"], str(source.path))
+    return StoredWeights(start.content["state_dict"], start.path) if start is not None and start.is_ours else None
 
 
 def _log_resumed(trainer: Trainer, source: Source, folder: CheckpointFolder) -> None:

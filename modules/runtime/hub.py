@@ -1,13 +1,40 @@
 """Fetches a model from the Hugging Face hub, once, and only what is needed of it."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from modules.runtime.errors import InputError
 
 HUB = "hf://"  # before owner/name, where a flag takes paths too: a mistyped path is not asked for
+_NAMED_BY_FILES: set[str] = set()
 _CONFIGURATION = ("*.json", "*.txt", "*.model")  # also the vocabularies of all tokenisers
+
+
+def note_origin(name: str, *, typed: bool) -> None:
+    """Remember whether the user typed ``name``, or a checkpoint says it: then nothing is asked of any server for it."""
+    (_NAMED_BY_FILES.discard if typed else _NAMED_BY_FILES.add)(name)
+
+
+def is_local_only(name: str) -> bool:
+    """Whether ``name`` was found in a file, so that only what is on this machine may be read for it."""
+    return name in _NAMED_BY_FILES
+
+
+@contextlib.contextmanager
+def without_requests(name: str) -> Iterator[None]:
+    """The libraries of the hub keep to their caches in the block where ``name`` is ``is_local_only``."""
+    if not is_local_only(name):
+        yield
+        return
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def respelled(name: str) -> str:
@@ -43,6 +70,11 @@ def download_model(name: str, *, flag: str, otherwise: str) -> Path:
             return folder
     except HFValidationError as error:
         raise InputError(f"{flag} {name}: neither a folder nor the id of a hub model (owner/name)") from error
+    if is_local_only(name):
+        raise InputError(
+            f"{flag} {name}: named by a checkpoint and not on this machine; nothing is downloaded on a file's word: "
+            f"give {flag} {name} to have it fetched, or a folder"
+        )
     try:
         files = [entry.rfilename for entry in HfApi().model_info(name, timeout=10).siblings]
         weights = _weights(files)

@@ -26,6 +26,7 @@ def setting(
     ``facts`` are what else derives from a field: ``effect=False`` where another value gives the same results,
     ``train_only=True`` where main_test.py has nothing to do with it, ``shapes=True`` where weights are made for it,
     ``initial=True`` where it decides the weights that a new model starts from, ``vocabulary=True`` its vocabulary,
+    ``remote=True`` where it may name something to download, ``typed_only=True`` where no checkpoint may say it,
     ``before=VALUE`` how results were made before the setting existed, if not with its default.
     """
     return dataclasses.field(

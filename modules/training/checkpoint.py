@@ -156,7 +156,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if "state_dict" not in content:
         content = {"state_dict": content}
     weights = content["state_dict"]
-    if not isinstance(weights, dict) or not weights or not all(_dense(value) for value in weights.values()):
+    named = isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)
+    if not named or not all(_dense(value) for value in weights.values()):
         raise InputError(f"checkpoint {path}: its state_dict is not a dictionary of dense tensors")
     require_mean_patches(content, path)
     return content

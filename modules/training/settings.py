@@ -123,7 +123,7 @@ class SelfCriticalSettings:
         "what a sample must exceed: its study's greedy report, or the mean of its samples",
         choices=("greedy", "mean"),
     )
-    scst_samples: int = setting(5, "self-critical", "reports sampled per study", low=1)
+    scst_samples: int = setting(5, "self-critical", "reports sampled per study", low=1, high=1000)
     scst_ce_weight: float = setting(0.0, "self-critical", "weight of the cross entropy added to the reward", low=0.0)
 
     def __post_init__(self) -> None:

@@ -95,7 +95,7 @@ def test_files_that_do_not_fit_say_why(tmp_path, content, reason):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", pickle.dumps(print), b"\x10\0\0\0\0\0\0\0{}"])
 def test_files_of_anything_else_are_refused(tmp_path, content):
     (tmp_path / "p.pt").write_bytes(content)
-    with pytest.raises(InputError, match="damaged, or holds more than tensors"):
+    with pytest.raises(InputError, match="damaged, or holds more than"):
         load_prototypes(tmp_path / "p.pt", CLASSES, **SIZES)
     with pytest.raises(InputError, match="scripts/build_prototypes.py makes one"):
         load_prototypes(tmp_path / "absent.pt", CLASSES, **SIZES)

@@ -25,12 +25,12 @@ GREY = Image.new("L", (40, 30), 90)
 
 
 @contextlib.contextmanager
-def little_memory():
-    """Fails where this process needed 60 MB more than it had at the start; each bomb here would take 80 MB or more."""
+def little_memory(kilobytes=60_000):
+    """Fails where this process needed so much more than it had at the start; each bomb would take 80 MB or more."""
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = memory("VmRSS")
     yield
-    assert memory("VmHWM") - before < 60_000
+    assert memory("VmHWM") - before < kilobytes
 
 
 def memory(name):
