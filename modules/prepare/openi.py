@@ -99,9 +99,9 @@ def _parse_xml(content: bytes, name: str) -> Element:
     parser.CharacterDataHandler = builder.data
     try:
         parser.Parse(content, True)
-    except (expat.ExpatError, LookupError, ValueError) as error:  # the last two: encodings that are not for XML
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # encodings that are not for XML make Python's codecs raise almost anything
         raise InputError(f"{name}: not well-formed XML: {error}") from error
     return builder.close()
 
