@@ -14,9 +14,8 @@ from models import MODELS, backbone_class, settings_class
 from models.settings import declared_presets
 from modules.config import BACKBONE_SETTINGS, REMOTE, TRAIN_ONLY, TYPED_ONLY, Config, settings_of, settings_with
 from modules.data.dataset_specs import DATASETS, FACTS, DataSpec, read_description, require_known
-from modules.runtime import hub
 from modules.runtime.errors import InputError, did_you_mean
-from modules.runtime.settings import part_of
+from modules.runtime.settings import note_origin, part_of
 
 # Flags of R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN that had no effect on results there, or are decided
 # in another way here. The number of values that each takes: 0 (a switch) or 1.
@@ -304,7 +303,7 @@ def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:
 def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Config:
     """Config from the flags ``given``, else those ``saved`` in a checkpoint, else --backbone's preset, else defaults.
 
-    A program that is named by a file is not run, and what a file names is not downloaded (modules/runtime/hub.py).
+    A program that is named by a file is not run, and what a file names is not downloaded.
     InputError where they are invalid.
     """
     names = {item.name for item in dataclasses.fields(Config)}
@@ -323,7 +322,7 @@ def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = N
     published = preset(backbone, dataset_name) if backbone else {}
     config = Config(**(published | values | given))
     for name in REMOTE:
-        hub.note_origin(getattr(config, name), typed=not saved or name in given)
+        note_origin(getattr(config, name), typed=not saved or name in given)
     return config
 
 

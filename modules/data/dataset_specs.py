@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.runtime.errors import InputError, did_you_mean
+from modules.runtime.input_files import read_json
 
 DESCRIPTION = "dataset.json"
 ENGLISH = "en"
@@ -92,8 +93,8 @@ def read_description(ann_path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
         raise InputError(

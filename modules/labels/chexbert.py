@@ -3,6 +3,7 @@
 Shapes: B reports of a batch, T word pieces, H hidden units.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from tqdm import tqdm
 
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError
-from modules.runtime.hub import is_local_only, without_requests
+from modules.runtime.hub import without_requests
 from modules.runtime.input_files import load_tensors, require_regular_folder
+from modules.runtime.settings import is_local_only
 
 # The order of the heads, and the classes of a head: blank, positive, negative, uncertain.
 CONDITIONS = (
@@ -125,7 +127,7 @@ def _read_encoder(encoder: str) -> tuple[Any, Any]:
     if Path(encoder).is_dir():
         require_regular_folder(encoder, "--chexbert_encoder")
     try:
-        with without_requests(encoder):
+        with without_requests() if is_local_only(encoder) else contextlib.nullcontext():
             config, tokenizer = (
                 kind.from_pretrained(encoder, local_files_only=is_local_only(encoder))
                 for kind in (BertConfig, BertTokenizer)

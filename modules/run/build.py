@@ -28,10 +28,9 @@ from modules.run.vocabulary import AnyTokenizer
 from modules.runtime import distributed
 from modules.runtime.environment import choose_device, choose_precision
 from modules.runtime.errors import InputError
-from modules.runtime.hub import is_local_only, without_requests
 from modules.runtime.launch import process_device
 from modules.runtime.run_log import Bar
-from modules.runtime.settings import part_of
+from modules.runtime.settings import is_local_only, part_of
 
 logger = logging.getLogger("ithn")
 # Parameters that a model has while it is built, and its checkpoint has not: classifiers, heads of ITHN, empty biases.
@@ -60,11 +59,20 @@ def with_precision(config: Config, device: torch.device) -> Config:
     return dataclasses.replace(config, precision=choose_precision(config.precision, device))
 
 
+def _requests_for(name: str) -> contextlib.AbstractContextManager:
+    """Where a checkpoint says ``name``, the libraries keep to what is on this machine."""
+    if not is_local_only(name):
+        return contextlib.nullcontext()
+    from modules.runtime.hub import without_requests
+
+    return without_requests()
+
+
 def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
     """The visual extractor, without weights unless ``pretrained``; InputError for an unknown name or misfit."""
     name = config.visual_extractor
     try:
-        with without_requests(name):
+        with _requests_for(name):
             return VisualExtractor(
                 name,
                 pretrained=pretrained and config.visual_extractor_pretrained,
@@ -96,9 +104,10 @@ def build_objective(
 
     InputError where they are to be those ``of`` a checkpoint and its settings do not fit its tensors.
     """
+    settings = dataclasses.replace(part_of(config, ITHNSettings), strategy=data.strategy)
     if of is not None:
         features = data.features.shape if config.detection_features else None
-        require_fitting(config, data.tokenizer, of, features=features)
+        require_fitting(config, data.tokenizer, of, ithn=settings, features=features)
     if config.detection_features:
         from modules.data.detection_features import DetectionExtractor
 
@@ -107,7 +116,6 @@ def build_objective(
         with distributed.main_process_first():
             extractor = build_extractor(config, device, pretrained=pretrained)
     backbone = build_backbone(config, extractor, data.tokenizer, pretrained=pretrained)
-    settings = dataclasses.replace(part_of(config, ITHNSettings), strategy=data.strategy)
     samples = len(list_samples(data.annotation.splits["train"], config.views))
     objective = make(backbone, settings, n_samples=samples).to(device)
     if config.sync_bn:
@@ -249,12 +257,18 @@ class StoredWeights(NamedTuple):
 
 
 def require_fitting(
-    config: Config, tokenizer: AnyTokenizer, of: StoredWeights, *, features: tuple[int, int] | None = None
+    config: Config,
+    tokenizer: AnyTokenizer,
+    of: StoredWeights,
+    *,
+    ithn: ITHNSettings | None = None,
+    features: tuple[int, int] | None = None,
 ) -> None:
     """InputError unless a checkpoint has the tensors of the model that its own settings describe.
 
     Nothing is allocated on their word: the model is first built on the meta device, whose tensors have shapes and no
-    bytes, and no further than the checkpoint has tensors. ``features`` (R, C) are those of --detection_features.
+    bytes, and no further than the checkpoint has tensors. ``ithn``: as for Objective. ``features`` (R, C): of
+    --detection_features.
     """
     try:
         with torch.device("meta"), _parameters_within(of), warnings.catch_warnings(action="ignore"):
@@ -265,7 +279,7 @@ def require_fitting(
             else:
                 extractor = build_extractor(config, torch.device("meta"), pretrained=False)
             backbone = build_backbone(config, extractor, tokenizer, pretrained=False)
-            load_weights(Objective(backbone, part_of(config, ITHNSettings), n_samples=1), of.weights, of.path)
+            load_weights(Objective(backbone, ithn, n_samples=1), of.weights, of.path)
     except InputError:
         raise
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # sizes that no tensor can have

@@ -22,10 +22,9 @@ from modules.mining.index import HardNegativeIndex
 from modules.run.vocabulary import AnyTokenizer, build_tokenizer
 from modules.runtime import distributed
 from modules.runtime.errors import InputError
-from modules.runtime.hub import is_local_only
 from modules.runtime.records import private_folder
 from modules.runtime.run_log import Bar
-from modules.runtime.settings import part_of
+from modules.runtime.settings import is_local_only, part_of
 
 if TYPE_CHECKING:  # what only some runs need is imported where it is used
     from modules.data.detection_features import DetectionFeatures

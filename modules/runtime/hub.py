@@ -6,28 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from modules.runtime.errors import InputError
+from modules.runtime.settings import is_local_only
 
 HUB = "hf://"  # before owner/name, where a flag takes paths too: a mistyped path is not asked for
-_NAMED_BY_FILES: set[str] = set()
 _CONFIGURATION = ("*.json", "*.txt", "*.model")  # also the vocabularies of all tokenisers
 
 
-def note_origin(name: str, *, typed: bool) -> None:
-    """Remember whether the user typed ``name``, or a checkpoint says it: then nothing is asked of any server for it."""
-    (_NAMED_BY_FILES.discard if typed else _NAMED_BY_FILES.add)(name)
-
-
-def is_local_only(name: str) -> bool:
-    """Whether ``name`` was found in a file, so that only what is on this machine may be read for it."""
-    return name in _NAMED_BY_FILES
-
-
 @contextlib.contextmanager
-def without_requests(name: str) -> Iterator[None]:
-    """The libraries of the hub keep to their caches in the block where ``name`` is ``is_local_only``."""
-    if not is_local_only(name):
-        yield
-        return
+def without_requests() -> Iterator[None]:
+    """The libraries of the hub keep to their caches in the block."""
     from huggingface_hub import constants
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True

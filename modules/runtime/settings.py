@@ -55,3 +55,16 @@ def check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 def part_of(whole: Any, kind: type) -> Any:
     """The settings ``kind`` (a dataclass) out of a ``whole`` that has its fields among others."""
     return kind(**{item.name: getattr(whole, item.name) for item in dataclasses.fields(kind)})
+
+
+_NAMED_BY_FILES: set[str] = set()
+
+
+def note_origin(name: str, *, typed: bool) -> None:
+    """Remember whether the user typed ``name``, or a checkpoint says it: then nothing is asked of any server for it."""
+    (_NAMED_BY_FILES.discard if typed else _NAMED_BY_FILES.add)(name)
+
+
+def is_local_only(name: str) -> bool:
+    """Whether ``name`` was found in a file, so that only what is on this machine may be read for it."""
+    return name in _NAMED_BY_FILES

@@ -10,7 +10,7 @@ from PIL import Image
 
 from modules.flags import resolve_config
 from modules.run.serving import report_writer
-from modules.runtime import hub
+from modules.runtime import settings
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
 from tests.conftest import TINY
@@ -43,7 +43,7 @@ def seen(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(sys.modules[__name__], "_SEEN", found := [])
     yield found
-    hub._NAMED_BY_FILES.clear()
+    settings._NAMED_BY_FILES.clear()
 
 
 def claims(folder):
@@ -90,9 +90,9 @@ def hostile(trained, tmp_path_factory):
     (folder / "program").chmod(0o700)
     (folder / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_features": 512}))
     paths = {}
-    for number, (name, settings) in enumerate(claims(folder).items()):
+    for number, (name, claim) in enumerate(claims(folder).items()):
         paths[name] = folder / f"{number}.pth"
-        torch.save(content | {"config": content["config"] | settings}, paths[name])
+        torch.save(content | {"config": content["config"] | claim}, paths[name])
     return paths
 
 
@@ -182,10 +182,10 @@ def test_a_typed_flag_does_ask(hostile, demo, seen, tmp_path, monkeypatch, capsy
 def test_whose_word_it_was_is_decided_by_each_command_line():
     saved = {"chexbert_encoder": "evil/bert", "gpt2_path": "", "radgraph_python": "/tmp/program"}
     assert resolve_config({}, saved).radgraph_python == ""
-    assert hub.is_local_only("evil/bert")
+    assert settings.is_local_only("evil/bert")
     assert resolve_config({"radgraph_python": "python3", "chexbert_encoder": "evil/bert"}, saved).radgraph_python
-    assert not hub.is_local_only("evil/bert")
+    assert not settings.is_local_only("evil/bert")
     resolve_config({}, {"threshold": 3})
-    assert hub.is_local_only("bert-base-uncased")  # the default, for a labeler that the checkpoint names
+    assert settings.is_local_only("bert-base-uncased")  # the default, for a labeler that the checkpoint names
     resolve_config({})
-    assert not hub.is_local_only("bert-base-uncased")
+    assert not settings.is_local_only("bert-base-uncased")
