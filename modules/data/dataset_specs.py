@@ -66,13 +66,13 @@ def data_title(dataset_name: str, ann_path: str, synthetic: bool) -> str:
 
     A data set of the table is taken for itself where the annotation lies in the folder of its name.
     """
-    if dataset_name not in DATASETS:  # described by its own dataset.json
+    spec = DATASETS.get(dataset_name, OTHER)
+    if not spec.title:  # of one's own
         return f"{dataset_name} (synthetic)" if synthetic else dataset_name
     if synthetic:
         return "synthetic radiographs"
-    spec = DATASETS[dataset_name]
     own_folder = Path(ann_path).parent.name.lower().replace("-", "_") == dataset_name
-    return (spec.title or dataset_name) if own_folder else ""
+    return spec.title if own_folder else ""
 
 
 def check_name(name: str) -> None:

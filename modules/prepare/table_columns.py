@@ -1,0 +1,159 @@
+"""Which column of a table is what: given by flag, taken from a preset (a data file), or guessed from its name."""
+
+import json
+import re
+import string
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modules.prepare.user_tables import Row, cell
+from modules.runtime.errors import InputError, did_you_mean
+
+PRESETS = Path(__file__).parent / "presets"
+# The names by which a column is guessed, the likeliest first; only letters and digits count.
+GUESSES: dict[str, tuple[str, ...]] = {
+    "id": ("id", "imageid", "dicomid", "recordid", "uid", "key"),
+    "study": ("studyid", "study", "studyinstanceuid", "accession", "accessionnumber", "caseid"),
+    "patient": ("patientid", "patient", "subjectid", "subject", "deidpatientid", "pid"),
+    "split": ("split", "subset", "partition", "fold"),
+    "image": ("imagepath", "image", "images", "imagepaths", "path", "pathtoimage", "filename", "filepath", "imagefile",
+              "imagename", "file", "imageid", "dicomid"),
+    "captions": ("captions",),
+    "report": ("report", "reporttext", "text", "caption", "findings", "sectionfindings", "radiologyreport",
+               "description"),
+    "view": ("view", "viewposition", "projection", "frontallateral", "imageviewposition"),
+    "language": ("language", "lang"),
+    "date": ("datetime", "studydatetime", "studydate", "date", "acquisitiondate", "patientreportdateorder"),
+}  # fmt: skip
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "indication": ("indication", "sectionindication", "clinicalhistory", "history", "reasonforexam"),
+    "comparison": ("comparison", "sectioncomparison"),
+    "technique": ("technique", "sectiontechnique"),
+    "findings": ("findings", "sectionfindings"),
+    "impression": ("impression", "sectionimpression", "conclusion"),
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column, or template with columns in braces, by role; how each was found; the sections; fields that are kept."""
+
+    roles: dict[str, list[str]]
+    origin: dict[str, str]  # "given", "preset", "preset, not verified", "guessed"
+    sections: dict[str, list[str]]
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The layout of a published data set."""
+
+    name: str = ""
+    title: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, list[str]] = field(default_factory=dict)
+    extra: tuple[str, ...] = ()
+    rows: str = ""  # the key of a JSON object under which its rows lie
+    records: str = "study"
+    unverified: tuple[str, ...] = ()  # roles whose columns are this project's guess
+    data: dict[str, Any] = field(default_factory=dict)  # for dataset.json
+
+
+def preset_names() -> list[str]:
+    """The presets that there are."""
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
+
+
+def read_preset(name: str) -> Preset:
+    """The preset called ``name``, empty for ""; InputError for an unknown one."""
+    if not name:
+        return Preset()
+    if name not in preset_names():
+        known = preset_names()
+        raise InputError(f"--preset {name}: must be one of {', '.join(known)}{did_you_mean(name, known)}")
+    content = json.loads((PRESETS / f"{name}.json").read_text(encoding="utf-8"))
+    content |= {key: tuple(content[key]) for key in ("extra", "unverified") if key in content}
+    return Preset(name=name, **content)
+
+
+def find_columns(rows: Sequence[Row], given: Mapping[str, Sequence[str]], preset: Preset) -> Columns:
+    """The columns of ``rows``: those ``given`` by role, else the preset's, else guessed; InputError without images or
+    reports, and for a column that is not there.
+    """
+    known = dict.fromkeys(name for row in rows[:1000] for name in row)
+    plain = {_plain(name): name for name in reversed(known)}
+    roles: dict[str, list[str]] = {}
+    origin: dict[str, str] = {}
+    for role, names in GUESSES.items():
+        if role in given:
+            roles[role], origin[role] = list(given[role]), "given"
+            _require(rows, known, roles[role], f"--{role}")
+        elif preset.name:
+            if role not in preset.columns:
+                continue
+            value = preset.columns[role]
+            roles[role] = value if isinstance(value, list) else [value]
+            origin[role] = "preset, not verified" if role in preset.unverified else "preset"
+            _require(rows, known, roles[role], f"--preset {preset.name}: its {role} column; give --{role}")
+        elif found := next((plain[name] for name in names if name in plain), None):
+            roles[role], origin[role] = [found], "guessed"
+    if "captions" in roles and "captions" not in given:
+        roles.pop("report", None)
+    for role in ("image", "report"):
+        if role not in roles and not (role == "report" and "captions" in roles):
+            raise InputError(f"no column for --{role} was found among {', '.join(map(repr, known))}: name it")
+    sections = dict(preset.sections)
+    if not preset.name:
+        sections = {section: [plain[name] for name in names if name in plain] for section, names in SECTIONS.items()}
+    return Columns(roles, origin, {key: names for key, names in sections.items() if names}, preset.extra)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
+
+
+def _require(rows: Sequence[Row], known: Collection[str], columns: Sequence[str], what: str) -> None:
+    for column in (name for own in columns for name in template_columns(own)):
+        if column in known or any(cell(row, column) is not None for row in rows[:1000]):
+            continue
+        raise InputError(
+            f"{what}: there is no column {column!r}{did_you_mean(column, known)}; the columns are "
+            f"{', '.join(map(repr, known))}"
+        )
+
+
+def template_columns(column: str) -> list[str]:
+    """The columns in braces of a template such as "{folder}/{name}.png"; a plain column's own name."""
+    if "{" not in column:
+        return [column]
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(column) if name]
+    except ValueError as error:
+        raise InputError(f"{column!r}: not a template of columns in braces: {error}") from error
+
+
+def texts(row: Row, columns: Sequence[str]) -> list[str]:
+    """The cells of ``columns`` as texts, lists taken apart; empty and missing ones are left out."""
+    found: list[str] = []
+    for column in columns:
+        if "{" in column:
+            parts = {name: "".join(texts(row, [name])[:1]) for name in template_columns(column)}
+            value: Any = re.sub(r"{([^{}]+)}", lambda match, parts=parts: parts[match[1]], column)
+        else:
+            value = cell(row, column)
+        for entry in value if isinstance(value, (list, tuple)) else [value]:
+            text = _text(entry)
+            if text:
+                found.append(text)
+    return found
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, (dict, list)) or value != value:  # NaN
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    return "" if text.lower() in ("nan", "none", "null", "n/a", "<na>") else text

@@ -1,0 +1,227 @@
+"""Rows of a user's table as the records of an annotation: studies, splits that keep patients whole, priors."""
+
+import ast
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from modules.data.annotations import SPLITS
+from modules.prepare.priors import add_priors, moment
+from modules.prepare.splits import SHARES, seeded_split
+from modules.prepare.table_columns import Columns, texts
+from modules.prepare.user_tables import FILE_SPLIT, SPLIT_WORDS, Row, split_of
+from modules.runtime.errors import InputError
+
+VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
+PICTURES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".webp", ".gif")
+
+
+@dataclass
+class Record:
+    """One study, or one image of it."""
+
+    id: str
+    study: str
+    patient: str
+    split: str
+    report: str = ""
+    captions: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    views: list[str] = field(default_factory=list)
+    date: str = ""
+    sections: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def owner(self) -> str:
+        """Whose records must stay in one split: the patient's, or else the study's."""
+        return self.patient or self.study or self.id
+
+    def as_json(self) -> dict[str, Any]:
+        """The record of an annotation, without what is not known."""
+        known: dict[str, Any] = {"id": self.id}
+        known |= {"study_id": self.study} if self.study and self.study != self.id else {}
+        known |= {"subject_id": self.patient} if self.patient else {}
+        known |= {"captions": self.captions} if self.captions else {"report": self.report}
+        known |= {"split": self.split, "image_path": self.images}
+        known |= {"view": self.views} if any(self.views) else {}
+        known |= {"sections": self.sections} if self.sections else {}
+        return known | self.extra
+
+
+def read_records(rows: Sequence[Row], columns: Columns, *, by_image: bool, images: Path | None) -> "Read":
+    """The records of ``rows``: rows of one study are one record, or with ``by_image`` each image is one.
+
+    ``images`` is the folder that paths start from. InputError for a volume, or a path outside the folder.
+    """
+    found: dict[str, Record] = {}
+    counts: Counter[str] = Counter()
+    for row in rows:
+        record = _record(row, columns, images)
+        if not record.images:
+            counts["rows without an image"] += 1
+        elif not (record.report or record.captions):
+            counts["rows without a report"] += 1
+        elif by_image:
+            _add_images(found, record, counts)
+        elif (known := found.setdefault(record.study or record.id, record)) is not record:
+            _join(known, record, counts)
+    if not by_image:
+        for key, record in found.items():
+            record.id = key
+    return Read(list(found.values()), counts)
+
+
+@dataclass
+class Read:
+    """Records, and what was left out or doubtful, by kind."""
+
+    records: list[Record]
+    counts: Counter[str]
+
+
+def _record(row: Row, columns: Columns, images: Path | None) -> Record:
+    def first(role: str) -> str:
+        return next(iter(texts(row, columns.roles.get(role, ()))), "")
+
+    paths = [_path(path, images) for path in _listed(texts(row, columns.roles["image"]))]
+    views = _listed(texts(row, columns.roles.get("view", ())))
+    sections = {name: " ".join(texts(row, own)) for name, own in columns.sections.items()}
+    return Record(
+        id=first("id") or first("study") or (PurePosixPath(paths[0]).stem if paths else ""),
+        study=first("study"),
+        patient=first("patient"),
+        split=first("split") or ("" if "split" in columns.roles else str(row.get(FILE_SPLIT, ""))),
+        report=" ".join(" ".join(text.split()) for text in texts(row, columns.roles.get("report", ()))),
+        captions=texts(row, columns.roles.get("captions", ())),
+        images=paths,
+        views=(views + [""] * len(paths))[: len(paths)],
+        date=first("date"),
+        sections={name: " ".join(text.split()) for name, text in sections.items() if text},
+        extra={name: row[name] for name in columns.extra if name in row},
+    )
+
+
+def _listed(values: Sequence[str]) -> list[str]:
+    """The entries of cells that may hold lists: as Python or JSON write them, or separated by ; or |, or by commas
+    where every part is a picture.
+    """
+    found: list[str] = []
+    for value in values:
+        if value.startswith("["):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+                value = ";".join(map(str, ast.literal_eval(value)))
+        parts = [part.strip() for part in value.replace("|", ";").split(";")]
+        if len(parts) == 1 and all(part.strip().lower().endswith(PICTURES) for part in value.split(",")):
+            parts = [part.strip() for part in value.split(",")]
+        found += filter(None, parts)
+    return found
+
+
+def _path(path: str, images: Path | None) -> str:
+    plain = path.replace("\\", "/")
+    if plain.lower().endswith(VOLUMES):
+        raise InputError(f"image {path[:120]!r}: volumes are not read, pictures are (PNG, JPEG, DICOM and the like)")
+    if images is not None and plain.startswith("/"):
+        root = str(images.absolute()).rstrip("/") + "/"
+        plain = plain.removeprefix(root)
+    parts = PurePosixPath(plain).parts
+    if plain.startswith("/") or ".." in parts:
+        raise InputError(f"image {path[:120]!r}: must be a path inside --images")
+    return str(PurePosixPath(plain))
+
+
+def _join(known: Record, other: Record, counts: Counter[str]) -> None:
+    """Another row of the same study."""
+    if (other.report, other.captions) != (known.report, known.captions):
+        counts["rows of a study whose report differs from its first row's, which is taken"] += 1
+    if (other.split, other.patient) != (known.split, known.patient):
+        raise InputError(f"study {known.study or known.id!r}: its rows differ in split or patient")
+    for image, view in zip(other.images, other.views, strict=True):
+        if image in known.images:
+            counts["images listed twice in a study, taken once"] += 1
+        else:
+            known.images.append(image)
+            known.views.append(view)
+
+
+def _add_images(found: dict[str, Record], record: Record, counts: Counter[str]) -> None:
+    for image, view in zip(record.images, record.views, strict=True):
+        identity = record.id if len(record.images) == 1 else PurePosixPath(image).stem
+        if identity in found:
+            identity = image
+        if identity in found:
+            counts["images listed twice, taken once"] += 1
+            continue
+        known = {**vars(record), "id": identity, "images": [image], "views": [view]}
+        found[identity] = Record(**known)
+
+
+def settle_splits(
+    records: Sequence[Record], *, seed: int, named: Mapping[str, str] | None, new: bool
+) -> tuple[list[Record], str]:
+    """Give every record a split, and say how: as ``named`` by id, the table's unless ``new``, or 7:1:2 by seed.
+
+    Splits that a table lacks are taken from its training patients. Records that ``named`` leaves out are left out.
+    InputError for an unknown word, and for a patient in two splits.
+    """
+    how = "as named by --split_file"
+    if named is not None:
+        records = [record for record in records if record.id in named or record.study in named]
+        for record in records:
+            record.split = named[record.id if record.id in named else record.study]
+    elif new or not any(record.split for record in records):
+        drawn = seeded_split([record.owner for record in records], seed)
+        for record, split in zip(records, drawn, strict=True):
+            record.split = split
+        how = f"7:1:2 by patient, --seed {seed}{_fill_splits(records, seed)}"
+    else:
+        how = "the table's"
+        for record in records:
+            word, record.split = record.split, split_of(record.split) or ""
+            if not record.split:
+                known = ", ".join(word for words in SPLIT_WORDS.values() for word in words)
+                raise InputError(f"record {record.id!r}: split {word!r} is none of {known}; --new_split draws a split")
+        how += _fill_splits(records, seed)
+    homes: dict[str, str] = {}
+    for record in records:
+        if homes.setdefault(record.owner, record.split) != record.split:
+            raise InputError(
+                f"patient {record.owner!r} is in the splits {homes[record.owner]} and {record.split}; "
+                "--new_split draws a split that keeps patients whole"
+            )
+    if missing := [split for split in SPLITS if split not in homes.values()]:
+        raise InputError(f"no record is in split {missing[0]}: {len(homes)} patients are too few, or none is in train")
+    return list(records), how
+
+
+def _fill_splits(records: Sequence[Record], seed: int) -> str:
+    """Take the splits that no record is in from train, by patients; says which."""
+    present = {record.split for record in records}
+    missing = [split for split in SPLITS if split not in present]
+    if not missing or "train" in missing:
+        return ""
+    owners = sorted(
+        {record.owner for record in records if record.split == "train"},
+        key=lambda owner: hashlib.sha256(f"{seed} {owner}".encode()).digest(),
+    )
+    chosen: dict[str, str] = {}
+    for split in missing:
+        count = max(1, round(SHARES[split] * len(owners)))
+        for owner in owners[len(chosen) : len(chosen) + count]:
+            chosen[owner] = split
+    for record in records:
+        if record.split == "train":
+            record.split = chosen.get(record.owner, "train")
+    return f"; {' and '.join(missing)} drawn from its training patients, --seed {seed}"
+
+
+def as_annotation(records: Sequence[Record]) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """The annotation of the records, with priors where dates are known, and how many have one."""
+    listed = [record.as_json() for record in records]
+    priors = add_priors(listed, {record.id: moment(record.date) for record in records})
+    return {split: [record for record in listed if record["split"] == split] for split in SPLITS}, priors

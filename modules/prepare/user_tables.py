@@ -1,0 +1,134 @@
+"""Rows of anybody's table of images and reports: CSV, TSV, JSON, JSON lines, Parquet, pairs of text files."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from modules.data.report_tables import read_table, read_text
+from modules.runtime.errors import InputError
+from modules.runtime.input_files import read_bytes
+
+MAX_BYTES = 2**32
+SPLIT_WORDS = {
+    "train": ("train", "training", "trn", "restval"),
+    "val": ("val", "valid", "validate", "validation", "dev", "development"),
+    "test": ("test", "testing", "tst"),
+}
+_SPLITS = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+_TOKEN = re.compile(r"(.+?)#\d+\t(.*)")  # Flickr's: image#number, a tab, the caption
+FILE, FILE_SPLIT = "file", "file_split"  # columns that every row has: its table's name, and the split word in it
+
+Row = dict[str, Any]
+
+
+def split_of(word: str) -> str | None:
+    """train, val or test for the ways in which tables write them; None for another word."""
+    return _SPLITS.get(word.strip().lower())
+
+
+def read_user_table(path: Path, rows_at: str = "") -> list[Row]:
+    """The rows of one table, each a mapping from column to cell; InputError where it cannot be read.
+
+    ``rows_at`` is the key of a JSON object under which its rows lie. Every row has the columns ``file`` and
+    ``file_split`` ("valid" for valid_captions.csv) too.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        rows = _parquet(path)
+    elif suffix in (".json", ".jsonl", ".ndjson"):
+        rows = _json(path, rows_at, lines=suffix != ".json")
+    elif _TOKEN.fullmatch((text := read_text(path)).split("\n", 1)[0].rstrip("\r")):
+        rows = _tokens(path, text)
+    else:
+        table = read_table(path, names=_HEADER_NAMES)
+        rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    if not rows:
+        raise InputError(f"{path}: has no rows")
+    words = re.split(r"[^A-Za-z]+", path.name.lower())
+    about = {FILE: path.name, FILE_SPLIT: next((word for word in words if split_of(word)), "")}
+    return [about | row for row in rows]
+
+
+# A first row with one of these is a header.
+_HEADER_NAMES = (
+    "image", "images", "image_path", "path", "path_to_image", "filename", "file_name", "imageid", "text", "caption",
+    "impression", "indication", "patient_id", "patientid", "subject_id", "studyinstanceuid", "split",
+)  # fmt: skip
+
+
+def read_pairs(paths: Iterable[Path]) -> list[Row]:
+    """The rows of files called <split>.<column>.tok, whose lines belong together: one row for each line of a split."""
+    columns: dict[str, dict[str, list[str]]] = {}
+    for path in paths:
+        word, _, column = path.name.removesuffix(".tok").partition(".")
+        if split_of(word) is None or not column:
+            raise InputError(f"{path}: expected a name such as train.report.tok or validate.image.tok")
+        columns.setdefault(word, {})[column] = read_text(path).splitlines()
+    rows: list[Row] = []
+    for word, found in columns.items():
+        counts = {column: len(lines) for column, lines in found.items()}
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{word}.{column}.tok has {count}" for column, count in counts.items())
+            raise InputError(f"lines of one split belong together, but {told} lines")
+        names = list(found)
+        for cells in zip(*found.values(), strict=True):
+            row = dict(zip(names, cells, strict=True))
+            rows.append({FILE: f"{word}.tok", FILE_SPLIT: word} | row)
+    return rows
+
+
+def cell(row: Mapping[str, Any], column: str) -> Any:
+    """The cell of a column, or what a dotted path leads to in it; of a list, that of each entry. None without it."""
+    if column in row:
+        return row[column]
+    found: Any = row
+    for name in column.split("."):
+        if isinstance(found, list):
+            found = [entry.get(name) for entry in found if isinstance(entry, Mapping)]
+        else:
+            found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _tokens(path: Path, text: str) -> list[Row]:
+    captions: dict[str, list[str]] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        match = _TOKEN.fullmatch(line)
+        if line.strip() and match is None:
+            raise InputError(f"{path}: line {number} is not image#number, a tab and a caption")
+        if match:
+            captions.setdefault(match[1], []).append(match[2].strip())
+    return [{"image": image, "caption": texts} for image, texts in captions.items()]
+
+
+def _json(path: Path, rows_at: str, *, lines: bool) -> list[Row]:
+    try:
+        content = read_bytes(path, MAX_BYTES).decode("utf-8-sig")
+        data = [json.loads(line) for line in content.splitlines() if line.strip()] if lines else json.loads(content)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {' '.join(str(error).split())[:200]}") from error
+    if rows_at:
+        data = data.get(rows_at) if isinstance(data, dict) else None
+    if isinstance(data, dict) and all(isinstance(value, list) and split_of(key) for key, value in data.items()):
+        data = [{"split": key} | row for key, rows in data.items() for row in rows if isinstance(row, dict)]
+    elif isinstance(data, dict):
+        data = [{"key": key} | row if isinstance(row, dict) else row for key, row in data.items()]
+    if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
+        at = f" under {rows_at!r}" if rows_at else ""
+        raise InputError(f"{path}: expected a list of objects, or an object of them by id{at}")
+    return data
+
+
+def _parquet(path: Path) -> list[Row]:
+    import pandas
+
+    try:
+        return pandas.read_parquet(path).to_dict("records")
+    except ImportError as error:
+        raise InputError(f"{path}: Parquet needs one more package: pip install pyarrow") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error
