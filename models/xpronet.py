@@ -233,7 +233,10 @@ class XProNet(TransformerBackbone):
         return PrototypeSession(self.encoder_decoder, features, memory, decoding)
 
     def check_missing(self, names: list[str]) -> None:
-        """As in the contract; the label head may be missing where labels are not predicted."""
+        """As in the contract; the label head may be missing where labels are not predicted.
+
+        ValueError where they are.
+        """
         without_head = [name for name in names if not name.startswith("label_head.")]
         super().check_missing(without_head)
         if len(names) > len(without_head) and not self.settings.reads_reference_labels:

@@ -79,7 +79,10 @@ def stage_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 
 
 def boolean(text: str) -> bool:
-    """A truth value in the usual spellings; argparse's type=bool would take any text as true."""
+    """A truth value in the usual spellings; argparse's type=bool would take any text as true.
+
+    ArgumentTypeError for other text.
+    """
     lowered = text.lower()
     if lowered in ("true", "t", "yes", "y", "1", "on"):
         return True
@@ -100,6 +103,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=formatter_class, allow_abbrev=allow_abbrev, **options)
 
     def error(self, message: str) -> typing.NoReturn:
+        """InputError with argparse's message and, where a name was mistyped, the nearest right one."""
         raise InputError(f"{message}{self._nearest(message)} (see {self.prog} --help)")
 
     def _nearest(self, message: str) -> str:
@@ -243,7 +247,10 @@ def parse_flags(argv: Sequence[str], prog: str, description: str) -> tuple[dict[
 
 
 def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The same as ``parse_flags``, for flags that a parser of ``build_parser`` has read."""
+    """The same as ``parse_flags``, for flags that a parser of ``build_parser`` has read.
+
+    InputError where two flags disagree.
+    """
     ignored = [
         f"--{name} is accepted and ignored" + (f": {WHY_IGNORED[name]}" if name in WHY_IGNORED else "")
         for name in IGNORED

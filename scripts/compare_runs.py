@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_folder(path: Path) -> Folder:
-    """Read res.csv, gts.csv and, where it is there, results.json."""
+    """Read res.csv, gts.csv and, where it is there, results.json. InputError where they do not belong together."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give the --save_dir of a tested run")
     results = read_json(path / "results.json") if (path / "results.json").is_file() else {}
@@ -109,7 +109,10 @@ def _texts(table: Table) -> list[str]:
 
 
 def statistics_of(folders: tuple[Folder, Folder]) -> "tuple[list[ReportStatistics], list[str]]":
-    """Both runs' per-report statistics, computed from the reports where a folder lacks them; and notes to print."""
+    """Both runs' per-report statistics, computed from the reports where a folder lacks them; and notes to print.
+
+    InputError where a folder's statistics are of other reports.
+    """
     from modules.evaluation.report_statistics import load_statistics
 
     paths = [folder.path / "statistics.npz" for folder in folders]
@@ -162,7 +165,7 @@ def check_same_reports(folders: tuple[Folder, Folder], statistics: "list[ReportS
 
 
 def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_scores: bool) -> "Comparison":
-    """Everything that is shown."""
+    """Everything that is shown. InputError for a score --by that is not there."""
     from modules.evaluation.bootstrap import compare, holm
     from modules.evaluation.score_names import untagged
     from modules.pages.comparison import Comparison, ReportPair, ScoreLine, rank, report_scores, settings_that_differ

@@ -78,7 +78,10 @@ def main() -> None:
 
 
 def choose_labeler(references: Table, hypotheses: Table, name: str | None) -> str:
-    """Return the labeler's name for the keys: ``rule`` for reports; whoever made them for labels."""
+    """Return the labeler's name for the keys: ``rule`` for reports; whoever made them for labels.
+
+    InputError where the two files or the name do not fit.
+    """
     labelled = [bool(class_columns(table)) for table in (references, hypotheses)]
     if labelled[0] != labelled[1]:
         with_labels, without = (references, hypotheses) if labelled[0] else (hypotheses, references)

@@ -78,7 +78,10 @@ def to_ours(source: str, given: dict) -> dict:
 
 
 def to_published(source: str, heads: bool) -> dict:
-    """The content of a published code's checkpoint with the weights of this project's."""
+    """The content of a published code's checkpoint with the weights of this project's.
+
+    InputError for other checkpoints.
+    """
     from modules.inference.hub_format import published_weights
     from modules.training.checkpoint import FORMAT, TESTED, load_checkpoint, require_entries
 

@@ -77,7 +77,7 @@ def _tolerance(text: str) -> float:
 
 
 def to_folder(source: Path, out: Path, given: argparse.Namespace) -> None:
-    """Checkpoint -> folder, read back and compared with the checkpoint."""
+    """Checkpoint -> folder, read back and compared with the checkpoint. InputError where they differ."""
     from modules.inference.hub_format import hub_tensors, read_hub_folder, same_weights, write_hub_folder
     from modules.inference.model_card import model_card
     from modules.run.resuming import own_settings
@@ -135,7 +135,10 @@ def to_checkpoint(source: Path, out: Path) -> None:
 
 
 def to_programs(source: Path, folder: Path, tolerance: float) -> None:
-    """Checkpoint -> programs of torch.export, read back and compared with the model."""
+    """Checkpoint -> programs of torch.export, read back and compared with the model.
+
+    InputError where they differ by more than ``tolerance``.
+    """
     import torch
 
     from modules.inference.torch_export import export_programs, largest_difference, write_programs
@@ -193,7 +196,7 @@ def results_of(content: dict, folder: Path) -> dict:
 
 
 def read_results(folder: Path) -> dict:
-    """The results.json of a run, empty where there is none."""
+    """The results.json of a run, empty where there is none. InputError for a damaged file."""
     try:
         return read_json(folder / "results.json")
     except FileNotFoundError:

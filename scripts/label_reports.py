@@ -104,7 +104,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def origin_of(out: str | Path) -> Path:
-    """Path of the record of what ``out`` was made from, in the same folder."""
+    """Path of the record of what ``out`` was made from, in the same folder. InputError where ``out`` names no file."""
     try:
         return Path(out).with_suffix(".provenance.json")
     except ValueError:

@@ -111,7 +111,10 @@ def main() -> None:
 
 
 def read_neighbours(annotation: Annotation, path: str | None, count: int) -> "np.ndarray | None":
-    """The first ``count`` neighbours (N, count) of each training record, or None without an index."""
+    """The first ``count`` neighbours (N, count) of each training record, or None without an index.
+
+    InputError where the index has fewer.
+    """
     if path is None:
         return None
     from modules.mining.index import HardNegativeIndex

@@ -71,7 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_studies(arguments: argparse.Namespace) -> tuple[list[StudyFiles], dict[str, Any] | None]:
-    """The studies to read, and with --rexrank its content, to which the reports are added."""
+    """The studies to read, and with --rexrank its content, to which the reports are added.
+
+    InputError where none or two sources are named.
+    """
     if not arguments.rexrank:
         if not arguments.paths:
             raise InputError("no images: name files or folders, or give --rexrank IN.json OUT.json FOLDER")

@@ -84,7 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def choose_studies(studies: list[OpeniStudy], split: Path | None, seed: int) -> Studies:
-    """(id, study) of every split, in the order of the split's file, or else of the studies."""
+    """(id, study) of every split, in the order of the split's file, or else of the studies.
+
+    InputError where none is left.
+    """
     usable = {study.number: study for study in studies if study.is_usable}
     if not usable:
         raise InputError("no study has findings and two images; are these all of Open-i's reports?")

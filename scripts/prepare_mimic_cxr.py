@@ -126,7 +126,10 @@ def check(arguments: argparse.Namespace) -> None:
 def extract_reports(
     source: Path, images: list[MimicImage], section: str
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Study id -> the section of its report, without studies that have none; and reason -> undecidable study ids."""
+    """Study id -> the section of its report, without studies that have none; and reason -> undecidable study ids.
+
+    InputError where no report is there.
+    """
     from modules.runtime.run_log import Bar
 
     studies = list({image.study_id: image for image in images}.values())

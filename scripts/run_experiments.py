@@ -80,7 +80,10 @@ def require_own_tables(out: Path) -> None:
 def run_missing(
     arguments: argparse.Namespace, make_plan: Callable[[], list[Run]], datasets: dict[str, DataSet], lock: int
 ) -> dict[str, str]:
-    """Run what is missing or was interrupted; returns the failures by run."""
+    """Run what is missing or was interrupted; returns the failures by run.
+
+    InputError where a data set has to be prepared by hand.
+    """
     chosen = chosen_runs(make_plan(), arguments.rows)
     names = dict.fromkeys(run.row.dataset for run in chosen)
     prepare({datasets[name]: {run.model for run in chosen if run.row.dataset == name} for name in names})

@@ -90,7 +90,10 @@ def require_checkpoint(path: str) -> None:
 
 
 def require_model(path: str) -> None:
-    """As ``require_checkpoint``, where a folder of scripts/export.py or hf://owner/name on the hub will do as well."""
+    """As ``require_checkpoint``, where a folder of scripts/export.py or hf://owner/name on the hub will do as well.
+
+    InputError for anything else.
+    """
     if path.startswith(HUB) or (Path(path) / SETTINGS).is_file():
         return
     if Path(path).is_dir():

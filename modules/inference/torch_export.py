@@ -123,6 +123,7 @@ def largest_difference(
 
     Random pixels and words, in other numbers of studies, views and words than the programs were traced with. Reading
     a program can run code: ``folder`` must be one that ``write_programs`` has just written.
+    InputError where a program's values are not finite or of another shape.
     """
     encoder, step = (torch.export.load(folder / name).module() for name in (ENCODER, STEP))
     worst = 0.0

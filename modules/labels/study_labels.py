@@ -77,7 +77,10 @@ def labels_by_rules(reports: Sequence[str], progress: bool = False) -> np.ndarra
 
 
 def class_order(text: str, flag: str) -> tuple[str, ...]:
-    """The 14 classes in the order called ``text``, the value of ``flag``: a name of ORDERS, or all 14 with commas."""
+    """The 14 classes in the order called ``text``, the value of ``flag``: a name of ORDERS, or all 14 with commas.
+
+    InputError for anything else.
+    """
     if text in ORDERS:
         return ORDERS[text]
     given = [name.strip().lower() for name in text.split(",")]

@@ -56,6 +56,7 @@ def parse_labels(table: Table, on_problem: Callable[[Problem], None] = raise_pro
     """Return N rows of 14 labels in CLASSES order; all classes must be there and every cell 1, 0, -1 or empty.
 
     Given another ``on_problem``, cells that are no labels are noted and count as not mentioned.
+    InputError where a class is missing.
     """
     columns = class_columns(table)
     missing = [name for name in CLASSES if name not in columns]

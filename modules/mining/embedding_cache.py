@@ -49,7 +49,10 @@ class EmbeddingCache:
             self._file.truncate()
 
     def append(self, rows: np.ndarray) -> None:
-        """Write rows (n, width) behind the ones kept, and hand them to the operating system at once."""
+        """Write rows (n, width) behind the ones kept, and hand them to the operating system at once.
+
+        InputError where the disk does not take them.
+        """
         if self._file is None:
             return
         try:

@@ -82,7 +82,10 @@ def read_images(folder: Path) -> list[MimicImage]:
 
 
 def read_chexpert(folder: Path) -> list[list[str]]:
-    """Return rows of study id and the 14 labels in the order of CLASSES ("1", "0", "-1", "")."""
+    """Return rows of study id and the 14 labels in the order of CLASSES ("1", "0", "-1", "").
+
+    InputError where the file is missing.
+    """
     path = find_table(folder, "chexpert")
     if path is None:
         raise InputError(f"--tables {folder}: no mimic-cxr-2.0.0-chexpert.csv.gz there, which --labels_out needs")
@@ -117,7 +120,10 @@ def _rows(path: Path, *columns: str) -> Iterator[dict[str, str]]:
 
 
 def find_tree(folder: Path) -> Path:
-    """Return the folder of p10, p11, ...: ``folder`` itself, or its subfolder in PhysioNet's downloads."""
+    """Return the folder of p10, p11, ...: ``folder`` itself, or its subfolder in PhysioNet's downloads.
+
+    InputError where there is neither.
+    """
     for place in ("files", "", "mimic-cxr-reports/files", "mimic-cxr-reports"):
         if any((folder / place).glob("p[0-9][0-9]")):
             return folder / place

@@ -150,6 +150,7 @@ def hard_negatives(
     """The strategy that --ithn and the available hard negatives lead to, and the index if one was given.
 
     ``asked``: a flag that was given asks for ITHN.
+    InputError where the strategy needs negatives, or several of them, that are not there.
     """
     in_annotation = any(study.negative_report for study in annotation.splits["train"])
     # A strategy, variant or option that was asked for must not quietly end in the plain backbone.
@@ -228,7 +229,10 @@ def image_folder(config: Config) -> ImageFolder:
 
 
 def shard_source(config: Config, data: Data, split: str, *, negatives: bool) -> "ShardImages":
-    """The images of a split in --shards; with ``negatives`` those of the hard negatives must be there too."""
+    """The images of a split in --shards; with ``negatives`` those of the hard negatives must be there too.
+
+    InputError for data whose records make several samples.
+    """
     from modules.data.shards import Manifest, ShardImages, is_address, neighbours_sha256
 
     if config.captioning:

@@ -22,7 +22,10 @@ FREQUENCIES = "document_frequencies.json"
 
 
 def self_critical_objective(config: Config, data: Data, folder: Path) -> Callable[..., SelfCritical]:
-    """A function with the arguments of Objective that makes the stage's objective; ``folder`` keeps its statistics."""
+    """A function with the arguments of Objective that makes the stage's objective; ``folder`` keeps its statistics.
+
+    InputError where a clinical reward has no meaning on these data.
+    """
     texts: dict[str, dict[str, None]] = {}
     studies = data.annotation.splits["train"]
     for study in studies:

@@ -109,7 +109,10 @@ def read_table(path: str | Path) -> Table:
 
 
 def choose(table: Table, *, dataset: str = "", seeds: Iterable[int] = ()) -> Table:
-    """The table with every row on ``dataset`` and with ``seeds``, if given."""
+    """The table with every row on ``dataset`` and with ``seeds``, if given.
+
+    InputError where the table names its data sets itself.
+    """
     if dataset and any(row.name != row.whole for row in table.rows):
         raise InputError(f'--dataset {dataset}: the table {table.name} names its data sets itself, under "folds"')
     seeds = _seeds("--seeds", list(seeds) or list(table.seeds))

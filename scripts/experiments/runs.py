@@ -25,7 +25,10 @@ SECONDS_TO_SAVE = 30  # for a checkpoint, when this script is stopped
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[int]:
-    """Keep a second runner out of ``out``; the trainings inherit the lock, in case this process is killed."""
+    """Keep a second runner out of ``out``; the trainings inherit the lock, in case this process is killed.
+
+    InputError where there is one.
+    """
     with open(private_folder(out) / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

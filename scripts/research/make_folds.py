@@ -51,7 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def patients_of(studies: Sequence[Study]) -> dict[str, list[str]]:
-    """The ids of each patient's records; a study of which no record names the patient is a patient of its own."""
+    """The ids of each patient's records; a study of which no record names the patient is a patient of its own.
+
+    InputError for a study of two patients.
+    """
     subjects: dict[str, str] = {}
     for study in studies:
         if study.subject_id and subjects.setdefault(study.study_id, study.subject_id) != study.subject_id:

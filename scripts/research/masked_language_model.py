@@ -54,7 +54,7 @@ class MaskedLanguageModel:
         return [{"input_ids": row} for row in rows if not special.issuperset(row)]
 
     def save(self, folder: Path) -> None:
-        """Write the encoder without its head (safetensors) and the tokeniser."""
+        """Write the encoder without its head (safetensors) and the tokeniser. OSError where it cannot be written."""
         from safetensors import SafetensorError
         from transformers import AutoTokenizer
 
@@ -108,7 +108,10 @@ def _require_masked_lm(folder: Path) -> None:
 
 
 def hold_out(texts: Sequence[dict], seed: int) -> tuple[list[dict], list[dict]]:
-    """Split ``texts`` at random into those to train on and a held-out 5 % (one at least)."""
+    """Split ``texts`` at random into those to train on and a held-out 5 % (one at least).
+
+    InputError for fewer than two.
+    """
     if len(texts) < 2:
         raise InputError(f"{len(texts)} different training reports with known words: two or more are needed")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()

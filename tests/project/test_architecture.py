@@ -319,6 +319,29 @@ def test_public_functions_that_take_tensors_say_their_shapes():
     assert not silent, "\n".join(silent)
 
 
+def raised_by(function: ast.AST) -> set[str]:
+    """Names of the exceptions that the function itself raises, and not those inside of it."""
+    found = set()
+    for node in ast.iter_child_nodes(function):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            exception = ast.unparse(node.exc.func if isinstance(node.exc, ast.Call) else node.exc).split(".")[-1]
+            found |= {exception} if exception[0].isupper() and exception != "NotImplementedError" else set()
+        if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            found |= raised_by(node)
+    return found
+
+
+def test_public_functions_that_raise_say_what():
+    silent = [
+        f"{source.name}.{name}"
+        for source in PRODUCT.values()
+        if source.room in ("modules", "models")
+        for name, function in public_functions(source.tree)
+        if raised_by(function) and not re.search("|".join(raised_by(function)), ast.get_docstring(function) or "")
+    ]
+    assert not silent, "\n".join(silent)
+
+
 def test_no_drawer_for_everything():
     assert not [name for name in SOURCES if name.split(".")[-1] in ("utils", "util", "helpers", "misc", "common")]
 
