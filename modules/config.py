@@ -348,11 +348,9 @@ def _check_inputs(config: Config) -> None:
 
 
 def _check_scores(config: Config) -> None:
-    if not config.dataset.clinical and (config.chexbert_path or config.radgraph_path):
-        raise InputError(
-            f"--{'chexbert' if config.chexbert_path else 'radgraph'}_path: scores radiology reports, and "
-            f"--dataset_name {config.dataset_name} has none"
-        )
+    for name in ("chexbert_path", "radgraph_path", "radeval"):
+        if getattr(config, name) and not config.dataset.clinical:
+            raise InputError(f"--{name}: scores radiology reports, and --dataset_name {config.dataset_name} has none")
     if config.monitor_metric.startswith("ce_") and not config.labels_by_rules:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
     if config.monitor_metric in (*NEED_JAVA, XPRONET_SUM.name) and not config.meteor:

@@ -74,6 +74,24 @@ REPORT_ERRORS = (
     Score("contradictions", "contradicting sentences", smaller_is_better=True),
 )
 
+# Scores of the package radeval (modules/evaluation/radeval.py): its metric -> its key for each report -> our score.
+RADEVAL: dict[str, dict[str, Score]] = {
+    "rouge": {
+        "rouge1": Score("RadEval_ROUGE_1", "ROUGE-1 (RadEval)"),
+        "rouge2": Score("RadEval_ROUGE_2", "ROUGE-2 (RadEval)"),
+        "rougeL": Score("RadEval_ROUGE_L", "ROUGE-L (RadEval)"),
+    },
+    "bertscore": {"bertscore": Score("RadEval_BERTScore", "BERTScore (RadEval)")},
+    "radgraph": {
+        f"radgraph_{level}": Score(f"RadEval_RadGraph_F1_{level}", f"RadGraph F1, {level} (RadEval)")
+        for level in ("simple", "partial", "complete")
+    },
+    "ratescore": {"ratescore": Score("RadEval_RaTEScore", "RaTEScore")},
+    "sembscore": {"sembscore": Score("RadEval_SembScore", "SembScore")},
+    "radcliq": {"radcliq_v1": Score("RadEval_RadCliQ_v1", "RadCliQ-v1", smaller_is_better=True)},
+    "green": {"green": Score("RadEval_GREEN", "GREEN")},
+}
+
 SENTENCE_SCORES = tuple(score for metric in SENTENCE_METRICS for score in metric.scores)
 SCORES = {score.name: score for score in (*SENTENCE_SCORES, NLL, XPRONET_SUM, *CLINICAL_MONITORED)}
 METRIC_NAMES = tuple(score.name for score in SENTENCE_SCORES)
@@ -85,7 +103,8 @@ NEED_JAVA = frozenset(score.name for metric in SENTENCE_METRICS if metric.needs_
 
 def known_score(name: str) -> Score | None:
     """What is known of the score ``name`` (with or without _full); None for one that is not in a table here."""
-    return (SCORES | {score.name: score for score in REPORT_ERRORS}).get(name.removesuffix(FULL))
+    others = (*REPORT_ERRORS, *(score for scores in RADEVAL.values() for score in scores.values()))
+    return (SCORES | {score.name: score for score in others}).get(name.removesuffix(FULL))
 
 
 def smaller_is_better(name: str) -> bool:

@@ -4,22 +4,18 @@ The package needs transformers below 5, and this project a later one, so it runs
 environment with ``pip install radgraph "transformers<5"`` and name its Python.
 """
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from modules.evaluation.worker_process import WorkerError, ask_worker
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import require_regular_folder
 
 LEVELS = ("simple", "partial", "complete")  # entities; and whether they have relations; and which
 _WORKER = Path(__file__).with_name("radgraph_worker.py")
-# The worker's libraries fetch nothing and run no pickles.
-_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
 
 
 class RadGraph:
@@ -58,20 +54,9 @@ class RadGraph:
         """The worker's answer: a row for each pair."""
         request = {"folder": str(self._path.absolute()), "gpu": self._gpu, "pairs": pairs}
         try:
-            # Isolated (-I): the worker's folder has files with the names of packages.
-            done = subprocess.run(
-                [self._python, "-I", str(_WORKER)],
-                input=json.dumps(request),
-                text=True,
-                capture_output=True,
-                env=os.environ | _ENVIRONMENT,
-            )
-        except OSError as error:
-            raise InputError(f"--radgraph_python {self._python}: cannot be run: {error.strerror}") from error
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            return ask_worker(_WORKER, self._python, "--radgraph_python", request)
+        except WorkerError as error:
             raise InputError(
-                f"--radgraph_path {self._path}: radgraph did not run in {self._python}: {lines[-1][:200]} "
+                f"--radgraph_path {self._path}: radgraph did not run in {self._python}: {error} "
                 '(it needs pip install radgraph "transformers<5"; see --radgraph_python)'
-            )
-        return json.loads(done.stdout)
+            ) from error

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from modules.evaluation.metric_table import RADEVAL
 from modules.runtime.settings import setting
 
 
@@ -34,6 +35,24 @@ class ScoringSettings:
         "",
         "scores",
         "Python interpreter that has the package radgraph; default: this one, whatever a checkpoint says",
+        typed_only=True,
+    )
+    radeval: str = setting(
+        "",
+        "scores",
+        f"scores of the package radeval, by commas: {', '.join(RADEVAL)}; with --radeval_python and, but for rouge, "
+        "with weights",
+    )
+    radeval_python: str = setting(
+        "",
+        "scores",
+        "Python interpreter that has the package radeval; default: this one, whatever a checkpoint says",
+        typed_only=True,
+    )
+    radeval_weights: str = setting(
+        "",
+        "scores",
+        "folder of radeval's weights, as its downloads fill ~/.cache; default: ~/.cache, whatever a checkpoint says",
         typed_only=True,
     )
     floors: bool = setting(

@@ -78,6 +78,10 @@ class SystemScorer:
             from modules.evaluation.radgraph import RadGraph
 
             self._encoders.append(RadGraph(settings.radgraph_path, settings.radgraph_python))
+        if settings.radeval:
+            from modules.evaluation.radeval import RadEval
+
+            self._encoders.append(RadEval(settings.radeval, settings.radeval_python, settings.radeval_weights))
 
     def __enter__(self) -> "SystemScorer":
         return self

@@ -9,7 +9,7 @@ from modules.evaluation.clinical_scores import FREQUENT, MIN_POSITIVES
 from modules.evaluation.metric_table import (
     CLINICAL_F1,
     METRIC_NAMES,
-    REPORT_ERRORS,
+    NLL,
     SENTENCE_METRICS,
     known_score,
     smaller_is_better,
@@ -199,7 +199,7 @@ def shown_name(name: str) -> str:
     known = known_score(name)
     if known is None:
         return name.replace("BERTScore_", "BERTScore ")
-    return f"{known.label} ↓" if known in REPORT_ERRORS else known.label
+    return f"{known.label} ↓" if known.smaller_is_better and known is not NLL else known.label
 
 
 def shown_value(value: float | None) -> str:

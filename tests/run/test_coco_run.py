@@ -183,6 +183,7 @@ def test_features_of_a_frozen_extractor_are_stored_once_per_image(train, tmp_pat
             "--feature_cache: with --detection_features no image",
         ),
         (["--radgraph_path", "x"], "--radgraph_path: scores radiology reports"),
+        (["--radeval", "rouge"], "--radeval: scores radiology reports"),
         (["--monitor_metric", "ce_rule_f1_micro_14_uncertain_negative"], "a radiology data set"),
     ],
 )
