@@ -108,7 +108,7 @@ make_venv() {
 look_at_gpu() {
     local rows
     command -v nvidia-smi >/dev/null || return 0
-    # Drivers of 2021 and before do not know the field compute_cap: their GPUs are told by name.
+    # Drivers of 2021 and before do not know the field compute_cap: their GPUs are recognised by name.
     rows=$(timeout 30 nvidia-smi --query-gpu=compute_cap,driver_version --format=csv,noheader 2>/dev/null) ||
         rows=$(timeout 30 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null |
             sed -E 's/^[^,]*(V100|TITAN V|GV100)[^,]*,/7.0,/') || return 0

@@ -116,7 +116,7 @@ class Bench:
     def reach(self, pid: int, folder: Path, rng: random.Random) -> None:
         """Wait for a random instant of the run, or its end: some time after a step that is drawn at random."""
         step = rng.randrange(self.steps)
-        # Before there is a folder the program has not begun.
+        # Until there is a folder the program has not begun.
         while not (folder.is_dir() and self.progress.steps >= step or self._ended(pid)):
             time.sleep(0.002)
         time.sleep(rng.uniform(0.0, 3 * self.seconds / self.steps))
@@ -133,7 +133,7 @@ class Bench:
         return code
 
     def resume(self, folder: Path, *flags: str) -> bool:
-        """Let a broken run go on to its end; whether that end is the reference's, bit by bit."""
+        """Let a broken run continue to its end; whether that end is the reference's, bit by bit."""
         code = self.wait(self.start(folder, "--resume", "auto", *flags))
         return code == 0 and same(self.reference, load(folder))
 

@@ -151,7 +151,7 @@ def _account(code: int | None, seconds: float, made: int, kept: int | None, gone
 
 
 def truncations(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
-    """The current checkpoint cut short: the run names it and goes on from another one."""
+    """The current checkpoint cut short: the run names it and resumes from another one."""
     yield from _damaged(bench, rng, number, lambda content: content[: rng.randrange(len(content))])
 
 

@@ -3,7 +3,7 @@
 Every process has a batch of its own, and on a CPU one thread unless --threads says more. Beside the step as training
 takes it, in the same rounds: the step with each process's gradients left where they are, and the all-reduce of as many
 bytes alone. From these two follows, as benchmarks/cluster.py calculates, the share of the time left for computing with
-nothing of the all-reduce hidden behind the backward pass and with all that fits; the measured one stands beside.
+nothing of the all-reduce hidden behind the backward pass and with all that fits; the measured one is given next to it.
 Seconds of the processor (--clock cpu) hide behind nothing.
 
   python benchmarks/processes.py                                     two processes, gloo, R2GenCMN with ITHN, batch 4

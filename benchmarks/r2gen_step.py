@@ -1,7 +1,7 @@
 """Time of R2Gen's encoder-decoder beside R2GenCMN's at the same sizes, side by side in one run.
 
 A training step is forward and backward from given patch features, in training mode: the visual extractor is the same
-for both. A generation is a whole beam search; weights are untrained, so it goes on for all of its tokens. The memory is
+for both. A generation is a whole beam search; weights are untrained, so it runs to its longest length. The memory is
 timed alone as well, without dropout, beside the same recurrence left to autograd. Each round times everything once and
 ratios are within rounds, so that other work on the machine weighs on both.
 

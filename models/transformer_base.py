@@ -104,7 +104,7 @@ class EncoderDecoder(nn.Module):
     def embed(self, tokens: Tensor, memory: Any, position: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Decoder input and what was read, (B, T, d) each, for ``tokens`` (B, T); positions are added before reading.
 
-        With ``position`` the T tokens are hypotheses that all stand at this position.
+        With ``position`` the T tokens are hypotheses that are all at this position.
         """
         embedding, positions = self.model.tgt_embed
         return self.read(positions(embedding(tokens), position), memory, words=True)

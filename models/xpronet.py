@@ -151,7 +151,7 @@ class XProNet(TransformerBackbone):
 
     In training the given labels choose the prototypes. In generation the head's do, a probability above one half being
     positive: the given ones come from the reference report, and are used only where ``xpronet_labels`` is "reference",
-    as the published code does. ValueError for a ``no_finding`` that is no class.
+    as the published code does. ValueError for a ``no_finding`` that is not a class.
     """
 
     needs_labels = True

@@ -121,8 +121,8 @@ class DataSettings:
     length_bucketing: bool = setting(
         False,
         "data",
-        "training batches of reports of like length: less padding, but the "
-        "contrastive loss then compares reports of like length",
+        "training batches of reports of similar length: less padding, but the "
+        "contrastive loss then compares reports of similar length",
         train_only=True,
     )
     on_bad_image: str = setting(

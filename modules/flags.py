@@ -370,7 +370,7 @@ def _require_kinds(saved: Mapping[str, Any]) -> None:
             fits = _is(kind, value) or (value is None and kind is not item.type)
         if not fits:
             raise InputError(
-                f"the checkpoint's setting {item.name} is {str(value)[:60]!r}, which is no value of --{item.name}: "
+                f"the checkpoint's setting {item.name} is {str(value)[:60]!r}, not a value of --{item.name}: "
                 "the file was edited, or written by another version"
             )
 

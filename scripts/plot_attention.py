@@ -96,7 +96,7 @@ def main() -> int:
         for (study, images), report in zip(batch, written, strict=True):
             page.append(PageStudy.of(study.name, images, report))
             if report.maps is None:
-                raise InputError(f"--load {arguments.load}: its visual tokens are no grid over the image")
+                raise InputError(f"--load {arguments.load}: its visual tokens do not form a grid over the image")
             name = file_name(study.name, names)
             if report.words:
                 figure = attention_figure(images, report, title=study.name, by=arguments.by)

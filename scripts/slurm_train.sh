@@ -7,7 +7,7 @@
 #
 # Arguments are flags of main_train.py. Code, data and --save_dir must lie where all machines see them. When a process or
 # a machine fails, all processes start again from the last checkpoint, up to MAX_RESTARTS (3) times; a job that ran into
-# its time limit goes on when it is submitted again. Mine the hard negatives beforehand.
+# its time limit continues when it is submitted again. Mine the hard negatives beforehand.
 #SBATCH --job-name=report-generation
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16

@@ -300,7 +300,7 @@ def _used_bits(words: np.ndarray, data: "Dataset") -> np.ndarray:
 def _is_smoother(words: np.ndarray, values: np.ndarray, low: int) -> bool:
     """Whether ``words`` (H, W, ...) change less than ``values`` << ``low`` do at most places where these differ.
 
-    Values that wrapped jump by their whole range where the words go on; where an overlay begins it is the other way
+    Values that wrapped jump by their whole range where the words continue; where an overlay begins it is the other way
     round. Some 256 rows and columns decide.
     """
     votes = 0

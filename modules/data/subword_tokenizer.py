@@ -66,7 +66,7 @@ class SubwordTokenizer:
 
     @property
     def unk_id(self) -> int:
-        """The id of <unk>, which stands for characters that the training reports do not have."""
+        """The id of <unk>, which replaces characters that the training reports do not have."""
         return self._bpe.token_to_id(UNKNOWN)
 
     @property

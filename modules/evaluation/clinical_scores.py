@@ -35,7 +35,7 @@ class Outcomes:
 def outcomes(references: np.ndarray, hypotheses: np.ndarray, uncertain: str) -> Outcomes:
     """Compare two (N, C) label arrays (1, 0, -1, NaN), with uncertain labels (-1) as a policy of UNCERTAIN_POLICIES.
 
-    Not mentioned (NaN) counts as negative. ``ignored``: where either side is uncertain the pair is no outcome at all.
+    Not mentioned (NaN) counts as negative. ``ignored``: where either side is uncertain the pair is left out.
     ValueError for arrays of different shapes or another ``uncertain``.
     """
     references, hypotheses = np.asarray(references), np.asarray(hypotheses)

@@ -38,7 +38,7 @@ class SentenceMetric:
 
     @property
     def headline(self) -> Score:
-        """The score that stands for the metric where there is room for one."""
+        """The score that represents the metric where there is room for one."""
         return self.scores[-1]
 
     @property

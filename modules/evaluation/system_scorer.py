@@ -31,7 +31,7 @@ Texts = Sequence[str] | Sequence[Sequence[str]]  # a text for each report, or se
 class References:
     """What N reports are scored against. The keys of a mapping are the suffixes of the scores' names, "" or FULL.
 
-    ``words``: split into words by white space. ``texts``: one for each report, whose variety is told. ``originals``
+    ``words``: split into words by white space. ``texts``: one for each report, whose variety is measured. ``originals``
     tell whether the labelers fit. ``labelled``: what labels are of, the words where it is None. ``encoded``: what
     encoders read beside generated texts as they are; where it is None, the words of both. ``studies`` and ``patients``
     (N,) number each report's, None where they are not known.

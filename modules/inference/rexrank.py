@@ -30,7 +30,7 @@ def read_rexrank(path: str) -> dict[str, dict[str, Any]]:
         raise InputError(f"{FLAG} {path}: must be a JSON object of studies by id, with at least one")
     for name, study in studies.items():
         if not isinstance(study, dict):
-            raise InputError(f"{FLAG} {path}: study {name!r} is no object with the field image_path")
+            raise InputError(f"{FLAG} {path}: study {name!r} is not an object with the field image_path")
         _images(path, name, study)
     return studies
 

@@ -153,7 +153,7 @@ def label_sentence(sentence: str) -> tuple[tuple[str, int], ...]:
 
 
 def label_reports(texts: Sequence[str], progress: bool = False) -> "np.ndarray":
-    """Return the labels of N reports as (N, 14) float64 in CLASSES order; NaN stands for not mentioned."""
+    """Return the labels of N reports as (N, 14) float64 in CLASSES order; NaN means not mentioned."""
     import numpy as np
 
     labels = np.full((len(texts), len(CLASSES)), np.nan)

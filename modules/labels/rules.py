@@ -140,7 +140,7 @@ KEPT = (
     rf"|\bno {_DEGREE}change $|\bfailure of\b|\bno (?:doubt|question)(?: about| of| that)?\b"
 )
 
-# Cues before a finding; those that end in $ must stand right before it.
+# Cues before a finding; those that end in $ must come right before it.
 NEGATION_BEFORE = (
     r"\b(?:no|without|not(?! (?:seen on (?:the )?(?:prior|previous|lateral)|possible to|exclude|rule out)\b)"
     r"(?!.*\b(?:due|secondary) to)|nor|neither|negative for|free of|clear of|absen(?:t|ce of)|rather than|history of)\b"
@@ -162,7 +162,7 @@ DENIAL_DOUBTED = (
     r"\babsence of .*\b(?:not|cannot|can not)\b.*\b(?:certain|confirmed|sure|assured|established|proven|guaranteed)"
     r"|\b(?:cannot|can not|not|un)(?: be)?(?: \w+)? ?(?:certain|sure|confident|confirm)\b.*\b(?:no|absence)\b"
 )
-# Cues after a finding; those that begin with ^ must stand right after it.
+# Cues after a finding; those that begin with ^ must come right after it.
 UNCERTAIN_AFTER = (
     r"^ (?:(?:versus|vs)\b|/|favou?red over\b)|^,? if (?:any|present)\b|^(?: \w+){0,2} (?:more|less|most) likely\b"
     r"|^(?:(?:,(?! (?:no|without|there|and)\b)(?: [\w-]+){1,3})*,)? or\b"  # "effusion, small mass, or both"

@@ -85,7 +85,7 @@ GONE = " [gone]"  # replaces such a clause
 def split_sentences(text: str) -> list[str]:
     """Return a report's sentences in lower case, with single spaces and none before punctuation.
 
-    A cell that stands for a missing report ("nan", "None") has none.
+    A cell that means a missing report ("nan", "None") has none.
     """
     if is_missing(text):
         return []
@@ -127,7 +127,7 @@ def _without_pronouns(text: str) -> str:
 
 
 def is_missing(text: str) -> bool:
-    """Whether ``text`` is blank or stands for a missing report."""
+    """Whether ``text`` is blank or means a missing report."""
     return len(text) < 16 and text.strip(" .\n").lower() in _MISSING
 
 

@@ -167,7 +167,10 @@ def _pickled_labels(path: str | Path, on_problem: Callable[[Problem], None]) -> 
         elif not np.isin(values[~np.isnan(values)], (0, 1, -1)).all():
             on_problem(
                 Problem(
-                    "cell is no label", f"{path}: {key!r:.80} has a label other than 1, 0, -1 or nan", str(path), id=key
+                    "cell is not a label",
+                    f"{path}: {key!r:.80} has a label other than 1, 0, -1 or nan",
+                    str(path),
+                    id=key,
                 )
             )
         else:

@@ -55,7 +55,7 @@ def class_columns(table: Table) -> dict[str, int]:
 def parse_labels(table: Table, on_problem: Callable[[Problem], None] = raise_problem) -> list[list[int | None]]:
     """Return N rows of 14 labels in CLASSES order; all classes must be there and every cell 1, 0, -1 or empty.
 
-    Given another ``on_problem``, cells that are no labels are noted and count as not mentioned.
+    Given another ``on_problem``, cells that are not labels are noted and count as not mentioned.
     InputError where a class is missing.
     """
     columns = class_columns(table)
@@ -69,7 +69,7 @@ def parse_labels(table: Table, on_problem: Callable[[Problem], None] = raise_pro
             if cell not in _LABELS:
                 on_problem(
                     Problem(
-                        "cell is no label",
+                        "cell is not a label",
                         f"{table.path}: row {number}: {name} is {cell!r}; 1, 0, -1 or nothing is a label",
                         table.path,
                         field=name,

@@ -167,7 +167,7 @@ def _torchvision_trunk(name: str, pretrained: bool, weights: str | None, image_s
         raise not_fetched(name, error) from error
     except AssertionError as error:  # of a vision transformer
         raise ValueError(
-            f"visual_extractor {name}: image_size {image_size} is no multiple of its patch size"
+            f"visual_extractor {name}: image_size {image_size} is not a multiple of its patch size"
         ) from error
     if weights:
         load_weights(model, weights)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 # A full stop ends a sentence where white space or nothing follows: not in "1.5 cm". Chinese, Japanese and Hindi have
 # full stops of their own.
 _END = re.compile(r"\s*(?:\.(?:\s+|$)|[\u3002\u0964]\s*)")
-# Words stand between spaces; in Chinese and Japanese every character is compared by itself.
+# Words are separated by spaces; in Chinese and Japanese every character is compared by itself.
 _CHARACTERS = "\u3040-\u30ff\u3400-\u9fff\uff00-\uffef"
 _WORD = re.compile(rf"[{_CHARACTERS}]|[^\s{_CHARACTERS}]+")
 _MARKS = ",;:()\"'"  # which cleaning removes from one side of some comparisons
@@ -58,7 +58,7 @@ def compare_sentences(reference: str, generated: str) -> tuple[list[Sentence], l
 
     Letter case, white space and the order of sentences do not count; a sentence that occurs twice is shared twice only
     if it occurs twice in both. The other sentences are paired with the one that is most alike, and share the words
-    that stand in both in the same order; without one that is ALIKE they share nothing.
+    that both have in the same order; without one that is ALIKE they share nothing.
     """
     sides = split_sentences(reference), split_sentences(generated)
     equal = _equal(*sides)
@@ -131,7 +131,7 @@ def _alike(text: str, other: str) -> float:
 
 
 def _runs(text: str, other: str) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
-    """The words of both sentences in runs: the longest ones that stand in both in the same order are shared."""
+    """The words of both sentences in runs: the longest ones that both have in the same order are shared."""
     words = split_words(text), split_words(other)
     blocks = SequenceMatcher(None, *words, autojunk=False).get_matching_blocks()
     return _marked(text, [(block.a, block.size) for block in blocks]), _marked(

@@ -327,7 +327,7 @@ def _is_prose(text: str) -> bool:
 
 
 def _headers(text: str) -> tuple[list[_Header], list[_Header]]:
-    """The headers of a report in order, and the names of sections that are no headers where they are."""
+    """The headers of a report in order, and the names of sections that are not headers where they are."""
     found: dict[int, _Header] = {}
     for pattern in (_AT_LINE_START, _WITHOUT_END, _IN_A_LINE):
         for match in pattern.finditer(text):

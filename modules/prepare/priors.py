@@ -24,7 +24,7 @@ def add_priors(records: Iterable[dict[str, Any]], moments: Mapping[str, float | 
     number.
 
     ``moments`` are the dates of the records by id. The previous study is the latest that is earlier; studies of the
-    same moment are no priors of each other, and neither is one of another split. Without patient or date there is none.
+    same moment are not priors of each other, nor is one of another split. Without patient or date there is none.
     """
     by_patient: dict[tuple[Any, Any], list[tuple[float, dict[str, Any]]]] = defaultdict(list)
     for record in records:

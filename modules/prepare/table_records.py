@@ -125,7 +125,7 @@ def _listed(values: Sequence[str]) -> list[str]:
 def _path(path: str, images: Path | None) -> str:
     plain = path.replace("\\", "/")
     if plain.lower().endswith(VOLUMES):
-        raise InputError(f"image {path[:120]!r}: volumes are not read, pictures are (PNG, JPEG, DICOM and the like)")
+        raise InputError(f"image {path[:120]!r}: volumes are not supported; give a picture (PNG, JPEG, DICOM)")
     if images is not None and plain.startswith("/"):
         root = str(images.absolute()).rstrip("/") + "/"
         plain = plain.removeprefix(root)

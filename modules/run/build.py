@@ -33,7 +33,7 @@ from modules.runtime.run_log import Bar
 from modules.runtime.settings import is_local_only, part_of
 
 logger = logging.getLogger("ithn")
-# Parameters that a model has while it is built, and its checkpoint has not: classifiers, heads of ITHN, empty biases.
+# What a model has while it is built and its checkpoint lacks: classifiers, heads of ITHN, empty biases.
 MORE_TENSORS, MORE_ELEMENTS = 2_000, 2**27
 
 

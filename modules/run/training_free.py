@@ -21,7 +21,7 @@ def training_free_reports(
 ) -> dict[str, list[str]]:
     """The baselines' reports by name: the commonest training report, and that of the most similar training image.
 
-    Of an image's captions the commonest is sought among all, and the first stands for the image. All processes compute
+    Of an image's captions the commonest is sought among all; the first is the image's reference. All processes compute
     features; only the main one, which has ``found``, gets reports.
     """
     if not config.floors:

@@ -9,7 +9,7 @@ from modules.runtime.errors import InputError
 
 SECONDS_TO_END = 5.0
 
-# Turns a request (plain values) and its files (their bytes) into an answer of plain values; InputError is told.
+# Turns a request (plain values) and its files (their bytes) into an answer of plain values; InputError is passed on.
 Answer = Callable[[dict[str, Any], list[bytes]], dict[str, Any]]
 
 

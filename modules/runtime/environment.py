@@ -1,4 +1,4 @@
-"""What a run stands on: can this Python, torch and GPU do the work, and how is the run to be told from others?
+"""What a run depends on: can this Python, torch and GPU do the work, and how is the run to be told from others?
 
 torch is imported only by the functions that look at a device.
 """

@@ -27,12 +27,12 @@ class Problem:
 
 
 def raise_problem(problem: Problem) -> None:
-    """Raise the problem as InputError: what a reader does with the first one, unless it is told to note them all."""
+    """Raise the problem as InputError: what a reader does with the first one unless it is asked to collect them all."""
     raise InputError(problem.message)
 
 
 class ImageError(InputError):
-    """An image that cannot be had; ``kind`` is what such images are counted under."""
+    """An image that cannot be loaded; ``kind`` is what such images are counted under."""
 
     def __init__(self, message: str, kind: str = "image cannot be decoded"):
         super().__init__(message)

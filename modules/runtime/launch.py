@@ -72,7 +72,7 @@ def start_processes(count: int, *, device: str, max_restarts: int = 0, argv: Seq
         code, reason = _run(count, command)
         if reason is None:
             return code
-        outcome = f"starting all {count} again" if left else "the others were stopped; --resume auto goes on"
+        outcome = f"starting all {count} again" if left else "the others were stopped; continue with --resume auto"
         print(f"\nerror: {reason}; {outcome}", file=sys.stderr, flush=True)
     return code
 

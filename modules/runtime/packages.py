@@ -1,4 +1,4 @@
-"""The packages that this project stands on: is it one of them that an import lacks, and what brings it?"""
+"""The packages that this project needs: is it one of them that an import lacks, and what brings it?"""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ def requirements(path: Path = REQUIREMENTS) -> dict[str, str]:
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:
-    """The package of requirements.txt that an import did not find; None for a module of ours, or a part of a package.
+    """The package of requirements.txt that an import did not find; None for one of this project or part of a package.
 
     Both of these are faults of a program, not of the Python that was called.
     """

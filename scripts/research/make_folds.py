@@ -1,4 +1,4 @@
-"""Split an annotation anew for cross-validation: K annotations, in which each study is in the test split once.
+"""Split an annotation again for cross-validation: K annotations, in which each study is in the test split once.
 
   python scripts/research/make_folds.py --ann_path data/iu_xray/annotation.json --folds 5 --out data/iu_xray_folds
 
@@ -59,8 +59,7 @@ def patients_of(studies: Sequence[Study]) -> dict[str, list[str]]:
     for study in studies:
         if study.subject_id and subjects.setdefault(study.study_id, study.subject_id) != study.subject_id:
             raise InputError(
-                f"id {study.id!r}: its study_id {study.study_id!r} stands with two subject_ids; a study "
-                "is of one patient"
+                f"id {study.id!r}: its study_id {study.study_id!r} has two subject_ids; a study is of one patient"
             )
     found: dict[str, list[str]] = {}
     for study in studies:

@@ -17,7 +17,7 @@ CHUNK = 1024  # rows of similarities at a time
 
 @dataclass(frozen=True)
 class Bank:
-    """Real samples. u- is no forward pass of its own: it is the row of the neighbour's report with its own image."""
+    """Real samples. u- has no forward pass of its own: it is the row of the neighbour's report with its own image."""
 
     image: Tensor  # (M, E) z
     report: Tensor  # (M, E) u

@@ -102,13 +102,15 @@ def _is_signed(readme: Path) -> bool:
 
 
 def prepare_folder(out: Path) -> None:
-    """Make ``out`` ready to be filled: empty, or a data set of ours whose images are removed; else InputError."""
+    """Make ``out`` ready to be filled: empty, or a data set made here whose images are removed; else InputError."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder")
     if out.is_dir() and any(out.iterdir()):
         readme = out / "README.txt"
         if not _is_signed(readme):
-            raise InputError(f"--out {out}: holds files that are no synthetic data set; name an empty or a new folder")
+            raise InputError(
+                f"--out {out}: holds files that are not a synthetic data set; name an empty or a new folder"
+            )
         _remove_old_images(out / "images")
         (out / "annotation.json").unlink(missing_ok=True)  # written last: where it is missing, a run was interrupted
     try:
@@ -121,7 +123,7 @@ def prepare_folder(out: Path) -> None:
 def _remove_old_images(images: Path) -> None:
     foreign = [path for path in images.glob("**/*") if path.is_file() and path.name not in _IMAGES]
     if foreign:
-        raise InputError(f"--out: {foreign[0]} is no file of a synthetic data set; move it away first")
+        raise InputError(f"--out: {foreign[0]} is not a file of a synthetic data set; move it away first")
     for path in sorted(images.glob("**/*"), reverse=True):
         if path.is_dir():
             path.rmdir()

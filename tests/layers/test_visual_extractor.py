@@ -124,7 +124,7 @@ def test_weights_files_that_are_none(tmp_path, name, part):
 
 
 def test_an_image_that_patches_do_not_tile_is_refused():
-    with pytest.raises(ValueError, match="vit_b_32: image_size 33 is no multiple"):
+    with pytest.raises(ValueError, match="vit_b_32: image_size 33 is not a multiple"):
         VisualExtractor("vit_b_32", image_size=33)
 
 

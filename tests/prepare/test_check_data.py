@@ -196,7 +196,7 @@ DAMAGE = {
     "cut index": (truncate("negatives.safetensors", 500), "index cannot be used"),
     "index of other reports": (record(report="Another text."), "index is of other reports"),
     "no labels": (lambda data: (data / "report_labels.csv").unlink(), "labels cannot be read"),
-    "label 2": (labels(lambda lines: [lines[0], lines[1].rsplit(",", 1)[0] + ",2", *lines[2:]]), "cell is no label"),
+    "label 2": (labels(lambda lines: [lines[0], lines[1].rsplit(",", 1)[0] + ",2", *lines[2:]]), "cell is not a label"),
     "row too short": (labels(lambda lines: [*lines[:-1], lines[-1] + ",1"]), "row of another length"),
     "label row twice": (labels(lambda lines: [*lines, lines[1]]), "id appears twice"),
     "study without labels": (

@@ -341,7 +341,7 @@ def test_given_columns_are_joined_and_templates_filled(prepare, tmp_path):
     [
         ({}, ["--report", "Txet"], "--report: there is no column 'Txet'; did you mean Text?"),
         ({"Text": "nan"}, [], "no row has both an image and a report"),
-        ({"Image Path": "scan.nii.gz"}, [], "'scan.nii.gz': volumes are not read"),
+        ({"Image Path": "scan.nii.gz"}, [], "'scan.nii.gz': volumes are not supported"),
         ({"Image Path": "../scan.png"}, [], "must be a path inside --images"),
         ({"split": "third"}, [], "split 'third' is none of train"),
         ({"split": "test"}, [], "no record is in split train"),

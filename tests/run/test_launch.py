@@ -121,7 +121,7 @@ def kill_one_in_epoch_1(demo, tmp_path, *flags, seconds):
 @pytest.mark.slow
 def test_a_kill_ends_all_within_a_minute(demo, tmp_path):
     code, said = kill_one_in_epoch_1(demo, tmp_path, "--epochs", 200, seconds=60)
-    assert code == 1 and "of 2 was ended by SIGKILL; the others were stopped; --resume auto goes on" in said
+    assert code == 1 and "of 2 was ended by SIGKILL; the others were stopped; continue with --resume auto" in said
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def test_a_study_of_two_patients_is_refused(tmp_path, monkeypatch):
         for record in own:
             record["subject_id"] = split
     path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="study_id 'one' stands with two subject_ids"):
+    with pytest.raises(InputError, match="study_id 'one' has two subject_ids"):
         folded(monkeypatch, path, tmp_path / "out")
 
 
