@@ -26,6 +26,7 @@ class Study:
     negative_image_paths: tuple[str, ...] = ()  # released ITHN: neg_image_path
     subject_id: str = ""  # MIMIC-CXR: the patient
     captions: tuple[str, ...] = ()  # COCO: all captions of the image
+    prior: str = ""  # the id of the patient's previous record
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,9 @@ def _read_study(record: _Record) -> Study | None:
     captions = _captions(record)
     report = captions[0] if captions and item.get("report") is None else _report(record)
     study_id = _identifier(record, "study_id") if "study_id" in item else record.id
-    subject_id = _identifier(record, "subject_id") if item.get("subject_id") is not None else ""
+    subject_id, prior = (
+        _identifier(record, name) if item.get(name) is not None else "" for name in ("subject_id", "prior")
+    )
     if not record.sound:
         return None
     return Study(
@@ -231,6 +234,7 @@ def _read_study(record: _Record) -> Study | None:
         negative_image_paths=negative_images,
         subject_id=subject_id,
         captions=captions,
+        prior=prior,
     )
 
 

@@ -33,7 +33,7 @@ FIELDS = {
 _BOTH = (*REPORT_COLUMNS, "section_findings", "caption", "captions", "text")
 # Of a folder that main_test.py or R2Gen wrote.
 _IN_FOLDER = {"gts": "gts.csv", "res": "res.csv"}
-_STUDY, _SUBJECT = ("study_id",), ("subject_id", "patient_id")
+_STUDY, _SUBJECT, _PRIOR = ("study_id",), ("subject_id", "patient_id"), ("prior",)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,12 @@ class ReportFile:
     def subjects(self) -> list[str]:
         """The rows' patients, "" where not known."""
         return self.column(_SUBJECT)
+
+    @property
+    def with_prior(self) -> list[bool] | None:
+        """Which rows name the patient's previous record; None where no row does."""
+        found = [bool(prior) for prior in self.column(_PRIOR)]
+        return found if any(found) else None
 
 
 def read_reports(
@@ -168,7 +174,7 @@ class _Records:
         records = list(self._records(self._parse(text)))
         if not records:
             raise InputError(f"{self.path}: holds no reports")
-        columns = [name for name in ("id", *ID_COLUMNS[1:], *_SUBJECT) if any(name in cells for cells, _ in records)]
+        columns = [name for name in (*ID_COLUMNS, *_SUBJECT, *_PRIOR) if any(name in cells for cells, _ in records)]
         rows = [[cells.get(name, "") for name in columns] for cells, _ in records]
         return ReportFile(Table(self.path, columns, rows), [texts for _, texts in records])
 
@@ -221,7 +227,7 @@ class _Records:
         cells = {} if key is None else {"id": key}
         if isinstance(item, Mapping):
             item = {str(name).strip().lower(): value for name, value in item.items()}
-            for name in (*ID_COLUMNS, *_SUBJECT):
+            for name in (*ID_COLUMNS, *_SUBJECT, *_PRIOR):
                 if isinstance(value := item.get(name), (str, int)) and not isinstance(value, bool):
                     cells.setdefault(name, str(value))
             if "id" in cells and (identity := cells["id"]) != key:

@@ -3,6 +3,7 @@
 Each score is a mean over reports, and a smaller one is better; docs/EVALUATION.md defines each in one sentence.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -11,11 +12,21 @@ from modules.evaluation.metric_table import REPORT_ERRORS
 from modules.labels.report_facts import LEFT, OTHER_DEVICE, RIGHT, ReportFacts, report_facts
 
 
-def report_errors(references: Sequence[str], generated: Sequence[str]) -> dict[str, np.ndarray]:
-    """(N, 1) of each score of REPORT_ERRORS by name: what each of N reports adds to its mean."""
+def report_errors(
+    references: Sequence[str], generated: Sequence[str], with_prior: Sequence[bool] | None = None
+) -> dict[str, np.ndarray]:
+    """(N, 1) of each score of REPORT_ERRORS by name: what each of N reports adds to its mean.
+
+    ``with_prior`` says which studies have an earlier examination; where it is None, those whose reference compares.
+    """
     pairs = [
         (report_facts(reference), report_facts(text)) for reference, text in zip(references, generated, strict=True)
     ]
+    if with_prior is not None:
+        pairs = [
+            (dataclasses.replace(reference, compares=bool(prior)), text)
+            for (reference, text), prior in zip(pairs, with_prior, strict=True)
+        ]
     return {
         score.name: np.array([_COUNTS[score.name](*pair) for pair in pairs], dtype=np.float64)[:, None]
         for score in REPORT_ERRORS

@@ -28,6 +28,7 @@ def score(
     ids: Sequence[str] | None = None,
     study_ids: Sequence[str] | None = None,
     subject_ids: Sequence[str] | None = None,
+    with_prior: Sequence[bool] | None = None,
     cleaner: str = NO_CLEANER,
     training: Sequence[str] = (),
     max_seq_length: int = 0,
@@ -41,7 +42,8 @@ def score(
     captions, of which a reference may be several; "none" leaves all as it is. ``training`` reports add the commonest
     one as a baseline, and the scores of references seen in training. With ``max_seq_length`` references are scored cut
     to it too, as the R2Gen family does, and with ``threshold`` their words that are rarer in ``training`` are <unk>.
-    What is resampled are ``subject_ids``, else ``study_ids``, else the reports. InputError for counts that differ, and
+    What is resampled are ``subject_ids``, else ``study_ids``, else the reports. ``with_prior`` says which studies have
+    an earlier examination, which comparison_rate asks for. InputError for counts that differ, and
     for options that exclude one another.
     """
     settings = settings or ScoringSettings()
@@ -71,6 +73,7 @@ def score(
             labelled=shorter | {FULL: list(references)},
             studies=studies,
             patients=patients,
+            with_prior=with_prior,
         )
     by_rules = settings.clinical and cleaner != COCO
     with SystemScorer(settings, device, labels_by_rules=by_rules, split_words=split_words) as scorer:

@@ -34,7 +34,7 @@ class References:
     ``words``: split into words by white space. ``texts``: one for each report, whose variety is measured. ``originals``
     tell whether the labelers fit. ``labelled``: what labels are of, the words where it is None. ``encoded``: what
     encoders read beside generated texts as they are; where it is None, the words of both. ``studies`` and ``patients``
-    (N,) number each report's, None where they are not known.
+    (N,) number each report's, ``with_prior`` (N,) says which have an earlier examination; None where it is not known.
     """
 
     ids: Sequence[str]
@@ -45,6 +45,7 @@ class References:
     encoded: Mapping[str, Texts] | None = None
     studies: np.ndarray | None = None
     patients: np.ndarray | None = None
+    with_prior: Sequence[bool] | None = None
 
 
 class SystemScorer:
@@ -142,7 +143,7 @@ class SystemScorer:
                 scores |= _suffixed(clinical_scores(*pair, labeler), suffix)
                 tables |= _suffixed(clinical_tables(*pair, labeler), suffix)
         if RULE in scored.labels:
-            errors = _suffixed(report_errors(references.originals, generated), FULL)
+            errors = _suffixed(report_errors(references.originals, generated, references.with_prior), FULL)
             scores |= {name: float(values.mean()) for name, values in errors.items()}
             tables |= errors
         read = words if references.encoded is None else generated

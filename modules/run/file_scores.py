@@ -119,6 +119,7 @@ def score_files(inputs: Inputs, settings: ScoringSettings, device: str = "auto")
         ids=references.ids,
         study_ids=references.studies,
         subject_ids=references.subjects,
+        with_prior=references.with_prior,
         cleaner=inputs.cleaner,
         training=training,
         max_seq_length=inputs.max_seq_length,

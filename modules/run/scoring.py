@@ -151,6 +151,7 @@ class Scoring:
             encoded=None if captions is None else {"": [captions[sample] for sample in found.ids]},
             studies=studies,
             patients=patients,
+            with_prior=self._with_prior(found.ids),
         )
         likelihoods = {
             system: found.nll.numpy() for system, generated in systems.items() if generated is found.generated
@@ -166,6 +167,11 @@ class Scoring:
         if None in studies:
             return None, None
         return units_of([study.study_id for study in studies], [study.subject_id for study in studies])
+
+    def _with_prior(self, ids: Sequence[str]) -> list[bool] | None:
+        """Which samples have an earlier examination; None where the annotation names none."""
+        priors = [bool(study and study.prior) for study in map(self._studies.get, ids)]
+        return priors if any(priors) else None
 
     def _references(self, found: Predictions) -> dict[str, Sequence[str] | Sequence[Sequence[str]]]:
         if self._captions is None:

@@ -101,6 +101,18 @@ def test_studies_and_patients_are_read(tmp_path):
     assert read_reports(tmp_path / "h.csv", "gts").studies == []
 
 
+def test_priors_are_read_where_any_record_has_one(tmp_path):
+    records = [
+        {"id": "a", "report": "x", "prior": "z"},
+        {"id": "b", "report": "y"},
+        {"id": "c", "report": "", "prior": None},
+    ]
+    (tmp_path / "g.json").write_text(json.dumps({"test": records, "train": []}))
+    assert read_reports(tmp_path / "g.json", "gts").with_prior == [True, False, False]
+    (tmp_path / "h.json").write_text(json.dumps(records[1:]))
+    assert read_reports(tmp_path / "h.json", "gts").with_prior is None
+
+
 def test_a_folder_of_a_run(tmp_path):
     (tmp_path / "gts.csv").write_text("Edema.\n")
     (tmp_path / "res.csv").write_text("edema .\n")

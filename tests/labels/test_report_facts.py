@@ -92,6 +92,12 @@ def test_errors_are_of_what_the_reference_does_not_say():
     assert counted("Effusion.", "no effusion . effusion .") == none | {"contradictions": 1}
 
 
+def test_a_prior_of_the_annotation_decides_where_it_is_known():
+    texts = ["unchanged effusion .", "unchanged effusion .", "effusion ."]
+    found = report_errors(["Stable effusion.", "Effusion.", "Effusion."], texts, [False, True, False])
+    assert found["comparison_rate"].ravel().tolist() == [1, 0, 0]
+
+
 def test_fewer_errors_are_better_and_are_shown():
     assert len(LATERAL) == 9
     for score in REPORT_ERRORS:

@@ -117,6 +117,17 @@ def test_references_that_were_trained_on_are_scored_apart_from_the_others():
             assert unseen[name] == pytest.approx(value, abs=1e-12), name
 
 
+def test_comparisons_are_judged_by_the_priors_of_the_annotation():
+    studies = [
+        SimpleNamespace(report=text, study_id=text, subject_id="", prior=p)
+        for text, p in zip("abc", ("", "x", ""), strict=True)
+    ]
+    dataset = SimpleNamespace(studies=studies, samples=[(n, None) for n in range(3)], sample_id="abc".__getitem__)
+    with Scoring(Config(meteor=False), torch.device("cpu"), [dataset]) as scoring:
+        scored = scoring.test(FOUND, {"model": ["stable heart ."] * 3}, {})
+    assert scored.scores["model"]["comparison_rate_full"] == pytest.approx(2 / 3)
+
+
 def test_a_tag_is_in_the_names_of_what_is_kept_and_of_the_intervals():
     scored = run({"model": "reflabels"})
     assert scored.statistics["model"].tag == "reflabels" and scored.statistics["floor"].tag == ""
