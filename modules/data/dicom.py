@@ -28,6 +28,7 @@ _ELEMENTS = """
     SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData
     SegmentedBluePaletteColorLookupTableData
 """.split()
+BYTES_PER_PIXEL = 3  # decoded, of an image of max_pixels; smaller ones may have deeper pixels
 _PIXEL_DATA, _UNDEFINED = 0x7FE00010, 0xFFFFFFFF
 _MAX_HEADER = 2 * 2**20  # bytes that are read of it: three palettes of 16 bits and some lookup tables take half
 _SLACK = 2**20  # bytes of encoded pixels beyond twice what they decode to
@@ -147,6 +148,13 @@ def _check_shape(data: "Dataset", name: str, max_pixels: int) -> None:
         )
     data.NumberOfFrames = 1
     data.SamplesPerPixel = int(data.get("SamplesPerPixel") or 1)
+    size = rows * columns * data.SamplesPerPixel * -(-int(data.BitsAllocated) // 8)
+    if size > BYTES_PER_PIXEL * max_pixels:
+        raise ImageError(
+            f"image {name!r} has {size} bytes of pixels, more than {BYTES_PER_PIXEL} for each of max_pixels, "
+            f"{max_pixels}",
+            "image is too large",
+        )
     if data.SamplesPerPixel not in (1, 3) or data.BitsAllocated not in (1, 8, 16, 32):
         raise _Refused(
             f"DICOM of {data.SamplesPerPixel} x {data.BitsAllocated} bits a pixel; 1 or 3 x 8, 16 or 32 are read"

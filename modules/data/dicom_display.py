@@ -26,14 +26,15 @@ def show_grey(values: np.ndarray, data: "Dataset") -> np.ndarray:
     """
     low, span = int(values.min()), int(values.max()) - int(values.min()) + 1
     if span > _MAX_TABLE:  # of 32 bits
-        levels, places = np.unique(values, return_inverse=True)
-        return _grey_of(levels.astype(np.int64), data)[places].reshape(values.shape)
+        ends = _ends_by_rows(values, data)
+        return by_rows(lambda rows: _grey_of(rows.astype(np.int64), data, ends), values)
     # The chain is followed for every value that occurs, once, and not for every pixel.
     present = np.zeros(span, bool)
     for row in values:
         present[row.astype(np.intp) - low] = True
     table = np.zeros(span, np.uint8)
-    table[present] = _grey_of(np.flatnonzero(present) + low, data)
+    levels = np.flatnonzero(present) + low
+    table[present] = _grey_of(levels, data, _ends(levels, data))
     return by_rows(lambda rows: table[rows.astype(np.intp) - low], values)
 
 
@@ -70,8 +71,19 @@ def show_palette(values: np.ndarray, data: "Dataset") -> np.ndarray:
     return by_rows(lambda rows: palette[np.clip(rows.astype(np.int64) - first, 0, len(palette) - 1)], values)
 
 
-def _grey_of(levels: np.ndarray, data: "Dataset") -> np.ndarray:
-    """Grey values uint8 (K,) of the stored values that occur, int64 (K,)."""
+def _ends(levels: np.ndarray, data: "Dataset") -> tuple[float, float]:
+    """The least and the largest of ``levels`` after the modality's transform, padding left out; inf, -inf if all is."""
+    inside = _modality(levels, data)[~_is_padding(levels, data)]
+    return (float(inside.min()), float(inside.max())) if inside.size else (math.inf, -math.inf)
+
+
+def _ends_by_rows(values: np.ndarray, data: "Dataset") -> tuple[float, float]:
+    ends = by_rows(lambda rows: np.array([_ends(rows.astype(np.int64), data)]), values)
+    return float(ends[:, 0].min()), float(ends[:, 1].max())
+
+
+def _grey_of(levels: np.ndarray, data: "Dataset", ends: tuple[float, float]) -> np.ndarray:
+    """Grey values uint8 of stored values int64, both of any shape; ``ends`` are black and white without a window."""
     from pydicom.pixels import apply_windowing
 
     padding = _is_padding(levels, data)
@@ -84,8 +96,7 @@ def _grey_of(levels: np.ndarray, data: "Dataset") -> np.ndarray:
         low, high = apply_windowing(np.array([-1e12, 1e12]), data)  # what lies below and above the window becomes
     else:
         shown = modality
-        inside = modality if padding.all() else modality[~padding]
-        low, high = inside.min(), inside.max()
+        low, high = ends if ends[0] <= ends[1] else (0.0, 0.0)  # padding alone is black
     span = float(high) - float(low)
     grey = np.rint(np.clip((shown.astype(np.float64) - float(low)) * (255 / span if span else 0), 0, 255))
     if data.PhotometricInterpretation == "MONOCHROME1":

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from modules.data.bit_depths import eight_bits
 from modules.data.codestreams import read_jpeg2000
-from modules.data.dicom import dicom_shape, is_dicom, load_dicom
+from modules.data.dicom import BYTES_PER_PIXEL, dicom_shape, is_dicom, load_dicom
 from modules.runtime.errors import ImageError, InputError
 from modules.runtime.input_files import open_regular
 
@@ -28,6 +28,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 # RGBA, where RGBA itself gives high and low byte of the grey value as R and G.
 _OTHER_ORDER = "B" if sys.byteorder == "little" else "L"
 _GREY_ALPHA = "LA;16B"
+_TILE_WIDTH, _TILE_HEIGHT, _FREE_TILE = 322, 323, 2**22  # TIFF's tags, and pixels of a tile that are always allowed
+_BYTES = {"I": 4, "F": 4, "LA": 4, "PA": 4}  # of a pixel; others have one for each band
 _LOW_BYTES = {_GREY_ALPHA: "RGBA"} | {
     f"{mode};16{order}": f"{mode};16{other}"
     for mode in ("RGB", "RGBA", "RGBX", "RGBa", "CMYK")
@@ -132,6 +134,8 @@ def _decode_picture(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     """An image of FORMATS, upright, as "L" or "RGB"."""
     with Image.open(file, formats=FORMATS) as image:
         _check_shape(name, image.size, max_pixels)
+        _check_depth(name, image, max_pixels)
+        _check_tiles(name, image)
         if image.format == "JPEG2000":
             file.seek(0)
             read_jpeg2000(file)
@@ -179,6 +183,32 @@ def _check_shape(path: str | Path, size: tuple[int, int], max_pixels: int) -> No
         raise ImageError(f"{shape}, more than max_pixels, {max_pixels}", "image is too large")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(f"{shape}: its sides may differ {MAX_ASPECT}-fold at most", "image is a thin strip")
+
+
+def _check_depth(name: str, image: Image.Image, max_pixels: int) -> None:
+    """ImageError where the decoded pixels would take more than BYTES_PER_PIXEL for each of ``max_pixels``."""
+    raw_mode = next(iter(_arguments(tile) for tile in image.tile), ("",))[0]
+    depth = 2 if raw_mode in _LOW_BYTES else 1
+    size = (
+        image.width
+        * image.height
+        * depth
+        * _BYTES.get(image.mode, 2 if image.mode.startswith("I;16") else len(image.getbands()))
+    )
+    if size > BYTES_PER_PIXEL * max_pixels:
+        raise ImageError(
+            f"image {name!r} decodes to {size} bytes, more than {BYTES_PER_PIXEL} for each of max_pixels, {max_pixels}",
+            "image is too large",
+        )
+
+
+def _check_tiles(name: str, image: Image.Image) -> None:
+    """ImageError where a TIFF has tiles far larger than itself: its decoder allocates and fills a whole one."""
+    width, height = (getattr(image, "tag_v2", {}).get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
+    if not all(isinstance(side, int) for side in (width, height)) or width * height > max(
+        _FREE_TILE, image.width * image.height
+    ):
+        raise ImageError(f"image {name!r} of {image.width} x {image.height} pixels has tiles of {width} x {height}")
 
 
 def blank_problem(image: Image.Image) -> tuple[str, str] | None:

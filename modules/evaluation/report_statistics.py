@@ -34,6 +34,7 @@ from modules.runtime.input_files import open_regular
 from modules.runtime.records import write_private
 
 _TAG, _UNITS = "tag", ("studies", "patients")
+MAX_STATISTICS = 2**30  # bytes, unpacked; those of MIMIC-CXR's test split take a thousandth
 _SENTENCE_METRICS = {metric.name: metric for metric in SENTENCE_METRICS}
 
 
@@ -205,7 +206,10 @@ def load_statistics(path: str | Path) -> dict[str, ReportStatistics]:
     """What ``save_statistics`` wrote, by system; InputError for a file that is missing, damaged or of another kind."""
     try:
         with open_regular(path) as file:
-            arrays = dict(np.load(file, allow_pickle=False))
+            stored = np.load(file, allow_pickle=False)
+            if sum(member.file_size for member in stored.zip.infolist()) > MAX_STATISTICS:
+                raise ValueError("too large")
+            arrays = dict(stored)
         digests = [str(arrays.pop(key)) for key in ("references", "full_references")]
         units = {name: arrays.pop(name, None) for name in _UNITS}  # older files have none
     except FileNotFoundError:

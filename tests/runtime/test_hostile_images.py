@@ -16,6 +16,7 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
+from modules.data.dicom import BYTES_PER_PIXEL
 from modules.data.images import MAX_BYTES, ImageFolder, open_image
 from modules.runtime.errors import InputError
 from tests.data.test_dicom import dicom
@@ -217,6 +218,83 @@ def test_devices_pipes_and_files_of_the_kernel(tmp_path):
         for name in ("zero", "random", "tty", "stdin", "mem", "fd/0", "environ", "cwd/README.md"):
             with pytest.raises(InputError):
                 folder(name)
+
+
+def sixteen_bits(side, kind, channels):
+    """A PNG of 12 bits in 16, whose low bytes are read as well."""
+    row = b"\0" + (np.tile(np.arange(side) % 4000, (channels, 1)).T.astype(">u2").tobytes())
+    packer = zlib.compressobj(1)
+    body = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 16, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+SIDE = 2500
+PLAIN = (np.arange(SIDE * SIDE) % 251).astype(np.uint8).reshape(SIDE, SIDE)
+# Of 6 million pixels: (bytes of a pixel as it is decoded, how it is written).
+LARGE = {
+    "png": (1, lambda: saved(Image.fromarray(PLAIN), "PNG", compress_level=1)),
+    "png of 16 bits": (2, lambda: saved(Image.fromarray(PLAIN.astype(np.uint16) * 257), "PNG", compress_level=1)),
+    "png of 16-bit colours": (6, lambda: sixteen_bits(SIDE, 2, 3)),
+    "png of 16-bit grey and alpha": (4, lambda: sixteen_bits(SIDE, 4, 2)),
+    "png with alpha": (4, lambda: saved(Image.new("RGBA", (SIDE, SIDE)), "PNG", compress_level=1)),
+    "jpeg": (3, lambda: saved(Image.new("RGB", (SIDE, SIDE)), "JPEG", progressive=True)),
+    "webp": (3, lambda: saved(Image.new("RGB", (SIDE, SIDE)), "WEBP", lossless=True, method=0)),
+    "tiff of floats": (4, lambda: saved(Image.fromarray(PLAIN.astype(np.float32)), "TIFF")),
+    "jpeg 2000": (3, lambda: saved(Image.new("RGB", (SIDE, SIDE)), "JPEG2000")),
+    "dicom of 16 bits": (2, lambda: written(PLAIN.astype(np.uint16), 16)),
+    "dicom of 32 bits": (4, lambda: written(np.arange(SIDE**2, dtype=np.uint32).reshape(SIDE, SIDE) * 600, 32)),
+    "dicom, run lengths": (2, lambda: written(PLAIN.astype(np.uint16), 16, syntax=RLELossless, PixelData=runs())),
+    "dicom, jpeg 2000": (2, lambda: written(PLAIN.astype(np.uint16), 16, syntax=JPEG2000Lossless, PixelData=waves())),
+}
+
+
+def written(values, bits, **elements):
+    buffer = io.BytesIO()
+    dicom(buffer, values, bits, **elements)
+    return buffer.getvalue()
+
+
+def runs():
+    plane = b"\x81\x05" * (SIDE * SIDE // 128 + 1)
+    return encapsulate([struct.pack("<16L", 2, 64, 64 + len(plane), *[0] * 13) + plane * 2])
+
+
+def waves():
+    return encapsulate([saved(Image.fromarray(PLAIN.astype(np.uint16)), "JPEG2000", no_jp2=True)])
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_reading_takes_a_few_times_what_is_decoded(name, tmp_path):
+    """At most eight times, whatever the format; and no more than MAX_PIXELS times BYTES_PER_PIXEL is decoded."""
+    size, make = LARGE[name]
+    (tmp_path / "a").write_bytes(make())
+    with little_memory(8 * size * SIDE * SIDE // 1000 + 10_000):
+        open_image(tmp_path / "a")
+
+
+def test_deep_pixels_count_by_their_bytes(tmp_path):
+    wide = np.zeros((100, 100), np.uint32)
+    dicom(tmp_path / "a.dcm", wide, 32)
+    (tmp_path / "a.tif").write_bytes(saved(Image.fromarray(wide.astype(np.float32)), "TIFF"))
+    (tmp_path / "a.png").write_bytes(sixteen_bits(100, 6, 4))
+    for name, bytes_of_pixel in (("a.dcm", 4), ("a.tif", 4), ("a.png", 8)):
+        open_image(tmp_path / name, max_pixels=10_000 * bytes_of_pixel // BYTES_PER_PIXEL + 10)
+        with pytest.raises(InputError, match="for each of max_pixels") as error:
+            open_image(tmp_path / name, max_pixels=10_000 * bytes_of_pixel // BYTES_PER_PIXEL - 10)
+        assert error.value.kind == "image is too large"
+
+
+def test_a_tile_far_larger_than_its_image(tmp_path):
+    side = 20_000
+    body = zlib.compress(bytes(side * side), 1)
+    tags = {256: 100, 257: 100, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 0, 325: len(body)}
+    tags[324] = 8 + 2 + 12 * len(tags) + 4
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory + bytes(4)
+    (tmp_path / "a.tif").write_bytes(head + body)
+    with little_memory(), pytest.raises(InputError, match="of 100 x 100 pixels has tiles of 20000 x 20000"):
+        open_image(tmp_path / "a.tif")
 
 
 def test_any_bytes_are_an_image_or_one_line(tmp_path):

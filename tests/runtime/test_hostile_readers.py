@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import pickle
 import random
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ import torch
 from modules.data.annotations import read_annotation
 from modules.data.prototype_files import load_prototypes, save_prototypes
 from modules.evaluation.report_statistics import load_statistics
+from modules.inference.study_files import StudyFiles
 from modules.labels import chexbert
 from modules.labels.array_pickle import read_pickled_arrays
 from modules.labels.rules import CLASSES
 from modules.labels.study_labels import read_labels
 from modules.layers.visual_extractor_weights import load_weights
 from modules.mining.index import HardNegativeIndex
+from modules.run.predictor import StudyReader
 from modules.runtime.errors import InputError, one_line
 from modules.runtime.input_files import require_plain_archive
 from modules.training.checkpoint import load_checkpoint
@@ -185,3 +189,25 @@ def test_archives_that_torch_writes_pass_and_others_do_not(tmp_path):
     (tmp_path / "cut.pth").write_bytes(saved(LINEAR)[:-20])
     for name in ("plain.pth", "old.pth", "cut.pth"):  # the last is the reader's to name
         require_plain_archive(tmp_path / name, "--flag")
+
+
+def test_statistics_that_unpack_to_gigabytes(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("model/CIDEr.npy", "w") as member:
+            np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": (10**7,)})
+            for _ in range(80):
+                member.write(bytes(10**6))
+        archive.filelist[0].file_size = 2**31  # as a member that is that large announces itself
+    with little_memory(), pytest.raises(InputError, match="not the statistics of a run"):
+        load_statistics(tmp_path / "x.npz")
+
+
+@pytest.mark.timeout(20)
+def test_prediction_has_the_caps_of_training(tmp_path, capsys):
+    for name in ("a.dcm", "a.png"):
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM")
+        os.truncate(tmp_path / name, 3 * 2**30)
+        reader = StudyReader([StudyFiles(name, (tmp_path / name,))], 2, 1)
+        with little_memory():
+            assert list(reader) == [] and reader.unreadable == 1
+        assert f"has {3 * 2**30} bytes, more than {2**30}" in capsys.readouterr().err
