@@ -33,6 +33,7 @@ FIELDS = {
 _BOTH = (*REPORT_COLUMNS, "section_findings", "caption", "captions", "text")
 # Of a folder that main_test.py or R2Gen wrote.
 _IN_FOLDER = {"gts": "gts.csv", "res": "res.csv"}
+_NO_TEXT = ("nan", "none", "null", "<na>")
 _STUDY, _SUBJECT, _PRIOR = ("study_id",), ("subject_id", "patient_id"), ("prior",)
 
 
@@ -103,6 +104,7 @@ def read_reports(
         found = ReportFile(table, [[row[place]] for row in table.rows])
     if captions and side == "gts":
         return _joined(found)
+    found = _without_pandas_words(found)
     several = [key for key, texts in zip(found.ids, found.texts, strict=True) if len(texts) != 1]
     if several:
         raise InputError(f"{path}: id {several[0]} has several texts ({len(several)} have); that is for --cleaner coco")
@@ -131,8 +133,21 @@ def _text_column(table: Table, names: Sequence[str], column: str) -> int:
             f"{table.path}: no column {wanted}; its columns are {', '.join(table.columns)[:200]}: name the one of "
             "reports with --gts_column or --res_column"
         )
+    if [name.strip().lower() for name in table.columns].count(table.columns[place].strip().lower()) > 1:
+        raise InputError(f"{table.path}: two columns are called {table.columns[place].strip()!r}; rename one of them")
     _say_choice(table.path, table.columns[place], [name for name in map(str.lower, table.columns) if name in names])
     return place
+
+
+def _without_pandas_words(found: ReportFile) -> ReportFile:
+    """Texts that pandas writes for a missing one become empty reports, with a note."""
+    rows = [row for row, texts in enumerate(found.texts) if texts and texts[0].strip().lower() in _NO_TEXT]
+    if not rows:
+        return found
+    shown = f"the report of {found.ids[rows[0]]} is {found.texts[rows[0]][0].strip()!r}"
+    print(f"note: {found.path}: {shown}; {len(rows)} such count as empty reports", file=sys.stderr)
+    texts = [[""] if row in set(rows) else own for row, own in enumerate(found.texts)]
+    return ReportFile(found.table, texts)
 
 
 def _say_choice(path: str, chosen: str, candidates: Sequence[str]) -> None:
@@ -214,6 +229,8 @@ class _Records:
                 data = [_without_number(item) for item in data["annotations"]]
             elif len(data) == 1 and isinstance(inner := next(iter(data.values())), list) and _are_objects(inner):
                 data = inner
+        if isinstance(data, list):
+            data = self._of_split(data)
         if isinstance(data, Mapping):
             for key, item in data.items():
                 yield self._record(item, f"id {key}", key)
@@ -222,6 +239,15 @@ class _Records:
                 yield self._record(item, f"record {number}", None)
         else:
             raise InputError(f"{self.path}: holds neither a list nor an object of reports")
+
+    def _of_split(self, data: list) -> list:
+        """Those of a list of all splits' records that are of the one that is read."""
+        named = [item.get("split") for item in data if isinstance(item, Mapping)]
+        if len(named) < len(data) or not set(named) <= set(SPLITS) or len(set(named)) < 2:
+            return data
+        found = [item for item in data if item["split"] == self.split]
+        print(f"note: {self.path}: {len(found)} of {len(data)} records are of split {self.split}", file=sys.stderr)
+        return found
 
     def _record(self, item: Any, where: str, key: str | None) -> tuple[dict[str, str], list[str]]:
         cells = {} if key is None else {"id": key}

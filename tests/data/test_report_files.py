@@ -113,6 +113,23 @@ def test_priors_are_read_where_any_record_has_one(tmp_path):
     assert read_reports(tmp_path / "h.json", "gts").with_prior is None
 
 
+def test_words_of_pandas_for_a_missing_text_are_empty_reports(tmp_path, capsys):
+    (tmp_path / "r.csv").write_text("id,report\na,nan\nb,Edema.\nc,None\n")
+    assert read_reports(tmp_path / "r.csv", "res").texts == [[""], ["Edema."], [""]]
+    assert "the report of a is 'nan'; 2 such count as empty reports" in capsys.readouterr().err
+
+
+def test_of_a_list_of_all_splits_one_is_read(tmp_path, capsys):
+    listed = [
+        {"id": str(n), "report": f"r{n}", "split": split} for n, split in enumerate(["train", "test", "test", "val"])
+    ]
+    for name, content in (("g.json", json.dumps(listed)), ("g.jsonl", lines(listed))):
+        (tmp_path / name).write_text(content)
+        assert read_reports(tmp_path / name, "gts").texts == [["r1"], ["r2"]]
+        assert read_reports(tmp_path / name, "gts", split="train").texts == [["r0"]]
+    assert "2 of 4 records are of split test" in capsys.readouterr().err
+
+
 def test_a_folder_of_a_run(tmp_path):
     (tmp_path / "gts.csv").write_text("Edema.\n")
     (tmp_path / "res.csv").write_text("edema .\n")
@@ -156,6 +173,7 @@ def test_the_field_is_said_where_there_are_several_and_can_be_named(tmp_path, ca
         ("r.json", "[" * 100_000, "nested too deeply"),
         ("r.json", '{"train": [], "val": []}', "has no split 'test'; it has train, val"),
         ("r.csv", "id,words\n1,x\n", "no column such as 'report'; its columns are id, words"),
+        ("r.csv", "report,Report\nx,y\n", "two columns are called 'report'"),
         ("none.json", None, "there is no such file"),
     ],
 )
