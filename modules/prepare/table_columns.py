@@ -125,7 +125,10 @@ def _require(rows: Sequence[Row], known: Collection[str], columns: Sequence[str]
 
 
 def template_columns(column: str) -> list[str]:
-    """The columns in braces of a template such as "{folder}/{name}.png"; a plain column's own name."""
+    """The columns in braces of a template such as "{folder}/{name}.png"; a plain column's own name.
+
+    InputError for braces that do not pair.
+    """
     if "{" not in column:
         return [column]
     try:

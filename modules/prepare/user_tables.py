@@ -59,7 +59,10 @@ _HEADER_NAMES = (
 
 
 def read_pairs(paths: Iterable[Path]) -> list[Row]:
-    """The rows of files called <split>.<column>.tok, whose lines belong together: one row for each line of a split."""
+    """The rows of files called <split>.<column>.tok, whose lines belong together: one row for each line of a split.
+
+    InputError for other names, or where the files of a split differ in length.
+    """
     columns: dict[str, dict[str, list[str]]] = {}
     for path in paths:
         word, _, column = path.name.removesuffix(".tok").partition(".")
