@@ -113,6 +113,8 @@ def score_files(inputs: Inputs, settings: ScoringSettings, device: str = "auto")
     if inputs.training:
         found = read_reports(inputs.training, "gts", column=inputs.references_column, split="train", captions=captions)
         training = [texts[0] for texts in found.texts]
+    # Without an encoder torch is not imported, which takes longer than a small file's scores.
+    needs_device = settings.chexbert_path or settings.bertscore_path or settings.radgraph_path or settings.radeval
     scored = score(
         references.texts if captions else [texts[0] for texts in references.texts],
         {name: [texts[0] for texts in file.texts] for name, file in generated.items()},
@@ -125,7 +127,7 @@ def score_files(inputs: Inputs, settings: ScoringSettings, device: str = "auto")
         max_seq_length=inputs.max_seq_length,
         threshold=inputs.threshold,
         settings=settings,
-        device=choose_device(device),
+        device=choose_device(device) if needs_device else "cpu",
     )
     return FileScores(inputs, references, generated, scored, settings)
 
