@@ -29,6 +29,7 @@ class Scored:
 
     references: Sequence[str] = ()
     reports: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by system
+    words: dict[str, Sequence[str]] = field(default_factory=dict)  # by system: what words were scored of, cleaned
     scores: dict[str, dict[str, float | None]] = field(default_factory=dict)
     intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     statistics: dict[str, ReportStatistics] = field(default_factory=dict)

@@ -126,7 +126,7 @@ class SystemScorer:
         self, references: References, system: str, generated: Sequence[str], scored: Scored
     ) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:
         """Scores and tables of one system; reasons for missing scores are noted in ``scored``."""
-        words = self._split_words(generated)
+        words = scored.words[system] = self._split_words(generated)
         forms = list(references.words.values())
         scores, tables = measure(
             self.metrics, forms[0], forms[1] if len(forms) > 1 else None, words, with_meteor=self._meteor

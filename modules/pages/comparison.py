@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from modules.evaluation.bootstrap import TEST_RESAMPLES, Difference
+from modules.evaluation.metric_table import smaller_is_better
 from modules.evaluation.report_statistics import ReportStatistics, scores_of_sums
 from modules.evaluation.score_names import untagged
 from modules.pages.rendering import page_parts
@@ -174,7 +175,7 @@ def _heading(comparison: Comparison, pair: ReportPair) -> str:
 def _score_cells(line: ScoreLine) -> tuple[str, ...]:
     change = line.change
     return (
-        line.name,
+        f"{line.name} (lower is better)" if smaller_is_better(line.name) else line.name,
         f"{line.first:.4f}",
         f"{line.second:.4f}",
         f"{change.difference:+.4f}",

@@ -10,6 +10,7 @@ from modules.data.report_files import ReportFile, align, read_reports
 from modules.evaluation.baselines import COMMONEST
 from modules.evaluation.report_scores import COCO, MODEL, as_json, score, tokenisation
 from modules.evaluation.report_statistics import save_statistics
+from modules.evaluation.score_names import FULL
 from modules.evaluation.scored import Scored
 from modules.evaluation.settings import ScoringSettings
 from modules.pages.html_report import write_report
@@ -152,7 +153,10 @@ def write_run(folder: Path, found: FileScores, run: str, samples: int) -> None:
         as_json(scored, run) | {"tokenisation": tokenisation(inputs.cleaner), "config": config, "provenance": about},
     )
     captions = inputs.cleaner == COCO
-    write_report_tables(folder, scored.reports[run], found.references.texts if captions else scored.references)
+    if captions:
+        write_report_tables(folder, scored.reports[run], found.references.texts)
+    else:  # as they were scored, so that the folder gives the same scores again
+        write_report_tables(folder, scored.words[run], scored.references)
     save_statistics(
         folder / "statistics.npz",
         {MODEL: scored.statistics[run]} | {n: s for n, s in scored.statistics.items() if n == COMMONEST},
@@ -171,6 +175,7 @@ def _write_page(
     scored, captions = found.scored, found.inputs.cleaner == COCO
     chosen = {run: run} | ({COMMONEST: COMMONEST} if COMMONEST in scored.scores else {})
     forms = CAPTIONS if captions else REPORTS if scored.cut else _GIVEN
+    shown = dict if scored.cut else _in_one_form
     results = as_json(scored, run, run)
     file = found.references
     studies = samples_without_images(scored, run, file.ids, file.texts, captions=captions)
@@ -181,7 +186,9 @@ def _write_page(
         subtitle=f"{len(found.references.texts)} reports of {found.inputs.runs[run]} against {found.inputs.references}",
         synthetic=False,
         scores=[
-            ScoreRow(name, "test", scored.scores[name], name == COMMONEST, intervals=scored.intervals[name])
+            ScoreRow(
+                name, "test", shown(scored.scores[name]), name == COMMONEST, intervals=shown(scored.intervals[name])
+            )
             for name in chosen
         ],
         classes=scored.class_tables(run),
@@ -203,3 +210,8 @@ def _write_page(
         flags=config,
         provenance=about,
     )
+
+
+def _in_one_form(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores of the only form of the references under plain names; clinical ones have a table of their own."""
+    return {name if name.startswith("ce_") else name.removesuffix(FULL): value for name, value in values.items()}

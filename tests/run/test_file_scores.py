@@ -77,7 +77,8 @@ def test_a_finished_run_is_repeated_from_gts_and_res(trained, results):
 
 def test_the_folder_is_one_that_compare_runs_reads(tmp_path):
     (tmp_path / "gts.json").write_text(json.dumps(REFERENCES))
-    for name, reports in (("base", BASE), ("ours", OURS)):
+    raw = ["The heart is normal!", "Edema.", "No effusion (today).", "The lungs are clear."]
+    for name, reports in (("base", raw), ("ours", OURS)):
         (tmp_path / f"{name}.json").write_text(json.dumps(reports))
     systems = systems_of([str(tmp_path / "base.json"), f"our system={tmp_path / 'ours.json'}"])
     found = score_files(Inputs(str(tmp_path / "gts.json"), systems, cleaner="iu_xray"), WITHOUT_JAVA, "cpu")
@@ -95,7 +96,10 @@ def test_the_folder_is_one_that_compare_runs_reads(tmp_path):
         {test.score: test.p_holm for test in tests}
     )
     page = (tmp_path / "our_system" / "report.html").read_text()
-    assert "our system, scored" in page and "<script" not in page
+    assert "our system, scored" in page and "<script" not in page and "hallucinated devices" in page
+    again = score_files(Inputs(str(tmp_path / "base"), {"base": [str(tmp_path / "base")]}), WITHOUT_JAVA, "cpu").scored
+    for name in ("BLEU_4", "ROUGE_L", "CIDEr"):
+        assert again.scores["base"][name] == pytest.approx(found.scored.scores["base"][name], abs=1e-12)
     assert set(load_statistics(tmp_path / "base" / "statistics.npz")) == {"model"}
 
 
