@@ -1,13 +1,17 @@
 """Users' mistakes become one line and exit code 2; everything else keeps its traceback."""
 
+import contextlib
 import difflib
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from modules.runtime.packages import missing_package, remedy
+
+FOLDERS_MADE: list[Path] = []  # by this process, in order; those that are empty when it fails are removed
 
 
 class InputError(ValueError):
@@ -76,29 +80,46 @@ def log_failure(error: BaseException) -> None:
 def run_entry_point(main: Callable[[], int | None]) -> None:
     """Run ``main`` and exit the process with its code; an InputError prints one line on stderr and exits with 2.
 
-    So does a Python without the packages, which is most often one whose environment was not activated.
+    So does a Python without the packages, which is most often one whose environment was not activated. Folders that
+    were made and are empty are removed where ``main`` did not succeed.
     """
+    code: int | None = 1
     try:
-        code = main()
+        code = _exit_code(main)
+    finally:
+        if code:
+            _remove_empty_folders()
+    sys.exit(code or 0)
+
+
+def _remove_empty_folders() -> None:
+    for path in reversed(FOLDERS_MADE):
+        with contextlib.suppress(OSError):  # not empty, or gone
+            path.rmdir()
+    FOLDERS_MADE.clear()
+
+
+def _exit_code(main: Callable[[], int | None]) -> int | None:
+    try:
+        return main()
     except InputError as error:
         log_failure(error)
         _say(error)
-        code = 2
+        return 2
     except ModuleNotFoundError as error:
         package = missing_package(error)
         if package is None:
             raise
         _say(InputError(f"{sys.executable} has no package {package}; {remedy()}"))
-        code = 2
+        return 2
     except KeyboardInterrupt as error:
         log_failure(error)
         print("interrupted", file=sys.stderr)
-        code = 130
+        return 130
     except BrokenPipeError:
         # The reader (head, less) went away: nothing is wrong, and flushing again would raise once more.
         sys.stderr.close()
-        code = 0
+        return 0
     except Exception as error:
         log_failure(error)
         raise
-    sys.exit(code or 0)

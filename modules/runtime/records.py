@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.runtime.errors import InputError
+from modules.runtime.errors import FOLDERS_MADE, InputError
 from modules.runtime.input_files import read_text
 
 
@@ -29,6 +29,7 @@ def private_folder(path: str | Path) -> Path:
         private_folder(path.parent)
         try:
             path.mkdir(mode=0o700, exist_ok=True)
+            FOLDERS_MADE.append(path)
         except OSError as error:
             raise InputError(f"folder {str(path)!r} cannot be made: {error.strerror}") from error
     return path

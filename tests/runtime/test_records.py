@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from modules.runtime.errors import InputError
+from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.records import append_record, private_folder, write_private, write_report_tables, write_results
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -148,3 +148,22 @@ def test_runs_that_end_at_the_same_moment_both_leave_their_row(tmp_path):
     ]
     assert [run.wait() for run in runs] == [0] * 4
     assert len(pd.read_csv(tmp_path / "demo.csv")) == 100
+
+
+@pytest.mark.parametrize("failure", [InputError("wrong"), KeyboardInterrupt(), RuntimeError("a bug"), 2, None, 0])
+def test_a_program_that_fails_leaves_no_empty_folders(failure, tmp_path):
+    (tmp_path / "earlier").mkdir()
+
+    def main():
+        for name in ("earlier", "earlier/new", "a/b/c", "full/deep"):
+            private_folder(tmp_path / name)
+        write_private(tmp_path / "full" / "x", "content")
+        if isinstance(failure, BaseException):
+            raise failure
+        return failure
+
+    with pytest.raises((SystemExit, RuntimeError)):
+        run_entry_point(main)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    everything = {"earlier", "earlier/new", "a", "a/b", "a/b/c", "full", "full/deep", "full/x"}
+    assert left == (everything if not failure else {"earlier", "full", "full/x"})
