@@ -46,8 +46,8 @@ def score(
     an earlier examination, which comparison_rate asks for. InputError for counts that differ, and
     for options that exclude one another.
     """
-    settings = settings or ScoringSettings()
-    systems = {name: list(texts) for name, texts in _named(generated).items()}
+    settings, references = settings or ScoringSettings(), _listed("references", references)
+    systems = {name: _listed(name, texts) for name, texts in _named(generated).items()}
     _check(references, systems, cleaner, training, max_seq_length, threshold)
     train = [] if cleaner == COCO else list(training)
     clean = _cleaning(cleaner)
@@ -118,11 +118,27 @@ def _named(generated: Sequence[str] | Mapping[str, Sequence[str]]) -> Mapping[st
     return generated if isinstance(generated, Mapping) else {MODEL: generated}
 
 
+def _listed(name: str, texts: Any) -> list:
+    """``texts`` as a list; InputError for what is no sequence of texts, such as a table's missing cells."""
+    if isinstance(texts, (str, Mapping)):
+        raise InputError(
+            f"{name}: a list of texts is needed, in the order of the references, not a {type(texts).__name__}"
+        )
+    found = list(texts)
+    for row, text in enumerate(found):
+        if not (isinstance(text, str) or (isinstance(text, (list, tuple)) and text and set(map(type, text)) == {str})):
+            raise InputError(f"{name}: number {row + 1} is {type(text).__name__}, not a text; an empty report is ''")
+    return found
+
+
 def _check(references, systems, cleaner, training, max_seq_length, threshold) -> None:
     if cleaner not in CLEANER_NAMES:
         raise InputError(f"cleaner {cleaner!r} is unknown; choose one of {', '.join(CLEANER_NAMES)}")
     if not references or not systems:
         raise InputError("no reports to score: references and generated reports are needed")
+    several = cleaner != COCO and not all(isinstance(text, str) for text in references)
+    if several or not all(isinstance(text, str) for texts in systems.values() for text in texts):
+        raise InputError("a report is one text; only references may be several, with cleaner 'coco'")
     for name, texts in systems.items():
         if len(texts) != len(references):
             raise InputError(f"{name} has {len(texts)} reports where there are {len(references)} references")

@@ -185,5 +185,15 @@ def test_names_of_systems(tmp_path):
 def test_options_that_exclude_one_another(options, cause):
     with pytest.raises(InputError, match=cause):
         score(REFERENCES, BASE, settings=WITHOUT_JAVA, **options)
+    for texts, cause in (
+        (BASE[:3] + [float("nan")], "model: number 4 is float, not a text"),
+        ("one text", "model: a list of texts is needed"),
+        ({"base": dict(enumerate(BASE))}, "base: a list of texts is needed.*not a dict"),
+        ([[text] for text in BASE], "a report is one text"),
+    ):
+        with pytest.raises(InputError, match=cause):
+            score(REFERENCES, texts, settings=WITHOUT_JAVA)
+    with pytest.raises(InputError, match="only references may be several, with cleaner 'coco'"):
+        score([[text] for text in REFERENCES], BASE, settings=WITHOUT_JAVA)
     with pytest.raises(InputError, match="model has 3 reports where there are 4 references"):
         score(REFERENCES, BASE[:3], settings=WITHOUT_JAVA)
