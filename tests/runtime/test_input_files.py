@@ -58,6 +58,8 @@ ALLOWED = {
     ("models.settings", "(ROOT / _path(module)).read_text"): "the project's source",
     ("modules.pages.local_page", "(TEMPLATES / 'example.png').read_bytes"): "the project's example",
     ("modules.pages.rendering", "(TEMPLATES / file).read_text"): "the project's templates",
+    ("modules.prepare.table_columns", "(PRESETS / f'{name}.json').read_text"): "the project's tables",
+    ("scripts.third_party", "file.read_text"): "of an installed package",
     ("scripts.run_experiments", "paths[0].read_text"): "a table that was just written",
 }
 
