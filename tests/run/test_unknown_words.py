@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_suppression_is_the_default_of_training_and_not_of_published_checkpoints
     def resolve(given, settings):
         raise Reached(given.get("suppress_unk"))
 
-    monkeypatch.setattr("modules.run.testing.load_checkpoint", lambda path: {"state_dict": {}})
+    monkeypatch.setattr("modules.run.testing.load_trained", lambda path: ({"state_dict": {}}, Path(path)))
     monkeypatch.setattr("modules.run.testing.resolve_config", resolve)
     for given, expected in (({}, False), ({"suppress_unk": True}, True)):
         with pytest.raises(Reached, match=str(expected)):
