@@ -3,6 +3,7 @@
 All of it is here, for training, evaluation, the caches and prediction alike. Shapes: N views, H x W pixels.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,10 +64,7 @@ class Transform:
 
     def normalise(self, pixels: Tensor, view_mask: Tensor | None = None) -> Tensor:
         """(..., 3, H, W) uint8 -> float32 = (pixel / 255 - mean) / std; 0 where ``view_mask`` (...) is False."""
-        # 255 as a tensor: a GPU would multiply by the reciprocal of a number, and differ from the CPU in the last bit.
-        white, mean, std = (
-            torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in ([255.0], self.mean, self.std)
-        )
+        white, mean, std = (_channels(values, pixels.device) for values in ((255.0,), self.mean, self.std))
         scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(white).sub_(mean).div_(std)
         return scaled if view_mask is None else scaled.masked_fill_(~view_mask[..., None, None, None], 0)
 
@@ -77,6 +75,16 @@ class Transform:
         mirrored = bool(torch.rand((), generator=rng) < 0.5)
         values = values[:, top : top + self.size, left : left + self.size]
         return values[:, :, ::-1] if mirrored and self.flip else values
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a step of training may use what a test has made
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """``values`` as (C, 1, 1), uploaded once: a GPU is waited for.
+
+    Tensors, because a GPU would multiply by the reciprocal of a number, and differ from the CPU in the last bit.
+    """
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def train_transform(

@@ -2,7 +2,8 @@
 
 A slot holds the keys and values of one token of one hypothesis. All hypotheses of a study share its slots, and a
 mask says which slots are a hypothesis's own past: when beams change places, only that mask is reordered. Slots that
-no live beam sees are dropped every COMPACTION_INTERVAL steps, so that a step costs much the same at any position.
+no live beam sees are dropped every COMPACTION_INTERVAL steps, so that a step costs much the same at any position. A GPU
+has to be waited for to know how many, and a few more keys cost it nothing: there, only once there are many.
 
 Shapes: B studies, K hypotheses per study, h heads of width w, slots in the order in which they were filled.
 """
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 COMPACTION_INTERVAL = 16  # steps between two compactions
+SLOTS_ON_A_GPU = 256  # filled ones, below which nothing is dropped there
 
 
 class KeyValueCache:
@@ -64,7 +66,8 @@ class DecodingCache:
         if parents is not None:
             index = parents.unsqueeze(-1).expand(-1, -1, self.visible.size(-1))
             self.visible = self.visible.gather(1, index)
-            if self.position % COMPACTION_INTERVAL == 0:
+            many = not tokens.is_cuda or self.visible.size(-1) > SLOTS_ON_A_GPU
+            if many and self.position % COMPACTION_INTERVAL == 0:
                 self.compact()
         own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
         self.visible = torch.cat([self.visible, own], dim=-1) if self.position else own

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules.decoding.options import DecodingOptions
+from modules.runtime.transfers import upload
 
 FINISHED_PENALTY = 1000.0  # what a beam that has ended loses, so that live beams replace it
 TRIGRAM_PENALTY = 2 * 0.693  # what a word loses for every time that it already ended this trigram
@@ -49,7 +50,7 @@ class WithoutToken:
     def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
         """Log-probabilities (B, K, V+1) after ``tokens`` (B, K), which continue hypotheses ``parents`` (B, K)."""
         log_probs = self.session.step(tokens, parents)
-        index = torch.tensor([self.token], device=log_probs.device)
+        index = torch.full((1,), self.token, device=log_probs.device)
         return log_probs.index_fill(-1, index, -torch.inf)
 
     def keep(self, rows: Tensor) -> None:
@@ -98,13 +99,13 @@ class Search:
             tokens, parents = self.advance(session.step(tokens, parents), step)
             if step % interval < interval - 1:
                 continue
-            done = self.done()
+            done = self.done().cpu()
             num_done = int(done.sum())
             if num_done == len(done):
                 break
             if 4 * num_done >= len(done):  # not for fewer: removing rows copies the caches of the others
-                self.store(done.nonzero().squeeze(1))
-                stay = (~done).nonzero().squeeze(1)
+                self.store(upload(done.nonzero().squeeze(1), self.device))
+                stay = upload((~done).nonzero().squeeze(1), self.device)
                 self.keep(stay)
                 session.keep(stay)
                 tokens, parents = tokens[stay], None if parents is None else parents[stay]

@@ -12,6 +12,7 @@ import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from modules.layers.visual_extractor_weights import load_weights, no_pickles, not_fetched, packaged_weights
+from modules.runtime.transfers import upload
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -77,7 +78,7 @@ class VisualExtractor(nn.Module):
             patches = patches.flatten(1, 2)
             return patches, None, _at_least_float32(patches).mean(dim=1)
         patches = images if images.dim() == 4 else self._present_views(images, view_mask)
-        present = view_mask.to(images.device, non_blocking=True)
+        present = upload(view_mask, images.device)
         pooled = _at_least_float32(patches).mean(dim=2).sum(dim=1) / present.sum(dim=1, keepdim=True)
         patch_mask = present.repeat_interleave(patches.size(2), dim=1)
         return patches.flatten(1, 2), patch_mask, pooled
@@ -98,7 +99,7 @@ class VisualExtractor(nn.Module):
                 for view in range(view_mask.size(1))
             ]
         )
-        indices = [rows[selected].to(images.device, non_blocking=True) for selected in calls if selected.any()]
+        indices = [upload(rows[selected], images.device) for selected in calls if selected.any()]
         grids = torch.cat([self._grid(flat[index]) for index in indices])  # (present views, S, C)
         patches = grids.new_zeros(len(flat), *grids.shape[1:])
         return patches.index_copy(0, torch.cat(indices), grids).unflatten(0, view_mask.shape)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from modules.run.vocabulary import AnyTokenizer
 from modules.runtime import distributed
 from modules.runtime.environment import choose_device, choose_precision
 from modules.runtime.errors import InputError
+from modules.runtime.kernels import choose_kernels, prefers_channels_last
 from modules.runtime.launch import process_device
 from modules.runtime.run_log import Bar
 from modules.runtime.settings import is_local_only, part_of
@@ -42,15 +42,8 @@ def prepare_device(config: Config) -> torch.device:
     device = choose_device("cpu" if config.n_gpu == 0 else process_device(config.device))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # torch by itself allows TF32 in convolutions and not in matrix products.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    choose_kernels(tf32=config.tf32, deterministic=config.deterministic)
     torch.manual_seed(config.seed)
-    if config.deterministic:
-        # cuBLAS reads it at its first call; without it torch refuses some products.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    else:
-        torch.backends.cudnn.benchmark = True
     return device
 
 
@@ -71,6 +64,7 @@ def _requests_for(name: str) -> contextlib.AbstractContextManager:
 def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
     """The visual extractor, without weights unless ``pretrained``; InputError for an unknown name or misfit."""
     name = config.visual_extractor
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     try:
         with _requests_for(name):
             return VisualExtractor(
@@ -78,7 +72,7 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
                 pretrained=pretrained and config.visual_extractor_pretrained,
                 weights=config.visual_extractor_weights if pretrained else None,
                 batch_norm=config.batch_norm,
-                channels_last=True,
+                channels_last=prefers_channels_last(capability, config.precision, config.tf32),
                 frozen=config.freeze_visual_extractor,
                 image_size=config.image_size,
             )

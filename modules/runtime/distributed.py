@@ -209,19 +209,15 @@ def data_parallel(module: nn.Module) -> nn.Module:
     if not is_distributed():
         return module
     broadcast_weights(module)
-    device, wrapper = next(module.parameters()).device, nn.parallel.DistributedDataParallel
+    wrapper = nn.parallel.DistributedDataParallel
     # Otherwise every forward pass would broadcast all buffers, the memory of the previous epoch's negatives included.
     name = (
         "forward_sync_buffers"
         if "forward_sync_buffers" in inspect.signature(wrapper).parameters
         else "broadcast_buffers"
     )  # its name before torch 2.14
-    return wrapper(
-        module,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **{name: False},
-    )
+    # Without device_ids: the wrapper would move what is on the CPU for good reason, such as the number of tokens.
+    return wrapper(module, gradient_as_bucket_view=True, **{name: False})
 
 
 def no_gradient_sync(parallel: nn.Module) -> contextlib.AbstractContextManager:

@@ -1,6 +1,6 @@
 """Keeps a step whose loss or gradient is not finite out of the model, and counts such steps.
 
-Only ``read`` waits for the device.
+Only ``read`` waits for the device. Within an epoch, what is known of the steps follows them some steps later.
 """
 
 import logging
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.runtime.errors import InputError
+from modules.runtime.transfers import Download
 
 logger = logging.getLogger("ithn")
 
@@ -47,6 +48,7 @@ class NonFiniteGuard:
         self._before: Tensor | None = None
         self._flags: list[Tensor] = []
         self._steps: list[tuple[int, int, Sequence[Tensor]]] = []
+        self._sent: tuple[Download, list[tuple[int, int, Sequence[Tensor]]]] | None = None
         self._read_every = 1 if device.type == "cpu" else MOST_SKIPPED_IN_A_ROW
         self.in_a_row = self.skipped = 0
 
@@ -69,12 +71,27 @@ class NonFiniteGuard:
         self._flags.append(torch.stack([skipped, finite_loss]))
         self._steps.append((epoch, step, rows))
         if len(self._steps) >= self._read_every:
-            self.read()
+            self._judge_sent()  # sent so many steps ago that it has arrived
+            self._send()
+            if self._read_every == 1:
+                self._judge_sent()
 
     def read(self) -> None:
         """Look at the steps since the last call; InputError where too many in a row have been skipped."""
-        flags = torch.stack(self._flags).tolist() if self._flags else []
-        steps, self._flags, self._steps = self._steps, [], []
+        self._judge_sent()
+        if self._steps:
+            self._send()
+            self._judge_sent()
+
+    def _send(self) -> None:
+        self._sent = Download(torch.stack(self._flags)), self._steps
+        self._flags, self._steps = [], []
+
+    def _judge_sent(self) -> None:
+        if self._sent is None:
+            return
+        (sent, steps), self._sent = self._sent, None
+        flags = sent.value().tolist()
         for (skipped, finite_loss), (epoch, step, rows) in zip(flags, steps, strict=True):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             self.skipped += skipped
@@ -100,7 +117,7 @@ class NonFiniteGuard:
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint stores; ``read`` comes first."""
-        assert not self._steps
+        assert not self._steps and self._sent is None
         return {"in_a_row": self.in_a_row, "skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

@@ -1,5 +1,7 @@
 """Several processes, joined by gloo: they compute what one does, and one process is the identity."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -192,3 +194,14 @@ def test_one_process_is_the_identity():
     assert (distributed.is_distributed(), distributed.rank(), distributed.world_size()) == (False, 0, 1)
     assert distributed.gather_with_gradient(x) is distributed.gather(x) is distributed.all_reduce_sum(x) is x
     assert distributed.broadcast_object(x) is x and distributed.data_parallel(module) is module
+
+
+def test_on_a_gpu_the_wrapper_moves_no_input(monkeypatch):
+    """Given device_ids, it would upload the number of tokens in every batch, and wait."""
+    given = {}
+    on_gpu = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda", 0))]))
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(distributed, "broadcast_weights", lambda module: None)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda module, **settings: given.update(settings))
+    distributed.data_parallel(on_gpu)
+    assert given["gradient_as_bucket_view"] and given.get("device_ids") is None

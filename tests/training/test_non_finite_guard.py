@@ -177,3 +177,11 @@ def test_an_unreadable_sample_ends_the_run_with_everything_before_it_saved():
     with pytest.raises(InputError, match="cannot be read"):
         one.train()
     assert saved == [2]
+
+
+def test_what_was_sent_is_judged_later_and_nothing_is_lost():
+    """As on a GPU, where the flags of 25 steps are on their way during the next 25."""
+    one = made([*GOOD, batch(NAN, 1.0)] * 2)
+    one.guard._read_every = 3
+    one.train()
+    assert one.history[0]["train_skipped_steps"] == 2 and one.state_dict()["guard"] == {"in_a_row": 1, "skipped": 0}

@@ -1,0 +1,155 @@
+"""Cases for the null device: a training step and a search of every backbone, as deep as published and narrow."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.null_device import NullDevice
+from models import backbone_class, settings_class
+from models.base import Backbone, VisualFeatures
+from modules.data.batches import Batch, Pair
+from modules.data.transforms import train_transform
+from modules.decoding.options import DecodingOptions
+from modules.ithn.objective import Objective
+from modules.ithn.settings import ITHNSettings
+from modules.layers.visual_extractor import VisualExtractor
+from modules.runtime.environment import autocast
+from modules.runtime.stopping import GracefulShutdown
+from modules.training.settings import LoopSettings, OptimSettings
+from modules.training.trainer import Trainer
+
+WORDS, ROWS, VIEWS, LENGTH, SIDE, PATCHES = 50, 4, 2, 60, 64, 49
+NARROW: dict[str, dict[str, Any]] = {
+    "r2gen": {"rm_d_model": 32, "rm_num_heads": 2},
+    "r2gencmn": {"topk": 8, "cmm_size": 64, "cmm_dim": 32},
+    "xpronet": {"topk": 5, "d_img_ebd": 32, "d_txt_ebd": 16, "num_cluster": 14},
+    "visualgpt": {},
+}
+# What its constructor takes besides.
+MORE: dict[str, dict[str, Any]] = {
+    "xpronet": {"no_finding": 0},
+    "visualgpt": {"begin_id": 5, "end_id": 5, "pad_token": 5},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCase:
+    """One optimiser step; fields that are not given are those of a plain run."""
+
+    backbone: str
+    ithn: dict[str, Any] = dataclasses.field(default_factory=lambda: {"strategy": "off"})
+    precision: str = "float32"
+    optim: dict[str, Any] = dataclasses.field(default_factory=dict)
+    batches: int = 1  # accumulated
+    missing_views: bool = False
+    frozen: bool = False
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # the backbone's
+
+
+class GivenFeatures(nn.Module):
+    """Stands for an extractor in a search whose features are given: 2048 wide, as ResNet-101's."""
+
+    width, patches_per_view = 2048, PATCHES
+
+
+def build_backbone(name: str, extractor: nn.Module, **settings: Any) -> Backbone:
+    """The backbone ``name`` around ``extractor``, 32 wide and as deep as published."""
+    narrow = {"d_model": 32, "d_ff": 32, "num_heads": 2, **NARROW[name], **settings}
+    return backbone_class(name)(
+        visual_extractor=extractor, num_ids=WORDS, settings=settings_class(name)(**narrow), **MORE.get(name, {})
+    )
+
+
+def make_batch(negatives: bool, missing_views: bool = False, length: int = LENGTH) -> Batch:
+    """A pinned batch of random pixels and words, as a loader with workers hands it over."""
+
+    def pair(length: int) -> Pair:
+        tokens = torch.randint(1, WORDS, (ROWS, length))
+        tokens[:, 0] = tokens[:, -1] = 0
+        present = torch.ones(ROWS, VIEWS, dtype=torch.bool)
+        present[: ROWS // 2, 1:] = not missing_views
+        pixels = torch.zeros(ROWS, VIEWS, 3, SIDE, SIDE, dtype=torch.uint8)
+        return Pair(pixels, present, tokens, torch.ones(ROWS, length, dtype=torch.bool), torch.ones(ROWS, 14))
+
+    rows, transform = torch.arange(ROWS), train_transform(SIDE, (0.5,) * 3, (0.5,) * 3)
+    return Batch(
+        pair(length),
+        pair(length - 3) if negatives else None,
+        torch.ones(ROWS, dtype=torch.bool) if negatives else None,
+        rows,
+        rows,
+        [""] * ROWS,
+        [""] * ROWS,
+        transform=transform,
+    ).pin_memory()
+
+
+def make_trainer(objective: nn.Module, case: StepCase, device: torch.device) -> Trainer:
+    """The trainer of a run, without data, validation and checkpoints."""
+
+    def none(*_: Any) -> dict:
+        return {}
+
+    return Trainer(
+        objective,
+        OptimSettings(**case.optim),
+        LoopSettings(),
+        loader=None,
+        validate=none,
+        save=none,
+        on_epoch=none,
+        shutdown=GracefulShutdown(),
+        device=device,
+        precision=case.precision,
+    )
+
+
+class Steps:
+    """Takes the steps of cases, which share an extractor: building one is slow."""
+
+    def __init__(self, null: NullDevice, extractor: str = "resnet101"):
+        self.null, self.name, self.device = null, extractor, torch.device("cuda:0")
+        self.extractors: dict[bool, VisualExtractor] = {}
+
+    def objective(self, case: StepCase) -> Objective:
+        """The objective of ``case`` on the device."""
+        if case.frozen not in self.extractors:
+            self.extractors[case.frozen] = VisualExtractor(
+                self.name, channels_last=True, image_size=SIDE, frozen=case.frozen
+            )
+        backbone = build_backbone(case.backbone, self.extractors[case.frozen], **case.settings)
+        settings = ITHNSettings(**{"embedding_dim": 16, **case.ithn})
+        return Objective(backbone, settings, n_samples=ROWS).to(self.device).train()
+
+    def take(self, case: StepCase, steps: int = 1) -> Counter[str]:
+        """What ``steps`` steps of ``case`` do after one that creates the optimiser's state and fill caches."""
+        objective = self.objective(case)
+        trainer = make_trainer(objective, case, self.device)
+        group = [make_batch(objective.uses_negatives, case.missing_views) for _ in range(case.batches)]
+
+        def step() -> None:
+            trainer._step(group)
+            trainer.position.steps += 1
+
+        step()
+        with self.null.counting() as found:
+            for _ in range(steps):
+                step()
+        return found
+
+
+def search(null: NullDevice, name: str, precision: str = "float32", **decoding: Any) -> Counter[str]:
+    """What a search of 60 tokens does that ends at the last one, for studies whose second view may be missing."""
+    device = torch.device("cuda:0")
+    backbone = build_backbone(name, GivenFeatures()).to(device).eval()
+    backbone.mean_patches = torch.zeros(VIEWS * PATCHES, 2048, device=device)
+    patches = torch.zeros(ROWS, VIEWS * PATCHES, 2048, device=device)
+    features = VisualFeatures(patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=device), patches.mean(1))
+    options = DecodingOptions(max_seq_length=60, **decoding)
+
+    with torch.inference_mode(), autocast(device, precision), null.counting() as found:
+        backbone.search(None, features=features, decoding=options)
+    return found

@@ -1,0 +1,96 @@
+"""The GPU path without a GPU: what benchmarks/host_path.py counts on the null device, and what torch chooses there.
+
+Two or three processes for the whole file; skipped, with the reason, where the null device cannot be built.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.host_path import BUDGETS, held_against
+from benchmarks.null_device import Unavailable, build, environment
+
+ROOT = Path(__file__).resolve().parents[2]
+ATTENTION = """
+import json
+import torch
+from modules.runtime.kernels import choose_kernels
+
+def chosen(queries, keys, masked):
+    query, key = (torch.empty(16, 8, n, 64, device="cuda", dtype=torch.bfloat16) for n in (queries, keys))
+    mask = torch.ones(16, 1, queries, keys, dtype=torch.bool, device="cuda") if masked else None
+    return torch._fused_sdp_choice(query, key, key, attn_mask=mask)
+
+decoding = [(3, 40, True), (3, 98, False), (1, 40, False), (3, 178, True), (1, 1, False)]
+before = [chosen(*shape) for shape in decoding]
+choose_kernels(tf32=False, deterministic=False)
+print(json.dumps([before, [chosen(*shape) for shape in decoding]]))
+"""
+CUDNN = 3  # torch.nn.attention.SDPBackend.CUDNN_ATTENTION
+
+
+@pytest.fixture(scope="module")
+def library():
+    try:
+        return build()
+    except Unavailable as reason:
+        pytest.skip(f"no null device: {reason}")
+
+
+@pytest.fixture(scope="module")
+def counted(library, tmp_path_factory):
+    """The rows of the table, and every case as [kind, backbone, case, counts]."""
+    out = tmp_path_factory.mktemp("host_path") / "counts.json"
+    program = [sys.executable, "benchmarks/host_path.py", "--quick", "--out", str(out)]
+    done = subprocess.run(program, cwd=ROOT, env=environment(library), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, json.loads(out.read_text())["cases"]
+
+
+def test_no_budget_is_exceeded(counted):
+    table, cases = counted
+    budgets = json.loads(BUDGETS.read_text())
+    assert [row for row in held_against(budgets, cases) if row[4]] == []
+    assert {case[1] for case in cases} == set(budgets["backbones"]) and "over" not in table
+
+
+def test_a_step_waits_for_the_device_never(counted):
+    """Whatever the backbone, strategy, precision, clipping, accumulation; nor does the guard, which reads every 25."""
+    steps = [case for case in counted[1] if case[0] in ("step", "deep step")]
+    assert len(steps) > 60
+    waiting = {(name, case): counts for _, name, case, counts in steps if counts.get("waits")}
+    assert waiting == {}
+    assert {name for _, name, _, counts in steps if counts.get("unpinned_uploads")} == set()
+
+
+def test_the_counts_are_of_real_work(counted):
+    """Each step has launches and products, and the named waits are seen: a device that counts nothing has none."""
+    for kind, *_, counts in counted[1]:
+        assert counts["launches"] > 500 and counts["products"] > 50
+        assert counts.get("waits", 0) == {"named wait": 1, "search": 7}.get(kind, 0)
+
+
+def test_what_exceeds_its_budget_is_marked():
+    budgets = {
+        "waits of a search": 8,
+        "backbones": {"r2gen": {"launches of a token": {}, "launches of a step": {"a": 9}}},
+    }
+    cases = [
+        ("deep step", "r2gen", "a", {"launches": 6, "products": 4, "waits": 0, "unpinned_uploads": 0}),
+        ("step", "r2gen", "b", {"launches": 1, "waits": 1, "unpinned_uploads": 0}),
+        ("named wait", "r2gen", "c", {"launches": 1, "waits": 1, "unpinned_uploads": 0}),
+    ]
+    over = [row[0] for row in held_against(budgets, cases) if row[4]]
+    assert over == ["r2gen: launches of a step, a", "waits in the worst of 1 cases: step"]
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_decoding_does_not_use_cudnn_attention(library, capability):
+    program = [sys.executable, "-c", ATTENTION]
+    done = subprocess.run(program, cwd=ROOT, env=environment(library, [capability]), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = json.loads(done.stdout)
+    assert CUDNN in before and CUDNN not in after
