@@ -139,7 +139,27 @@ class NetworkSettings:
 
     model_name: str = setting("r2gencmn", "backbone", f"the backbone: {', '.join(MODELS)}", exported=True)
     visual_extractor: str = setting(
-        "resnet101", "backbone", "torchvision or timm model that gives patch features", exported=True, remote=True
+        "resnet101",
+        "backbone",
+        "torchvision or timm model that gives patch features; hf:FOLDER or hf:OWNER/NAME: a vision model of "
+        "transformers, timm or open_clip; xrv:densenet121: torchxrayvision's, from --visual_extractor_weights",
+        exported=True,
+        remote=True,
+    )
+    visual_extractor_config: str = setting(
+        "",
+        "backbone",
+        "architecture, mean, std and image size of an hf: visual extractor, as JSON; a run takes it from the folder "
+        "and keeps it in its checkpoints",
+        exported=True,
+    )
+    image_feature: str = setting(
+        "mean",
+        "backbone",
+        "the image feature that ITHN contrasts: mean of the patches, or the class token of a visual extractor that has "
+        "one",
+        choices=("mean", "class"),
+        exported=True,
     )
     visual_extractor_pretrained: bool = setting(
         True, "backbone", "start from ImageNet weights", train_only=True, initial=True
@@ -336,6 +356,8 @@ def _check_inputs(config: Config) -> None:
             f"--feature_cache {config.feature_cache}: only features of a frozen visual extractor can be cached; add "
             "--freeze_visual_extractor true"
         )
+    if config.feature_cache and config.image_feature != "mean":
+        raise InputError(f"--image_feature {config.image_feature}: --feature_cache keeps patches alone; give mean")
     if config.image_cache and config.feature_cache:
         raise InputError(
             f"--image_cache {config.image_cache}: with --feature_cache no image is read; leave one of them out"

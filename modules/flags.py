@@ -64,6 +64,7 @@ SELF_CRITICAL = {"lr_ve": 1e-5, "lr_ed": 1e-5, "lr_scheduler": "constant", "moni
 ASKING_FOR_ITHN = ("strategy", "ithn_variant")  # flags that ask for ITHN by being given, whatever their value
 # Settings of ITHN that the plain backbone uses too, or that say whether ITHN is on.
 WITHOUT_ITHN = ("ithn", "ce_weight")
+_DESCRIBED = ("visual_extractor_config",)
 LABEL_FILES = ("label_path", "label_columns")
 
 
@@ -407,6 +408,7 @@ def flags_in_effect(
         "stored in the checkpoint": stored if loaded else (),
         f"not settings of --model_name {name}": settings_of(*BACKBONE_SETTINGS) - settings_of(own),
         f"--model_name {name} needs no labels": labels,
+        "only an hf: visual extractor has one": () if config.visual_extractor.startswith("hf:") else _DESCRIBED,
         "only --tokenizer subword depends on it": () if config.tokenizer == "subword" else ("subword_vocabulary",),
         "labels are predicted from the image": LABEL_FILES if testing and not own.reads_reference_labels else (),
     }

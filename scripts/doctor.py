@@ -163,8 +163,17 @@ def visual_extractor(name: str) -> tuple[str, str]:
     import torchvision
     from huggingface_hub import try_to_load_from_cache
 
+    from modules.layers.hub_encoders import is_hub_name
     from modules.layers.visual_extractor_weights import packaged_weights
+    from modules.runtime.hub import cached_model
 
+    if name.startswith("xrv:"):
+        return OK, f"{name}: its weights are a file that you give with --visual_extractor_weights"
+    if is_hub_name(name):
+        where = name.partition(":")[2]
+        if Path(where).is_dir() or (where.count("/") == 1 and cached_model(where, needs_vocabulary=False)):
+            return OK, f"{name} is on this machine"
+        return NOTE, f"{name} is not on this machine; the first training downloads it, if it is an id on the hub"
     if packaged_weights(name):
         return OK, f"{name}: the weights come with a package"
     if name in torchvision.models.list_models():

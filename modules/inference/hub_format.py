@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modules.inference.study_files import SETTINGS
 from modules.runtime.errors import InputError
+from modules.runtime.hub import shared_name
 from modules.runtime.input_files import open_safetensors, read_json
 from modules.runtime.records import private_folder, write_private
 from modules.training.checkpoint import require_mean_patches
@@ -66,7 +67,11 @@ def write_hub_folder(folder: Path, content: Mapping[str, Any], card: str, names:
         "format": FORMAT,
         "strategy": content["strategy"],
         "epoch": content["epoch"],
-        **{name: value for name, value in content["config"].items() if name in names},
+        **{
+            name: shared_name(value) if name == "visual_extractor" else value
+            for name, value in content["config"].items()
+            if name in names
+        },
     }
     write_private(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
     write_private(folder / VOCABULARY, json.dumps(content["vocabulary"], ensure_ascii=False) + "\n")

@@ -7,6 +7,7 @@ from typing import Any
 from modules.data.dataset_specs import DATASETS, OTHER
 from modules.evaluation.metric_table import CLINICAL_F1, SCORES, SENTENCE_METRICS, SENTENCE_SCORES
 from modules.evaluation.score_names import FULL
+from modules.runtime.hub import shared_name
 
 MODEL = "model"  # its scores' name in results.json
 TASK = "image-to-text"
@@ -52,7 +53,8 @@ def model_card(content: Mapping[str, Any], results: Mapping[str, Any], facts: Ca
         f"# {config['model_name']} on {facts.dataset}",
         "",
         f"Writes {what}. Backbone `{config['model_name']}`, visual extractor "
-        f"`{config['visual_extractor']}`, trained with strategy `{content['strategy']}` to epoch {content['epoch']}. "
+        f"`{shared_name(config['visual_extractor'])}`, trained with strategy `{content['strategy']}` to epoch "
+        f"{content['epoch']}. "
         "`config.json` has the settings, `vocabulary.json` the words.",
         "",
         "**Research software, no medical device: no report that it writes is fit for care.**",

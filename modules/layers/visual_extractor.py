@@ -1,16 +1,19 @@
-"""Images to patch features: torchvision models by name, timm for the rest, without their heads.
+"""Images to patch features: torchvision models by name, timm for the rest, folders and the hub, without their heads.
 
 Shapes: B studies, N views, S patches of one view (a row-major grid), C = width of the features.
 """
 
 import difflib
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from modules.layers.hub_encoders import TimmTokens, build_encoder, is_hub_name, read_description
 from modules.layers.visual_extractor_weights import load_weights, no_pickles, not_fetched, packaged_weights
 from modules.runtime.transfers import upload
 
@@ -18,6 +21,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESNETS = ("resnet", "resnext", "wide_resnet")
 WITH_FEATURES = ("densenet", "efficientnet", "convnext", "mobilenet", "vgg")
+# DenseNets of the package torchxrayvision, whose pixels lie between -1024 and 1024.
+XRAY = "xrv:"
+XRAY_MEAN, XRAY_STD = (0.5,) * 3, (0.5 / 1024,) * 3
 FAMILIES = (*RESNETS, *WITH_FEATURES, "vit_")  # taken from torchvision, all others from timm
 
 
@@ -26,8 +32,9 @@ class VisualExtractor(nn.Module):
 
     ``weights`` is a file (.pth or .safetensors) in place of ImageNet weights. ``batch_norm`` "joint" runs all views in
     one call; "per_view" runs each view by itself, with batch statistics of its own, as in the published codes.
-    ``frozen`` trains neither weights nor statistics. ValueError for an unknown name, a file that does not fit, or
-    weights that cannot be downloaded.
+    ``frozen`` trains neither weights nor statistics. ``pooling``: "mean" of the patches, or the "class" token. A name
+    hf:... needs its ``description`` (hub_encoders) and, where ``pretrained``, the ``folder`` of its weights.
+    ValueError for an unknown name, a file that does not fit, or weights that cannot be downloaded.
     """
 
     def __init__(
@@ -40,6 +47,9 @@ class VisualExtractor(nn.Module):
         channels_last: bool = False,
         frozen: bool = False,
         image_size: int = 224,
+        pooling: str = "mean",
+        description: str = "",
+        folder: Path | None = None,
     ):
         super().__init__()
         if batch_norm not in ("joint", "per_view"):
@@ -47,10 +57,19 @@ class VisualExtractor(nn.Module):
         self.batch_norm = batch_norm
         self.channels_last = channels_last
         self.frozen = frozen
-        from_torchvision = name.startswith(FAMILIES) and name in torchvision.models.list_models()
-        build = _torchvision_trunk if from_torchvision else _timm_trunk
+        self.pooling = pooling
         with no_pickles():
-            self.model, self.mean, self.std = build(name, pretrained and not weights, weights, image_size)
+            if is_hub_name(name):
+                described = read_description(description)
+                self.mean, self.std = described.mean, described.std
+                source = folder if pretrained else None
+                self.model = build_encoder(described, name, image_size, folder=source, weights=weights)
+            else:
+                build = _builder(name)
+                self.model, self.mean, self.std = build(name, pretrained and not weights, weights, image_size)
+        self.num_prefix_tokens: int = getattr(self.model, "num_prefix_tokens", 0)
+        if pooling == "class" and not self.num_prefix_tokens:
+            raise ValueError(f"image_feature class: visual_extractor {name} has no class token; give mean")
         try:
             self.width, self.patches_per_view = self._measure(image_size)
         except (RuntimeError, AssertionError) as error:
@@ -74,12 +93,18 @@ class VisualExtractor(nn.Module):
         """
         batch, views = images.shape[:2]
         if view_mask is None or views == 1 or bool(view_mask.all()):
-            patches = images if images.dim() == 4 else self._all_views(images)  # (B, N, S, C)
-            patches = patches.flatten(1, 2)
+            tokens = images if images.dim() == 4 else self._all_views(images)  # (B, N, S, C)
+            if self.pooling == "class":
+                return tokens[:, :, 1:].flatten(1, 2), None, _at_least_float32(tokens[:, :, 0]).mean(dim=1)
+            patches = tokens.flatten(1, 2)
             return patches, None, _at_least_float32(patches).mean(dim=1)
         patches = images if images.dim() == 4 else self._present_views(images, view_mask)
         present = upload(view_mask, images.device)
-        pooled = _at_least_float32(patches).mean(dim=2).sum(dim=1) / present.sum(dim=1, keepdim=True)
+        if self.pooling == "class":
+            of_view, patches = _at_least_float32(patches[:, :, 0]), patches[:, :, 1:]
+        else:
+            of_view = _at_least_float32(patches).mean(dim=2)
+        pooled = of_view.sum(dim=1) / present.sum(dim=1, keepdim=True)
         patch_mask = present.repeat_interleave(patches.size(2), dim=1)
         return patches.flatten(1, 2), patch_mask, pooled
 
@@ -105,12 +130,15 @@ class VisualExtractor(nn.Module):
         return patches.index_copy(0, torch.cat(indices), grids).unflatten(0, view_mask.shape)
 
     def _grid(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) -> (n, S, C)."""
+        """(n, 3, H, W) -> (n, S, C), after the class token (n, 1 + S, C) where it is the pooled feature."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.model(images)
-        return features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
+        if features.dim() == 4:
+            return features.flatten(2).transpose(1, 2)
+        patches = features[:, self.num_prefix_tokens :]
+        return torch.cat([features[:, :1], patches], dim=1) if self.pooling == "class" else patches
 
     @torch.no_grad()
     def _measure(self, image_size: int) -> tuple[int, int]:
@@ -119,11 +147,13 @@ class VisualExtractor(nn.Module):
         self.model.eval()
         patches = self._grid(torch.zeros(1, 3, image_size, image_size))
         self.model.train(training)
-        return patches.size(2), patches.size(1)
+        return patches.size(2), patches.size(1) - (self.pooling == "class")
 
 
 class _VisionTransformerPatches(nn.Module):
-    """torchvision's ViT up to its last norm, without the class token."""
+    """torchvision's ViT up to its last norm; the class token precedes the patches."""
+
+    num_prefix_tokens = 1
 
     def __init__(self, vit: nn.Module):
         super().__init__()
@@ -131,32 +161,36 @@ class _VisionTransformerPatches(nn.Module):
         self.vit: Any = vit
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) -> (n, S, C)."""
+        """(n, 3, H, W) -> (n, 1 + S, C)."""
         patches = self.vit.conv_proj(images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.vit.class_token.expand(len(patches), -1, -1), patches], dim=1)
-        return self.vit.encoder(tokens)[:, 1:]
-
-
-class _TimmPatches(nn.Module):
-    """A timm model's feature grid (n, C, h, w), or its patch tokens (n, S, C) without prefix tokens."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        model.reset_classifier(0, "")
-        self.model: Any = model
-        self.channels_are_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        self.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) -> (n, C, h, w) or (n, S, C)."""
-        features = self.model.forward_features(images)
-        if features.dim() == 4:
-            return features.permute(0, 3, 1, 2) if self.channels_are_last else features
-        return features[:, self.num_prefix_tokens :]
+        return self.vit.encoder(tokens)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _builder(name: str) -> Callable[[str, bool, str | None, int], tuple[nn.Module, tuple, tuple]]:
+    """What makes the trunk ``name``, with mean and std of its pixels."""
+    if name.startswith(XRAY):
+        return _xray_trunk
+    return _torchvision_trunk if name.startswith(FAMILIES) and name in torchvision.models.list_models() else _timm_trunk
+
+
+def _xray_trunk(name: str, pretrained: bool, weights: str | None, image_size: int):
+    if pretrained:
+        raise ValueError(
+            f"visual_extractor {name}: give its weights as a file with --visual_extractor_weights, or start from "
+            "random ones with --visual_extractor_pretrained false"
+        )
+    architecture = name.removeprefix(XRAY)
+    if not architecture.startswith("densenet") or architecture not in torchvision.models.list_models():
+        raise ValueError(
+            f"visual_extractor {name}: of torchxrayvision the DenseNets are known, such as xrv:densenet121"
+        )
+    trunk, _, _ = _torchvision_trunk(architecture, False, weights, image_size)
+    return trunk, XRAY_MEAN, XRAY_STD
 
 
 def _torchvision_trunk(name: str, pretrained: bool, weights: str | None, image_size: int):
@@ -202,4 +236,4 @@ def _timm_trunk(name: str, pretrained: bool, weights: str | None, image_size: in
     if file := weights or packaged:
         load_weights(model, file)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
-    return _TimmPatches(model), tuple(mean), tuple(std)
+    return TimmTokens(model), tuple(mean), tuple(std)

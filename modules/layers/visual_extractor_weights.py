@@ -3,7 +3,8 @@
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -55,7 +56,8 @@ def not_fetched(name: str, error: Exception) -> ValueError:
     )
 
 
-def _read_weights(path: str) -> dict[str, Tensor]:
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The tensors in a .safetensors or .pth file by name; ValueError where it is missing or damaged."""
     if not Path(path).is_file():
         raise ValueError(f"visual_extractor_weights {path}: no such file")
     if path.endswith(".safetensors"):
@@ -81,17 +83,47 @@ def load_weights(model: nn.Module, path: str) -> None:
 
     ValueError for a file that is missing, damaged or does not fit.
     """
-    state = _read_weights(path)
+    load_state(model, read_weights(path), f"visual_extractor_weights {path}")
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, *, optional: tuple[str, ...] = HEADS) -> None:
+    """Load tensors of any shape as ``load_weights`` does; names that start with ``optional`` may be absent.
+
+    A first convolution of one channel becomes one of three that gives the same values for grey images. Position
+    embeddings of a timm model are interpolated to its grid. ValueError, from ``where``, where they do not fit.
+    """
     own = model.state_dict()
+    state = _for_timm(model, _for_three_channels(state, own))
     fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    missing = [name for name in own if name not in fits and not name.startswith(HEADS)]
+    missing = [name for name in own if name not in fits and not name.startswith(optional)]
     if missing and [(n.split(".")[-1], v.shape) for n, v in state.items()] == [
         (n.split(".")[-1], v.shape) for n, v in own.items()
     ]:
         fits, missing = dict(zip(own, state.values(), strict=True)), []
     if missing:
         raise ValueError(
-            f"visual_extractor_weights {path}: {len(missing)} of {len(own)} tensors are absent or of another shape, "
+            f"{where}: {len(missing)} of {len(own)} tensors are absent or of another shape, "
             f"the first is {missing[0]}; expected a state dict of {type(model).__name__}"
         )
     model.load_state_dict(fits, strict=False)
+
+
+def _for_three_channels(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with a first convolution (o, 1, k, k) spread over the model's three channels."""
+
+    def spread(name: str, value: Tensor) -> Tensor:
+        wanted = own[name].shape if name in own else value.shape
+        grey = value.dim() == 4 and value.size(1) == 1 and wanted == (len(value), 3, *value.shape[2:])
+        return value.expand(wanted) / 3 if grey else value
+
+    return {name: spread(name, value) for name, value in state.items()}
+
+
+def _for_timm(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` as timm itself fits it to its ``model``: other codes' names, positions of another image size."""
+    module = type(model).__module__
+    own = model.state_dict()
+    if not module.startswith("timm.") or all(name in own and own[name].shape == state[name].shape for name in state):
+        return state
+    fit = getattr(sys.modules[module], "checkpoint_filter_fn", None)
+    return state if fit is None else fit(state, model)

@@ -18,9 +18,11 @@ from modules.data.datasets import list_samples
 from modules.data.tokenizers import clean_report
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.tester import Predictions, Tester
+from modules.flags import resolve_config
 from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
 from modules.ithn.weights import load_published_state
+from modules.layers.hub_encoders import describe_encoder, find_encoder, is_hub_name, read_description
 from modules.layers.visual_extractor import VisualExtractor
 from modules.run.data import Data, backbone_settings, clusters, score_tag
 from modules.run.vocabulary import AnyTokenizer
@@ -61,23 +63,65 @@ def _requests_for(name: str) -> contextlib.AbstractContextManager:
     return without_requests()
 
 
+def _require_described(name: str, description: str) -> None:
+    """InputError where a checkpoint names a model of a folder or the hub without saying what it is."""
+    if is_local_only(name) and not description:
+        raise InputError(
+            f"--visual_extractor {name}: named by a checkpoint that lacks its description, visual_extractor_config; "
+            "no folder is read and nothing is downloaded on a file's word"
+        )
+
+
+def with_encoder(given: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The flags ``given`` and, of a new hf: visual extractor, its description and (unless given) its image size.
+
+    ``saved`` are the settings of a checkpoint. InputError where the model cannot be had or has no grid of patches.
+    """
+    config = resolve_config(given, saved)
+    name = config.visual_extractor
+    if not is_hub_name(name) or config.visual_extractor_config or config.detection_features:
+        return dict(given)
+    _require_described(name, "")
+    try:
+        with distributed.main_process_first():
+            folder = find_encoder(name)
+        found = describe_encoder(folder)
+        look = read_description(found)
+    except ValueError as error:
+        raise InputError(f"--{str(error).removeprefix('--')}") from error
+    size = {} if "image_size" in {**given, **(saved or {})} else {"image_size": look.size}
+    shown = ", ".join(f"{part} {' '.join(f'{value:g}' for value in getattr(look, part))}" for part in ("mean", "std"))
+    logger.info("%s: made for images of %d pixels; %s", name, look.size, shown)
+    return {**given, **size, "visual_extractor_config": found}
+
+
 def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
     """The visual extractor, without weights unless ``pretrained``; InputError for an unknown name or misfit."""
-    name = config.visual_extractor
+    name, description = config.visual_extractor, config.visual_extractor_config
+    weights = config.visual_extractor_weights if pretrained else None
+    pretrained = pretrained and config.visual_extractor_pretrained
+    folder = None
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     try:
         with _requests_for(name):
+            if is_hub_name(name) and (pretrained or not description):
+                _require_described(name, description)
+                folder = find_encoder(name)
+                description = description or describe_encoder(folder)
             return VisualExtractor(
                 name,
-                pretrained=pretrained and config.visual_extractor_pretrained,
-                weights=config.visual_extractor_weights if pretrained else None,
+                pretrained=pretrained,
+                weights=weights,
                 batch_norm=config.batch_norm,
                 channels_last=prefers_channels_last(capability, config.precision, config.tf32),
                 frozen=config.freeze_visual_extractor,
                 image_size=config.image_size,
+                pooling=config.image_feature,
+                description=description,
+                folder=folder,
             )
     except ValueError as error:
-        if is_local_only(name) and ":" in name:
+        if is_local_only(name) and ":" in name and not is_hub_name(name):
             raise InputError(
                 f"--visual_extractor {name}: named by a checkpoint and not on this machine; nothing is downloaded on a "
                 f"file's word: fetch it with 'hf download {name.partition(':')[2]}' if you trust it"

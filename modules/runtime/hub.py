@@ -9,6 +9,7 @@ from modules.runtime.errors import InputError
 from modules.runtime.settings import is_local_only
 
 HUB = "hf://"  # before owner/name, where a flag takes paths too: a mistyped path is not asked for
+MODEL = "hf:"  # before a folder or owner/name, where a flag takes names of other libraries' models too
 _CONFIGURATION = ("*.json", "*.txt", "*.model")  # also the vocabularies of all tokenisers
 
 
@@ -29,7 +30,14 @@ def respelled(name: str) -> str:
     return name if "/" in name else re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def cached_model(name: str) -> Path | None:
+def shared_name(name: str) -> str:
+    """``name`` for others to read: of hf:FOLDER its last part alone, as a path belongs to its machine."""
+    where = name.removeprefix(MODEL)
+    is_id = where.count("/") <= 1 and not where.startswith((".", "/", "~")) and not Path(where).exists()
+    return name if is_id or not name.startswith(MODEL) else MODEL + (Path(where).name or "model")
+
+
+def cached_model(name: str, *, needs_vocabulary: bool = True) -> Path | None:
     """Folder with the files of hub model ``name`` on this machine; None where they are not (all) here."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -38,10 +46,10 @@ def cached_model(name: str) -> Path | None:
         folder = Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    return folder if _complete([path.name for path in folder.iterdir()]) else None
+    return folder if _complete([path.name for path in folder.iterdir()], needs_vocabulary) else None
 
 
-def download_model(name: str, *, flag: str, otherwise: str) -> Path:
+def download_model(name: str, *, flag: str, otherwise: str, needs_vocabulary: bool = True) -> Path:
     """Folder with the files of hub model ``name``: from the local hub cache, or else downloaded into it.
 
     Safetensors are taken where the model has them, PyTorch's files otherwise; code files never. InputError where the
@@ -52,7 +60,7 @@ def download_model(name: str, *, flag: str, otherwise: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        folder = cached_model(name)
+        folder = cached_model(name, needs_vocabulary=needs_vocabulary)
         if folder is not None:
             return folder
     except HFValidationError as error:
@@ -114,14 +122,16 @@ def download_files(address: str, names: Sequence[str], *, flag: str) -> Path:
 
 def _weights(files: list[str]) -> list[str]:
     """The weight files to take among ``files`` of a model's top folder."""
-    for suffix, prefix in ((".safetensors", "model"), (".bin", "pytorch_model")):
-        chosen = [name for name in files if name.startswith(prefix) and name.endswith(suffix)]
+    kinds = (".safetensors", ("model", "open_clip_model")), (".bin", ("pytorch_model", "open_clip_pytorch_model"))
+    for suffix, prefixes in kinds:
+        chosen = [name for name in files if name.startswith(prefixes) and name.endswith(suffix)]
         if chosen:
             return chosen
     return []
 
 
-def _complete(files: list[str]) -> bool:
+def _complete(files: list[str], needs_vocabulary: bool) -> bool:
     """Whether a cached folder has all kinds of files: an interrupted download leaves only some."""
     vocabulary = any(name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece")) for name in files)
-    return "config.json" in files and vocabulary and bool(_weights(files))
+    described = "config.json" in files or "open_clip_config.json" in files
+    return described and (vocabulary or not needs_vocabulary) and bool(_weights(files))

@@ -41,8 +41,8 @@ SETTINGS_FILES = (
     "modules.evaluation.settings",
     "modules.evaluation.metric_table",
 )
-# Of layers and decoding, which are torch and nothing else.
-PURE_ROOMS = {"layers": {"torch", "torchvision", "timm", "safetensors"}, "decoding": {"torch"}}
+# Of layers, which hold networks of these libraries, and decoding, which is torch and nothing else.
+PURE_ROOMS = {"layers": {"torch", "torchvision", "timm", "transformers", "safetensors"}, "decoding": {"torch"}}
 HANDED_IN = {
     "modules.training.trainer": ("modules.ithn", "modules.data.datasets", "modules.evaluation.metrics"),
     "modules.evaluation.tester": ("modules.ithn", "modules.data.datasets", "modules.evaluation.metrics"),

@@ -47,6 +47,7 @@ ALLOWED = {
     ("modules.evaluation.bertscore", "AutoModel.from_pretrained"): "require_regular_folder comes first",
     ("modules.evaluation.bertscore", "AutoTokenizer.from_pretrained"): "require_regular_folder comes first",
     ("modules.labels.chexbert", "kind.from_pretrained"): "require_regular_folder comes first",
+    ("modules.layers.hub_encoders", "model_class.from_pretrained"): "require_regular_folder comes first",
     ("modules.mining.transformer_encoder", "AutoTokenizer.from_pretrained"): "require_regular_folder comes first",
     ("modules.mining.transformer_encoder", "model_class.from_pretrained"): "require_regular_folder comes first",
     ("scripts.research.masked_language_model", "AutoConfig.from_pretrained"): "require_regular_folder comes first",
