@@ -6,6 +6,7 @@ width, V words (ids 1..V, hence V+1 logits), L generated tokens.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from modules.decoding.guidance import Guided
 from modules.decoding.options import DecodingOptions
 from modules.decoding.search import Decoded, DecodingSession, Search, WithoutToken, decode
+from modules.layers.context_memory import ContextMemory
 from modules.runtime.settings import check_value, setting
 
 
@@ -48,6 +50,7 @@ class VisualFeatures:
     patches: Tensor  # (B, S, C)
     patch_mask: Tensor | None  # (B, S) bool, True = patch of a present view; None = every view is present
     pooled: Tensor  # (B, C) mean over the patches of the present views, in float32 at least
+    own: int | None = None  # how many of the S tokens are the study's own patches, where others are context
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -84,6 +87,11 @@ class Backbone(nn.Module):
     visual_extractor: nn.Module
     mean_patches: Tensor | None = None
     unk_id: int | None = None  # token id of <unk>, None where the vocabulary has none
+    study_context: ContextMemory | None  # what reads --context
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.study_context = None
 
     def forward(
         self,
@@ -161,12 +169,26 @@ class Backbone(nn.Module):
         return VisualFeatures(patches, there, pooled)
 
     def extract(
-        self, images: Tensor | None, view_mask: Tensor | None = None, features: VisualFeatures | None = None
+        self,
+        images: Tensor | None,
+        view_mask: Tensor | None = None,
+        features: VisualFeatures | None = None,
+        *,
+        context: Any = None,
     ) -> VisualFeatures:
-        """The visual features of ``images`` (B, N, 3, H, W), unless ``features`` are given."""
+        """The visual features of ``images`` (B, N, 3, H, W), unless ``features`` are given; with ``study_context`` the
+        ``context`` joins them, a modules.data.batches.Context of texts or None.
+        """
         if features is not None:
             return features
-        return VisualFeatures(*self.visual_extractor(images, view_mask))
+        found = VisualFeatures(*self.visual_extractor(images, view_mask))
+        if self.study_context is None:
+            return found
+        return VisualFeatures(*self.study_context(found.patches, found.patch_mask, self.embed_words, context))
+
+    def embed_words(self, tokens: Tensor) -> Tensor:
+        """The decoder's input embeddings (B, T, D) of ``tokens`` (B, T), positions included."""
+        raise NotImplementedError
 
     def encode(self, features: VisualFeatures) -> tuple[Tensor, ...]:
         """What ``next_words`` needs of the studies, B rows in each tensor; here the patches (B, S, C) themselves.

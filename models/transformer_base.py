@@ -170,6 +170,11 @@ class TransformerBackbone(Backbone):
         """(B, T, d) -> (B, T, V+1) in float32."""
         return self.encoder_decoder.log_probs(hidden)
 
+    def embed_words(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, d), before anything is read."""
+        embedding, positions = self.encoder_decoder.model.tgt_embed
+        return positions(embedding(tokens), None)
+
     def cross_attention(self) -> list[nn.Module]:
         return [layer.src_attn for layer in self.encoder_decoder.model.decoder.layers]
 

@@ -211,6 +211,11 @@ class VisualGPT(Backbone):
             logits = logits.index_copy_(-1, self.exchanged, logits[..., self.exchanged.flip(0)])
         return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
+    def embed_words(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), the language model's embeddings of words and positions."""
+        network = self.decoder.transformer
+        return network.wte(self.own_ids(tokens, first=False)) + network.wpe.weight[: tokens.size(1)]
+
     def cross_attention(self) -> list[nn.Module]:
         return [block.enc_dec_attn for block in self.decoder.transformer.h]
 

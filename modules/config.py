@@ -11,6 +11,7 @@ from typing import Any
 from models import MODELS, location
 from models.settings import declared_settings
 from modules.data.dataset_specs import CLEANER_NAMES, DATASETS, ENGLISH, OTHER, DataSpec, check_name
+from modules.data.settings import CONTEXTS, PRIOR_IMAGE, SECTIONS, parse_contexts
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.metric_table import NEED_JAVA, XPRONET_SUM
 from modules.evaluation.settings import ScoringSettings
@@ -91,6 +92,21 @@ class DataSettings:
         "sample with the study's report (the ITHN paper)",
         choices=("paired", "separate"),
         exported=True,
+    )
+    report_sections: str = setting(
+        "",
+        "data",
+        "sections of the annotation (its field sections) that are the report; both: each after its name as a sentence; "
+        "default: the field report",
+        choices=("", *SECTIONS, "both"),
+    )
+    context: str = setting(
+        "",
+        "data",
+        f"what the model is given beside the images, separated by commas: {', '.join(CONTEXTS)}; a study's own "
+        "indication, report and images of the patient's study before (fields sections and prior of the annotation)",
+        exported=True,
+        shapes=True,
     )
     threshold: int = setting(
         3, "data", "a token enters the vocabulary from this training count on", low=1, exported=True, vocabulary=True
@@ -316,6 +332,11 @@ class Config(
         )
 
     @property
+    def contexts(self) -> tuple[str, ...]:
+        """The kinds of --context."""
+        return parse_contexts(self.context)
+
+    @property
     def captioning(self) -> bool:
         """Whether an image has several captions, each a training sample and all of them references."""
         return self.dataset.captions
@@ -365,6 +386,12 @@ def _check_inputs(config: Config) -> None:
     if config.detection_features and (config.feature_cache or config.image_cache):
         cache = "feature" if config.feature_cache else "image"
         raise InputError(f"--{cache}_cache: with --detection_features no image is read; leave one of them out")
+    if config.contexts and (config.captioning or config.guidance):
+        raise InputError(
+            f"--context {config.context}: goes neither with captions of images nor with --guidance; leave it out"
+        )
+    if PRIOR_IMAGE in config.contexts and config.shards:
+        raise InputError(f"--context {config.context}: --shards hold no images of the study before; give --image_dir")
     if config.detection_features and config.views == "separate":
         raise InputError("--views separate: --detection_features has one set of features per record; leave it out")
 

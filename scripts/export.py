@@ -145,6 +145,8 @@ def to_programs(source: Path, folder: Path, tolerance: float) -> None:
     from modules.run.predictor import load_predictor
 
     predictor = load_predictor(str(source), {"device": "cpu", "precision": "float32", "guidance": 0.0})
+    if predictor.backbone.study_context is not None:
+        raise InputError(f"--program: {source} reads --context, for which programs have no input; use --out")
     tokenizer, length = predictor.tokenizer, predictor.decoding.max_seq_length
     sizes = {"num_views": predictor.num_views, "length": length, "num_ids": tokenizer.num_ids}
     model = (predictor.backbone, predictor.transform)

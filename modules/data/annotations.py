@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from modules.runtime.errors import InputError, Problem, raise_problem
@@ -26,6 +26,7 @@ class Study:
     negative_image_paths: tuple[str, ...] = ()  # released ITHN: neg_image_path
     subject_id: str = ""  # MIMIC-CXR: the patient
     captions: tuple[str, ...] = ()  # COCO: all captions of the image
+    sections: Mapping[str, str] = field(default_factory=dict)  # indication, findings, ...: other texts of the study
     prior: str = ""  # the id of the patient's previous record
 
 
@@ -215,7 +216,7 @@ def _read_study(record: _Record) -> Study | None:
         )
     if negative_reports and not negative_reports[0].strip():
         record.refuse("neg_report", "neg_report is empty", "field 'neg_report' is empty, expected a text")
-    captions = _captions(record)
+    captions, sections = _captions(record), _sections(record)
     report = captions[0] if captions and item.get("report") is None else _report(record)
     study_id = _identifier(record, "study_id") if "study_id" in item else record.id
     subject_id, prior = (
@@ -234,6 +235,7 @@ def _read_study(record: _Record) -> Study | None:
         negative_image_paths=negative_images,
         subject_id=subject_id,
         captions=captions,
+        sections=sections,
         prior=prior,
     )
 
@@ -245,11 +247,11 @@ def _images(record: _Record, negative_images: tuple[str, ...]) -> tuple[str, ...
     if not images and not record.item.get("image_path"):
         absence = _absence(record.item, "image_path")
         record.refuse("image_path", f"image_path is {absence}", f"field 'image_path' is {absence}, expected paths")
-    for field, paths in (("image_path", images), ("neg_image_path", negative_images)):
+    for name, paths in (("image_path", images), ("neg_image_path", negative_images)):
         for path in paths:
             if not path.strip() or "\0" in path or path.startswith("/") or ".." in PurePosixPath(path).parts:
                 record.refuse(
-                    field, "image path leaves image_dir", f"image path {_shown(path)} must name a file inside image_dir"
+                    name, "image path leaves image_dir", f"image path {_shown(path)} must name a file inside image_dir"
                 )
     return images
 
@@ -286,6 +288,17 @@ def _captions(record: _Record) -> tuple[str, ...]:
                 "captions", "a caption is empty", f"caption {number} of field 'captions' is empty, expected a text"
             )
     return captions
+
+
+def _sections(record: _Record) -> dict[str, str]:
+    """A field that may be absent: an object of texts by name."""
+    value = record.item.get("sections") or {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        record.refuse(
+            "sections", "sections is not an object", "field 'sections' must be an object of texts, such as findings"
+        )
+        return {}
+    return {name: _encodable(record, "sections", text) for name, text in value.items()}
 
 
 def _strings(record: _Record, field: str) -> tuple[str, ...]:

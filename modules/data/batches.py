@@ -17,9 +17,17 @@ def _map_tensors(record, function: Callable[[Tensor], Tensor]):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
             changed[field.name] = function(value)
-        elif isinstance(value, Pair):
+        elif isinstance(value, (Pair, Context)):
             changed[field.name] = _map_tensors(value, function)
     return replace(record, **changed)
+
+
+@dataclass
+class Context:
+    """Texts that are known beside the images: ids (B, T) and the kind of each, 0 where there is none."""
+
+    tokens: Tensor
+    kinds: Tensor
 
 
 @dataclass
@@ -27,12 +35,13 @@ class Pair:
     """Images and reports that go through a backbone together."""
 
     # (B, N, 3, H, W) uint8 as loaded, float32 normalised after Batch.to; or stored features (B, N, S, C) float32.
-    # Absent views are zero.
+    # Absent views are zero. With images of the study before, these are the second half of the views.
     images: Tensor
     view_mask: Tensor  # (B, N) bool, True = view present
     tokens: Tensor  # (B, T) int64: begin, words, end, then zeros; cut to max_seq_length, so a long report has no end
     token_mask: Tensor  # (B, T) bool, True = kept position, begin and end included
     labels: Tensor | None = None  # (B, 14) float32
+    context: Context | None = None
 
 
 @dataclass
@@ -70,12 +79,15 @@ class Batch:
 
 @dataclass
 class SamplePair:
-    """One row of a Pair: images (N, 3, H, W) uint8, view_mask (N,), tokens (T,), labels (14,) or None."""
+    """One row of a Pair: images (N, 3, H, W) uint8, view_mask (N,), tokens (T,), labels (14,) or None; the ids of its
+    texts of context and their kinds, or None.
+    """
 
     images: Tensor
     view_mask: Tensor
     tokens: Tensor
     labels: Tensor | None
+    context: tuple[list[int], list[int]] | None = None
 
 
 @dataclass
@@ -119,4 +131,15 @@ def _stack(pairs: Sequence[SamplePair]) -> Pair:
         # By length, not by id > 0: begin and end are 0 as padding is, and count.
         token_mask=torch.arange(tokens.shape[1]) < lengths[:, None],
         labels=None if pairs[0].labels is None else torch.stack([pair.labels for pair in pairs]),
+        context=_stack_contexts([pair.context for pair in pairs]),
     )
+
+
+def _stack_contexts(found: Sequence[tuple[list[int], list[int]] | None]) -> Context | None:
+    if found[0] is None:
+        return None
+    width = max(1, *(len(ids) for ids, _ in found))  # one at least, so that every batch trains what reads it
+    tokens, kinds = (torch.zeros(len(found), width, dtype=torch.long) for _ in range(2))
+    for row, (ids, own) in enumerate(found):
+        tokens[row, : len(ids)], kinds[row, : len(own)] = torch.tensor(ids), torch.tensor(own)
+    return Context(tokens, kinds)

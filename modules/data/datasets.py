@@ -13,6 +13,7 @@ from modules.data.annotations import Study
 from modules.data.batches import Batch, Pair, Sample, SamplePair, collate
 from modules.data.loaders import EpochLoader, build_loader
 from modules.data.sample_order import AUGMENT_NEGATIVE, AUGMENT_POSITIVE, NEIGHBOUR, REPLACEMENT, keyed_generator
+from modules.data.study_context import ContextReader
 from modules.data.tokenizers import Tokenizer, clean_report
 from modules.data.transforms import Transform
 from modules.runtime.errors import InputError
@@ -47,6 +48,9 @@ class ReportDataset(Dataset):
     nearest, or with ``num_neighbours`` > 1 one drawn uniformly from that many (MoCHi). With ``annotation_negatives``
     they are the studies' own negative reports and images instead.
 
+    ``context`` reads what is known of a study beside its images: texts, and images of the study before, which are the
+    second half of a sample's views.
+
     ``labels`` (num_studies, 14) are those of the samples and, with ``neighbours``, of the negatives. InputError where
     neighbours or labels do not fit the studies.
     """
@@ -67,6 +71,7 @@ class ReportDataset(Dataset):
         annotation_negatives: bool = False,
         labels: np.ndarray | None = None,
         on_bad_image: str = "stop",
+        context: ContextReader | None = None,
     ):
         if neighbours is not None:
             _check_neighbours(neighbours, len(studies), num_neighbours)
@@ -77,7 +82,7 @@ class ReportDataset(Dataset):
         self.studies, self.tokenizer, self.read_image, self.transform = studies, tokenizer, read_image, transform
         self.max_seq_length, self.seed, self.on_bad_image = max_seq_length, seed, on_bad_image
         self.neighbours, self.num_neighbours = neighbours, num_neighbours
-        self.annotation_negatives, self.labels = annotation_negatives, labels
+        self.annotation_negatives, self.labels, self.context = annotation_negatives, labels, context
         self.has_negatives = neighbours is not None or annotation_negatives
         self.separate = views == "separate"
         # A data set with one image per study has no second view to leave empty.
@@ -176,15 +181,22 @@ class ReportDataset(Dataset):
         paths = study.image_paths[: self.num_views]
         if self.separate and view < len(study.image_paths):
             paths = (study.image_paths[view],)
-        images = self.transform.blank(self.num_views)
-        for position, path in enumerate(paths):
-            image = _naming(study, read, path)
-            images[position] = self.transform.pixels(image, keyed_generator(self.seed, *key, position))
+        slots: list[str | None] = [*paths, *[None] * (self.num_views - len(paths))]
+        if self.context is not None and self.context.prior_images:
+            prior = self.context.prior(study)
+            paths = prior.image_paths[: self.num_views] if prior else ()
+            slots += [*paths, *[None] * (self.num_views - len(paths))]
+        images = self.transform.blank(len(slots))
+        for position, path in enumerate(slots):
+            if path is not None:
+                image = _naming(study, read, path)
+                images[position] = self.transform.pixels(image, keyed_generator(self.seed, *key, position))
         return SamplePair(
             images=images,
-            view_mask=torch.arange(self.num_views) < len(paths),
+            view_mask=torch.tensor([path is not None for path in slots]),
             tokens=torch.tensor(self.tokenizer.encode(study.report)[: self.max_seq_length]),
             labels=None if self.labels is None else torch.as_tensor(self.labels[row], dtype=torch.float32),
+            context=self.context.tokens(study) if self.context is not None and self.context.texts else None,
         )
 
 

@@ -74,7 +74,10 @@ class WrittenReport:
 
 
 class Predictor:
-    """Writes reports with a trained ``backbone`` in evaluation mode, from at most ``num_views`` images a study."""
+    """Writes reports with a trained ``backbone`` in evaluation mode, from at most ``num_views`` images a study.
+
+    ``prior_views`` says that the backbone also has places for images of the study before, which stay empty here.
+    """
 
     def __init__(
         self,
@@ -86,9 +89,11 @@ class Predictor:
         decoding: DecodingOptions,
         device: torch.device,
         precision: str,
+        prior_views: bool = False,
     ):
         self.backbone, self.tokenizer, self.transform = backbone.eval(), tokenizer, transform
         self.num_views, self.decoding, self.device, self.precision = num_views, decoding, device, precision
+        self.slots = 2 * num_views if prior_views else num_views
 
     @property
     def shows_attention(self) -> bool:
@@ -120,7 +125,7 @@ class Predictor:
         if layers:
             if layer is not None and not -len(layers) <= layer < len(layers):
                 raise InputError(f"--layer {layer}: the decoder has layers 0 to {len(layers) - 1}")
-            maps = view_maps(layers, images.size(1), layer)
+            maps = view_maps([weights[..., : features.own] for weights in layers], self.num_views, layer)
         pooled = features.pooled.float().cpu().numpy()
         return [
             self._report(tokens[i], log_probs[i], None if maps is None else maps[i], pooled[i])
@@ -144,8 +149,8 @@ class Predictor:
 
     def _tensors(self, studies: Sequence[Sequence[Image.Image]]) -> tuple[Tensor, Tensor]:
         """Images (B, N, 3, H, W) on the device, normalised, absent views zero; and the view mask (B, N) on the CPU."""
-        pixels = torch.stack([self.transform.blank(self.num_views) for _ in studies])
-        view_mask = torch.zeros(len(studies), self.num_views, dtype=torch.bool)
+        pixels = torch.stack([self.transform.blank(self.slots) for _ in studies])
+        view_mask = torch.zeros(len(studies), self.slots, dtype=torch.bool)
         for row, images in enumerate(studies):
             assert 1 <= len(images) <= self.num_views
             for view, image in enumerate(images):

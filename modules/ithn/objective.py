@@ -141,6 +141,8 @@ class Objective(nn.Module):
 
     def _teacher_forced(self, pair: Any, supervised_rows: int | None = None, features: Any = None) -> Any:
         """Output under teacher forcing: the one place that shifts inputs [:, :-1] against targets [:, 1:]."""
+        if features is None and pair.context is not None:
+            features = self.backbone.extract(pair.images, pair.view_mask, context=pair.context)
         return self.backbone(
             None if features is not None else pair.images,
             pair.tokens[:, :-1],
@@ -169,7 +171,7 @@ class Objective(nn.Module):
         previous row it can only say what the report says. No gradient comes from there: reading does not train the
         decoder. Log-probabilities are those of the ordinary pass.
         """
-        features = self.backbone.extract(pair.images, pair.view_mask)
+        features = self.backbone.extract(pair.images, pair.view_mask, context=pair.context)
         output = self._teacher_forced(pair, features=features)
         with torch.no_grad():
             read = self._teacher_forced(rolled_studies(pair), supervised_rows=0, features=rolled_features(features))
@@ -179,10 +181,10 @@ class Objective(nn.Module):
         """Mean of the encoder's output over the tokens of the views that are present, (B, D)."""
         tokens = self.backbone.encode(features)[0]
         tokens = tokens if tokens.dim() == 3 else tokens[:, -1]  # the last of VisualGPT's levels
-        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        tokens = tokens[:, : features.own].to(torch.promote_types(tokens.dtype, torch.float32))
         if features.patch_mask is None:
             return tokens.mean(1)
-        present = features.patch_mask.unsqueeze(-1).to(tokens.dtype)
+        present = features.patch_mask[:, : features.own].unsqueeze(-1).to(tokens.dtype)
         return (tokens * present).sum(1) / present.sum(1)
 
     # ---- 2. Features in the joint embedding

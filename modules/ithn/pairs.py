@@ -27,7 +27,19 @@ def join_pairs(positive: Any, negative: Any, pad_id: int) -> Any:
         tokens=joined("tokens", pad_id),
         token_mask=joined("token_mask", False),
         labels=None if positive.labels is None else torch.cat([positive.labels, negative.labels]),
+        context=None if positive.context is None else _joined_contexts(positive.context, negative.context),
     )
+
+
+def _joined_contexts(positive: Any, negative: Any) -> Any:
+    width = max(positive.tokens.shape[1], negative.tokens.shape[1])
+    joined = {
+        name: torch.cat(
+            [F.pad(part, (0, width - part.shape[1])) for part in (getattr(positive, name), getattr(negative, name))]
+        )
+        for name in ("tokens", "kinds")
+    }
+    return dataclasses.replace(positive, **joined)
 
 
 def split_output(output: Any, positive: Any, negative: Any) -> list[Any]:

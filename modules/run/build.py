@@ -15,6 +15,7 @@ from models import backbone_class
 from models.base import Backbone
 from modules.config import Config
 from modules.data.datasets import list_samples
+from modules.data.settings import PRIOR_IMAGE, TEXTS
 from modules.data.tokenizers import clean_report
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.tester import Predictions, Tester
@@ -184,6 +185,13 @@ def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer
     except ValueError as error:
         raise InputError(f"--{error}") from error
     backbone.unk_id = tokenizer.unk_id
+    if config.contexts:
+        from modules.layers.context_memory import ContextMemory
+
+        texts = any(name in TEXTS for name in config.contexts)
+        backbone.study_context = ContextMemory(
+            backbone.image_dim, backbone.report_dim, texts=texts, prior_images=PRIOR_IMAGE in config.contexts
+        )
     return backbone
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what only some runs need is imported where it is used
     from modules.data.feature_cache import FeatureCache
     from modules.data.image_cache import ImageCache
     from modules.data.shards import ShardImages
+    from modules.data.study_context import ContextReader
     from modules.labels.study_labels import LabelTable
     from modules.layers.visual_extractor import VisualExtractor
 
@@ -76,6 +77,11 @@ def read_data(
         from modules.data.detection_features import detections_of
 
         detections = detections_of(config.detection_features, annotation.splits, config.max_detections)
+    if config.report_sections:
+        from modules.data.study_context import with_sections
+
+        annotation, lost = with_sections(annotation, config.report_sections)
+        logger.info("--report_sections %s: %d studies without it are left out", config.report_sections, lost)
     if config.captioning:
         from modules.data.captions import split_captions
 
@@ -369,7 +375,15 @@ def build_dataset(
         annotation_negatives=negatives and neighbours is None,
         labels=data.labels.of(studies) if labelled else None,
         on_bad_image=config.on_bad_image,
+        context=_context(config, data, split) if config.contexts else None,
     )
+
+
+def _context(config: Config, data: Data, split: str) -> "ContextReader":
+    """What is known of the studies of a split beside their images; priors may be any of its studies."""
+    from modules.data.study_context import ContextReader
+
+    return ContextReader(data.annotation.splits[split], data.tokenizer, config.contexts, config.max_seq_length)
 
 
 def build_split_loader(config: Config, dataset: ReportDataset, device: torch.device, *, shuffle: bool) -> EpochLoader:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from models.base import Backbone
 from modules.data.images import open_image, refuse_blank
+from modules.data.settings import PRIOR_IMAGE
 from modules.flags import resolve_config
 from modules.inference.prediction import Predictor
 from modules.inference.study_files import StudyFiles
@@ -72,6 +73,7 @@ def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
         transform=image_transform(config, extractor),
         num_views=1 if config.views == "separate" else config.dataset.max_views,
         decoding=decoding_options(config),
+        prior_views=PRIOR_IMAGE in config.contexts,
     )
 
 

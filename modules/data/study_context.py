@@ -1,0 +1,65 @@
+"""What is known of a study beside its images and its report: its indication, and the patient's study before."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from modules.data.annotations import Annotation, Study, train_sha256
+from modules.data.settings import PRIOR_IMAGE, SECTIONS, TEXTS
+from modules.runtime.errors import InputError
+
+
+class ContextReader:
+    """The context of ``studies``, of the kinds ``wanted``; priors are looked for among the studies themselves.
+
+    Texts are cut to ``max_tokens`` each.
+    """
+
+    def __init__(self, studies: Sequence[Study], tokenizer, wanted: Collection[str], max_tokens: int):
+        self._by_id = {study.id: study for study in studies}
+        self._tokenizer, self._wanted, self._max_tokens = tokenizer, wanted, max_tokens
+        self.prior_images = PRIOR_IMAGE in wanted
+        self.texts = any(name in wanted for name in TEXTS)
+
+    def prior(self, study: Study) -> Study | None:
+        """The study before, None where there is none, or where it is another patient's."""
+        found = self._by_id.get(study.prior) if study.prior else None
+        return found if found is not None and found.subject_id == study.subject_id else None
+
+    def tokens(self, study: Study) -> tuple[list[int], list[int]]:
+        """Ids of the texts, without begin and end, and the kind of each."""
+        prior = self.prior(study)
+        found = {"indication": study.sections.get("indication"), "prior_report": prior and prior.report}
+        ids: list[int] = []
+        kinds: list[int] = []
+        for name, kind in TEXTS.items():
+            if name in self._wanted and (text := found[name]):
+                own = self._tokenizer.encode(text)[1:-1][: self._max_tokens]
+                ids += own
+                kinds += [kind] * len(own)
+        return ids, kinds
+
+
+def with_sections(annotation: Annotation, which: str) -> tuple[Annotation, int]:
+    """The annotation with ``which`` of its sections ("findings", "impression", "both") as reports, and how many studies
+    were left out because they have none of them.
+
+    With "both" each is marked: its name, as a sentence, goes before it. InputError where a split has none left.
+    """
+    names = SECTIONS if which == "both" else (which,)
+
+    def text(study: Study) -> str:
+        found = [(name, study.sections[name]) for name in names if study.sections.get(name)]
+        return " ".join(f"{name.capitalize()}. {own}" if which == "both" else own for name, own in found)
+
+    splits = {
+        split: tuple(replace(study, report=found) for study in studies if (found := text(study)))
+        for split, studies in annotation.splits.items()
+    }
+    for split, studies in splits.items():
+        if not studies:
+            raise InputError(
+                f"--report_sections {which}: {annotation.path}: no record of split '{split}' has "
+                f"{' or '.join(names)} in its field 'sections'"
+            )
+    lost = sum(map(len, annotation.splits.values())) - sum(map(len, splits.values()))
+    return replace(annotation, splits=splits, train_sha256=train_sha256(splits["train"])), lost
