@@ -10,8 +10,18 @@ from typing import Any
 
 from models import MODELS, location
 from models.settings import declared_settings
-from modules.data.dataset_specs import CLEANER_NAMES, DATASETS, ENGLISH, OTHER, DataSpec, check_name
-from modules.data.settings import CONTEXTS, PRIOR_IMAGE, SECTIONS, parse_contexts
+from modules.data.dataset_specs import (
+    CLEANER_NAMES,
+    CONTEXTS,
+    DATASETS,
+    ENGLISH,
+    OTHER,
+    PRIOR_IMAGE,
+    SECTIONS,
+    DataSpec,
+    check_name,
+    parse_contexts,
+)
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.metric_table import NEED_JAVA, XPRONET_SUM
 from modules.evaluation.settings import ScoringSettings
@@ -96,15 +106,13 @@ class DataSettings:
     report_sections: str = setting(
         "",
         "data",
-        "sections of the annotation (its field sections) that are the report; both: each after its name as a sentence; "
-        "default: the field report",
+        "sections of the annotation that are the report; both: each after its name; default: the field report",
         choices=("", *SECTIONS, "both"),
     )
     context: str = setting(
         "",
         "data",
-        f"what the model is given beside the images, separated by commas: {', '.join(CONTEXTS)}; a study's own "
-        "indication, report and images of the patient's study before (fields sections and prior of the annotation)",
+        f"what the model is given beside the images, separated by commas: {', '.join(CONTEXTS)} (docs/TRAINING.md)",
         exported=True,
         shapes=True,
     )

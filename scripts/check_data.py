@@ -55,6 +55,13 @@ def check(config: Config, hashed: bool) -> Findings:
     annotation = data_checks.check_annotation(config.ann_path, config.dataset.max_views, findings)
     if annotation is None:
         return findings
+    if config.report_sections:
+        from modules.data.study_context import with_sections
+
+        found = findings.attempt(
+            "report_sections are missing", config.ann_path, lambda: with_sections(annotation, config.report_sections)
+        )
+        annotation = found[0] if found else annotation
     samples = split_captions(annotation) if config.captioning else annotation
     if annotation.splits["train"]:
         data_checks.check_reports(

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.config import Config
 from modules.data.annotations import Annotation, read_annotation
 from modules.data.captions import split_captions
+from modules.data.dataset_specs import SECTIONS
 from modules.data.tokenizers import clean_report
 from modules.flags import Parser, boolean, data_set
 from modules.runtime.errors import InputError, one_line, run_entry_point
@@ -39,6 +40,7 @@ RECORDED = (
     "max_length",
     "top_k",
     "dataset_name",
+    "report_sections",
     "include_same_study",
     "include_identical_text",
     "exclude_same_labels",
@@ -69,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--dataset_name",
         help="decides the cleaning rules by which texts count as identical, and whether every caption is a record; "
         f"default: as the dataset.json beside --ann_path says, or {Config.dataset_name}",
+    )
+    add(
+        "--report_sections",
+        default="",
+        choices=("", *SECTIONS, "both"),
+        help="as main_train.py's: sections of the annotation that are the report; default: the field report",
     )
     _add_exclusions(parser)
     add(
@@ -276,6 +284,10 @@ def mine_and_write(arguments: argparse.Namespace) -> None:
 
     start = time.monotonic()
     annotation = read_annotation(arguments.ann_path, required_splits=("train",))
+    if arguments.report_sections:
+        from modules.data.study_context import with_sections
+
+        annotation, _ = with_sections(annotation, arguments.report_sections)
     if data_set(arguments.ann_path, arguments.dataset_name)[1].captions:
         annotation = split_captions(annotation)
     index = mine(arguments, annotation)

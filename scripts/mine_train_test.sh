@@ -35,6 +35,7 @@ else
     "$python" scripts/mine_hard_negatives.py \
         --ann_path "$(value_of --ann_path data/iu_xray/annotation.json "$@")" \
         ${dataset_name:+--dataset_name "$dataset_name"} \
+        --report_sections "$(value_of --report_sections "" "$@")" \
         --text_encoder "${TEXT_ENCODER:-zzxslp/RadBERT-RoBERTa-4m}" \
         --top_k "$(value_of --num_neighbours 5 "$@")" \
         --n_gpu "$(value_of --n_gpu 1 "$@")" --device "$(value_of --device auto "$@")" \

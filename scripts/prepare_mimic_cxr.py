@@ -32,6 +32,7 @@ from modules.prepare.mimic_cxr import (
     read_reports,
     read_sections,
 )
+from modules.prepare.priors import add_priors, moment
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_annotation, check_outputs, contains, write_annotation
 from modules.runtime.records import write_results
@@ -125,25 +126,24 @@ def check(arguments: argparse.Namespace) -> None:
 
 def extract_reports(
     source: Path, images: list[MimicImage], section: str
-) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Study id -> the section of its report, without studies that have none; and reason -> undecidable study ids.
-
-    InputError where no report is there.
+) -> tuple[dict[str, str], dict[str, dict[str, str]], dict[str, list[str]]]:
+    """Study id -> the section of its report, without studies that have none; study id -> all its sections by name; and
+    reason -> undecidable study ids. InputError where no report is there.
     """
     from modules.runtime.run_log import Bar
 
     studies = list({image.study_id: image for image in images}.values())
-    found, undecidable = {}, defaultdict(list)
+    found, named, undecidable = {}, {}, defaultdict(list)
     for study, text in Bar(read_reports(source, studies), "reports", total=len(studies)):
         sections = read_sections(text)
-        found[study] = sections.text(section)
+        found[study], named[study] = sections.text(section), sections.named
         for doubt in sections.doubts_about(section):
             undecidable[doubt].append(study)
     if not found:
         raise InputError(f"--reports {source}: holds none of the {len(studies)} reports (s{studies[0].study_id}.txt)")
     if len(found) < len(studies):
         print(f"warning: {len(studies) - len(found)} of {len(studies)} reports are not in {source}", file=sys.stderr)
-    return {study: text for study, text in found.items() if text}, undecidable
+    return {study: text for study, text in found.items() if text}, named, undecidable
 
 
 def place_images(arguments: argparse.Namespace, images: list[MimicImage]) -> tuple[list[MimicImage], str]:
@@ -182,12 +182,16 @@ def frontal_and_lateral_first(images: list[MimicImage]) -> list[MimicImage]:
     return leading + [image for image in images if image not in leading]
 
 
-def build_records(images: list[MimicImage], reports: dict[str, str], records: str, ending: str) -> dict[str, list]:
-    """The annotation: one record per image, or one per study with a frontal view first."""
+def build_records(
+    images: list[MimicImage], reports: dict[str, str], named: dict[str, dict[str, str]], records: str, ending: str
+) -> dict[str, list]:
+    """The annotation: one record per image, or one per study with a frontal view first; with the sections ``named`` and
+    each study's prior.
+    """
     groups = defaultdict(list)
     for image in images:
         groups[image.dicom_id if records == "image" else f"s{image.study_id}"].append(image)
-    annotation = {split: [] for split in SPLITS}
+    annotation, moments = {split: [] for split in SPLITS}, {}
     for identity, group in groups.items():
         group = frontal_and_lateral_first(group)
         first = group[0]
@@ -200,8 +204,11 @@ def build_records(images: list[MimicImage], reports: dict[str, str], records: st
                 "split": first.split,
                 "view": [image.view for image in group],
                 "image_path": [f"{image.folder}/{image.dicom_id}{ending}" for image in group],
+                "sections": named[first.study_id],
             }
         )
+        moments[identity] = moment(first.moment)
+    add_priors((record for own in annotation.values() for record in own), moments)
     return annotation
 
 
@@ -251,19 +258,19 @@ def main() -> None:
         images = [image for image in images if image.view in views]
         stages[f"of the views {' '.join(sorted(views))}"] = images
     labels = read_chexpert(arguments.tables) if arguments.labels_out else None
-    reports, undecidable = extract_reports(arguments.reports, images, arguments.section)
+    reports, named, undecidable = extract_reports(arguments.reports, images, arguments.section)
     images = [image for image in images if image.study_id in reports]
     stages[f"with {'findings or impression' if arguments.section == 'both' else arguments.section}"] = images
     if not images:
         raise InputError(f"--reports {arguments.reports}: no report has the section, --section {arguments.section}")
     path, ending = arguments.out / "annotation.json", ".jpg"
-    check_annotation(path, build_records(images, reports, arguments.records, ending))
+    check_annotation(path, build_records(images, reports, named, arguments.records, ending))
     if arguments.images:
         images, ending = place_images(arguments, images)
         stages["whose file is there"] = images
         if not images:
             raise InputError(f"--images {arguments.images}: none of the images could be read")
-    annotation = build_records(images, reports, arguments.records, ending)
+    annotation = build_records(images, reports, named, arguments.records, ending)
     done = write_annotation(path, annotation)
     views = {"views": 2} if arguments.records == "study" else {}  # a frontal and a lateral one; R2Gen reads one
     write_description(arguments.out, name="mimic_cxr", language="en", **views, licence=LICENCE)

@@ -17,6 +17,10 @@ from modules.runtime.input_files import read_json
 DESCRIPTION = "dataset.json"
 ENGLISH = "en"
 CLEANER_NAMES = ("iu_xray", "mimic_cxr", "coco", "any")  # the keys of modules/data/tokenizers.py's CLEANERS
+TEXTS = {"indication": 1, "prior_report": 2}  # kinds of text beside the images -> rows of the type embedding
+PRIOR_IMAGE = "prior_image"
+CONTEXTS = (*TEXTS, PRIOR_IMAGE)
+SECTIONS = ("findings", "impression")  # of a report, in the order in which "both" has them
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
 # What a dataset.json may say: its key -> the flag that it is a default of, and the type of its value.
 DESCRIBED: dict[str, tuple[str, type]] = {
@@ -136,3 +140,12 @@ def write_description(folder: Path, **facts: Any) -> None:
     path = folder / DESCRIPTION
     if not path.exists():
         write_private(path, json.dumps(facts, ensure_ascii=False, indent=2) + "\n")
+
+
+def parse_contexts(text: str) -> tuple[str, ...]:
+    """The kinds of context in a comma-separated list; InputError for another name."""
+    names = tuple(filter(None, (name.strip() for name in text.split(","))))
+    for name in names:
+        if name not in CONTEXTS:
+            raise InputError(f"--context {text[:60]}: {name[:40]!r} is none of {', '.join(CONTEXTS)}")
+    return names

@@ -13,7 +13,6 @@ from modules.data.annotations import Study
 from modules.data.batches import Batch, Pair, Sample, SamplePair, collate
 from modules.data.loaders import EpochLoader, build_loader
 from modules.data.sample_order import AUGMENT_NEGATIVE, AUGMENT_POSITIVE, NEIGHBOUR, REPLACEMENT, keyed_generator
-from modules.data.study_context import ContextReader
 from modules.data.tokenizers import Tokenizer, clean_report
 from modules.data.transforms import Transform
 from modules.runtime.errors import InputError
@@ -21,6 +20,7 @@ from modules.runtime.errors import InputError
 if TYPE_CHECKING:
     from modules.data.detection_features import DetectionFeatures
     from modules.data.feature_cache import FeatureCache
+    from modules.data.study_context import ContextReader
 
 __all__ = ["Batch", "EpochLoader", "Pair", "ReportDataset", "build_loader", "collate"]
 
@@ -71,7 +71,7 @@ class ReportDataset(Dataset):
         annotation_negatives: bool = False,
         labels: np.ndarray | None = None,
         on_bad_image: str = "stop",
-        context: ContextReader | None = None,
+        context: "ContextReader | None" = None,
     ):
         if neighbours is not None:
             _check_neighbours(neighbours, len(studies), num_neighbours)

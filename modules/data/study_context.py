@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from modules.data.annotations import Annotation, Study, train_sha256
-from modules.data.settings import PRIOR_IMAGE, SECTIONS, TEXTS
+from modules.data.dataset_specs import PRIOR_IMAGE, SECTIONS, TEXTS
 from modules.runtime.errors import InputError
 
 

@@ -34,6 +34,7 @@ class MimicImage:
     subject_id: str
     split: str  # train, val, test
     view: str
+    moment: str = ""  # date and time of the study, as digits that grow with them
 
     @property
     def folder(self) -> str:
@@ -55,10 +56,12 @@ def read_images(folder: Path) -> list[MimicImage]:
     for kind, path in paths.items():
         if path is None:
             raise InputError(f"--tables {folder}: no mimic-cxr-2.0.0-{kind}.csv.gz there (it comes with MIMIC-CXR-JPG)")
-    views = {
-        row["dicom_id"]: row["ViewPosition"].strip().upper()
-        for row in _rows(paths["metadata"], "dicom_id", "ViewPosition")
-    }
+    views, moments = {}, {}
+    for row in _rows(paths["metadata"], "dicom_id", "ViewPosition"):
+        views[row["dicom_id"]] = row["ViewPosition"].strip().upper()
+        date, time = (row.get(name) or "" for name in ("StudyDate", "StudyTime"))
+        if date.isdigit():
+            moments[row["dicom_id"]] = date + time.partition(".")[0].zfill(6)
     images = {}
     for row in _rows(paths["split"], "dicom_id", "study_id", "subject_id", "split"):
         identity, study, subject = row["dicom_id"], row["study_id"], row["subject_id"]
@@ -75,7 +78,8 @@ def read_images(folder: Path) -> list[MimicImage]:
             )
         if identity in images:
             raise InputError(f"{paths['split']}: image {identity} occurs twice")
-        images[identity] = MimicImage(identity, study, subject, SPLIT_NAMES[row["split"]], views.get(identity, ""))
+        known = views.get(identity, ""), moments.get(identity, "")
+        images[identity] = MimicImage(identity, study, subject, SPLIT_NAMES[row["split"]], *known)
     if not images:
         raise InputError(f"{paths['split']}: has no rows")
     return list(images.values())
@@ -220,6 +224,12 @@ _KINDS = (
         ),
     ),
 )
+# What the other sections say, by their headers' names.
+_CONTEXT = (
+    ("indication", re.compile(r"^(?:INDICATION|REASON|CLINICAL|HISTORY)|(?:HISTORY|INDICATION)$")),
+    ("comparison", re.compile(r"^COMPAR")),
+    ("technique", re.compile(r"^(?:TECHNIQUE|PROCEDURE)")),
+)
 # The names that are headers in small letters or without a colon too.
 _SECTION_NAME = re.compile(
     rf"{_RESULT}(?: ?(?:AND|&|/) ?{_RESULT})?|(?:CLINICAL |PATIENT )?(?:INDICATIONS?|HISTORY)|CLINICAL INFORMATION"
@@ -247,6 +257,13 @@ class Sections:
         """What is undecidable about ``section``, each reason once."""
         parts = ("findings", "impression") if section == "both" else (section,)
         return tuple(dict.fromkeys(doubt for part in parts for doubt in self.doubts[part]))
+
+    @property
+    def named(self) -> dict[str, str]:
+        """indication, comparison, technique, findings and impression, as far as there are any, on one line each."""
+        found = {name: " ".join(self.texts.get(name, ())) for name in (*dict(_CONTEXT), "impression")}
+        found |= {"findings": self.text("findings")}
+        return {name: text for name, text in found.items() if text}
 
     def text(self, section: str) -> str:
         """``section`` ("findings", "impression" or "both", findings first) on one line; "" without it.
@@ -299,7 +316,7 @@ def read_sections(text: str) -> Sections:
 def _read_block(text: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """The texts under each kind of header, those without a letter left out, and the doubts about each section."""
     headers, inside = _headers(text)
-    texts: dict[str, list[str]] = {kind: [] for kind, _ in _KINDS}
+    texts: dict[str, list[str]] = {kind: [] for kind in (*dict(_KINDS), *dict(_CONTEXT))}
     doubts: dict[str, list[str]] = {"findings": [], "impression": []}
     loose = _is_prose(text[: headers[0].start] if headers else text)
     ends = [header.start for header in headers[1:]] + [len(text)]
@@ -309,6 +326,9 @@ def _read_block(text: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
             loose = loose or any(map(_is_prose, _PARAGRAPH.split(content.strip())[1:]))
         if re.search(r"[^\W_]", content):
             texts[header.kind].append(" ".join(content.split()))
+            name = next((name for name, pattern in _CONTEXT if pattern.search(header.name)), None)
+            if header.kind == "other" and name:  # its first paragraph: what follows may be findings without a header
+                texts[name].append(" ".join(_PARAGRAPH.split(content.strip())[0].split()))
         sections = {"both": ("findings", "impression"), "views": ("findings",)}.get(header.kind, (header.kind,))
         for section in sections if header.kind != "other" else ():
             if any(header.end <= name.start < end for name in inside):

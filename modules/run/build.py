@@ -14,8 +14,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from models import backbone_class
 from models.base import Backbone
 from modules.config import Config
+from modules.data.dataset_specs import PRIOR_IMAGE, TEXTS
 from modules.data.datasets import list_samples
-from modules.data.settings import PRIOR_IMAGE, TEXTS
 from modules.data.tokenizers import clean_report
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.tester import Predictions, Tester

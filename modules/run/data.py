@@ -68,20 +68,12 @@ def read_data(
     ``trained_with`` names the strategy of a checkpoint that is only tested: no hard negatives are needed then.
     ``asked_for_ithn``: flags that were given ask for it, so without hard negatives this is an InputError.
     """
-    annotation = read_annotation(config.ann_path)
-    if config.max_views and config.views == "paired":
-        annotation = frontal_first(annotation)
-    _log_unread(config, annotation)
+    annotation = _annotation(config)
     detections = None
     if config.detection_features:
         from modules.data.detection_features import detections_of
 
         detections = detections_of(config.detection_features, annotation.splits, config.max_detections)
-    if config.report_sections:
-        from modules.data.study_context import with_sections
-
-        annotation, lost = with_sections(annotation, config.report_sections)
-        logger.info("--report_sections %s: %d studies without it are left out", config.report_sections, lost)
     if config.captioning:
         from modules.data.captions import split_captions
 
@@ -119,8 +111,16 @@ def read_data(
     )
 
 
-def _log_unread(config: Config, annotation: Annotation) -> None:
-    """Log how many images of their studies are not read."""
+def _annotation(config: Config) -> Annotation:
+    """The annotation with the views and sections that are asked for; logs what is not read."""
+    annotation = read_annotation(config.ann_path)
+    if config.max_views and config.views == "paired":
+        annotation = frontal_first(annotation)
+    if config.report_sections:
+        from modules.data.study_context import with_sections
+
+        annotation, lost = with_sections(annotation, config.report_sections)
+        logger.info("--report_sections %s: %d studies without it are left out", config.report_sections, lost)
     most = max_views(config)
     counts = [len(study.image_paths) for studies in annotation.splits.values() for study in studies]
     if config.views == "paired" and (unread := sum(max(0, count - most) for count in counts)):
@@ -131,6 +131,7 @@ def _log_unread(config: Config, annotation: Annotation) -> None:
             sum(count > most for count in counts),
             most,
         )
+    return annotation
 
 
 def backbone_settings(config: Config) -> BackboneSettings:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from models.base import Backbone
+from modules.data.dataset_specs import PRIOR_IMAGE
 from modules.data.images import open_image, refuse_blank
-from modules.data.settings import PRIOR_IMAGE
 from modules.flags import resolve_config
 from modules.inference.prediction import Predictor
 from modules.inference.study_files import StudyFiles

@@ -135,6 +135,7 @@ def test_one_record_an_image(physionet, tmp_path, monkeypatch, capsys):
     found = prepare(monkeypatch, physionet, tmp_path, "--labels_out", tmp_path / "labels.csv")
     assert {split: len(records) for split, records in found.items()} == {"train": 4, "val": 2, "test": 2}
     name = identity(50000001, 0)
+    assert found["train"][0].pop("sections")["impression"] == "No acute process."
     assert found["train"][0] == {
         "id": name,
         "study_id": 50000001,
@@ -396,3 +397,37 @@ def test_undecidable_studies_are_listed(physionet, tmp_path, monkeypatch, capsys
 def test_a_long_line_takes_no_time():
     assert extract_section("A " * 200_000, "findings") == ""
     assert extract_section("FINDINGS: " + "A.  " * 50_000, "findings").startswith("A. A.")
+
+
+def test_sections_and_priors_are_kept(tmp_path, physionet):
+    """The study before is the earlier one by date and time, whatever its number."""
+    (tmp_path / "jpg").mkdir()
+    for kind in ("split", "chexpert"):
+        name = f"mimic-cxr-2.0.0-{kind}.csv.gz"
+        (tmp_path / "jpg" / name).write_bytes((physionet / "jpg" / name).read_bytes())
+    when = {50000001: ("21800102", "80000.5"), 50000002: ("21800102", "75959")}
+    table(
+        tmp_path / "jpg/mimic-cxr-2.0.0-metadata.csv.gz",
+        [
+            ["dicom_id", "ViewPosition", "StudyDate", "StudyTime"],
+            *(
+                (identity(study, place), view, *when.get(study, ("", "")))
+                for _, study, _, views in STUDIES
+                for place, view in enumerate(views)
+            ),
+        ],
+    )
+    images = prepare_mimic_cxr.read_images(tmp_path / "jpg")
+    reports, named, _ = prepare_mimic_cxr.extract_reports(physionet / "mimic-cxr-reports.zip", images, "findings")
+    images = [image for image in images if image.study_id in reports]
+    records = prepare_mimic_cxr.build_records(images, reports, named, "study", ".jpg")["train"]
+    found = {record["id"]: record for record in records}
+    assert found["s50000001"]["prior"] == "s50000002" and "prior" not in found["s50000002"]
+    assert found["s50000001"]["sections"] == {
+        "indication": "___-year-old with cough",
+        "comparison": "None.",
+        "impression": "No acute process.",
+        "findings": "Study 50000001. The lungs are clear. There is no effusion.",
+    }
+    by_image = prepare_mimic_cxr.build_records(images, reports, named, "image", ".jpg")["train"]
+    assert {record.get("prior") for record in by_image if record["study_id"] == 50000001} == {identity(50000002, 0)}

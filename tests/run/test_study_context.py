@@ -10,7 +10,7 @@ from PIL import Image
 
 from modules.config import Config
 from modules.data.annotations import Study, read_annotation
-from modules.data.settings import parse_contexts
+from modules.data.dataset_specs import parse_contexts
 from modules.data.study_context import ContextReader, with_sections
 from modules.data.tokenizers import Tokenizer
 from modules.flags import parse_flags
