@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, trainers
 
-from modules.data.languages import join_words, plain_text, word_matches, words_of
-from modules.data.tokenizers import BOS, EOS, PAD, UNKNOWN
+from modules.data.tokenizers import BOS, EOS, PAD, UNKNOWN, join_words, plain_text, word_matches, words_of
 from modules.runtime.errors import InputError
 
 _SPACE = "\u2581"  # in place of a space, at the start of a piece
@@ -19,7 +18,7 @@ CLEANER = "any"
 class SubwordTokenizer:
     """Maps reports to ids and back; ``definition`` is the JSON of a tokenizers.Tokenizer, which a checkpoint stores.
 
-    Texts are cleaned by the rules called "any" (modules/data/languages.py). ``decode`` gives cleaned texts, whose words
+    Texts are cleaned by the rules called "any". ``decode`` gives cleaned texts, whose words
     are separated by spaces: characters, in a script without them. InputError for another definition.
     """
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from modules.data.languages import join_words
+from modules.data.tokenizers import join_words
 from modules.data.transforms import Transform
 from modules.decoding.options import DecodingOptions
 from modules.inference.attention import recorded_attention, view_maps

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from modules.data.languages import lacks_spaces, words_of
+from modules.data.tokenizers import lacks_spaces, words_of
 from modules.runtime.errors import InputError
 from modules.runtime.hub import download_model, respelled
 from modules.runtime.run_log import Bar

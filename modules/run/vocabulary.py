@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Union
 
 from modules.config import Config
-from modules.data.languages import lacks_spaces
-from modules.data.tokenizers import Tokenizer, count_words, largest_threshold, unknown_share
+from modules.data.tokenizers import Tokenizer, count_words, lacks_spaces, largest_threshold, unknown_share
 from modules.runtime.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used

@@ -10,9 +10,16 @@ import torch
 from PIL import Image
 
 from modules.config import Config
-from modules.data.languages import join_words, lacks_spaces, words_of
 from modules.data.subword_tokenizer import SubwordTokenizer
-from modules.data.tokenizers import Tokenizer, count_words, largest_threshold, unknown_share
+from modules.data.tokenizers import (
+    Tokenizer,
+    count_words,
+    join_words,
+    lacks_spaces,
+    largest_threshold,
+    unknown_share,
+    words_of,
+)
 from modules.flags import parse_flags
 from modules.run.predictor import load_predictor
 from modules.run.testing import run_testing
