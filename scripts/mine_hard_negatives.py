@@ -3,9 +3,11 @@
 Writes an index for main_train.py --negative_index. The negative image is chosen when training reads it: the view with
 the anchor image's number where the neighbour has one, else the neighbour's first image.
 
-Left out as false negatives, unless a flag says otherwise: records of the same study, and reports whose cleaned text is
-the same. RadBERT, the default encoder, is a masked-LM checkpoint without a trained pooler, so reports are embedded by
-the mean of the last hidden states over all tokens (--pooling mean) or by the first token's (--pooling first).
+Left out as false negatives, unless a flag says otherwise: records of the same study or, where the annotation knows
+patients, of the same patient, and reports whose cleaned text is the same. RadBERT, the default encoder, is a masked-LM
+checkpoint without a trained pooler, so reports are embedded by the mean of the last hidden states over all tokens
+(--pooling mean) or by the first token's (--pooling first). The data flags of main_train.py are taken too; those that
+mining has no use for change nothing.
 
   python scripts/mine_hard_negatives.py --ann_path data/iu_xray/annotation.json --out data/iu_xray/negatives.safetensors
   python scripts/mine_hard_negatives.py ... --text_encoder tfidf          needs no weights and nothing downloaded
@@ -26,6 +28,7 @@ from modules.config import Config
 from modules.data.annotations import Annotation, read_annotation
 from modules.data.captions import split_captions
 from modules.data.dataset_specs import SECTIONS
+from modules.data.settings import DataSettings
 from modules.data.tokenizers import clean_report
 from modules.flags import Parser, boolean, data_set
 from modules.runtime.errors import InputError, one_line, run_entry_point
@@ -42,6 +45,7 @@ RECORDED = (
     "dataset_name",
     "report_sections",
     "include_same_study",
+    "include_same_patient",
     "include_identical_text",
     "exclude_same_labels",
     "seed",
@@ -87,6 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="of --text_encoder random, and of the ties of labels; default %(default)s",
     )
     _add_resources(parser)
+    taken = {name.removeprefix("--") for name in parser._option_string_actions}
+    for item in dataclasses.fields(DataSettings):  # one variable of a shell script serves every program
+        if item.name not in taken:
+            add(f"--{item.name}", help=argparse.SUPPRESS)
     add(
         "--examples",
         type=int,
@@ -102,6 +110,11 @@ def _add_exclusions(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     either = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "{true,false}"}
     add("--include_same_study", **either, help="allow records of the same study as negatives")
+    add(
+        "--include_same_patient",
+        **either,
+        help="allow other studies of the same patient as negatives, where the annotation knows patients",
+    )
     add(
         "--include_identical_text",
         **either,
@@ -198,6 +211,10 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
     arguments.dataset_name, data = data_set(arguments.ann_path, arguments.dataset_name)
     cleaned = group_ids(clean_report(study.report, data.cleaner) for study in train)
     studies = group_ids(study.study_id for study in train)
+    # What a record's negatives are never of: its patient, or else its study.
+    owners = studies
+    if not arguments.include_same_patient:
+        owners = group_ids(f"p{study.subject_id}" if study.subject_id else f"s{study.study_id}" for study in train)
     labels = None
     if arguments.exclude_same_labels:
         labels = group_ids(row.tobytes() for row in labels_by_rules(reports, progress=distributed.is_main_process()))
@@ -207,7 +224,7 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
         group_ids(reports),
         arguments.top_k,
         text_group=None if arguments.include_identical_text else cleaned,
-        study_group=None if arguments.include_same_study else studies,
+        study_group=None if arguments.include_same_study else owners,
         label_group=labels,
         device=device,
         memory_mb=arguments.memory_mb,
@@ -221,6 +238,7 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
         "encoder": encoder,
         "sharing_text": _sharing(cleaned),
         "sharing_study": _sharing(studies),
+        "sharing_patient": None if arguments.include_same_patient else _sharing(owners),
         "sharing_labels": None if labels is None else _sharing(labels),
         **provenance(device),
     }
@@ -246,6 +264,11 @@ def print_statistics(index) -> None:
     ):
         rule = "admitted as each other's negatives" if admitted else "excluded as each other's negatives"
         print(f"{sharing:,} of {count:,} training records share their {what} with another: {rule}")
+    if (metadata.get("sharing_patient") or 0) > metadata["sharing_study"]:
+        print(
+            f"{metadata['sharing_patient']:,} of {count:,} training records share their patient with another: excluded "
+            "as each other's negatives"
+        )
     if metadata["sharing_labels"] is not None:
         print(
             f"{metadata['sharing_labels']:,} of {count:,} training records share their labels with another: excluded "

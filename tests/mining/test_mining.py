@@ -268,3 +268,39 @@ def test_script_finds_out_early_that_it_cannot_write(mine, tmp_path):
         mine(REPORTS, "--out", tmp_path / "file" / "below" / "negatives.safetensors")
     with pytest.raises(InputError, match="--out .*: is a folder"):
         mine(REPORTS, "--out", tmp_path)
+
+
+def test_neighbours_are_of_other_patients_unless_a_flag_says_otherwise(tmp_path, capsys):
+    """Two studies of one patient with nearly the same report; the program takes the data flags of a training."""
+    from modules.data.annotations import read_annotation
+    from scripts import mine_hard_negatives
+
+    texts = ["the heart is large today", "the heart is large again", "clear lungs", "left rib fracture"]
+    patients = ["a", "a", "b", None]
+    rows = [
+        {"id": str(n), "study_id": n, "report": text, "image_path": [f"{n}.png"]} | ({"subject_id": p} if p else {})
+        for n, (text, p) in enumerate(zip(texts, patients, strict=True))
+    ]
+    path = tmp_path / "annotation.json"
+    path.write_text(json.dumps({"train": rows, "val": [], "test": []}))
+
+    def neighbours(*flags):
+        argv = [
+            "--ann_path",
+            path,
+            "--out",
+            tmp_path / "index.safetensors",
+            "--text_encoder",
+            "tfidf",
+            "--device",
+            "cpu",
+        ]
+        argv += ["--image_dir", "images", "--max_views", 3, "--threshold", 1, *flags]
+        arguments = mine_hard_negatives.build_parser().parse_args(list(map(str, argv)))
+        index = mine_hard_negatives.mine(arguments, read_annotation(path, required_splits=("train",)))
+        mine_hard_negatives.print_statistics(index)
+        return index.neighbours[0].tolist()
+
+    assert 1 not in neighbours()
+    assert "2 of 4 training records share their patient with another: excluded" in capsys.readouterr().out
+    assert neighbours("--include_same_patient")[0] == 1
