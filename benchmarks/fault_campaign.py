@@ -41,6 +41,18 @@ NUMBERS = {
     "random_batches": 10_000,
     "annotations": 2000,
     "checkpoints": 1000,
+    "dicoms": 2000,
+    "deep_images": 200,
+    "odd_paths": 20,
+    "umasks": 10,
+    "clocks_set_back": 10,
+    "slow_disks": 10,
+    "changed_directories": 10,
+    "stopped_jobs": 10,
+    "read_only_folders": 10,
+    "killed_self_critical": 10,
+    "killed_shards": 10,
+    "ranks_to_one": 5,
 }
 TITLES = {
     "kills": "kill -9 at a random instant",
@@ -54,6 +66,18 @@ TITLES = {
     "random_batches": "random batch through the objective, three precisions",
     "annotations": "damaged annotation read",
     "checkpoints": "damaged checkpoint read, no checksum",
+    "dicoms": "damaged DICOM uploaded",
+    "deep_images": "image with NaN and infinities",
+    "odd_paths": "very long and odd paths",
+    "umasks": "umask 000 and 077",
+    "clocks_set_back": "clock set back or ahead",
+    "slow_disks": "slow file system",
+    "changed_directories": "working directory changed or deleted",
+    "stopped_jobs": "whole job stopped and continued",
+    "read_only_folders": "results folder becomes read-only",
+    "killed_self_critical": "kill -9 in the self-critical stage",
+    "killed_shards": "kill -9 in a training from shards",
+    "ranks_to_one": "two ranks killed, one resumes",
 }
 
 
@@ -103,9 +127,10 @@ def main() -> int:
 
 def faults() -> dict[str, Callable[..., "Iterator[Trial]"]]:
     """The trials by name."""
-    from benchmarks import fault_readers, fault_trials
+    from benchmarks import fault_conditions, fault_readers, fault_trials
 
-    return {name: getattr(fault_trials, name, None) or getattr(fault_readers, name) for name in NUMBERS}
+    places = (fault_trials, fault_readers, fault_conditions)
+    return {name: next(getattr(place, name) for place in places if hasattr(place, name)) for name in NUMBERS}
 
 
 def run(name: str, number: int, bench: Any, rng: random.Random) -> dict[str, Any]:

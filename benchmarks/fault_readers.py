@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.fault_runs import Bench
@@ -178,3 +178,67 @@ def _distorted(value, rng: random.Random):
         place = rng.randrange(len(value))
         return [_distorted(v, rng) if i == place else v for i, v in enumerate(value)]
     return rng.choice(WRONG)
+
+
+def dicoms(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
+    """DICOM files with bytes changed, cut or doubled, as they are uploaded: an image, or one line."""
+    import io
+
+    from modules.data.images import decode_image
+
+    contents = [_dicom(bits) for bits in (8, 16)]
+    for _ in range(number):
+        content = _scrambled(rng.choice(contents), rng)
+        yield _one_line(lambda content=content: decode_image(io.BytesIO(content), "upload.dcm"))
+
+
+def deep_images(bench: Bench, rng: random.Random, number: int) -> Iterator[Trial]:
+    """TIFF files of floats, some of which are no number or infinite: refused with one line."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from modules.data.images import decode_image
+
+    for _ in range(number):
+        values = np.random.default_rng(rng.randrange(2**32)).random((40, 30), dtype=np.float32)
+        values[rng.randrange(40), rng.randrange(30)] = rng.choice((np.nan, np.inf, -np.inf))
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, "TIFF")
+        buffer.seek(0)
+        yield _one_line(lambda buffer=buffer: decode_image(buffer, "a.tif"), refused=True)
+
+
+def _one_line(read: Callable[[], object], refused: bool = False) -> Trial:
+    from modules.runtime.errors import InputError
+
+    try:
+        read()
+    except InputError as error:
+        return Trial("\n" not in str(error), why="" if "\n" not in str(error) else str(error))
+    except Exception as error:
+        return Trial(False, why=f"{type(error).__name__}: {error}"[:300])
+    return Trial(not refused, why="it was read" if refused else "")
+
+
+def _dicom(bits: int) -> bytes:
+    """A small radiograph of made-up values."""
+    import io
+
+    import numpy as np
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+
+    data, values = Dataset(), np.arange(1200, dtype=f"u{bits // 8}").reshape(40, 30)
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = DigitalXRayImageStorageForPresentation
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
+    data.Rows, data.Columns, data.SamplesPerPixel, data.PhotometricInterpretation = 40, 30, 1, "MONOCHROME2"
+    data.BitsAllocated = data.BitsStored = bits
+    data.HighBit, data.PixelRepresentation, data.WindowCenter, data.WindowWidth = bits - 1, 0, 100, 200
+    data.PixelData = values.tobytes()
+    buffer = io.BytesIO()
+    data.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()

@@ -110,8 +110,11 @@ class Bench:
         if pid:
             return pid
         os.setpgid(0, 0)
-        with quiet(folder.with_name(f"{folder.name}.log")):
-            os._exit(_work(["--save_dir", str(folder), *self.argv, *flags], self.progress, before))
+        try:
+            with quiet(folder.with_name(f"{folder.name}.log")):
+                os._exit(_work(["--save_dir", str(folder), *self.argv, *flags], self.progress, before))
+        finally:  # whatever happens, the child must not go on with its parent's work
+            os._exit(71)
 
     def reach(self, pid: int, folder: Path, rng: random.Random) -> None:
         """Wait for a random instant of the run, or its end: some time after a step that is drawn at random."""
