@@ -9,7 +9,7 @@ Shapes: n images, S patches of one image (a row-major grid), C = width of the fe
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +78,9 @@ ENCODERS = {
 TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 # Left out of checkpoints at times, and of no use for patches.
 _UNUSED = ("pooler.", "embeddings.mask_token")
+
+
+MAX_NUMBER = 2**20  # in a description: lists of as many entries are made before the first layer is
 
 
 def is_hub_name(name: str) -> bool:
@@ -221,9 +224,20 @@ def read_description(text: str) -> Described:
         size = int(found["size"])
         if found["library"] not in BUILDERS or size < 1:
             raise ValueError("of an unknown library or size")
+        if (largest := max(_numbers(found), default=0)) > MAX_NUMBER:
+            raise ValueError(f"a size of {largest}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"visual_extractor_config: not the description of a vision model ({error})") from error
     return Described(found["library"], mean, std, size, found)
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    """All whole numbers in JSON."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
+    elif type(value) is int:
+        yield value
 
 
 def _three(values: Any) -> tuple[float, ...]:

@@ -1,5 +1,7 @@
 """Checkpoints whose settings or tensors ask for more than they hold: one line, before anything is allocated."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +16,13 @@ from tests.runtime.test_hostile_images import little_memory
 
 ENOUGH = 500_000  # kB: the file's 90 MB are read, hashed and compared; each claim is of gigabytes
 WIDE = {"d_model": 10**6, "cmm_dim": 10**6}
+
+
+def described(library, **entries):
+    text = json.dumps({"library": library, "mean": [0.5], "std": [0.5], "size": 32, **entries})
+    return {"visual_extractor": "hf:evil/model", "visual_extractor_config": text}
+
+
 CLAIMS = {
     "a wide model": WIDE,
     "a wider model": {"d_model": 2 * 10**9, "cmm_dim": 2 * 10**9},
@@ -36,6 +45,16 @@ CLAIMS = {
     "processes": {"num_workers": 10**6},
     "a batch": {"batch_size": 10**12},
     "regions": {"detection_features": "x.hdf5", "max_detections": 10**12},
+    "a vision model that is wide": described("transformers", config={"model_type": "vit", "hidden_size": 12 * 10**8}),
+    "a vision model that is deep": described("transformers", config={"model_type": "vit", "num_hidden_layers": 10**9}),
+    "a vision model of a million layers": described(
+        "transformers", config={"model_type": "vit", "num_hidden_layers": 10**6}
+    ),
+    "a timm model that is deep": described("timm", architecture="vit_tiny_patch16_224", args={"depth": 10**9}),
+    "a timm model that reads a file": described(
+        "timm", architecture="resnet18", args={"checkpoint_path": "/etc/passwd"}
+    ),
+    "a vision model of code": described("transformers", config={"model_type": "own", "auto_map": {"AutoModel": "x.Y"}}),
     "a setting below 0": {"d_model": -16},
     "another backbone": {"model_name": "r2gen", "rm_d_model": 16},
 }

@@ -16,6 +16,9 @@ from modules.training.checkpoint import load_checkpoint
 from tests.conftest import TINY
 from tests.hostile_support import run
 
+LOOK = {"mean": [0.5], "std": [0.5], "size": 32}
+TIMM = json.dumps({"library": "timm", "architecture": "resnet18", "args": {}, **LOOK})
+VIT = json.dumps({"library": "transformers", "config": {"model_type": "vit", "_name_or_path": "evil/model"}, **LOOK})
 EVENTS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect", "socket.sendto", "subprocess.Popen")
 STARTS = ("os.system", "os.exec", "os.posix_spawn")
 HARMLESS = {"git", "uname", "ldconfig", "gcc", "cc", "ld", "sh", "/bin/sh"}  # provenance, shared libraries
@@ -53,6 +56,12 @@ def claims(folder):
         "an extractor of the hub": {"visual_extractor": "hf_hub:evil/model"},
         "an extractor of the hub, another way": {"visual_extractor": "hf-hub:evil/model"},
         "an extractor of the hub, loudly": {"visual_extractor": "HF-HUB:evil/model"},
+        "a vision model of the hub": {"visual_extractor": "hf:evil/model"},
+        "a vision model that is described": {"visual_extractor": "hf:evil/model", "visual_extractor_config": VIT},
+        "a vision model of another's name": {
+            "visual_extractor": "hf:evil/model",
+            "visual_extractor_config": json.dumps(json.loads(TIMM) | {"architecture": "hf_hub:evil/model"}),
+        },
         "an extractor with weights": {"visual_extractor": "resnet18.a1_in1k", "visual_extractor_pretrained": True},
         "an extractor in a folder": {"visual_extractor": f"local-dir:{folder}"},
         "weights at an address": {"visual_extractor_weights": "https://evil.example/w.pth"},
