@@ -126,9 +126,9 @@ def stopped_jobs(bench: Bench, rng: random.Random, number: int) -> Iterator[Tria
     """SIGSTOP for the whole job, longer than --worker_timeout, and SIGCONT: it goes on as if nothing had been."""
     for trial in range(number):
         folder = bench.folder / f"stopped-{trial}"
-        pid = bench.start(folder, "--num_workers", "2", "--worker_timeout", "2")
+        pid = bench.start(folder, "--num_workers", "2", "--worker_timeout", "6")
         bench.reach(pid, folder, rng)
-        for kind, pause in ((signal.SIGSTOP, 5.0), (signal.SIGCONT, 0.0)):
+        for kind, pause in ((signal.SIGSTOP, 9.0), (signal.SIGCONT, 0.0)):
             try:
                 os.killpg(pid, kind)
             except ProcessLookupError:

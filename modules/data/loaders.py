@@ -99,13 +99,16 @@ class GuardedLoader:
 
     def _wait(self, answers: queue.SimpleQueue) -> Any:
         """The thread's next answer; its error, or what became of the workers, is raised."""
-        since = time.monotonic()
+        waited = 0.0
         while True:
+            since = time.monotonic()
             try:
                 answer = answers.get(timeout=SECONDS_BETWEEN_LOOKS)
             except queue.Empty:
                 self._require_life()
-                if self.timeout and time.monotonic() - since > self.timeout:
+                # A job that is stopped as a whole (SIGSTOP, a suspended machine) does not count as hanging.
+                waited += min(time.monotonic() - since, 2 * SECONDS_BETWEEN_LOOKS)
+                if self.timeout and waited > self.timeout:
                     raise InputError(
                         f"no data-loading process has answered for {self.timeout:g} s: one hangs, or the storage of "
                         "--image_dir does; give more time with --worker_timeout, or read in this process with "

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from modules.runtime.errors import InputError
+from modules.runtime.stopping import get_awake
 
 # The numbers of a line depend on its texts only, so pairs that validations repeat are asked for once.
 _CACHE_LIMIT = 20_000
@@ -112,7 +113,7 @@ class Meteor:
 
     def _next_numbers(self, process: subprocess.Popen, number: int, wanted: int) -> list[float]:
         try:
-            line = self._answers.get(timeout=self._timeout)
+            line = get_awake(self._answers, self._timeout)
         except queue.Empty:
             raise MeteorError(
                 f"java gave no answer for {self._timeout:g} s (after {number} of {wanted}); see --meteor_timeout"

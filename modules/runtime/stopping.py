@@ -3,12 +3,16 @@
 import contextlib
 import multiprocessing
 import os
+import queue
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 # An exception raised inside a destructor or callback is swallowed: raise it again after this time.
 SECONDS_TO_TRY_AGAIN = 5.0
+SECONDS_BETWEEN_LOOKS = 0.2  # at the clock, while an answer is waited for
 
 
 class Stopped(SystemExit):
@@ -82,3 +86,19 @@ class GracefulShutdown:
         finally:
             self._deferred -= 1
         self.check()
+
+
+def get_awake(answers: queue.SimpleQueue, seconds: float) -> Any:
+    """The next of ``answers``; queue.Empty after ``seconds``, of which those in which the job was stopped do not count.
+
+    SIGSTOP for a whole job, or a machine that was suspended, is no sign that another process hangs.
+    """
+    waited = 0.0
+    while True:
+        since = time.monotonic()
+        try:
+            return answers.get(timeout=min(SECONDS_BETWEEN_LOOKS, seconds))
+        except queue.Empty:
+            waited += min(time.monotonic() - since, 2 * SECONDS_BETWEEN_LOOKS)
+            if waited >= seconds:
+                raise

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import queue
 import signal
+import threading
 import time
 
 import pytest
@@ -12,6 +14,7 @@ from torch.utils.data import Dataset
 from modules.data import loaders
 from modules.data.loaders import GuardedLoader, LimitedLoader, build_loader
 from modules.runtime.errors import InputError
+from modules.runtime.stopping import get_awake
 
 OTHERS = set()  # processes that other tests keep
 
@@ -97,6 +100,31 @@ def test_workers_that_die_at_once_are_named(monkeypatch):
 @pytest.mark.parametrize("act", [lambda: kill_self(signal.SIGSTOP), lambda: time.sleep(600)], ids=["stopped", "hangs"])
 def test_a_worker_that_stalls_is_waited_for_no_longer_than_asked(monkeypatch, act):
     assert_ends(made(act, monkeypatch, timeout=2.0), "no data-loading process has answered for 2 s.*--worker_timeout")
+
+
+class Jumping:
+    """A clock that goes ahead by an hour at its third look, as where a whole job was stopped."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def monotonic(self):
+        self.looks += 1
+        return time.monotonic() + (3600 if self.looks > 2 else 0)
+
+
+def test_a_job_that_was_stopped_as_a_whole_goes_on(monkeypatch):
+    clock = Jumping()
+    monkeypatch.setattr(loaders, "time", clock)
+    loader = made(lambda: time.sleep(1.0), monkeypatch, timeout=20.0)
+    loader.set_epoch(1)
+    assert sum(len(batch) for batch in loader) == 12 and clock.looks > 3
+    answers, clock.looks = queue.SimpleQueue(), 0
+    monkeypatch.setattr("modules.runtime.stopping.time", clock)
+    threading.Timer(1.0, answers.put, ("answer",)).start()
+    assert get_awake(answers, 20.0) == "answer" and clock.looks > 3
+    with pytest.raises(queue.Empty):
+        get_awake(answers, 0.3)
 
 
 class Long(Dataset):
