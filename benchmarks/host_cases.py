@@ -63,8 +63,8 @@ def build_backbone(name: str, extractor: nn.Module, **settings: Any) -> Backbone
     )
 
 
-def make_batch(negatives: bool, missing_views: bool = False, length: int = LENGTH) -> Batch:
-    """A pinned batch of random pixels and words, as a loader with workers hands it over."""
+def make_batch(negatives: bool, missing_views: bool = False, length: int = LENGTH, pinned: bool = True) -> Batch:
+    """A batch of random pixels and words, as a loader with workers hands it over."""
 
     def pair(length: int) -> Pair:
         tokens = torch.randint(1, WORDS, (ROWS, length))
@@ -75,7 +75,7 @@ def make_batch(negatives: bool, missing_views: bool = False, length: int = LENGT
         return Pair(pixels, present, tokens, torch.ones(ROWS, length, dtype=torch.bool), torch.ones(ROWS, 14))
 
     rows, transform = torch.arange(ROWS), train_transform(SIDE, (0.5,) * 3, (0.5,) * 3)
-    return Batch(
+    batch = Batch(
         pair(length),
         pair(length - 3) if negatives else None,
         torch.ones(ROWS, dtype=torch.bool) if negatives else None,
@@ -84,7 +84,8 @@ def make_batch(negatives: bool, missing_views: bool = False, length: int = LENGT
         [""] * ROWS,
         [""] * ROWS,
         transform=transform,
-    ).pin_memory()
+    )
+    return batch.pin_memory() if pinned else batch
 
 
 def make_trainer(objective: nn.Module, case: StepCase, device: torch.device) -> Trainer:
@@ -139,6 +140,25 @@ class Steps:
             for _ in range(steps):
                 step()
         return found
+
+
+def graphs(name: str, ithn: dict[str, Any], device: torch.device) -> tuple[int, list[str]]:
+    """How many graphs 20 epochs with --compile make, of reports of any length, and why graphs end.
+
+    A backbone that ends a graph at a named place has several pieces, each made once or twice.
+    """
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    shallow = {"num_layers": 1, **({"gpt2_layers": 1} if name == "visualgpt" else {})}
+    backbone = build_backbone(name, VisualExtractor("resnet18", image_size=SIDE), **shallow)
+    objective = Objective(backbone, ITHNSettings(**{"embedding_dim": 16, **ithn}), n_samples=ROWS).to(device)
+    objective.train().compile(backend="eager")
+    for epoch in range(1, 21):
+        batch = make_batch(objective.uses_negatives, length=10 + epoch * 7 % 13, pinned=device.type == "cuda")
+        objective(batch.to(device), epoch, token_count=torch.tensor(30 + epoch))["loss"].backward()
+    return counters["stats"]["unique_graphs"], list(counters["graph_break"])
 
 
 def search(null: NullDevice, name: str, precision: str = "float32", **decoding: Any) -> Counter[str]:

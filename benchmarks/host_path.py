@@ -75,7 +75,7 @@ def total(counts: Mapping[str, int]) -> int:
 
 def measure(quick: bool = False) -> Iterator[tuple[str, str, str, Counter[str]]]:
     """Kind, backbone, case and counts of everything that is counted; on the null device only."""
-    from benchmarks.host_cases import NARROW, StepCase, Steps, search
+    from benchmarks.host_cases import NARROW, StepCase, Steps, graphs, search
 
     null = null_device.prepare()
     deep, shallow = Steps(null, "resnet101"), Steps(null, "resnet18")
@@ -89,6 +89,9 @@ def measure(quick: bool = False) -> Iterator[tuple[str, str, str, Counter[str]]]
             yield "step", name, label, shallow.take(StepCase(name, STRATEGIES["ithn"], **changed))
         for label, decoding in list(SEARCHES.items())[:1] if quick else SEARCHES.items():
             yield "search", name, label, search(null, name, **decoding)
+        if not quick:
+            number, _ = graphs(name, STRATEGIES["ithn"], shallow.device)
+            yield "graphs", name, "20 epochs", Counter(graphs=number)
     many = shallow.take(StepCase("r2gencmn", STRATEGIES["ithn"]), steps=STEPS_TO_THE_GUARD)
     yield "step", "r2gencmn", f"{STEPS_TO_THE_GUARD} steps", many
     yield "named wait", "r2gencmn", "RAdam", shallow.take(StepCase("r2gencmn", optim={"optim": "RAdam"}))
@@ -110,6 +113,8 @@ def held_against(
         if kind == "deep step":
             milliseconds = f"{total(counts) * MICROSECONDS / 1000:.0f} ms of host time, estimated"
             row(f"{name}: launches of a step, {case}", total(counts), own["launches of a step"][case], milliseconds)
+        elif kind == "graphs":
+            row(f"{name}: graphs of {case} with --compile and ITHN", counts["graphs"], own["graphs of 20 epochs"])
         elif kind == "search":
             row(f"{name}: waits of a search, {case}", counts.get("waits", 0), budgets["waits of a search"])
             if case in own["launches of a token"]:

@@ -27,7 +27,8 @@ class TinyBackbone(Backbone):
         self.calls: list[Tensor] = []  # the tokens of every pass
 
     def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None):
-        self.calls.append(tokens)
+        if not torch.compiler.is_compiling():
+            self.calls.append(tokens)
         pooled = self.extract(images, view_mask, features).pooled
         steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).unsqueeze(-1)
         hidden = torch.tanh(self.words(tokens).cumsum(1) / steps + self.look(pooled).unsqueeze(1))

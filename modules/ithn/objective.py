@@ -25,11 +25,12 @@ from modules.ithn.losses import (
     report_nll,
     token_nll,
 )
-from modules.ithn.pairs import join_pairs, rolled_features, rolled_studies, split_output
+from modules.ithn.pairs import join_pairs, of_any_size, rolled_features, rolled_studies, split_output
 from modules.ithn.previous_epoch import PreviousEpoch
 from modules.ithn.settings import OFF, ITHNSettings
 from modules.ithn.synthesis import NEEDING_NEGATIVES, STRATEGIES
 from modules.runtime import distributed
+from modules.runtime.transfers import upload
 
 INITIAL_LOG_SCALE = math.log(1 / 0.07)  # t = log 1/tau, as CLIP starts
 
@@ -68,6 +69,7 @@ class Objective(nn.Module):
 
     backbone: Any
     previous: PreviousEpoch | None
+    compiled = False
 
     def __init__(self, backbone: nn.Module, settings: ITHNSettings | None = None, *, n_samples: int | None = None):
         super().__init__()
@@ -108,6 +110,32 @@ class Objective(nn.Module):
         batch's part of that step, 1 / (number of accumulated batches): the other terms are multiplied by it, so that
         the losses of a step add up. The logged terms are this batch's own means.
         """
+        hardness: Tensor | float = self.hardness(epoch)
+        if self.compiled:
+            batch, hardness, token_count, share = self._for_one_graph(batch, hardness, token_count, share)
+        return self._losses(batch, hardness, token_count, share)
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Compile the losses with torch.compile's ``options``: one graph for all epochs and report lengths.
+
+        The module and its state dict stay as they are.
+        """
+        self._losses = torch.compile(self._losses, **options)  # type: ignore[method-assign]
+        self.compiled = True
+
+    def _for_one_graph(self, batch: Any, hardness: Any, token_count: Any, share: Any) -> tuple[Any, Any, Any, Any]:
+        """The arguments of ``_losses`` without what a graph would be bound to: numbers, lengths, and present views."""
+        device, dtype = batch.positive.tokens.device, next(self.parameters()).dtype
+        if token_count is not None:
+            token_count = upload(torch.as_tensor(token_count), device)
+        hardness, share = (torch.full((), value, dtype=dtype, device=device) for value in (hardness, share))
+        together = self.uses_negatives and self.variant.joint_pass
+        return of_any_size(batch, self.backbone.pad_id if together else None), hardness, token_count, share
+
+    def _losses(
+        self, batch: Any, hardness: Tensor | float, token_count: Tensor | float | None, share: Tensor | float
+    ) -> dict[str, Tensor]:
+        """``forward``, for the ``hardness`` of the epoch."""
         pairs = [batch.positive, batch.negative] if self.uses_negatives else [batch.positive]
         outputs = self._passes(pairs)
         nll_sum, own_count = self._nll_sum(batch.positive, outputs[0])
@@ -120,7 +148,7 @@ class Objective(nn.Module):
         if self.strategy != OFF:
             # Half precision is for the network only: similarities differ in the third digit.
             with torch.autocast(loss.device.type, enabled=False):
-                found = self._contrastive_terms(batch, self._features(pairs, outputs), epoch)
+                found = self._contrastive_terms(batch, self._features(pairs, outputs), hardness)
             for name, weight in self._weights().items():
                 if name in found:
                     loss = loss + share * weight * found[name]
@@ -227,16 +255,18 @@ class Objective(nn.Module):
 
     # ---- 3. Synthesis of the harder negative
 
-    def _harder_negative(self, batch: Any, z: Tensor, u: Tensor, negative: Tensor, rows: Tensor, epoch: int) -> Tensor:
+    def _harder_negative(
+        self, batch: Any, z: Tensor, u: Tensor, negative: Tensor, rows: Tensor, hardness: Any
+    ) -> Tensor:
         """u~ (B, E) as it enters S_3, from u- or from the u~ of the previous epoch."""
         assert self.synthesise is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.variant.detach_negative):
             # Outside training the sample indices are those of another split.
             if self.previous is None or not self.training:
-                harder = self.synthesise(z, u, negative, self.hardness(epoch))
+                harder = self.synthesise(z, u, negative, hardness)
             else:
                 index = distributed.gather(batch.sample_index)
-                harder = self.synthesise(z, u, self.previous.start(index, negative), self.hardness(epoch))
+                harder = self.synthesise(z, u, self.previous.start(index, negative), hardness)
                 self.previous.keep(index, harder, rows)
             harder = normalise(harder) if self.variant.renormalise_negative else harder
         # A strategy may return one of its arguments, which no_grad does not cut off.
@@ -244,7 +274,7 @@ class Objective(nn.Module):
 
     # ---- 4. Similarities and 5. losses
 
-    def _contrastive_terms(self, batch: Any, features: list[Tensor], epoch: int) -> dict[str, Tensor]:
+    def _contrastive_terms(self, batch: Any, features: list[Tensor], hardness: Any) -> dict[str, Tensor]:
         """L_CP (Eq. 12), L_CS (Eq. 1) and what shows whether they work, over the samples with a hard negative."""
         scale = self.temp_1.clamp(max=self.variant.max_log_scale).exp()
         rows = excluded = None
@@ -257,14 +287,14 @@ class Objective(nn.Module):
         else:
             z, negative_z, u, negative_u = features
             rows = distributed.gather(batch.has_negative)
-            harder = self._harder_negative(batch, z, u, negative_u, rows, epoch)
+            harder = self._harder_negative(batch, z, u, negative_u, rows, hardness)
             harder_scale = self.temp_3.exp() if self.variant.own_harder_scale else None
             scores = modified_scores(
                 z, u, negative_z, negative_u, harder, scale, harder_scale, self.variant.keep_off_diagonal
             )
             terms = alignment(z, u, rows, cos_negative=negative_u, cos_harder=harder)
             terms["cosine"] = cosine_loss(z, negative_z, rows, self.variant.absolute_cosine)
-            terms["hardness"] = torch.full_like(scale, self.hardness(epoch))
+            terms["hardness"] = torch.zeros_like(scale) + hardness
         terms["contrastive"] = contrastive_loss(scores, self.settings.contrastive_form, rows, excluded)
         return terms | {"temperature": 1 / scale}
 

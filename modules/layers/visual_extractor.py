@@ -91,15 +91,16 @@ class VisualExtractor(nn.Module):
         batch statistics; their patches are 0. The mask is None where every view is present. ``images`` may also be
         stored patches (B, N, S, C), with absent views 0, which are passed on.
         """
-        batch, views = images.shape[:2]
-        if view_mask is None or views == 1 or bool(view_mask.all()):
+        views = images.shape[1]
+        found = None if view_mask is None or views == 1 else self._present(view_mask, images.device)
+        if found is None:
             tokens = images if images.dim() == 4 else self._all_views(images)  # (B, N, S, C)
             if self.pooling == "class":
                 return tokens[:, :, 1:].flatten(1, 2), None, _at_least_float32(tokens[:, :, 0]).mean(dim=1)
             patches = tokens.flatten(1, 2)
             return patches, None, _at_least_float32(patches).mean(dim=1)
-        patches = images if images.dim() == 4 else self._present_views(images, view_mask)
-        present = upload(view_mask, images.device)
+        present, rows = found
+        patches = images if images.dim() == 4 else self._present_views(images, rows)
         if self.pooling == "class":
             of_view, patches = _at_least_float32(patches[:, :, 0]), patches[:, :, 1:]
         else:
@@ -113,21 +114,25 @@ class VisualExtractor(nn.Module):
             return torch.stack([self._grid(images[:, view]) for view in range(images.size(1))], dim=1)
         return self._grid(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
-    def _present_views(self, images: Tensor, view_mask: Tensor) -> Tensor:
+    @torch.compiler.disable(reason="reads which views are present")
+    def _present(self, view_mask: Tensor, device: torch.device) -> tuple[Tensor, list[Tensor]] | None:
+        """The mask on ``device``, and the rows of the present images among all B * N for each call of the model.
+
+        None where no view is absent.
+        """
+        if bool(view_mask.all()):
+            return None
+        rows, calls = torch.arange(view_mask.numel(), device=view_mask.device).view_as(view_mask), [view_mask]
+        if self.batch_norm == "per_view":
+            views = torch.arange(view_mask.size(1), device=view_mask.device)
+            calls = [view_mask & (views == view) for view in range(view_mask.size(1))]
+        return upload(view_mask, device), [upload(rows[selected], device) for selected in calls if selected.any()]
+
+    def _present_views(self, images: Tensor, rows: list[Tensor]) -> Tensor:
         flat = images.flatten(0, 1)
-        rows = torch.arange(view_mask.numel(), device=view_mask.device).view_as(view_mask)
-        calls = (
-            [view_mask]
-            if self.batch_norm == "joint"
-            else [
-                view_mask & (torch.arange(view_mask.size(1), device=view_mask.device) == view)
-                for view in range(view_mask.size(1))
-            ]
-        )
-        indices = [upload(rows[selected], images.device) for selected in calls if selected.any()]
-        grids = torch.cat([self._grid(flat[index]) for index in indices])  # (present views, S, C)
+        grids = torch.cat([self._grid(flat[index]) for index in rows])  # (present views, S, C)
         patches = grids.new_zeros(len(flat), *grids.shape[1:])
-        return patches.index_copy(0, torch.cat(indices), grids).unflatten(0, view_mask.shape)
+        return patches.index_copy(0, torch.cat(rows), grids).unflatten(0, images.shape[:2])
 
     def _grid(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) -> (n, S, C), after the class token (n, 1 + S, C) where it is the pooled feature."""

@@ -1,10 +1,15 @@
-"""--compile: the same losses and gradients as without it, and one known place where the compiled graph ends."""
+"""--compile: the same losses and gradients as without it, one graph for all epochs, and known places where it ends."""
 
+import json
+import random
 import shutil
 
 import pytest
 import torch
 
+from benchmarks.host_cases import graphs
+from benchmarks.host_path import BUDGETS, STRATEGIES
+from models import MODELS
 from tests.models.test_costs import GivenFeatures, batch, objective
 from tests.tiny_backbone import make_objective, tiny_batch
 
@@ -46,3 +51,35 @@ def test_the_memory_of_the_previous_epoch_changes_no_compiled_gradient():
             own(tiny_batch([5, 9, 4], [6, 3, 8]), epoch)["loss"].backward()
         found.append([parameter.grad for parameter in own.parameters()])
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("strategy", ["ithn", "mochi"])
+def test_one_graph_serves_all_epochs_and_lengths_and_computes_the_same(strategy):
+    """Hardness changes every epoch, lengths every batch; the last batch and the last accumulated step are smaller."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    own, plain = (make_objective(strategy=strategy, alpha=0.5) for _ in range(2))
+    own.compile(backend="eager")
+    draw = random.Random(0)
+    for epoch in range(1, 21):
+        for rows, share in ((3, 0.5), (2, 1.0)):
+            lengths = [[draw.randint(3, 9) for _ in range(rows)] for _ in range(2)]
+            given, count = tiny_batch(*lengths, seed=epoch), torch.tensor(epoch + 7)
+            found, expected = (each(given, epoch, token_count=count, share=share) for each in (own, plain))
+            assert found.keys() == expected.keys() and found["loss"].dtype == expected["loss"].dtype
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=name)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert own.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", MODELS)
+def test_twenty_epochs_make_few_graphs(backbone):
+    budget = json.loads(BUDGETS.read_text())["backbones"][backbone]["graphs of 20 epochs"]
+    number, breaks = graphs(backbone, STRATEGIES["ithn"], torch.device("cpu"))
+    assert number <= budget
+    named = ("topk_attention", "RelationalMemory.forward")
+    assert all(any(name in reason for name in named) for reason in breaks), breaks

@@ -194,7 +194,9 @@ def test_terms_of_all_epochs(golden, make, batch, variant):
         features = objective._features(pairs, objective._passes(pairs))
         for epoch in EPOCHS:
             expected = losses_at(golden, epoch)
-            terms = objective._contrastive_terms(batch, features, epoch + objective.variant.first_epoch)
+            terms = objective._contrastive_terms(
+                batch, features, objective.hardness(epoch + objective.variant.first_epoch)
+            )
             close(terms["hardness"], expected["lambda_paper"], 1e-6)
             close(terms["contrastive"], expected[f"l_cp_{suffix}"])
             close(terms["cosine"], expected["l_cs"])

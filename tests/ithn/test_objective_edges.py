@@ -68,7 +68,7 @@ def test_similarities_are_float32_under_autocast(dtype):
         outputs = objective._passes(pairs)
         # The network's rounded features, taken on in float32 with no further rounding.
         with torch.autocast("cpu", enabled=False):
-            alone = objective._contrastive_terms(batch, objective._features(pairs, outputs), 9)
+            alone = objective._contrastive_terms(batch, objective._features(pairs, outputs), objective.hardness(9))
     assert outputs[0].image_features.dtype == dtype
     assert all(value.dtype == torch.float32 for value in terms.values())
     assert terms["contrastive"] == alone["contrastive"]
