@@ -64,6 +64,9 @@ class NetworkSettings:
         "with a frozen visual extractor: folder for its features, computed once "
         "without augmentation; training then takes minutes on a CPU",
     )
+    feature_dtype: str = setting(
+        "float32", "backbone", "type of the numbers in --feature_cache", choices=("float32", "float16")
+    )
     batch_norm: str = setting(
         "joint",
         "backbone",

@@ -3,9 +3,12 @@
 Shapes: S patches of an image, C their width. Each image is seen once, as in evaluation (no crop, no flip).
 """
 
+import contextlib
 import hashlib
+import io
+import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +37,7 @@ class FeatureCache:
         """Features (S, C) float32 of the image at ``path``."""
         if self._features is None:  # each loader process maps the file itself
             self._features = _mapped(self.file)
-        return torch.from_numpy(np.array(self._features[self.rows[path]]))
+        return torch.from_numpy(self._features[self.rows[path]].astype(np.float32))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_features": None}
@@ -62,42 +65,47 @@ def build_feature_cache(
     device: torch.device,
     batch_size: int,
     progress: Callable[[Iterable, str], Iterable],
+    workers: int = 0,
+    dtype: str = "float32",
 ) -> FeatureCache:
     """Features of the images at ``paths``: from ``folder`` where it has them, else computed, shared by all processes.
 
-    The file's name is a hash of the extractor's weights, the transform, and the images' paths, sizes and times: a
-    change of any of them leads to another file. 4 * S * C bytes per image. InputError for an unreadable image, a full
-    disk, and a damaged file.
+    The file's name is a hash of the extractor's weights, the transform, the type, and the images' paths, sizes and
+    times: a change of any of them leads to another file. An interrupted one is continued. S * C numbers of ``dtype``
+    per image; images are decoded by ``workers`` processes. InputError for an unreadable image, a full disk, and a
+    damaged file.
     """
-    key = _key(images, paths, extractor, transform)
+    kind = np.dtype(dtype)
+    key = _key(images, paths, extractor, transform, kind)
     file = folder / f"features-{key}.npy"
     rows = {path: row for row, path in enumerate(paths)}
     shape = (extractor.patches_per_view, extractor.width)
     if not distributed.broadcast_object(file.is_file()):
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
-            target = None
-            if distributed.is_main_process():
-                os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
-                target = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(len(paths), *shape))
-            _compute(target, images, paths, shape, extractor, transform, device, batch_size, progress)
+            with contextlib.ExitStack() as opened:
+                target = None
+                if distributed.is_main_process():
+                    target = opened.enter_context(_Partial(file, (len(paths), *shape), kind))
+                done = distributed.broadcast_object(target and target.rows)
+                own = _batches(len(paths), done, batch_size)
+                pixels = _decoded([paths[row] for batch in own for row in batch], images, transform, workers)
+                _compute(
+                    target, own, pixels, len(paths) - done, shape, extractor, transform, device, batch_size, progress
+                )
             if target is not None:
-                target.flush()
-                os.replace(temporary, file)
+                os.replace(target.path, file)
         except OSError as error:
             raise InputError(
                 f"--feature_cache {folder}: {error.strerror or error}; {len(paths)} images need "
-                f"{4 * len(paths) * shape[0] * shape[1] / 2**30:.1f} GiB"
+                f"{kind.itemsize * len(paths) * shape[0] * shape[1] / 2**30:.1f} GiB"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
         distributed.broadcast_object(None)
         if not file.is_file():
             raise InputError(
                 f"--feature_cache {folder}: the first process wrote {file.name}, which this machine does not "
                 "see; give a folder that all machines share"
             )
-    _require_whole(file, (len(paths), *shape))
+    _require_whole(file, (len(paths), *shape), kind)
     return FeatureCache(file, rows, images, shape)
 
 
@@ -106,7 +114,7 @@ def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _require_whole(file: Path, shape: tuple[int, int, int]) -> None:
+def _require_whole(file: Path, shape: tuple[int, int, int], kind: np.dtype) -> None:
     try:
         found = _mapped(file)
     except (OSError, ValueError, EOFError) as error:
@@ -114,15 +122,17 @@ def _require_whole(file: Path, shape: tuple[int, int, int]) -> None:
             f"--feature_cache: {file} is damaged ({' '.join(str(error).split())[:150]}); "
             "delete it to have it made again"
         ) from error
-    if found.shape != shape or found.dtype != np.float32:
+    if found.shape != shape or found.dtype != kind:
         raise InputError(
-            f"--feature_cache: {file} holds {found.dtype} of shape {found.shape}, expected float32 of "
+            f"--feature_cache: {file} holds {found.dtype} of shape {found.shape}, expected {kind} of "
             f"{shape}; delete it to have it made again"
         )
 
 
-def _key(images: ImageFolder, paths: Sequence[str], extractor: nn.Module, transform: Transform) -> str:
+def _key(images: ImageFolder, paths: Sequence[str], extractor: nn.Module, transform: Transform, kind: np.dtype) -> str:
     digest = hashlib.sha256(repr(transform).encode())
+    if kind != np.float32:
+        digest.update(kind.name.encode())
     for name, value in extractor.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -132,11 +142,77 @@ def _key(images: ImageFolder, paths: Sequence[str], extractor: nn.Module, transf
     return digest.hexdigest()[:16]
 
 
+class _Partial:
+    """A feature file that is being written, row by row, in the order of the images: what is there need not be made
+    again. Rows are appended rather than mapped, whose pages would be faulted in one by one.
+    """
+
+    def __init__(self, file: Path, shape: tuple[int, int, int], kind: np.dtype):
+        self.path, self._kind = file.with_name(f".{file.name}.partial"), kind
+        header = io.BytesIO()
+        description = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, description)
+        self._header, self._row = header.getvalue(), kind.itemsize * shape[1] * shape[2]
+        self.rows = 0
+
+    def __enter__(self) -> "_Partial":
+        self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+        if self._file.read(len(self._header)) == self._header:
+            self.rows = (self._file.seek(0, os.SEEK_END) - len(self._header)) // self._row
+        else:
+            self._file.seek(0)
+            self._file.write(self._header)
+        self._file.truncate(len(self._header) + self.rows * self._row)
+        self._file.seek(0, os.SEEK_END)
+        return self
+
+    def append(self, features: Tensor) -> None:
+        """Features (n, S, C) of the next n images."""
+        self._file.write(features.numpy().astype(self._kind).tobytes())
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+
+def _batches(count: int, done: int, batch_size: int) -> list[range]:
+    """The rows from ``done`` on that this process computes: the processes take the batches in turn."""
+    together = batch_size * distributed.world_size()
+    own = (start + distributed.rank() * batch_size for start in range(done, count, together))
+    return [range(min(first, count), min(first + batch_size, count)) for first in own]
+
+
+class _Decoding(torch.utils.data.Dataset):
+    """Pixels of images, or the InputError of one that cannot be read."""
+
+    def __init__(self, paths: Sequence[str], images: ImageFolder, transform: Transform):
+        self.paths, self.images, self.transform = paths, images, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor | InputError:
+        try:
+            return self.transform.pixels(self.images(self.paths[index]))
+        except InputError as error:
+            return error
+
+
+def _decoded(paths: Sequence[str], images: ImageFolder, transform: Transform, workers: int) -> Iterator[Tensor]:
+    """The pixels of ``paths`` in order, decoded by ``workers`` processes; InputError for an unreadable image."""
+    dataset = _Decoding(paths, images, transform)
+    generator = torch.Generator()  # a loader draws a number, which must not be one of training's
+    for found in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, generator=generator):
+        if isinstance(found, InputError):
+            raise found
+        yield found
+
+
 @torch.inference_mode()
 def _compute(
-    target: np.ndarray | None,
-    images: ImageFolder,
-    paths: Sequence[str],
+    target: _Partial | None,
+    own: Sequence[range],
+    pixels: Iterator[Tensor],
+    count: int,
     shape: tuple[int, int],
     extractor: nn.Module,
     transform: Transform,
@@ -144,16 +220,16 @@ def _compute(
     batch_size: int,
     progress: Callable[[Iterable, str], Iterable],
 ) -> None:
-    """Fill ``target`` (paths, S, C) of the main process; the processes take the batches in turn."""
+    """Append the features of ``count`` images to ``target``, the main process's; ``own`` are this one's batches, of
+    ``pixels``.
+    """
     extractor.eval()
-    together = batch_size * distributed.world_size()
-    for start in progress(range(0, len(paths), together), "features of the frozen visual extractor"):
-        first = start + distributed.rank() * batch_size
+    for batch in progress(own, "features of the frozen visual extractor"):
         features = torch.zeros(batch_size, *shape)
-        if part := paths[first : min(first + batch_size, start + together)]:
-            pixels = torch.stack([transform.pixels(images(path)) for path in part])
-            patches, _, _ = extractor(transform.normalise(pixels.to(device)).unsqueeze(1))  # one view each
+        if part := list(itertools.islice(pixels, len(batch))):
+            patches, _, _ = extractor(transform.normalise(torch.stack(part).to(device)).unsqueeze(1))  # one view each
             features[: len(part)] = patches.float().cpu()
         gathered = distributed.gather(features)
         if target is not None:
-            target[start : start + together] = gathered[: len(paths) - start].numpy()
+            target.append(gathered[:count])
+        count -= len(gathered)

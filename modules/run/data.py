@@ -303,6 +303,8 @@ def feature_source(
         device=device,
         batch_size=config.batch_size,
         progress=Bar,
+        workers=config.num_workers,
+        dtype=config.feature_dtype,
     )
 
 

@@ -125,3 +125,56 @@ def test_a_resumed_run_goes_on_with_the_features_that_it_began_with(train, demo_
     first, second = (json.loads((folder / "history.json").read_text()) for folder in (whole, again))
     assert [row["train_loss"] for row in first] == [row["train_loss"] for row in second]
     assert (whole / "res.csv").read_text() == (again / "res.csv").read_text()
+
+
+class Interrupted(torch.nn.Module):
+    """The extractor, which ends the program at its third batch; it counts the images that it sees."""
+
+    def __init__(self, inner, batches):
+        super().__init__()
+        self.inner, self.batches, self.seen = inner, batches, 0
+        self.patches_per_view, self.width = inner.patches_per_view, inner.width
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def forward(self, images):
+        if self.batches == 0:
+            raise KeyboardInterrupt
+        self.batches -= 1
+        self.seen += len(images)
+        return self.inner(images)
+
+
+def test_an_interrupted_file_is_continued(demo, tmp_path, extractor):
+    whole = build(demo, private_folder(tmp_path / "whole"), extractor)
+    folder = private_folder(tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        build(demo, folder, Interrupted(extractor, 2))
+    [partial] = folder.iterdir()
+    with open(partial, "ab") as file:
+        file.write(b"half a row")
+    rest = Interrupted(extractor, 9)
+    again = build(demo, folder, rest)
+    assert rest.seen == 1 and again.file.read_bytes() == whole.file.read_bytes()
+    assert [path.name for path in folder.iterdir()] == [again.file.name]
+
+
+def test_workers_decode_and_halves_are_stored(demo, tmp_path, extractor):
+    whole = build(demo, tmp_path, extractor)
+    half = build(demo, tmp_path, extractor, dtype="float16", workers=2)
+    assert half.file != whole.file and half.file.stat().st_size < 0.6 * whole.file.stat().st_size
+    for path in whole.rows:
+        assert half(path).dtype == torch.float32
+        torch.testing.assert_close(half(path), whole(path), rtol=1e-3, atol=1e-3)
+    other = build(demo, private_folder(tmp_path / "workers"), extractor, workers=2)
+    assert other.file.read_bytes() == whole.file.read_bytes()
+    path = demo / "images" / next(iter(whole.rows))
+    content = path.read_bytes()
+    path.write_bytes(b"no image")
+    try:
+        for workers in (0, 1):
+            with pytest.raises(InputError, match="cannot be decoded"):
+                build(demo, tmp_path, extractor, workers=workers)
+    finally:
+        path.write_bytes(content)
