@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from modules.config import Config
+from modules.data.loaders import LimitedLoader
 from modules.evaluation.tester import Tester
 from modules.flags import asks_for_ithn, flags_in_effect, idle_without_ithn, resolve_config, stage_settings
 from modules.ithn.objective import Objective
@@ -306,13 +307,15 @@ def _trainer(parts: Parts, folder: CheckpointFolder, shutdown: GracefulShutdown)
     config = parts.config
     if config.compile:
         parts.objective.compile()
-    writes = is_main_process()
+    writes, validated = is_main_process(), parts.loaders["val"]
+    if config.eval_batches:
+        validated = LimitedLoader(validated, min(config.eval_batches, len(validated)))
     trainer = Trainer(
         parts.objective,
         part_of(config, OptimSettings),
         part_of(config, LoopSettings),
         loader=parts.loaders["train"],
-        validate=lambda epoch: parts.tester.evaluate(parts.loaders["val"], f"validation {epoch}")[0],
+        validate=lambda epoch: parts.tester.evaluate(validated, f"validation {epoch}")[0],
         save=_saver(parts, folder) if writes else lambda trainer, improved: None,
         on_epoch=_epoch_writer(folder.path, tensorboard=config.tensorboard) if writes else lambda history: None,
         shutdown=shutdown,

@@ -64,6 +64,20 @@ class LoopSettings:
         50, "training loop", "stop after more than this many epochs without improvement", low=1, train_only=True
     )
     start_eval_epoch: int = setting(0, "training loop", "no validation before this epoch", low=0, train_only=True)
+    eval_every: int = setting(
+        1,
+        "training loop",
+        "epochs from one validation to the next; the last epoch always has one, --early_stop counts those that have",
+        low=1,
+        train_only=True,
+    )
+    eval_batches: int = setting(
+        0,
+        "training loop",
+        "validate on so many batches, the first ones, of each process; 0: on all of the split",
+        low=0,
+        train_only=True,
+    )
     save_period: int = setting(
         1,
         "training loop",

@@ -137,7 +137,7 @@ class Trainer:
         if not self.position.trained:
             self._train_epoch(lambda: before + time.monotonic() - started)
         scores = None
-        if self.position.epoch >= self.loop.start_eval_epoch:
+        if self._is_validated(self.position.epoch):
             # Sampling draws random numbers: a checkpoint made during validation must resume before them.
             self._rng_before_validation = rng_state()
             scores = self.validate(self.position.epoch)
@@ -145,6 +145,11 @@ class Trainer:
             self._rng_before_validation = None
             self._end_epoch(scores, before + time.monotonic() - started)
         self.on_epoch(self.history)
+
+    def _is_validated(self, epoch: int) -> bool:
+        first = max(self.loop.start_eval_epoch, 1)
+        due = (epoch - first) % self.loop.eval_every == 0 or epoch == self.optim.epochs
+        return epoch >= first and due
 
     def _train_epoch(self, seconds: Callable[[], float]) -> None:
         position, every = self.position, self.loop.checkpoint_steps

@@ -135,6 +135,13 @@ def test_no_validation_before_its_first_epoch():
     assert "val_BLEU_4" not in one.history[0] and saved == [(0, False), (1, False), (1, False), (2, True)]
 
 
+def test_validation_every_few_epochs_and_in_the_last():
+    one, _ = trainer([batch([1.0])], scores=[0.9, 0.1, 0.2, 0.3, 0.4], start_eval_epoch=2, eval_every=2)
+    one.train()
+    found = [row["epoch"] for row in one.history if "val_BLEU_4" in row]
+    assert found == [2, 4, 5] and len(one.history) == 5
+
+
 def test_the_learning_rate_falls_before_the_first_validation():
     one, _ = trainer(
         [batch([1.0])], scores=[0.9] * 3, start_eval_epoch=3, lr_scheduler="StepLR", step_size=1, gamma=0.5
