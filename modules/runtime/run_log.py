@@ -64,7 +64,7 @@ def log_to(path: Path) -> None:
     if not waiting:  # not the main process
         return
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)  # a pipe would block
     except OSError as error:
         raise InputError(f"file {str(path)!r} cannot be written: {error.strerror}") from error
     file = _FileHandler(os.fdopen(handle, "a", encoding="utf-8"))

@@ -53,7 +53,7 @@ class CheckpointFolder:
         made = _missing(self.path)
         private_folder(self.path)
         try:
-            handle = os.open(self.path / LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
+            handle = os.open(self.path / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o600)
         except OSError as error:
             raise InputError(f"--save_dir {self.path}: cannot be written: {error.strerror}") from error
         with open(handle, "wb") as file:

@@ -1,6 +1,7 @@
 """The run's log and its progress: what ended a run, and lines instead of bars in a file."""
 
 import logging
+import os
 
 import pytest
 
@@ -109,3 +110,11 @@ def test_other_processes_and_unwanted_bars_say_nothing(monkeypatch, lines):
         for _ in bar:
             clock.now += 60
     assert lines() == []
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_the_log_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "train.log")
+    start_log()
+    with pytest.raises(InputError, match=r"train\.log' cannot be written"):
+        log_to(tmp_path / "train.log")

@@ -13,7 +13,7 @@ import torch
 from modules.runtime.errors import InputError
 from modules.training import checkpoint, checkpoint_folder
 from modules.training.checkpoint import RESUMED, checksum_file, load_checkpoint, require_whole
-from modules.training.checkpoint_folder import BEST, CURRENT, PREVIOUS, CheckpointFolder
+from modules.training.checkpoint_folder import BEST, CURRENT, LOCK, PREVIOUS, CheckpointFolder
 
 
 def state(step: int) -> dict:
@@ -275,4 +275,11 @@ def test_a_second_training_is_kept_out(tmp_path):
                 os._exit(7 if "another training is writing there" in str(error) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
     with folder.locked():
+        pass
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_the_lock_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / LOCK)
+    with pytest.raises(InputError, match="cannot be written"), CheckpointFolder(tmp_path).locked():
         pass
