@@ -17,6 +17,7 @@ MODELS = {
     "r2gencmn": "models.r2gencmn.R2GenCMN",
     "xpronet": "models.xpronet.XProNet",
     "visualgpt": "models.visualgpt.VisualGPT",
+    "hf": "models.encoder_decoder.EncoderDecoder",
 }
 
 

@@ -82,6 +82,7 @@ class Backbone(nn.Module):
     any_length: bool = True  # whether an exported step can take reports of any length
     needs_labels: bool = False  # whether training needs the 14 labels of every study
     tokenizer_kind: str = "word"  # what --tokenizer auto means: words, or byte pairs ("bpe") where --gpt2_path has them
+    tokenizer_files: str = "gpt2_path"  # the setting that names the folder of those files
     # Further constructor arguments, made of files or of the vocabulary: keys of RESOURCES in modules/run/build.py.
     resources: tuple[str, ...] = ()
     visual_extractor: nn.Module

@@ -81,7 +81,7 @@ class NetworkSettings:
         "backbone",
         "word: words of the training reports; subword: pieces of words, learnt from the training reports, for any "
         "language; character: the characters of the training reports; bpe: GPT-2's byte pairs, from the files in "
-        "--gpt2_path; auto: bpe for VisualGPT where --gpt2_path has them, else word",
+        "--gpt2_path, or the tokenizer of --decoder; auto: bpe for VisualGPT and hf where these have one, else word",
         choices=("auto", "word", "subword", "character", "bpe"),
         exported=True,
         vocabulary=True,

@@ -1,4 +1,6 @@
-"""GPT-2's byte-level BPE behind the word tokenizer's interface, and the files of a pretrained GPT-2."""
+"""A language model's own tokenizer (GPT-2's byte pairs, or another's) behind the word tokenizer's interface, and the
+files of a pretrained GPT-2.
+"""
 
 import hashlib
 import itertools
@@ -16,45 +18,53 @@ from modules.runtime.input_files import require_regular_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WHITE_SPACE = "\u0120\u010a"  # how GPT-2 writes a space and a line break at the start of a piece
+_WHITE_SPACE = "\u0120\u010a\u2581"  # how GPT-2 and SentencePiece write a space at the start of a piece
+_INSIDE = "##"  # how WordPiece begins a piece within a word
 # Begin and padding are VisualGPT's choice, as GPT-2 has no such tokens; the end is GPT-2's own.
 BEGIN, END, PADDING = "<?", "<|endoftext|>", "+="
-_WITHOUT = "'--gpt2_path \"\"' trains from random weights and a word vocabulary, which need no download"
+
+
+def _without(flag: str) -> str:
+    return f"'{flag} \"\"' trains from random weights and a word vocabulary, which need no download"
 
 
 class BpeTokenizer:
     """Maps reports to ids and back; ``definition`` is the JSON of a tokenizers.Tokenizer, ``cleaner`` a report's.
 
     As everywhere, id 0 is begin, end and padding at once. GPT-2 has a word at 0: that word and GPT-2's end token
-    exchange ids, all others are GPT-2's. ``special_ids`` are GPT-2's ids of begin, end and padding; where a vocabulary
-    lacks VisualGPT's tokens for begin and padding, its end token serves. InputError for an unreadable definition.
+    exchange ids, all others are GPT-2's. ``special_ids`` are its ids of begin, end and padding, the tokens ``special``;
+    where a vocabulary lacks those for begin and padding, its end token serves. InputError for an unreadable definition.
     """
 
     unk_id = None  # bytes spell every word
 
-    def __init__(self, definition: str, cleaner: str):
+    def __init__(self, definition: str, cleaner: str, special: Sequence[str] = (BEGIN, END, PADDING)):
         clean_report("", cleaner)  # an unknown cleaner is refused here
         try:
             self._bpe = Bpe.from_str(definition)
         except Exception as error:  # the Rust library raises plain Exceptions
             raise InputError(f"BPE tokenizer: its definition cannot be read: {str(error)[:200]}") from error
-        end = self._bpe.token_to_id(END)
+        self.special = tuple(special)
+        begin, end, padding = (self._bpe.token_to_id(token) for token in self.special)
         if end is None:
-            raise InputError(f"BPE tokenizer: its vocabulary lacks {END}, so it is not GPT-2's")
+            reason = ", so it is not GPT-2's" if self.special[1] == END else ""
+            raise InputError(f"BPE tokenizer: its vocabulary lacks {self.special[1]}{reason}")
         self._bpe.encode_special_tokens = True  # a report that spells out a special token means its letters
         self._bpe.no_truncation()
         self._bpe.no_padding()
         self.cleaner, self.definition = cleaner, definition
-        begin, padding = (self._bpe.token_to_id(token) for token in (BEGIN, PADDING))
         self.special_ids = (end if begin is None else begin, end, end if padding is None else padding)
 
     @classmethod
-    def from_folder(cls, folder: Path, cleaner: str) -> "BpeTokenizer | None":
-        """The tokenizer that transformers saved in ``folder``, or None where it has no BPE files.
+    def from_folder(cls, folder: Path, cleaner: str, flag: str = "--gpt2_path") -> "BpeTokenizer | None":
+        """The tokenizer that transformers saved in ``folder``, or None where it has no files of one.
 
-        InputError for damaged files.
+        ``flag`` named the folder: --gpt2_path takes GPT-2's alone, with VisualGPT's special tokens. InputError for
+        damaged files.
         """
-        require_regular_folder(folder, "--gpt2_path")
+        require_regular_folder(folder, flag)
+        if flag != "--gpt2_path":
+            return cls._of_any_model(folder, cleaner, flag)
         names = [path.name for path in folder.iterdir()]
         if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
             return None
@@ -65,6 +75,25 @@ class BpeTokenizer:
         except Exception as error:  # damaged files surface as whatever their readers raise
             raise InputError(f"BPE tokenizer {folder}: cannot be read: {' '.join(str(error).split())[:200]}") from error
         return cls(found.backend_tokenizer.to_str(), cleaner)
+
+    @classmethod
+    def _of_any_model(cls, folder: Path, cleaner: str, flag: str) -> "BpeTokenizer | None":
+        """The fast tokenizer in ``folder`` with the special tokens that its model uses."""
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            definition = found.backend_tokenizer.to_str()
+        except Exception as error:  # damaged files surface as whatever their readers raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{flag} {folder}: its tokenizer cannot be read: {reason}") from error
+        end = found.eos_token or found.sep_token
+        if end is None:
+            raise InputError(f"{flag} {folder}: its tokenizer has no token that ends a text")
+        begin = found.bos_token or found.cls_token or found.pad_token or end
+        return cls(definition, cleaner, (begin, end, found.pad_token or end))
 
     @property
     def num_ids(self) -> int:
@@ -104,7 +133,10 @@ class BpeTokenizer:
     def words(self, ids: Sequence[int]) -> list[tuple[str, int, int]]:
         """The words that ``ids`` (without begin and end) are pieces of, each with the range of its pieces."""
         pieces = [self._bpe.id_to_token(self._exchange(int(index))) for index in ids]
-        starts = [place for place, piece in enumerate(pieces) if place == 0 or piece[0] in _WHITE_SPACE]
+        if any(piece.startswith(_INSIDE) for piece in self._bpe.get_vocab(False)):
+            starts = [place for place, piece in enumerate(pieces) if place == 0 or not piece.startswith(_INSIDE)]
+        else:
+            starts = [place for place, piece in enumerate(pieces) if place == 0 or piece[0] in _WHITE_SPACE]
         spans = [
             (self.decode(ids[start:stop]), start, stop) for start, stop in itertools.pairwise([*starts, len(pieces)])
         ]
@@ -116,19 +148,20 @@ class BpeTokenizer:
 
     def state(self) -> dict:
         """What ``tokenizer_from_state`` needs, in JSON's types."""
-        return {"bpe": self.definition, "cleaner": self.cleaner}
+        special = {} if self.special == (BEGIN, END, PADDING) else {"special": list(self.special)}
+        return {"bpe": self.definition, "cleaner": self.cleaner, **special}
 
 
-def find_gpt2(name: str) -> Path:
-    """Folder of the GPT-2 called ``name``: a local folder, or the id of a model on the Hugging Face hub.
+def find_gpt2(name: str, flag: str = "--gpt2_path") -> Path:
+    """Folder of the language model that ``flag`` calls ``name``: a folder, or the id of a model on the hub.
 
     Only a hub id leads to a download, once. InputError, with the remedy, where it cannot be loaded.
     """
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise InputError(f"--gpt2_path {name}: no such folder (nor a hub id such as gpt2); {_WITHOUT}")
-    return download_model(name, flag="--gpt2_path", otherwise=_WITHOUT)
+        raise InputError(f"{flag} {name}: no such folder (nor a hub id such as gpt2); {_without(flag)}")
+    return download_model(name, flag=flag, otherwise=_without(flag))
 
 
 def read_gpt2(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, int]]:
@@ -148,13 +181,13 @@ def read_gpt2(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, int]]:
         )
     except Exception as error:  # damaged files surface as whatever their readers raise
         raise InputError(
-            f"--gpt2_path {folder}: cannot be loaded: {' '.join(str(error).split())[:200]}; {_WITHOUT}"
+            f"--gpt2_path {folder}: cannot be loaded: {' '.join(str(error).split())[:200]}; {_without('--gpt2_path')}"
         ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(
             f"--gpt2_path {folder}: does not hold a GPT-2: {len(missing)} tensors are missing, such as "
-            f"{missing[0]}; {_WITHOUT}"
+            f"{missing[0]}; {_without('--gpt2_path')}"
         )
     config = model.config
     sizes = {

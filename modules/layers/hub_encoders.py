@@ -172,15 +172,15 @@ def _describe_transformers(found: dict, folder: Path, where: str) -> dict[str, A
     normal = look.get("do_normalize", True)
     return {
         "library": "transformers",
-        "config": _architecture(found) | {"model_type": kind},
+        "config": architecture(found) | {"model_type": kind},
         "mean": look.get("image_mean", IMAGENET["mean"]) if normal else [0.0] * 3,
         "std": look.get("image_std", IMAGENET["std"]) if normal else [1.0] * 3,
         "size": sides,
     }
 
 
-def _architecture(entries: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a configuration that say what is computed, none that names code or kernels."""
+def architecture(entries: dict[str, Any]) -> dict[str, Any]:
+    """The ``entries`` of a configuration of transformers that say what is computed, none that names code or kernels."""
     return {
         name: value
         for name, value in entries.items()
@@ -296,7 +296,7 @@ def _build_transformers(
     entries = dict(described.entries["config"])
     kind = entries.pop("model_type")
     encoder = ENCODERS[kind]
-    config = CONFIG_MAPPING[kind].from_dict(_architecture(entries))
+    config = CONFIG_MAPPING[kind].from_dict(architecture(entries))
     patch = getattr(config, "patch_size", None)
     if encoder.tiled and isinstance(patch, int) and image_size % patch:
         raise ValueError(

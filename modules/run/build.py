@@ -19,13 +19,13 @@ from modules.data.datasets import list_samples
 from modules.data.tokenizers import clean_report
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.tester import Predictions, Tester
-from modules.flags import resolve_config
 from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
 from modules.ithn.weights import load_published_state
-from modules.layers.hub_encoders import describe_encoder, find_encoder, is_hub_name, read_description
+from modules.layers.hub_encoders import describe_encoder, find_encoder, is_hub_name
 from modules.layers.visual_extractor import VisualExtractor
 from modules.run.data import Data, backbone_settings, clusters, score_tag
+from modules.run.descriptions import require_described
 from modules.run.vocabulary import AnyTokenizer
 from modules.runtime import distributed
 from modules.runtime.environment import choose_device, choose_precision
@@ -64,38 +64,6 @@ def _requests_for(name: str) -> contextlib.AbstractContextManager:
     return without_requests()
 
 
-def _require_described(name: str, description: str) -> None:
-    """InputError where a checkpoint names a model of a folder or the hub without saying what it is."""
-    if is_local_only(name) and not description:
-        raise InputError(
-            f"--visual_extractor {name}: named by a checkpoint that lacks its description, visual_extractor_config; "
-            "no folder is read and nothing is downloaded on a file's word"
-        )
-
-
-def with_encoder(given: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The flags ``given`` and, of a new hf: visual extractor, its description and (unless given) its image size.
-
-    ``saved`` are the settings of a checkpoint. InputError where the model cannot be had or has no grid of patches.
-    """
-    config = resolve_config(given, saved)
-    name = config.visual_extractor
-    if not is_hub_name(name) or config.visual_extractor_config or config.detection_features:
-        return dict(given)
-    _require_described(name, "")
-    try:
-        with distributed.main_process_first():
-            folder = find_encoder(name)
-        found = describe_encoder(folder)
-        look = read_description(found)
-    except ValueError as error:
-        raise InputError(f"--{str(error).removeprefix('--')}") from error
-    size = {} if "image_size" in {**given, **(saved or {})} else {"image_size": look.size}
-    shown = ", ".join(f"{part} {' '.join(f'{value:g}' for value in getattr(look, part))}" for part in ("mean", "std"))
-    logger.info("%s: made for images of %d pixels; %s", name, look.size, shown)
-    return {**given, **size, "visual_extractor_config": found}
-
-
 def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -> VisualExtractor:
     """The visual extractor, without weights unless ``pretrained``; InputError for an unknown name or misfit."""
     name, description = config.visual_extractor, config.visual_extractor_config
@@ -106,7 +74,7 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
     try:
         with _requests_for(name):
             if is_hub_name(name) and (pretrained or not description):
-                _require_described(name, description)
+                require_described(name, description)
                 folder = find_encoder(name)
                 description = description or describe_encoder(folder)
             return VisualExtractor(
@@ -232,6 +200,23 @@ def _gpt2_weights(config: Config, tokenizer: AnyTokenizer) -> dict[str, Any]:
     return weights
 
 
+def _decoder_options(config: Config, tokenizer: AnyTokenizer, pretrained: bool) -> dict[str, Any]:
+    """Special ids of the decoder's own vocabulary, and the folder of its weights unless a checkpoint provides them."""
+    from models.encoder_decoder_language import positions, read_language
+    from modules.data.bpe_tokenizer import BpeTokenizer, find_gpt2
+
+    if config.decoder_config:
+        most = positions(read_language(config.decoder_config)[1])
+        if most is not None and config.max_seq_length > most:
+            raise InputError(f"--max_seq_length {config.max_seq_length}: the decoder has positions for {most} tokens")
+    own = isinstance(tokenizer, BpeTokenizer)
+    begin, end, _ = tokenizer.special_ids if isinstance(tokenizer, BpeTokenizer) else (0, 0, 0)
+    folder = find_gpt2(config.decoder, "--decoder") if pretrained and config.decoder else None
+    if folder is not None and not own:
+        logger.warning("--decoder with a word vocabulary: its token embeddings do not fit and start at random")
+    return {"begin_id": begin, "end_id": end, "keeps_vocabulary": own, "folder": folder}
+
+
 def _prototypes(config: Config, tokenizer: AnyTokenizer, pretrained: bool) -> dict[str, Any]:
     """The class of normal studies, and the initial prototypes unless a checkpoint provides them."""
     from modules.data.prototype_files import load_prototypes
@@ -259,6 +244,7 @@ def _prototypes(config: Config, tokenizer: AnyTokenizer, pretrained: bool) -> di
 RESOURCES: dict[str, Callable[[Config, AnyTokenizer, bool], dict[str, Any]]] = {
     "prototypes": _prototypes,
     "gpt2": gpt2_options,
+    "decoder": _decoder_options,
 }
 
 

@@ -80,7 +80,8 @@ def read_data(
         annotation = split_captions(annotation)
     if tokenizer is None:
         reports = [study.report for study in annotation.splits["train"]]
-        tokenizer = build_tokenizer(config, reports, kind=backbone_class(config.model_name).tokenizer_kind)
+        backbone = backbone_class(config.model_name)
+        tokenizer = build_tokenizer(config, reports, kind=backbone.tokenizer_kind, files=backbone.tokenizer_files)
     if config.beam_size > tokenizer.num_ids:
         raise InputError(f"--beam_size {config.beam_size}: at most the {tokenizer.num_ids} token ids of the vocabulary")
     strategy, index = "off", None

@@ -19,15 +19,7 @@ from modules.ithn.objective import Objective
 from modules.ithn.synthesis import NEEDING_NEGATIVES
 from modules.ithn.weights import published_state
 from modules.pages.plots import training_curves
-from modules.run.build import (
-    StoredWeights,
-    build_objective,
-    build_tester,
-    load_weights,
-    prepare_device,
-    with_encoder,
-    with_precision,
-)
+from modules.run.build import StoredWeights, build_objective, build_tester, load_weights, prepare_device, with_precision
 from modules.run.data import (
     Data,
     build_dataset,
@@ -38,6 +30,7 @@ from modules.run.data import (
     score_tag,
     training_studies,
 )
+from modules.run.descriptions import with_descriptions
 from modules.run.results import test_and_write
 from modules.run.resuming import (
     Source,
@@ -132,7 +125,7 @@ def _settings(given: Mapping[str, Any], source: Source | None, start: Start | No
     saved = source.settings if source else stage_settings(given, start.settings if start else {})
     if start is not None:
         require_same_network(given, start.settings, start.path)
-    given = with_encoder(given, saved)
+    given = with_descriptions(given, saved)
     own_vocabulary = loaded is not None and loaded.tokenizer is not None
     config = resolve_config(given, saved)
     given, idle = flags_in_effect(given, config, loaded=loaded is not None, own_vocabulary=own_vocabulary)

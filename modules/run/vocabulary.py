@@ -18,17 +18,18 @@ AnyTokenizer = Union[Tokenizer, "BpeTokenizer", "SubwordTokenizer"]
 MOST_UNKNOWN = 0.05  # share of the training tokens that may become <unk> without a word
 
 
-def build_tokenizer(config: Config, reports: Sequence[str], *, kind: str) -> AnyTokenizer:
+def build_tokenizer(config: Config, reports: Sequence[str], *, kind: str, files: str = "gpt2_path") -> AnyTokenizer:
     """The tokenizer that --tokenizer names, of the training ``reports``; auto is the backbone's ``kind``, bpe only
-    where --gpt2_path is given. InputError where it cannot be made, or where words need spaces that the reports lack.
+    where the setting ``files`` names a folder. InputError where it cannot be made, or where words need spaces that the
+    reports lack.
     """
     if config.tokenizer in ("subword", "character"):
         from modules.data.subword_tokenizer import SubwordTokenizer
 
         size = config.subword_vocabulary if config.tokenizer == "subword" else 0
         return SubwordTokenizer.from_reports(reports, size, config.threshold)
-    wants_bpe = config.tokenizer == "bpe" or (config.tokenizer == "auto" and kind == "bpe" and config.gpt2_path)
-    if wants_bpe and (found := _gpt2_tokenizer(config)) is not None:
+    wants_bpe = config.tokenizer == "bpe" or (config.tokenizer == "auto" and kind == "bpe" and getattr(config, files))
+    if wants_bpe and (found := _own_tokenizer(config, files)) is not None:
         return found
     if problem := needs_spaces(config, reports):
         raise InputError(f"{config.ann_path}: {problem}")
@@ -66,17 +67,17 @@ def many_unknown(counts: dict[str, int], threshold: int) -> str | None:
     )
 
 
-def _gpt2_tokenizer(config: Config) -> "BpeTokenizer | None":
-    if not config.gpt2_path:
-        raise InputError(
-            "--tokenizer bpe: give the folder or hub id with GPT-2's vocab.json and merges.txt as --gpt2_path"
-        )
+def _own_tokenizer(config: Config, files: str) -> "BpeTokenizer | None":
+    """The tokenizer of the language model that the setting ``files`` names."""
+    name, flag = getattr(config, files), f"--{files}"
+    if not name:
+        raise InputError(f"--tokenizer bpe: give the folder or hub id with its vocab.json and merges.txt as {flag}")
     from modules.data.bpe_tokenizer import BpeTokenizer, find_gpt2
 
-    found = BpeTokenizer.from_folder(find_gpt2(config.gpt2_path), config.dataset.cleaner)
+    found = BpeTokenizer.from_folder(find_gpt2(name, flag), config.dataset.cleaner, flag)
     if found is not None:
         return found
-    lacking = f"--gpt2_path {config.gpt2_path}: no BPE files (vocab.json and merges.txt, or tokenizer.json) there"
+    lacking = f"{flag} {name}: no BPE files (vocab.json and merges.txt, or tokenizer.json) there"
     if config.tokenizer == "bpe":
         raise InputError(f"{lacking}; add them, or give --tokenizer word")
     logger.warning("%s: the vocabulary is the words of the training reports", lacking)
@@ -92,5 +93,10 @@ def tokenizer_from_state(state: Any) -> AnyTokenizer:
     if isinstance(state, dict) and isinstance(state.get("bpe"), str):
         from modules.data.bpe_tokenizer import BpeTokenizer
 
-        return BpeTokenizer(state["bpe"], state.get("cleaner"))
+        special = state.get("special")
+        if special is None:
+            return BpeTokenizer(state["bpe"], state.get("cleaner"))
+        if not (isinstance(special, list) and len(special) == 3 and all(isinstance(token, str) for token in special)):
+            raise InputError("its vocabulary names no tokens for begin, end and padding")
+        return BpeTokenizer(state["bpe"], state.get("cleaner"), special)
     return Tokenizer.from_state(state)

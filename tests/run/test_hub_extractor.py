@@ -9,7 +9,7 @@ import torch
 from modules.config import EXPORTED
 from modules.flags import parse_flags
 from modules.inference.hub_format import write_hub_folder
-from modules.run.build import with_encoder
+from modules.run.descriptions import with_descriptions
 from modules.run.predictor import load_predictor
 from modules.run.testing import run_testing
 from modules.run.training import run_training
@@ -70,11 +70,11 @@ def test_a_checkpoint_without_the_description_reads_no_folder(trained_on_it, tmp
 
 def test_the_models_own_image_size_is_used_unless_given(encoder):
     name = f"hf:{encoder}"
-    assert with_encoder({"visual_extractor": name}, None)["image_size"] == 32  # its crop
-    assert with_encoder({"visual_extractor": name, "image_size": 48}, None)["image_size"] == 48
-    assert with_encoder({"visual_extractor": "resnet18"}, None) == {"visual_extractor": "resnet18"}
+    assert with_descriptions({"visual_extractor": name}, None)["image_size"] == 32  # its crop
+    assert with_descriptions({"visual_extractor": name, "image_size": 48}, None)["image_size"] == 48
+    assert with_descriptions({"visual_extractor": "resnet18"}, None) == {"visual_extractor": "resnet18"}
     with pytest.raises(InputError, match="--visual_extractor hf:/nowhere: no such folder"):
-        with_encoder({"visual_extractor": "hf:/nowhere"}, None)
+        with_descriptions({"visual_extractor": "hf:/nowhere"}, None)
 
 
 def test_a_cache_of_features_has_no_class_token(train, encoder, tmp_path):

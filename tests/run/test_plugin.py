@@ -21,6 +21,7 @@ STRATEGIES = ("off", "contrastive", "prior", "mochi", "ithn", "unconstrained")
 ON_ENCODER = "contrastive on the encoder"
 OWN_FLAGS = {
     "r2gencmn": [],
+    "hf": [],
     "r2gen": ["--rm_d_model", "16", "--rm_num_heads", "2"],
     "visualgpt": ["--gpt2_layers", "1", "--gpt2_positions", "32"],
     "xpronet": [

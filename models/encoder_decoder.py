@@ -1,0 +1,171 @@
+"""Any visual extractor with any decoder of transformers: a projection joins them.
+
+The shape of CvT2DistilGPT2 (Nicolson, Dowling and Koopman, arXiv 2201.09405), whose decoder looks at the visual tokens
+through cross-attention, and of R2GenGPT (Wang et al., arXiv 2309.09812), which reads them as a prefix of the report.
+
+Shapes: B studies, S visual tokens, T decoder inputs, K hypotheses per study, D = width of the decoder.
+
+Everywhere else token 0 is begin, end and padding at once. A decoder with a vocabulary of its own has an id for each and
+a word at 0: here, and only here, 0 becomes begin at the first position and the end id elsewhere, and the end id becomes
+0.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import Backbone, BackboneSettings, Output, VisualFeatures
+from models.encoder_decoder_language import LanguageDecoder
+from modules.decoding.options import DecodingOptions
+from modules.decoding.pooled_beams import PooledBeamSearch
+from modules.decoding.search import Search
+from modules.runtime.settings import setting
+
+
+@dataclass(frozen=True)
+class Settings(BackboneSettings):
+    """Which decoder; InputError for values out of bounds."""
+
+    decoder: str = setting(
+        "",
+        "encoder-decoder",
+        "pretrained decoder of transformers: a folder, or a hub id such as distilgpt2, which is downloaded once. Types "
+        "with cross-attention: gpt2, bert, bart, t5; read as a prefix: llama, mistral, qwen2, qwen3",
+        file=True,
+        initial=True,
+        remote=True,
+        vocabulary=True,
+    )
+    decoder_config: str = setting(
+        "",
+        "encoder-decoder",
+        "the decoder's architecture: JSON, or a config.json file; a run takes it from --decoder and keeps it in its "
+        "checkpoints. Without both, a GPT-2 of --d_model, --d_ff, --num_heads, --num_layers and --dropout",
+        shapes=True,
+    )
+    freeze_decoder: bool = setting(
+        False,
+        "encoder-decoder",
+        "train the projection (and the visual extractor, unless frozen), not the decoder",
+        train_only=True,
+    )
+
+
+class EncoderDecoder(Backbone):
+    """A visual extractor, a projection and a language model; ``num_ids`` tokens, of which 0 is begin and end.
+
+    ``keeps_vocabulary``: token ids are the language model's own, with ``begin_id`` and ``end_id``; otherwise its
+    embeddings are resized to a vocabulary of words. ``folder`` has its weights, None draws them at random.
+    ValueError for ids, a configuration or weights that do not fit.
+    """
+
+    tokenizer_kind = "bpe"
+    tokenizer_files = "decoder"
+    resources = ("decoder",)
+    exchanged: Tensor  # (2,) the ids that change places
+
+    def __init__(
+        self,
+        *,
+        visual_extractor: Any,
+        num_ids: int,
+        settings: Settings,
+        begin_id: int = 0,
+        end_id: int = 0,
+        keeps_vocabulary: bool = False,
+        folder: Path | None = None,
+    ):
+        super().__init__()
+        text = settings.decoder_config or small_gpt2(settings, num_ids)
+        self.visual_extractor = visual_extractor
+        self.decoder = LanguageDecoder(text, num_ids=None if keeps_vocabulary else num_ids, folder=folder)
+        rows = self.decoder.config.vocab_size
+        if not max(begin_id, end_id, num_ids - 1) < rows:
+            raise ValueError(f"decoder: its {rows} token embeddings are fewer than the {num_ids} tokens")
+        self.num_ids, self.begin_id, self.end_id = num_ids, begin_id, end_id
+        self.register_buffer("exchanged", torch.tensor([0, end_id]), persistent=False)
+        self.image_dim, self.report_dim = visual_extractor.width, self.decoder.width
+        self.vocabulary_entry = f"decoder.{self.decoder.embedding_name()}"
+        self.projection: nn.Module = nn.Linear(self.image_dim, self.report_dim)
+        if self.decoder.language.prefix:
+            self.projection = nn.Sequential(self.projection, nn.LayerNorm(self.report_dim))
+        if settings.freeze_decoder:
+            self.decoder.requires_grad_(False)
+
+    def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None) -> Output:
+        features = self.extract(images, view_mask, features)
+        hidden = self.decoder(self.own_ids(tokens), self.projection(features.patches), features.patch_mask)
+        return Output(self.log_probs(hidden[:supervised_rows]), features.pooled, hidden)
+
+    def own_ids(self, tokens: Tensor, first: bool = True) -> Tensor:
+        """The language model's ids (B, T) of ``tokens`` (B, T), which start with begin where ``first`` is true."""
+        ids = torch.where(tokens == 0, self.end_id, torch.where(tokens == self.end_id, 0, tokens))
+        if first:
+            ids[:, 0] = self.begin_id
+        return ids
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, V+1) in float32 at least, the end at 0."""
+        logits = self.decoder.logits(hidden)[..., : self.num_ids]
+        if self.end_id:
+            logits = logits.index_copy(-1, self.exchanged, logits[..., self.exchanged.flip(0)])
+        return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+    def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> "Session":
+        """A decoder of reports on studies with ``features`` (B, S, C), at its first step."""
+        return Session(self, features)
+
+    def beam_search(self, decoding: DecodingOptions) -> type[Search] | None:
+        """That of transformers; diverse groups use the R2Gen family's."""
+        return PooledBeamSearch if decoding.group_size == 1 else None
+
+
+def small_gpt2(settings: Settings, num_ids: int) -> str:
+    """The configuration of a GPT-2 of the sizes that all backbones have."""
+    return json.dumps(
+        {
+            "model_type": "gpt2",
+            "vocab_size": num_ids,
+            "n_embd": settings.d_model,
+            "n_inner": settings.d_ff,
+            "n_head": settings.num_heads,
+            "n_layer": settings.num_layers,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout),
+        }
+    )
+
+
+class Session:
+    """A batch of studies being decoded; rows of the cache are hypotheses, a study's next to each other."""
+
+    def __init__(self, model: EncoderDecoder, features: VisualFeatures):
+        self.model, self.keep_patches = model, features.patch_mask
+        self.visual = model.projection(features.patches)
+        self.cache = model.decoder.new_cache()
+        self.position, self.width = 0, 1
+
+    def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
+        """Log-probabilities (B, K, V+1) after ``tokens`` (B, K), which continue hypotheses ``parents`` (B, K)."""
+        batch, width = tokens.shape
+        if parents is not None:
+            studies = torch.arange(batch, device=tokens.device).unsqueeze(1)
+            self.cache.batch_select_indices((studies * self.width + parents).flatten())
+        self.width = width
+        ids = self.model.own_ids(tokens, first=self.position == 0).view(-1, 1)
+        visual = self.visual.repeat_interleave(width, dim=0)
+        keep = None if self.keep_patches is None else self.keep_patches.repeat_interleave(width, dim=0)
+        hidden = self.model.decoder(ids, visual, keep, self.cache, past=self.position)
+        self.position += 1
+        return self.model.log_probs(hidden).view(batch, width, -1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only the studies ``rows``, (b,) int64 indices."""
+        hypotheses = torch.arange(self.width, device=rows.device)
+        self.cache.batch_select_indices((rows.unsqueeze(1) * self.width + hypotheses).flatten())
+        self.visual = self.visual[rows]
+        self.keep_patches = None if self.keep_patches is None else self.keep_patches[rows]

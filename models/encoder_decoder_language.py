@@ -1,0 +1,168 @@
+"""The language models that decode for models/encoder_decoder.py: transformers' own, in two kinds.
+
+Those with cross-attention look at the visual tokens in every layer; the others read them as a prefix of the text.
+Shapes: B studies, S visual tokens, T decoder inputs, D = width of the language model.
+"""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modules.layers.hub_encoders import LOCAL, architecture
+from modules.runtime.input_files import require_regular_folder
+
+
+class Language(NamedTuple):
+    """A model type: its class in transformers, and where body and output layer lie in it."""
+
+    name: str
+    body: str
+    head: str = "lm_head"
+    prefix: bool = False  # without cross-attention
+    encoder: str = ""  # its own encoder of texts, which is left out
+    options: dict[str, Any] = {}
+    fresh: tuple[str, ...] = ()  # parts that pretrained weights may lack
+
+
+_CROSS = {"add_cross_attention": True}
+LANGUAGES = {
+    "gpt2": Language("GPT2LMHeadModel", "transformer", options=_CROSS, fresh=("crossattention", "ln_cross_attn")),
+    "bert": Language(
+        "BertLMHeadModel", "bert", "cls", options=_CROSS | {"is_decoder": True}, fresh=("crossattention",)
+    ),
+    "bart": Language("BartForConditionalGeneration", "model.decoder", encoder="model.encoder"),
+    "t5": Language("T5ForConditionalGeneration", "decoder", encoder="encoder"),
+    "llama": Language("LlamaForCausalLM", "model", prefix=True),
+    "mistral": Language("MistralForCausalLM", "model", prefix=True),
+    "qwen2": Language("Qwen2ForCausalLM", "model", prefix=True),
+    "qwen3": Language("Qwen3ForCausalLM", "model", prefix=True),
+}
+
+
+def describe_language(found: Any, where: str) -> str:
+    """JSON of the architecture in a config.json ``found``; ValueError, from ``where``, where it is of no known type."""
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if kind not in LANGUAGES:
+        raise ValueError(f"{where}: model_type {kind!r}; the decoders are {', '.join(LANGUAGES)}")
+    return json.dumps(architecture(found) | {"model_type": kind}, sort_keys=True)
+
+
+def read_language(text: str) -> tuple[str, Any]:
+    """Model type and configuration of what ``describe_language`` wrote; ValueError for anything else."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        entries = json.loads(text)
+        kind = entries.pop("model_type")
+        config = CONFIG_MAPPING[kind].from_dict(architecture(entries) | LANGUAGES[kind].options)
+    except Exception as error:  # transformers checks its values with exceptions of its own
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"decoder_config: not the configuration of a decoder ({reason})") from error
+    return kind, config
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens the decoder has positions for; None where they are relative."""
+    kind = config.model_type
+    return config.max_position_embeddings if kind in LANGUAGES and kind != "t5" else None
+
+
+class LanguageDecoder(nn.Module):
+    """A transformers language model that is given visual tokens (B, S, D) and reads ids (B, T).
+
+    ``num_ids`` resizes its vocabulary, None keeps it. Its weights are those of ``folder``, else drawn at random; where
+    the vocabulary is resized, the embeddings of tokens are. ValueError where they do not fit.
+    """
+
+    def __init__(self, text: str, *, num_ids: int | None, folder: Path | None):
+        super().__init__()
+        kind, config = read_language(text)
+        self.language = LANGUAGES[kind]
+        if num_ids is not None:
+            config.vocab_size, config.pad_token_id = num_ids, None
+        self.model: Any = _weighted(self.language, config, folder, resized=num_ids is not None)
+        if self.language.encoder:
+            owner, _, name = self.language.encoder.rpartition(".")
+            setattr(self.model.get_submodule(owner), name, None)
+        self.config = config
+        self.width: int = config.hidden_size
+        given = inspect.signature(self.body.forward).parameters
+        self.cache_name = "cache" if "cache" in given else "past_key_values"
+
+    @property
+    def body(self) -> Any:
+        """The network up to its last hidden states."""
+        return self.model.get_submodule(self.language.body)
+
+    def embedding_name(self) -> str:
+        """State-dict entry, in this module, of the token embeddings."""
+        wanted = self.body.get_input_embeddings().weight
+        return next(name for name, value in self.named_parameters(remove_duplicate=False) if value is wanted)
+
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values for ``forward``."""
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        return DynamicCache() if self.language.prefix else EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def forward(self, ids: Tensor, visual: Tensor, keep: Tensor | None, cache: Any = None, past: int = 0) -> Tensor:
+        """Hidden states (B, T, D) of ``ids`` (B, T), which follow ``past`` tokens in the ``cache``.
+
+        ``visual`` (B, S, D) are the visual tokens, ``keep`` (B, S) bool which of them are there, None = all.
+        """
+        options = {"use_cache": cache is not None, "return_dict": True, self.cache_name: cache}
+        if not self.language.prefix:
+            mask = None if keep is None else keep.long()
+            return self.body(
+                input_ids=ids, encoder_hidden_states=visual, encoder_attention_mask=mask, **options
+            ).last_hidden_state
+        inputs = self.body.get_input_embeddings()(ids)
+        if not past:
+            inputs = torch.cat([visual.to(inputs.dtype), inputs], dim=1)
+        if keep is not None:
+            texts = keep.new_ones(len(ids), past + ids.size(1))
+            mask = torch.cat([keep, texts], dim=1).long()
+            # As in transformers' generate, absent views take no positions.
+            options |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.size(1) :]}
+        hidden = self.body(inputs_embeds=inputs, **options).last_hidden_state
+        return hidden if past else hidden[:, visual.size(1) :]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, tokens)."""
+        if getattr(self.config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+            hidden = hidden * self.width**-0.5
+        logits = self.model.get_submodule(self.language.head)(hidden)
+        bias = getattr(self.model, "final_logits_bias", None)  # BART's
+        return logits if bias is None else logits + bias
+
+
+def _weighted(language: Language, config: Any, folder: Path | None, *, resized: bool) -> nn.Module:
+    """The language model with the weights of ``folder``, or random ones."""
+    import transformers
+
+    model_class = getattr(transformers, language.name)
+    if folder is None:
+        return model_class(config)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    require_regular_folder(folder, "--decoder")
+    try:
+        model, report = model_class.from_pretrained(
+            folder,
+            config=config,
+            **LOCAL,
+            weights_only=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=resized,
+            output_loading_info=True,
+        )
+    except Exception as error:  # damaged files surface as whatever their readers raise
+        raise ValueError(f"decoder {folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    missing = sorted(name for name in report["missing_keys"] if not any(part in name for part in language.fresh))
+    if missing:
+        raise ValueError(f"decoder {folder}: its weights lack {len(missing)} tensors, such as {missing[0]}")
+    return model

@@ -1,0 +1,216 @@
+"""Decoders of transformers on visual tokens: log-probabilities, greedy choices and beams are transformers' own."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from models.base import VisualFeatures
+from models.encoder_decoder import EncoderDecoder, Settings
+from models.encoder_decoder_language import describe_language
+from modules.decoding.options import DecodingOptions
+
+torch.set_num_threads(1)
+ROWS, WIDTH, BEGIN, END, LENGTH = 23, 16, 1, 2, 9
+SMALL = {"vocab_size": ROWS, "pad_token_id": 3, "bos_token_id": BEGIN, "eos_token_id": END}
+LLAMA = SMALL | {
+    "hidden_size": WIDTH,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+BART = SMALL | {
+    "d_model": WIDTH,
+    "max_position_embeddings": 32,
+    "decoder_start_token_id": BEGIN,
+    "forced_eos_token_id": None,
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 16),
+}
+CONFIGS = {
+    "gpt2": SMALL | {"n_embd": WIDTH, "n_head": 2, "n_layer": 2, "n_positions": 32, "add_cross_attention": True},
+    "bert": {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+    | {"is_decoder": True, "add_cross_attention": True, "tie_word_embeddings": False},
+    "bart": BART,
+    "t5": SMALL
+    | {"d_model": WIDTH, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 2, "decoder_start_token_id": BEGIN},
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+}
+CLASSES = {
+    "gpt2": transformers.GPT2LMHeadModel,
+    "bert": transformers.BertLMHeadModel,
+    "bart": transformers.BartForConditionalGeneration,
+    "t5": transformers.T5ForConditionalGeneration,
+    "llama": transformers.LlamaForCausalLM,
+    "mistral": transformers.MistralForCausalLM,
+    "qwen2": transformers.Qwen2ForCausalLM,
+    "qwen3": transformers.Qwen3ForCausalLM,
+}
+
+
+class Extractor(nn.Module):
+    """Stands for a visual extractor."""
+
+    width = 6
+
+
+def build(folder, kind):
+    """transformers' model as it saved itself in ``folder``, and the backbone that read it there."""
+    torch.manual_seed(4)
+    reference = CLASSES[kind](transformers.CONFIG_MAPPING[kind](**CONFIGS[kind])).eval()
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name or "ln_" in name))
+    reference.save_pretrained(folder)
+    settings = Settings(decoder_config=describe_language(json.loads((folder / "config.json").read_text()), "here"))
+    backbone = EncoderDecoder(
+        visual_extractor=Extractor(),
+        num_ids=ROWS,
+        settings=settings,
+        begin_id=BEGIN,
+        end_id=END,
+        keeps_vocabulary=True,
+        folder=folder,
+    ).eval()
+    return reference, backbone
+
+
+def features_of(rows, masked=False):
+    torch.manual_seed(5)
+    patches, there = 4 * torch.randn(rows, 4, Extractor.width), None
+    if masked:
+        there = torch.ones(rows, 4, dtype=torch.bool)
+        there[0, 2:] = False
+    return VisualFeatures(patches, there, patches.mean(1))
+
+
+def inputs_of(reference, backbone, features, ids):
+    """The arguments with which transformers' model reads ``ids`` (B, T) after the visual tokens (B, S, D)."""
+    visual, there = backbone.projection(features.patches), features.patch_mask
+    if backbone.decoder.language.prefix:
+        texts = reference.get_input_embeddings()(ids)
+        there = torch.ones(visual.shape[:2], dtype=torch.bool) if there is None else there
+        mask = torch.cat([there, torch.ones_like(ids, dtype=torch.bool)], dim=1).long()
+        return {"inputs_embeds": torch.cat([visual, texts], dim=1), "attention_mask": mask}
+    if backbone.decoder.language.encoder:
+        found = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=visual)
+        mask = {} if there is None else {"attention_mask": there.long()}
+        return {"encoder_outputs": found, "decoder_input_ids": ids, **mask}
+    mask = {} if there is None else {"encoder_attention_mask": there.long()}
+    return {"encoder_hidden_states": visual, "input_ids": ids, **mask}
+
+
+def exchanged(ids, end=END):
+    """Ids of the language model as ours, where 0 is the end, and the other way round."""
+    return torch.where(ids == 0, end, torch.where(ids == end, 0, ids))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", CONFIGS)
+@torch.no_grad()
+def test_log_probabilities_are_those_of_transformers(tmp_path, kind, masked):
+    reference, backbone = build(tmp_path, kind)
+    features = features_of(2, masked)
+    ids = torch.randint(3, ROWS, (2, 6))
+    ids[:, 0] = BEGIN
+    ids[0, 3] = 0  # a word of the language model
+    tokens = exchanged(ids)
+    tokens[:, 0] = 0
+    inputs = inputs_of(reference, backbone, features, ids)
+    if "inputs_embeds" in inputs:  # as generate places them
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    wanted = reference(**inputs).logits[:, -6:].log_softmax(-1)
+    found = backbone(None, tokens, features=features)
+    torch.testing.assert_close(found.log_probs[..., 3:], wanted[..., 3:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.log_probs[..., 0], wanted[..., END], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.log_probs[..., END], wanted[..., 0], rtol=1e-5, atol=1e-5)
+    assert found.report_features.shape == (2, 6, backbone.report_dim)
+    assert torch.equal(backbone(None, tokens, features=features, supervised_rows=1).log_probs, found.log_probs[:1])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", CONFIGS)
+@torch.no_grad()
+def test_reports_are_those_of_generate(tmp_path, kind, beams):
+    reference, backbone = build(tmp_path, kind)
+    features, rows = features_of(6, masked=True), 6
+    method = {"sample_method": "greedy", "block_trigrams": 0} if beams == 1 else {"beam_size": beams}
+    decoding = DecodingOptions(max_seq_length=LENGTH, **method)
+    endless = backbone.generate(None, features=features, decoding=decoding)
+    varied = max(endless.tolist(), key=lambda report: len(set(report)))
+    end = backbone.end_id = int(exchanged(torch.tensor(varied[5])))  # so that some reports end
+    backbone.exchanged = torch.tensor([0, end])
+    found = backbone.generate(None, features=features, decoding=decoding)
+    inputs = inputs_of(reference, backbone, features, torch.full((rows, 1), BEGIN))
+    wanted = reference.generate(
+        **inputs,
+        max_new_tokens=LENGTH,
+        num_beams=beams,
+        do_sample=False,
+        length_penalty=0.0,
+        eos_token_id=end,
+        pad_token_id=end,
+        use_cache=kind not in ("gpt2", "bert"),  # generate makes them a cache without room for the visual tokens
+    )
+    wanted = wanted if backbone.decoder.language.prefix else wanted[:, 1:]
+    wanted = nn.functional.pad(wanted, (0, LENGTH - wanted.size(1)), value=end)
+    assert torch.equal(found, exchanged(wanted, end))
+    assert len(found.unique(dim=0)) > 1 and bool((found == 0).any())
+
+
+def test_every_parameter_learns_but_those_frozen():
+    for settings in (Settings(d_model=8, d_ff=8, num_heads=2), Settings(d_model=8, num_heads=2, freeze_decoder=True)):
+        backbone = EncoderDecoder(visual_extractor=Extractor(), num_ids=9, settings=settings)
+        output = backbone(None, torch.tensor([[0, 4, 5]]), features=features_of(1))
+        output.log_probs[..., 1].sum().backward()
+        silent = {name for name, value in backbone.named_parameters() if value.grad is None}
+        decoder = {name for name, _ in backbone.named_parameters() if name.startswith("decoder.")}
+        assert silent == (decoder if settings.freeze_decoder else set())
+
+
+def test_a_vocabulary_of_words_keeps_the_other_weights(tmp_path):
+    reference, _ = build(tmp_path, "gpt2")
+    text = describe_language(json.loads((tmp_path / "config.json").read_text()), "here")
+    backbone = EncoderDecoder(
+        visual_extractor=Extractor(), num_ids=11, settings=Settings(decoder_config=text), folder=tmp_path
+    )
+    assert backbone.state_dict()[backbone.vocabulary_entry].shape == (11, WIDTH)
+    assert torch.equal(
+        backbone.decoder.model.transformer.h[1].mlp.c_fc.weight, reference.transformer.h[1].mlp.c_fc.weight
+    )
+
+
+def test_pretrained_gpt2_without_cross_attention_gains_it(tmp_path):
+    sizes = {key: value for key, value in CONFIGS["gpt2"].items() if key != "add_cross_attention"}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path)
+    text = describe_language(json.loads((tmp_path / "config.json").read_text()), "here")
+    EncoderDecoder(visual_extractor=Extractor(), num_ids=ROWS, settings=Settings(decoder_config=text), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "not the configuration of a decoder"),
+        ('{"model_type": "vit"}', "not the configuration of a decoder"),
+        ('{"model_type": "gpt2", "n_embd": "wide"}', "not the configuration of a decoder"),
+    ],
+)
+def test_what_is_no_decoder_is_refused(text, part):
+    with pytest.raises(ValueError, match=part):
+        EncoderDecoder(visual_extractor=Extractor(), num_ids=9, settings=Settings(decoder_config=text))
+
+
+def test_too_few_embeddings_are_refused():
+    text = json.dumps({"model_type": "gpt2", "vocab_size": 5, "n_embd": 8, "n_head": 2, "n_layer": 1})
+    with pytest.raises(ValueError, match="its 5 token embeddings are fewer than the 9 tokens"):
+        EncoderDecoder(
+            visual_extractor=Extractor(), num_ids=9, settings=Settings(decoder_config=text), keeps_vocabulary=True
+        )

@@ -1,0 +1,92 @@
+"""A pretrained decoder in a run: its own tokenizer, a checkpoint that needs its folder no more, sharing, guidance."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from modules.config import EXPORTED
+from modules.flags import parse_flags
+from modules.inference.hub_format import write_hub_folder
+from modules.run.descriptions import with_descriptions
+from modules.run.predictor import load_predictor
+from modules.run.testing import run_testing
+from modules.run.training import run_training
+from modules.runtime.errors import InputError
+from modules.training.checkpoint import load_checkpoint
+from tests.gpt2_support import save_bpe, save_gpt2
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """Folder of a GPT-2 of the smallest size with a tokenizer of its own."""
+    save_bpe(tmp_path / "gpt2", special=["<|endoftext|>"])
+    save_gpt2(tmp_path / "gpt2", 300)
+    return tmp_path / "gpt2"
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """Folder of a Llama of the smallest size whose tokenizer has <s> and </s>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *"the heart lungs are is normal clear no . effusion pleural".split()]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "llama")
+    sizes = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(words), hidden_size=8, intermediate_size=8, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def flags_of(folder):
+    return ["--model_name", "hf", "--decoder", str(folder), "--ithn", "off"]
+
+
+def test_a_run_its_test_resumption_and_export_need_the_folder_once(train, gpt2, tmp_path):
+    folder = train(*flags_of(gpt2))
+    shutil.rmtree(gpt2)
+    content = load_checkpoint(folder / "model_best.pth")
+    assert "bpe" in content["vocabulary"] and json.loads(content["config"]["decoder_config"])["n_embd"] == 16
+    given, _ = parse_flags(["--load", str(folder / "model_best.pth")], "main_test.py", "")
+    run_testing(given, [])
+    given, _ = parse_flags(["--save_dir", str(folder), "--resume", "auto", "--epochs", "2"], "main_train.py", "")
+    run_training(given, [])
+    assert load_checkpoint(folder / "current_checkpoint.pth")["epoch"] == 2
+    write_hub_folder(tmp_path / "out", content, "", EXPORTED)
+    assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
+    load_predictor(str(tmp_path / "out"), {})
+
+
+def test_a_prefix_decoder_with_two_views_and_guidance(train, llama):
+    folder = train(*flags_of(llama), "--guidance", 0.5, "--freeze_decoder", "true")
+    content = load_checkpoint(folder / "model_best.pth")
+    assert content["vocabulary"]["special"] == ["<s>", "</s>", "<pad>"]
+    from transformers import LlamaForCausalLM
+
+    first = LlamaForCausalLM.from_pretrained(llama).state_dict()
+    for name, value in first.items():
+        assert torch.equal(content["state_dict"][f"decoder.model.{name}"], value), name
+
+
+def test_what_cannot_be_a_decoder_is_refused_in_a_line(tmp_path):
+    given = {"model_name": "hf", "decoder": str(tmp_path / "none")}
+    with pytest.raises(InputError, match="--decoder .*none: no such folder"):
+        with_descriptions(given, None)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(InputError, match=r"^--decoder .*: model_type 'vit'; the decoders are gpt2"):
+        with_descriptions(given | {"decoder": str(tmp_path)}, None)
+    with pytest.raises(InputError, match="named by a checkpoint that lacks its description, decoder_config"):
+        with_descriptions({}, given)
+
+
+def test_a_configuration_alone(tmp_path):
+    path = tmp_path / "small.json"
+    path.write_text('{"model_type": "gpt2", "n_layer": 2, "auto_map": {"AutoModel": "evil.Model"}}')
+    found = with_descriptions({"model_name": "hf", "decoder_config": str(path)}, None)
+    assert json.loads(found["decoder_config"]) == {"model_type": "gpt2", "n_layer": 2}
