@@ -145,8 +145,9 @@ def test_reports_are_those_of_generate(tmp_path, kind, beams):
     method = {"sample_method": "greedy", "block_trigrams": 0} if beams == 1 else {"beam_size": beams}
     decoding = DecodingOptions(max_seq_length=LENGTH, **method)
     endless = backbone.generate(None, features=features, decoding=decoding)
-    varied = max(endless.tolist(), key=lambda report: len(set(report)))
-    end = backbone.end_id = int(exchanged(torch.tensor(varied[5])))  # so that some reports end
+    words = endless.unique().tolist()  # one that no report begins with, so that some end later on
+    ours = next((word for word in words if word in endless[:, 1:] and word not in endless[:, 0]), words[0])
+    end = backbone.end_id = int(exchanged(torch.tensor(ours)))
     backbone.exchanged = torch.tensor([0, end])
     found = backbone.generate(None, features=features, decoding=decoding)
     inputs = inputs_of(reference, backbone, features, torch.full((rows, 1), BEGIN))
@@ -163,7 +164,9 @@ def test_reports_are_those_of_generate(tmp_path, kind, beams):
     wanted = wanted if backbone.decoder.language.prefix else wanted[:, 1:]
     wanted = nn.functional.pad(wanted, (0, LENGTH - wanted.size(1)), value=end)
     assert torch.equal(found, exchanged(wanted, end))
-    assert len(found.unique(dim=0)) > 1 and bool((found == 0).any())
+    assert bool((found == 0).any())
+    if (kind, beams) != ("bert", 1):  # its random weights write the same about every image
+        assert len(found.unique(dim=0)) > 1
 
 
 def test_every_parameter_learns_but_those_frozen():
