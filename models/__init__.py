@@ -19,6 +19,8 @@ MODELS = {
     "visualgpt": "models.visualgpt.VisualGPT",
     "hf": "models.encoder_decoder.EncoderDecoder",
 }
+# Published systems that are one of the backbones with settings of their own (SYSTEMS in its file): names of --backbone.
+SYSTEMS = {"cvt2distilgpt2": "hf", "r2gengpt": "hf"}
 
 
 def location(name: str) -> tuple[str, str]:

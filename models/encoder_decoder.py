@@ -26,6 +26,55 @@ from modules.decoding.pooled_beams import PooledBeamSearch
 from modules.decoding.search import Search
 from modules.runtime.settings import setting
 
+# The published run scripts. What they set and is not here: R2GenGPT's prompt around the image, its shortest report and
+# its penalties of length and repetition.
+SYSTEMS = {
+    "cvt2distilgpt2": {
+        "*": {
+            "visual_extractor": "hf:microsoft/cvt-21-384-22k",
+            "image_size": 384,
+            "decoder": "distilgpt2",
+            "batch_size": 16,
+            "optim": "AdamW",
+            "lr_ve": 5e-5,
+            "lr_ed": 5e-4,
+            "adam_betas": (0.9, 0.999),
+            "amsgrad": False,
+            "weight_decay": 0.01,
+            "lr_scheduler": "constant",
+            "clip_norm": 0.0,
+            "precision": "float16",
+            "monitor_metric": "CIDEr",
+            "early_stop": 10,
+            "beam_size": 4,
+        },
+        "iu_xray": {"max_seq_length": 128},
+        "mimic_cxr": {"max_seq_length": 128},
+    },
+    "r2gengpt": {
+        "*": {
+            "visual_extractor": "hf:microsoft/swin-base-patch4-window7-224",
+            "image_size": 224,
+            "freeze_visual_extractor": True,
+            "decoder": "meta-llama/Llama-2-7b-chat-hf",
+            "freeze_decoder": True,
+            "optim": "AdamW",
+            "lr_ve": 1e-4,
+            "lr_ed": 1e-4,
+            "adam_betas": (0.9, 0.999),
+            "amsgrad": False,
+            "weight_decay": 0.01,
+            "lr_scheduler": "CosineAnnealingLR",
+            "clip_norm": 1.0,
+            "batch_size": 8,
+            "precision": "bfloat16",
+            "beam_size": 3,
+        },
+        "iu_xray": {"max_seq_length": 60, "epochs": 15},
+        "mimic_cxr": {"max_seq_length": 100, "epochs": 5},
+    },
+}
+
 
 @dataclass(frozen=True)
 class Settings(BackboneSettings):
@@ -119,6 +168,9 @@ class EncoderDecoder(Backbone):
     def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> "Session":
         """A decoder of reports on studies with ``features`` (B, S, C), at its first step."""
         return Session(self, features)
+
+    def cross_attention(self) -> list[nn.Module]:
+        return list(self.decoder.looks)
 
     def beam_search(self, decoding: DecodingOptions) -> type[Search] | None:
         """That of transformers; diverse groups use the R2Gen family's."""

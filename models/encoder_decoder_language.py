@@ -71,6 +71,18 @@ def positions(config: Any) -> int | None:
     return config.max_position_embeddings if kind in LANGUAGES and kind != "t5" else None
 
 
+class Looks(nn.Module):
+    """Is called with the weights (B, heads, T, S) of one layer's cross-attention, where someone listens."""
+
+    def weights(self, weights: Tensor) -> Tensor:
+        """``weights`` (B, heads, T, S) themselves: the method by which attention is recorded."""
+        return weights
+
+    def forward(self, weights: Tensor) -> Tensor:
+        """``weights`` (B, heads, T, S), unchanged."""
+        return weights
+
+
 class LanguageDecoder(nn.Module):
     """A transformers language model that is given visual tokens (B, S, D) and reads ids (B, T).
 
@@ -90,6 +102,9 @@ class LanguageDecoder(nn.Module):
             setattr(self.model.get_submodule(owner), name, None)
         self.config = config
         self.width: int = config.hidden_size
+        sizes = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+        layers = next(found for name in sizes if (found := getattr(config, name, None)) is not None)
+        self.looks = nn.ModuleList(Looks() for _ in range(0 if self.language.prefix else layers))
         given = inspect.signature(self.body.forward).parameters
         self.cache_name = "cache" if "cache" in given else "past_key_values"
 
@@ -117,9 +132,7 @@ class LanguageDecoder(nn.Module):
         options = {"use_cache": cache is not None, "return_dict": True, self.cache_name: cache}
         if not self.language.prefix:
             mask = None if keep is None else keep.long()
-            return self.body(
-                input_ids=ids, encoder_hidden_states=visual, encoder_attention_mask=mask, **options
-            ).last_hidden_state
+            return self._look(input_ids=ids, encoder_hidden_states=visual, encoder_attention_mask=mask, **options)
         inputs = self.body.get_input_embeddings()(ids)
         if not past:
             inputs = torch.cat([visual.to(inputs.dtype), inputs], dim=1)
@@ -130,6 +143,20 @@ class LanguageDecoder(nn.Module):
             options |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.size(1) :]}
         hidden = self.body(inputs_embeds=inputs, **options).last_hidden_state
         return hidden if past else hidden[:, visual.size(1) :]
+
+    def _look(self, **inputs: Any) -> Tensor:
+        """Hidden states (B, T, D); a layer's weights go to ``looks`` where a hook listens, as they slow it down."""
+        if not any(look._forward_hooks for look in self.looks):
+            return self.body(**inputs).last_hidden_state
+        before = self.body.config._attn_implementation
+        self.body.set_attn_implementation("eager")  # the others do not keep weights
+        try:
+            output = self.body(**inputs, output_attentions=True)
+        finally:
+            self.body.set_attn_implementation(before)
+        for look, weights in zip(self.looks, output.cross_attentions, strict=True):
+            look(weights)
+        return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, tokens)."""

@@ -11,7 +11,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from models import location
+from models import SYSTEMS, location
 from modules.runtime.settings import setting
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,10 +28,18 @@ def declared_settings(name: str) -> type:
 
 @functools.cache
 def declared_presets(name: str) -> dict[str, dict[str, Any]]:
-    """``PRESETS`` of the backbone's file: flag values by data set, those of every data set under ``*``."""
-    module, _ = location(name)
+    """``PRESETS`` of the backbone's file, or what its ``SYSTEMS`` have of a published system: flag values by data set.
+
+    Those of every data set are under ``*``.
+    """
+    if name in SYSTEMS:
+        return _assigned(location(SYSTEMS[name])[0], "SYSTEMS")[name]
+    return _assigned(location(name)[0], "PRESETS")
+
+
+def _assigned(module: str, name: str) -> dict[str, dict[str, Any]]:
     for node in _tree(module).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS":
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return _literal(node.value, module)
     return {}
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models import MODELS, backbone_class, settings_class
+from models import MODELS, SYSTEMS, backbone_class, settings_class
 from models.settings import declared_presets
 from modules.config import BACKBONE_SETTINGS, REMOTE, TRAIN_ONLY, TYPED_ONLY, Config, settings_of, settings_with
 from modules.data.dataset_specs import DATASETS, FACTS, DataSpec, read_description, require_known
@@ -143,9 +143,10 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--max-restarts", type=int, dest="max_restarts", help=argparse.SUPPRESS)
     groups["backbone"].add_argument(
         "--backbone",
-        choices=tuple(MODELS),
-        metavar="{" + ",".join(MODELS) + "}",
-        help="like --model_name, with that paper's published settings for --dataset_name as defaults",
+        choices=(*MODELS, *SYSTEMS),
+        metavar="{" + ",".join((*MODELS, *SYSTEMS)) + "}",
+        help="like --model_name, with that paper's published settings for --dataset_name as defaults; "
+        + ", ".join(f"{name}: {model}" for name, model in SYSTEMS.items()),
     )
     return parser
 
@@ -267,7 +268,8 @@ def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         given["model_name"] = given["model_name"].lower()
     if "backbone" not in given:
         return given, ignored
-    if given.setdefault("model_name", given["backbone"]) != given["backbone"]:
+    model = SYSTEMS.get(given["backbone"], given["backbone"])
+    if given.setdefault("model_name", model) != model:
         raise InputError(
             f"--backbone {given['backbone']} and --model_name {given['model_name']} disagree: give one of them"
         )
@@ -287,7 +289,7 @@ def _preset_notes(given: Mapping[str, Any]) -> list[str]:
     shown = ", ".join(
         f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in added.items()
     )
-    notes = [f"from the published settings of {backbone} on {dataset_name}: {shown}"]
+    notes = [f"from the published settings of {backbone} on {dataset_name}: {shown}"] if added else []
     if given.get("resume") or given.get("load"):
         notes.append("settings stored in the checkpoint override this preset")
     return notes

@@ -11,6 +11,8 @@ from models.base import VisualFeatures
 from models.encoder_decoder import EncoderDecoder, Settings
 from models.encoder_decoder_language import describe_language
 from modules.decoding.options import DecodingOptions
+from modules.inference.attention import recorded_attention
+from modules.layers.visual_extractor import VisualExtractor
 
 torch.set_num_threads(1)
 ROWS, WIDTH, BEGIN, END, LENGTH = 23, 16, 1, 2, 9
@@ -169,6 +171,21 @@ def test_reports_are_those_of_generate(tmp_path, kind, beams):
         assert len(found.unique(dim=0)) > 1
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "bart", "t5"])
+@torch.no_grad()
+def test_attention_is_recorded_where_it_is_asked_for(tmp_path, kind):
+    _, backbone = build(tmp_path, kind)
+    features, tokens = features_of(2, masked=True), torch.tensor([[0, 4, 5], [0, 6, 7]])
+    plain = backbone(None, tokens, features=features).log_probs
+    with recorded_attention(backbone.cross_attention()) as found:
+        torch.testing.assert_close(backbone(None, tokens, features=features).log_probs, plain, rtol=1e-5, atol=1e-5)
+    assert [part.shape for part in found] == [(2, 2, 3, 4)] * 2
+    assert not found[0][0, :, :, 2:].any()  # absent
+    torch.testing.assert_close(found[1].sum(-1), torch.ones(2, 2, 3))
+    backbone(None, tokens, features=features)
+    assert len(found) == 2
+
+
 def test_every_parameter_learns_but_those_frozen():
     for settings in (Settings(d_model=8, d_ff=8, num_heads=2), Settings(d_model=8, num_heads=2, freeze_decoder=True)):
         backbone = EncoderDecoder(visual_extractor=Extractor(), num_ids=9, settings=settings)
@@ -217,3 +234,37 @@ def test_too_few_embeddings_are_refused():
         EncoderDecoder(
             visual_extractor=Extractor(), num_ids=9, settings=Settings(decoder_config=text), keeps_vocabulary=True
         )
+
+
+@pytest.mark.parametrize(
+    ("encoder", "patches", "width", "decoder", "report_dim"),
+    [
+        (
+            {"model_type": "cvt", "depth": [1, 4, 16]},  # CvT-21
+            (384, 24 * 24),
+            384,
+            {"model_type": "gpt2", "n_layer": 6, "vocab_size": 50257},  # DistilGPT2
+            768,
+        ),
+        (
+            {"model_type": "swin", "embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},  # Swin-B
+            (224, 7 * 7),
+            1024,
+            {"model_type": "llama"},  # the defaults are the 7 B's sizes
+            4096,
+        ),
+    ],
+)
+def test_published_systems_have_their_sizes(encoder, patches, width, decoder, report_dim):
+    size, count = patches
+    look = {"library": "transformers", "config": encoder, "mean": [0.5], "std": [0.5], "size": size}
+    with torch.device("meta"):
+        extractor = VisualExtractor("hf:x", description=json.dumps(look), image_size=size)
+        settings = Settings(decoder_config=json.dumps(decoder))
+        backbone = EncoderDecoder(
+            visual_extractor=extractor, num_ids=32000, settings=settings, end_id=2, keeps_vocabulary=True
+        )
+    assert (extractor.patches_per_view, extractor.width, backbone.report_dim) == (count, width, report_dim)
+    number = sum(parameter.numel() for parameter in backbone.decoder.parameters()) / 1e6
+    # Six layers of DistilGPT2 gain 6 x (768 x 3 x 768 + 768 x 768 and norms) of cross-attention.
+    assert number == pytest.approx(96.1 if decoder["model_type"] == "gpt2" else 6738.4, rel=2e-3)

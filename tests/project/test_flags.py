@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from models import MODELS
+from models import MODELS, SYSTEMS
 from modules.config import Config
 from modules.flags import Parser, parse_flags, preset, resolve_config
 from modules.runtime.errors import InputError
@@ -74,7 +74,7 @@ def test_restarts_are_spelled_as_torchrun_does():
         (["--no_such_flag", "1"], "--no_such_flag"),
         (["--batchsize", "1", "--lr_vee=2"], "--lr_vee=2; did you mean --batch_size and --lr_ve? (see"),
         (["--dataset_name", "iu-xray"], "must be one of iu_xray, mimic_cxr, coco; did you mean iu_xray?"),
-        (["--model_name", "r2gen_cmn"], "xpronet, visualgpt; did you mean r2gencmn?"),
+        (["--model_name", "r2gen_cmn"], "visualgpt, hf; did you mean r2gencmn?"),
         (["--backbone", "xproNet"], "did you mean xpronet? (see"),
         (["--workers", "many"], "--workers many"),
         (["--monitor_metric", "METEOR", "--meteor", "false"], "needs --meteor true"),
@@ -143,9 +143,18 @@ def test_backbone_and_model_name_must_agree():
 
 
 @pytest.mark.parametrize("dataset_name", ["iu_xray", "mimic_cxr"])
-@pytest.mark.parametrize("backbone", MODELS)
+@pytest.mark.parametrize("backbone", (*MODELS, *SYSTEMS))
 def test_presets_hold_flags_that_exist(backbone, dataset_name):
-    Config(model_name=backbone, **preset(backbone, dataset_name))
+    Config(model_name=SYSTEMS.get(backbone, backbone), **preset(backbone, dataset_name))
+
+
+def test_a_published_system_is_a_backbone_with_settings():
+    given, notes = parse_flags(["--backbone", "cvt2distilgpt2", "--beam_size", "2"], "x", "")
+    config = resolve_config(given)
+    assert (config.model_name, config.decoder, config.max_seq_length, config.beam_size) == ("hf", "distilgpt2", 128, 2)
+    assert "published settings of cvt2distilgpt2" in notes[0]
+    with pytest.raises(InputError, match="disagree"):
+        parse_flags(["--backbone", "r2gengpt", "--model_name", "r2gen"], "x", "")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ ALLOWED = {
     ("modules.data.shards", "fsspec.open"): "an address",
     ("modules.data.bpe_tokenizer", "GPT2Model.from_pretrained"): "require_regular_folder comes first",
     ("modules.data.bpe_tokenizer", "GPT2TokenizerFast.from_pretrained"): "require_regular_folder comes first",
+    ("modules.data.bpe_tokenizer", "AutoTokenizer.from_pretrained"): "require_regular_folder comes first",
+    ("models.encoder_decoder_language", "model_class.from_pretrained"): "require_regular_folder comes first",
     ("modules.evaluation.bertscore", "AutoModel.from_pretrained"): "require_regular_folder comes first",
     ("modules.evaluation.bertscore", "AutoTokenizer.from_pretrained"): "require_regular_folder comes first",
     ("modules.labels.chexbert", "kind.from_pretrained"): "require_regular_folder comes first",
