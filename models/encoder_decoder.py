@@ -151,6 +151,10 @@ class EncoderDecoder(Backbone):
         hidden = self.decoder(self.own_ids(tokens), self.projection(features.patches), features.patch_mask)
         return Output(self.log_probs(hidden[:supervised_rows]), features.pooled, hidden)
 
+    def embed_words(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), the language model's embeddings of words and positions."""
+        return self.decoder.embed(self.own_ids(tokens, first=False))
+
     def own_ids(self, tokens: Tensor, first: bool = True) -> Tensor:
         """The language model's ids (B, T) of ``tokens`` (B, T), which start with begin where ``first`` is true."""
         ids = torch.where(tokens == 0, self.end_id, torch.where(tokens == self.end_id, 0, tokens))

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modules.layers.hub_encoders import LOCAL, architecture
+from modules.layers.hub_encoders import LOCAL, architecture, require_moderate
+from modules.layers.transformer import sinusoids
 from modules.runtime.input_files import require_regular_folder
 
 
@@ -24,17 +25,27 @@ class Language(NamedTuple):
     head: str = "lm_head"
     prefix: bool = False  # without cross-attention
     encoder: str = ""  # its own encoder of texts, which is left out
+    positions: str = ""  # the table of position embeddings in the body, where it has one
     options: dict[str, Any] = {}
     fresh: tuple[str, ...] = ()  # parts that pretrained weights may lack
 
 
 _CROSS = {"add_cross_attention": True}
 LANGUAGES = {
-    "gpt2": Language("GPT2LMHeadModel", "transformer", options=_CROSS, fresh=("crossattention", "ln_cross_attn")),
-    "bert": Language(
-        "BertLMHeadModel", "bert", "cls", options=_CROSS | {"is_decoder": True}, fresh=("crossattention",)
+    "gpt2": Language(
+        "GPT2LMHeadModel", "transformer", positions="wpe", options=_CROSS, fresh=("crossattention", "ln_cross_attn")
     ),
-    "bart": Language("BartForConditionalGeneration", "model.decoder", encoder="model.encoder"),
+    "bert": Language(
+        "BertLMHeadModel",
+        "bert",
+        "cls",
+        positions="embeddings.position_embeddings",
+        options=_CROSS | {"is_decoder": True},
+        fresh=("crossattention",),
+    ),
+    "bart": Language(
+        "BartForConditionalGeneration", "model.decoder", positions="embed_positions", encoder="model.encoder"
+    ),
     "t5": Language("T5ForConditionalGeneration", "decoder", encoder="encoder"),
     "llama": Language("LlamaForCausalLM", "model", prefix=True),
     "mistral": Language("MistralForCausalLM", "model", prefix=True),
@@ -57,6 +68,7 @@ def read_language(text: str) -> tuple[str, Any]:
 
     try:
         entries = json.loads(text)
+        require_moderate(entries)
         kind = entries.pop("model_type")
         config = CONFIG_MAPPING[kind].from_dict(architecture(entries) | LANGUAGES[kind].options)
     except Exception as error:  # transformers checks its values with exceptions of its own
@@ -117,6 +129,13 @@ class LanguageDecoder(nn.Module):
         """State-dict entry, in this module, of the token embeddings."""
         wanted = self.body.get_input_embeddings().weight
         return next(name for name, value in self.named_parameters(remove_duplicate=False) if value is wanted)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings (B, T, D) of ``ids`` (B, T) and of their positions, sinusoidal where the model has none."""
+        words, table = self.body.get_input_embeddings()(ids), self.language.positions
+        if not table:
+            return words + sinusoids(ids.size(1), self.width).to(words)
+        return words + self.body.get_submodule(table).weight[: ids.size(1)]
 
     def new_cache(self) -> Any:
         """An empty cache of keys and values for ``forward``."""

@@ -224,11 +224,16 @@ def read_description(text: str) -> Described:
         size = int(found["size"])
         if found["library"] not in BUILDERS or size < 1:
             raise ValueError("of an unknown library or size")
-        if (largest := max(_numbers(found), default=0)) > MAX_NUMBER:
-            raise ValueError(f"a size of {largest}")
+        require_moderate(found)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"visual_extractor_config: not the description of a vision model ({error})") from error
     return Described(found["library"], mean, std, size, found)
+
+
+def require_moderate(description: Any) -> None:
+    """ValueError for a whole number in JSON that no architecture has."""
+    if (largest := max(_numbers(description), default=0)) > MAX_NUMBER:
+        raise ValueError(f"a size of {largest}")
 
 
 def _numbers(value: Any) -> Iterator[int]:

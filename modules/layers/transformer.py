@@ -283,6 +283,13 @@ class TokenEmbedding(nn.Module):
         return self.lut(tokens) * math.sqrt(self.lut.embedding_dim)
 
 
+def sinusoids(length: int, d_model: int) -> Tensor:
+    """The table (length, d_model) of sinusoidal positions (Vaswani et al., 2017)."""
+    position = torch.arange(length, dtype=torch.float32).unsqueeze(1)
+    frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float32) * (-math.log(10000.0) / d_model))
+    return torch.stack([torch.sin(position * frequency), torch.cos(position * frequency)], dim=-1).flatten(1)
+
+
 class PositionalEncoding(nn.Module):
     """Adds the sinusoidal table ``pe`` (1, 5000, d), then dropout (Vaswani et al., 2017)."""
 
@@ -291,10 +298,7 @@ class PositionalEncoding(nn.Module):
     def __init__(self, d_model: int, dropout: float, max_length: int = 5000):
         super().__init__()
         self.dropout = dropout
-        position = torch.arange(max_length, dtype=torch.float32).unsqueeze(1)
-        frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float32) * (-math.log(10000.0) / d_model))
-        table = torch.stack([torch.sin(position * frequency), torch.cos(position * frequency)], dim=-1)
-        self.register_buffer("pe", table.flatten(1).unsqueeze(0))
+        self.register_buffer("pe", sinusoids(max_length, d_model).unsqueeze(0))
 
     def forward(self, x: Tensor, position: int | None = None) -> Tensor:
         """``x`` (B, T, d) holds positions 0..T-1, or, where ``position`` is given, T hypotheses at that position."""

@@ -145,13 +145,25 @@ BACKBONES = {
     "r2gen": ["--rm_num_slots", 1, "--rm_num_heads", 2, "--rm_d_model", 16],
     "r2gencmn": [],
     "visualgpt": ["--gpt2_layers", 1, "--gpt2_positions", 48, "--tokenizer", "word"],
+    "hf": [],
+    "hf with a prefix": [
+        "--decoder_config",
+        '{"model_type": "llama", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, '
+        '"num_attention_heads": 1, "num_key_value_heads": 1}',
+    ],
 }
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_trains_tests_and_predicts_with_context(backbone, train, tmp_path):
     flags = toy(tmp_path / "data", "prior", 24)
-    flags += ["--model_name", backbone, *BACKBONES[backbone], "--context", "indication,prior_report,prior_image"]
+    flags += [
+        "--model_name",
+        backbone.split()[0],
+        *BACKBONES[backbone],
+        "--context",
+        "indication,prior_report,prior_image",
+    ]
     folder = train(*flags, "--threshold", 1)
     weights = load_checkpoint(folder / "model_best.pth")["state_dict"]
     assert weights["study_context.types.weight"].shape == (4, weights["study_context.words.weight"].shape[0])

@@ -23,6 +23,7 @@ SMALLER = {
     "r2gencmn": {"cmm_dim": 8, "cmm_size": 8, "topk": 2},
     "xpronet": {"topk": 2, "d_img_ebd": 4, "d_txt_ebd": 4},
     "visualgpt": {"gpt2_layers": 1},
+    "hf": {},
 }
 SWITCHES = {
     "xpronet": (
@@ -63,7 +64,7 @@ def cases(backbone):
     for (name, strategy), weights, frozen, switch in itertools.product(
         STRATEGIES.items(), WEIGHTS, (False, True), switches
     ):
-        settings = settings_class(backbone)(**SMALL, **NARROW[backbone] | SMALLER[backbone], **switch)
+        settings = settings_class(backbone)(**SMALL, **NARROW.get(backbone, {}) | SMALLER[backbone], **switch)
         model = backbone_class(backbone)(
             visual_extractor=extractors[frozen], num_ids=WORDS, settings=settings, **MORE.get(backbone, {})
         )
@@ -102,4 +103,4 @@ def two_steps_each() -> int:
 @pytest.mark.slow
 def test_two_processes_train_all_of_them(tmp_path):
     first, second = run_together(two_steps_each, 2, tmp_path)
-    assert first == second == 2 * 9 * 3 * 2 * (4 + 4)
+    assert first == second == 2 * 9 * 3 * 2 * (len(MODELS) + 4)
