@@ -31,6 +31,6 @@ exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/mine_train_test.sh" \
     --ann_path data/coco/annotation.json \
     --detection_features data/coco/coco_detections.hdf5 \
     --save_dir results/coco \
-    --monitor_metric CIDEr --strategy ithn --alpha 0.1 --contrastive_weight 0.1 --cosine_weight 0.2 \
+    --num_workers auto --monitor_metric CIDEr --strategy ithn --alpha 0.1 --contrastive_weight 0.1 --cosine_weight 0.2 \
     "${settings[@]}" \
     "$@"

@@ -35,6 +35,6 @@ exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/mine_train_test.sh" \
     --image_dir data/iu_xray/images/ \
     --ann_path data/iu_xray/annotation.json \
     --save_dir results/iu_xray \
-    --monitor_metric BLEU_4 --strategy ithn --alpha 0.01 --contrastive_weight 0.1 --cosine_weight 0.2 \
+    --num_workers auto --monitor_metric BLEU_4 --strategy ithn --alpha 0.01 --contrastive_weight 0.1 --cosine_weight 0.2 \
     "${settings[@]}" \
     "$@"

@@ -220,7 +220,15 @@ def _argument(item: dataclasses.Field, *, show_default: bool = True) -> dict[str
         return argument | {"nargs": "+", "metavar": "X"}
     if kind is bool:
         return argument | {"type": boolean, "metavar": "{true,false}"}
+    if "auto" in item.metadata:
+        kind, argument["metavar"] = functools.partial(_number_or_auto, item.metadata["auto"]), "INT|auto"
     return argument | {"type": kind, "metavar": argument["metavar"] or kind.__name__.upper()}
+
+
+def _number_or_auto(auto: int, text: str) -> int:
+    if text != "auto" and not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a whole number")
+    return auto if text == "auto" else int(text)
 
 
 def _kind(annotation: Any) -> type:

@@ -23,6 +23,7 @@ from modules.flags import build_parser, resolve_config, settle_flags
 from modules.ithn.synthesis import DRAWING_NEIGHBOURS
 from modules.prepare import data_checks
 from modules.prepare.data_checks import Findings
+from modules.runtime.cores import worker_processes
 from modules.runtime.errors import run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
 
@@ -87,7 +88,7 @@ def check(config: Config, hashed: bool) -> Findings:
             image_dir=config.image_dir,
             follow_links=config.follow_links,
             image_size=config.image_size,
-            workers=config.num_workers,
+            workers=worker_processes(config.num_workers),
             hashed=hashed,
         )
     return findings

@@ -20,6 +20,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # the modules below would fail wi
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.flags import Parser
+from modules.runtime.cores import usable_cores
 from modules.runtime.environment import ROOT, check_python, choose_device, why_no_cuda
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.packages import REQUIREMENTS, remedy
@@ -244,7 +245,7 @@ def workers(shared: Path = Path("/dev/shm")) -> tuple[str, str]:
         return NOTE, (
             f"{shared} has {size:.0f} MiB, which batches fill quickly: docker run --shm-size=2g, or --num_workers 0"
         )
-    return OK, f"{os.cpu_count()} cores, {size / 1024:.1f} GiB of shared memory"
+    return OK, f"{usable_cores()} cores for this process, {size / 1024:.1f} GiB of shared memory"
 
 
 def dicom() -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from modules.data.dataset_specs import CLEANER_NAMES, CONTEXTS, DATASETS, SECTIONS
+from modules.runtime.cores import AUTO
 from modules.runtime.settings import setting
 
 
@@ -92,7 +93,15 @@ class DataSettings:
     threshold: int = setting(
         3, "data", "a token enters the vocabulary from this training count on", low=1, exported=True, vocabulary=True
     )
-    num_workers: int = setting(2, "data", "processes that read images", low=0, high=1024, effect=False)
+    num_workers: int = setting(
+        2,
+        "data",
+        "processes that read images; auto: one for each core of this process, 16 at most",
+        low=0,
+        high=1024,
+        effect=False,
+        auto=AUTO,
+    )
     worker_timeout: float = setting(
         50.0,
         "data",

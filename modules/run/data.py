@@ -21,6 +21,7 @@ from modules.ithn.synthesis import DRAWING_NEIGHBOURS, NEEDING_NEGATIVES
 from modules.mining.index import HardNegativeIndex
 from modules.run.vocabulary import AnyTokenizer, build_tokenizer
 from modules.runtime import distributed
+from modules.runtime.cores import worker_processes
 from modules.runtime.errors import InputError
 from modules.runtime.records import private_folder
 from modules.runtime.run_log import Bar
@@ -284,7 +285,7 @@ def image_source(
         images,
         _paths(config, studies, negatives),
         transform=transform,
-        workers=config.num_workers,
+        workers=worker_processes(config.num_workers),
         progress=Bar,
     )
 
@@ -396,7 +397,7 @@ def build_split_loader(config: Config, dataset: ReportDataset, device: torch.dev
         dataset,
         config.batch_size,
         shuffle,
-        config.num_workers,
+        worker_processes(config.num_workers),
         config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -428,7 +429,7 @@ def training_studies(config: Config, data: Data, extractor: nn.Module, device: t
         dataset,
         config.batch_size,
         False,
-        config.num_workers,
+        worker_processes(config.num_workers),
         config.seed,
         pin_memory=device.type == "cuda",
         persistent_workers=False,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from modules.runtime.cores import choose_threads
 from modules.runtime.packages import missing_package, remedy
 
 FOLDERS_MADE: list[Path] = []  # by this process, in order; those that are empty when it fails are removed
@@ -81,8 +82,10 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     """Run ``main`` and exit the process with its code; an InputError prints one line on stderr and exits with 2.
 
     So does a Python without the packages, which is most often one whose environment was not activated. Folders that
-    were made and are empty are removed where ``main`` did not succeed.
+    were made and are empty are removed where ``main`` did not succeed. torch, which ``main`` imports, gets no more
+    threads than this process has cores.
     """
+    choose_threads()
     code: int | None = 1
     try:
         code = _exit_code(main)

@@ -3,7 +3,6 @@
 Free of torch until processes are started, so that flags are read and mistakes found in a moment.
 """
 
-import contextlib
 import logging
 import os
 import signal
@@ -11,6 +10,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 
+from modules.runtime.cores import share_threads
 from modules.runtime.errors import InputError
 
 # Whole seconds between a signal to the launcher and the kill: time for a checkpoint in the middle of an epoch.
@@ -66,7 +66,7 @@ def start_processes(count: int, *, device: str, max_restarts: int = 0, argv: Seq
     """
     check_processes(count, device)
     # torchrun sets 1 where nothing is set: on a CPU the processes may share all cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    share_threads(count)
     command = list(sys.argv if argv is None else argv)
     for left in range(max_restarts, -1, -1):
         code, reason = _run(count, command)
@@ -113,9 +113,3 @@ def _failure(exit_codes: dict[int, int], count: int) -> tuple[int, str | None]:
     code, number = min((code in stopped, code, number) for number, code in exit_codes.items())[1:]
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     return 1, f"process {number} of {count} {how}"
-
-
-def _cores() -> int:
-    with contextlib.suppress(AttributeError):  # not on every system
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -27,6 +27,7 @@ def setting(
     ``train_only=True`` where main_test.py has nothing to do with it, ``shapes=True`` where weights are made for it,
     ``initial=True`` where it decides the weights that a new model starts from, ``vocabulary=True`` its vocabulary,
     ``remote=True`` where it may name something to download, ``typed_only=True`` where no checkpoint may say it,
+    ``auto=VALUE`` what "auto" on the command line stands for, beside the numbers within the bounds,
     ``before=VALUE`` how results were made before the setting existed, if not with its default.
     """
     return dataclasses.field(
@@ -40,7 +41,7 @@ def check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if choices is not None and value not in choices:
         names = list(map(str, choices))
         raise InputError(f"--{name} {value}: must be one of {', '.join(names)}{did_you_mean(str(value), names)}")
-    if value is None or (low is None and high is None):
+    if value is None or (low is None and high is None) or ("auto" in metadata and value == metadata["auto"]):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f"--{name} {str(value)[:60]!r}: must be a number")
