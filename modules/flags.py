@@ -14,6 +14,7 @@ from models import MODELS, SYSTEMS, backbone_class, settings_class
 from models.settings import declared_presets
 from modules.config import BACKBONE_SETTINGS, REMOTE, TRAIN_ONLY, TYPED_ONLY, Config, settings_of, settings_with
 from modules.data.dataset_specs import DATASETS, FACTS, DataSpec, read_description, require_known
+from modules.ithn.settings import ITHNSettings
 from modules.runtime.errors import InputError, did_you_mean
 from modules.runtime.settings import note_origin, part_of
 
@@ -412,13 +413,15 @@ def flags_in_effect(
     own = part_of(config, settings_class(name))
     stored = settings_with("initial")
     stored = stored | settings_with("vocabulary") if own_vocabulary else stored - settings_with("vocabulary")
-    labels = () if backbone_class(name).needs_labels else (*LABEL_FILES, "cluster_order")
+    ithn = part_of(config, ITHNSettings)
+    labels = () if backbone_class(name).needs_labels or ithn.needs_labels else (*LABEL_FILES, "cluster_order")
     reasons: dict[str, Collection[str]] = {
         "only training depends on them": TRAIN_ONLY if testing else (),
         "stored in the checkpoint": stored if loaded else (),
         f"not settings of --model_name {name}": settings_of(*BACKBONE_SETTINGS) - settings_of(own),
         f"--model_name {name} needs no labels": labels,
         "only an hf: visual extractor has one": () if config.visual_extractor.startswith("hf:") else _DESCRIBED,
+        **ithn.idle_options,
         "only --tokenizer subword depends on it": () if config.tokenizer == "subword" else ("subword_vocabulary",),
         "labels are predicted from the image": LABEL_FILES if testing and not own.reads_reference_labels else (),
     }

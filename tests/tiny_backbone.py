@@ -111,12 +111,13 @@ def make_objective(
     auxiliary_weight: float = 0.0,
     n_samples: int | None = None,
     joint_pass: bool | None = None,
+    idf: Tensor | None = None,
     **settings,
 ) -> Objective:
     """The objective in float64, with a temperature that is not the initial one."""
     torch.manual_seed(seed)
     backbone = TinyBackbone(auxiliary_weight=auxiliary_weight)
-    objective = Objective(backbone, ITHNSettings(embedding_dim=5, **settings), n_samples=n_samples).double()
+    objective = Objective(backbone, ITHNSettings(embedding_dim=5, **settings), n_samples=n_samples, idf=idf).double()
     if joint_pass is not None:
         objective.variant = replace(objective.variant, joint_pass=joint_pass)
     if objective.strategy != "off":

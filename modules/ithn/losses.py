@@ -5,12 +5,24 @@ Features are rows of unit length. Everything is computed in float32 at least, wh
 call these functions with autocast disabled, because it would turn the matrix products into half precision.
 """
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from modules.ithn.variants import CONTRASTIVE_FORMS
+from modules.ithn.contrastive_forms import CONTRASTIVE_FORMS, FORMS, Anchors, FormOptions
 
 EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class FurtherColumns:
+    """M negatives besides those of the batch, as scores S/tau, and which of them count."""
+
+    of_images: Tensor  # (B, M) every image with the negative reports
+    of_reports: Tensor  # (B, M) every report with the negative images
+    count: Tensor  # (M,) or (B, M) bool
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -54,11 +66,14 @@ def cosine_loss(image: Tensor, negative_image: Tensor, rows: Tensor | None = Non
     value, as the released code does.
     """
     cosine = (_at_least_float32(image) * _at_least_float32(negative_image)).sum(-1)  # (B,)
-    if absolute:
-        cosine = cosine.abs()
+    return mean_over(cosine.abs() if absolute else cosine, rows)
+
+
+def mean_over(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Mean of ``values`` (B,) over ``rows`` (B,) bool, or over all; that of none is 0. A scalar."""
     if rows is None:
-        return cosine.mean()
-    return torch.where(rows, cosine, 0.0).sum() / rows.sum().clamp(min=1)
+        return values.mean()
+    return torch.where(rows, values, 0.0).sum() / rows.sum().clamp(min=1)
 
 
 def clip_scores(image: Tensor, report: Tensor, scale: Tensor | float) -> Tensor:
@@ -104,32 +119,83 @@ def modified_scores(
 
 
 def contrastive_loss(
-    scores: Tensor, form: str = "standard", rows: Tensor | None = None, excluded: Tensor | None = None
+    scores: Tensor,
+    form: str = "standard",
+    rows: Tensor | None = None,
+    excluded: Tensor | None = None,
+    *,
+    further: FurtherColumns | None = None,
+    log_weights: Tensor | None = None,
+    targets: Tensor | None = None,
+    scale: Tensor | float = 1.0,
+    options: FormOptions | None = None,
 ) -> Tensor:
     """L_CP, Eq. 12: mean of the row-wise and the column-wise contrastive loss of ``scores`` = S/tau (B, B), a scalar.
 
-    ``standard`` is the cross entropy with target i; ``decoupled`` is Eq. 8 as printed, whose denominator leaves the
-    positive out: -S_ii/tau + log sum_{j != i} exp(S_ij/tau), which may be negative. ``rows`` (B,) bool are the samples
-    that take part, as rows and as columns. ``excluded`` (B, B) bool, symmetric, are off-diagonal pairs left out of the
-    denominators. A sample that has nothing to be compared with (as in a batch of one) counts 0 with a zero gradient.
-    ValueError for an unknown form.
+    ``form`` is one of modules/ithn/contrastive_forms.py, with its ``options`` and ``scale`` = 1/tau. ``rows`` (B,) bool
+    are the samples that take part, as rows and as columns. ``excluded`` (B, B) bool, symmetric, are off-diagonal pairs
+    left out of the denominators; ``log_weights`` (B, B), symmetric, are added to the scores off the diagonal.
+    ``further`` are negatives besides those of the batch. ``targets`` (B, B), rows of sum 1, replace the partner as the
+    target of form standard. A sample that has nothing to be compared with (as in a batch of one) counts 0 with a zero
+    gradient. ValueError for an unknown form or a form without anchors.
     """
-    if form not in CONTRASTIVE_FORMS:
+    if form not in FORMS or FORMS[form].of_anchor is None:
         raise ValueError(f"contrastive form {form!r} is unknown: one of {', '.join(CONTRASTIVE_FORMS)}")
     scores = _at_least_float32(scores)
     own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    candidates = torch.ones_like(own) if form == "standard" else ~own
+    negatives = ~own
     if excluded is not None:
-        candidates = candidates & (own | ~excluded)
+        negatives = negatives & ~excluded
+    if log_weights is not None:
+        scores = scores + log_weights.masked_fill(own, 0.0)
     count: Tensor | int = len(scores)
     if rows is not None:
-        candidates = candidates & rows.unsqueeze(0) & rows.unsqueeze(1)
+        own = own & rows.unsqueeze(1)
+        negatives = negatives & rows.unsqueeze(0) & rows.unsqueeze(1)
         count = rows.sum().clamp(min=1)
-    both = _one_direction(scores, candidates) + _one_direction(scores.T, candidates.T)
-    return both / (2 * count)
+    options = options or FormOptions()
+    total: Tensor | float = 0.0
+    for image_to_report in (True, False):
+        square, others = (scores, negatives) if image_to_report else (scores.T, negatives.T)
+        partner = own
+        partners = square.diagonal()
+        if further is not None:
+            more = further.of_images if image_to_report else further.of_reports
+            square = torch.cat([square, _at_least_float32(more)], dim=1)
+            others = torch.cat([others, further.count.expand(len(scores), -1)], dim=1)
+            partner = F.pad(partner, (0, more.shape[1]))
+        anchors = Anchors(partners, square, others, others | partner, scale)
+        each = FORMS[form].of_anchor(anchors, options) if targets is None else _against_targets(anchors, targets)
+        total = total + torch.where(others.any(1), each, 0.0).sum()
+    return total / (2 * count)
 
 
-def _one_direction(scores: Tensor, candidates: Tensor) -> Tensor:
-    """Sum over rows of log sum_{j candidate} exp(S_ij) - S_ii; rows without a candidate count 0."""
-    log_sum = scores.masked_fill(~candidates, -torch.inf).logsumexp(1)  # -inf, with a gradient of 0, for such a row
-    return torch.where(candidates.any(1), log_sum - scores.diagonal(), 0.0).sum()
+def _against_targets(anchors: Anchors, targets: Tensor) -> Tensor:
+    """Cross entropy (B,) of the anchors' candidates with ``targets`` (B, B), what is no candidate left out of them."""
+    wanted = torch.where(anchors.candidates[:, : len(targets)], targets, 0.0)
+    wanted = wanted / wanted.sum(1, keepdim=True).clamp(min=EPS)
+    log_sum = anchors.scores.masked_fill(~anchors.candidates, -torch.inf).logsumexp(1)
+    return log_sum - (wanted * anchors.scores[:, : len(targets)]).sum(1)
+
+
+def soft_targets(features: Tensor, temperature: float) -> Tensor:
+    """Targets (B, B), rows of sum 1: softmax of the cosines of ``features`` (B, F) (MedCLIP, arXiv 2210.10163, Eq. 3).
+
+    A row without features is like itself alone. A small ``temperature`` leaves the partner only.
+    """
+    features = normalise(features)
+    cosines = features @ features.T
+    own = torch.eye(len(features), dtype=torch.bool, device=features.device)
+    return (cosines.masked_fill(own, 1.0) / temperature).softmax(1)
+
+
+def equal_rows(features: Tensor) -> Tensor:
+    """(B, B) bool: which rows of ``features`` (B, F) are equal, each with itself left out."""
+    equal = (features.unsqueeze(0) == features.unsqueeze(1)).all(-1)
+    return equal & ~torch.eye(len(features), dtype=torch.bool, device=features.device)
+
+
+def tf_idf(tokens: Tensor, mask: Tensor, idf: Tensor) -> Tensor:
+    """(B, V) words of ``tokens`` (B, T) int64 where ``mask`` (B, T) is True: (1 + log tf) times ``idf`` (V,)."""
+    counts = idf.new_zeros(len(tokens), len(idf)).scatter_add_(1, tokens, mask.to(idf.dtype))
+    return torch.where(counts > 0, 1 + counts.clamp(min=1).log(), 0.0) * idf

@@ -15,16 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.ithn.contrastive_forms import FORMS, FormOptions, paper_triplet
 from modules.ithn.losses import (
+    FurtherColumns,
     alignment,
     clip_scores,
     contrastive_loss,
     cosine_loss,
+    equal_rows,
+    mean_over,
     modified_scores,
     normalise,
     report_nll,
+    soft_targets,
+    tf_idf,
     token_nll,
 )
+from modules.ithn.negative_queue import NegativeQueue
 from modules.ithn.pairs import join_pairs, of_any_size, rolled_features, rolled_studies, split_output
 from modules.ithn.previous_epoch import PreviousEpoch
 from modules.ithn.settings import OFF, ITHNSettings
@@ -33,6 +40,7 @@ from modules.runtime import distributed
 from modules.runtime.transfers import upload
 
 INITIAL_LOG_SCALE = math.log(1 / 0.07)  # t = log 1/tau, as CLIP starts
+INITIAL_BIAS = -10.0  # of --contrastive_form sigmoid, as SigLIP starts: nearly all pairs are negatives
 
 
 class Projection(nn.Module):
@@ -61,7 +69,8 @@ class Objective(nn.Module):
     """``objective(batch, epoch)`` -> dictionary with the ``loss`` to minimise and detached terms to log.
 
     Without ``settings``, or with their strategy "off", it is the plain backbone. ``n_samples``, the size of the
-    training set, is needed for previous_epoch_start.
+    training set, is needed for previous_epoch_start; ``idf`` (V,), the inverse document frequency of every token id in
+    the training reports, for contrastive_targets "text".
 
     Beyond the paper, contrastive_features "encoder" takes z from the transformer encoder's output, reads u under
     another study's image, and does not train the decoder by the contrastive terms.
@@ -69,22 +78,35 @@ class Objective(nn.Module):
 
     backbone: Any
     previous: PreviousEpoch | None
+    queue: NegativeQueue | None
     compiled = False
 
-    def __init__(self, backbone: nn.Module, settings: ITHNSettings | None = None, *, n_samples: int | None = None):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        settings: ITHNSettings | None = None,
+        *,
+        n_samples: int | None = None,
+        idf: Tensor | None = None,
+    ):
         super().__init__()
         self.settings = settings = settings or ITHNSettings(strategy=OFF)
         self.strategy, self.variant = settings.strategy, settings.variant
         self.uses_negatives = settings.strategy in NEEDING_NEGATIVES
         self.on_encoder = settings.on_encoder and settings.strategy != OFF
         self.backbone = backbone
-        self.previous = None
+        self.previous = self.queue = None
         if settings.strategy == OFF:
             return
         # A module's own parameters come before its children's: temperatures, backbone, projections, as published.
-        self.temp_1 = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
+        learned = FORMS[settings.contrastive_form].temperature
+        self.temp_1 = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE), requires_grad=learned)
         if self.variant.own_harder_scale and self.uses_negatives:
             self.temp_3 = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
+        if settings.contrastive_form == "sigmoid":
+            self.contrastive_bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
+        if settings.contrastive_targets == "text":
+            self.register_buffer("idf", idf, persistent=False)
         image_width = self.backbone.encoded_dim if self.on_encoder else self.backbone.image_dim
         self.img_projection = Projection(image_width, settings.embedding_dim)
         self.text_projection = Projection(self.backbone.report_dim, settings.embedding_dim)
@@ -95,6 +117,8 @@ class Objective(nn.Module):
         if settings.previous_epoch_start:
             assert n_samples
             self.previous = PreviousEpoch(n_samples, settings.embedding_dim)
+        if row.has_queue:
+            self.queue = NegativeQueue(settings.queue_size, settings.queue_hardest, settings.embedding_dim)
 
     def hardness(self, epoch: int) -> float:
         """lambda = 1 - exp(-alpha * e) of the ``epoch`` as logged, from 1: e = epoch - 1 (released: e = epoch)."""
@@ -170,7 +194,7 @@ class Objective(nn.Module):
     def _teacher_forced(self, pair: Any, supervised_rows: int | None = None, features: Any = None) -> Any:
         """Output under teacher forcing: the one place that shifts inputs [:, :-1] against targets [:, 1:]."""
         if features is None and pair.context is not None:
-            features = self.backbone.extract(pair.images, pair.view_mask, context=pair.context)
+            features = self._extract(pair)
         return self.backbone(
             None if features is not None else pair.images,
             pair.tokens[:, :-1],
@@ -180,10 +204,15 @@ class Objective(nn.Module):
             supervised_rows=supervised_rows,
         )
 
+    def _extract(self, pair: Any) -> Any:
+        """The VisualFeatures of ``pair``, with its context where it has one."""
+        context = {} if pair.context is None else {"context": pair.context}
+        return self.backbone.extract(pair.images, pair.view_mask, **context)
+
     def _passes(self, pairs: list[Any]) -> list[Any]:
         """The backbone's Output for the positives and, if any, for their hard negatives, which are not supervised."""
         if self.on_encoder:
-            return [self._pass_on_encoder(pairs[0])]
+            return [self._pass_on_encoder(pair) for pair in pairs]
         if len(pairs) == 2 and self.variant.joint_pass:
             positive, negative = pairs
             joined = join_pairs(positive, negative, self.backbone.pad_id)
@@ -199,7 +228,7 @@ class Objective(nn.Module):
         previous row it can only say what the report says. No gradient comes from there: reading does not train the
         decoder. Log-probabilities are those of the ordinary pass.
         """
-        features = self.backbone.extract(pair.images, pair.view_mask, context=pair.context)
+        features = self._extract(pair)
         output = self._teacher_forced(pair, features=features)
         with torch.no_grad():
             read = self._teacher_forced(rolled_studies(pair), supervised_rows=0, features=rolled_features(features))
@@ -277,26 +306,87 @@ class Objective(nn.Module):
     def _contrastive_terms(self, batch: Any, features: list[Tensor], hardness: Any) -> dict[str, Tensor]:
         """L_CP (Eq. 12), L_CS (Eq. 1) and what shows whether they work, over the samples with a hard negative."""
         scale = self.temp_1.clamp(max=self.variant.max_log_scale).exp()
-        rows = excluded = None
-        if self.settings.mask_identical:
-            key = distributed.gather(batch.report_key)
-            excluded = key.unsqueeze(0) == key.unsqueeze(1)
         if not self.uses_negatives:
             z, u = features
-            scores, terms = clip_scores(z, u, scale), alignment(z, u)
+            terms = alignment(z, u)
+            terms["contrastive"] = self._contrastive(
+                batch, clip_scores(z, u, scale), scale, further=self._queued(batch, z, u, scale)
+            )
+            return terms | {"temperature": 1 / scale}
+        z, negative_z, u, negative_u = features
+        rows = distributed.gather(batch.has_negative)
+        harder = self._harder_negative(batch, z, u, negative_u, rows, hardness)
+        terms = alignment(z, u, rows, cos_negative=negative_u, cos_harder=harder)
+        terms["cosine"] = cosine_loss(z, negative_z, rows, self.variant.absolute_cosine)
+        terms["hardness"] = torch.zeros_like(scale) + hardness
+        if FORMS[self.settings.contrastive_form].of_anchor is None:
+            terms["contrastive"] = mean_over(paper_triplet(z, u, harder, self.settings.triplet_margin), rows)
+        elif self.settings.has_columns:
+            # A study without a negative is compared with the others' like all.
+            columns = FurtherColumns(clip_scores(z, harder, scale), clip_scores(u, negative_z, scale), rows)
+            terms["contrastive"] = self._contrastive(batch, clip_scores(z, u, scale), scale, further=columns)
         else:
-            z, negative_z, u, negative_u = features
-            rows = distributed.gather(batch.has_negative)
-            harder = self._harder_negative(batch, z, u, negative_u, rows, hardness)
             harder_scale = self.temp_3.exp() if self.variant.own_harder_scale else None
             scores = modified_scores(
                 z, u, negative_z, negative_u, harder, scale, harder_scale, self.variant.keep_off_diagonal
             )
-            terms = alignment(z, u, rows, cos_negative=negative_u, cos_harder=harder)
-            terms["cosine"] = cosine_loss(z, negative_z, rows, self.variant.absolute_cosine)
-            terms["hardness"] = torch.zeros_like(scale) + hardness
-        terms["contrastive"] = contrastive_loss(scores, self.settings.contrastive_form, rows, excluded)
+            terms["contrastive"] = self._contrastive(batch, scores, scale, rows=rows)
         return terms | {"temperature": 1 / scale}
+
+    def _queued(self, batch: Any, z: Tensor, u: Tensor, scale: Tensor) -> FurtherColumns | None:
+        """Negatives of the queue, which takes this batch's samples in training; None without a queue."""
+        if self.queue is None:
+            return None
+        keys = distributed.gather(batch.report_key)
+        columns = self.queue.further(z, u, keys, scale)
+        if self.training:
+            self.queue.keep(z, u, keys)
+        return columns
+
+    def _contrastive(
+        self,
+        batch: Any,
+        scores: Tensor,
+        scale: Tensor,
+        *,
+        rows: Tensor | None = None,
+        further: FurtherColumns | None = None,
+    ) -> Tensor:
+        """L_CP of ``scores`` = S/tau (B, B) in the form, with the targets and without the pairs that were asked for."""
+        settings, excluded, log_weights = self.settings, None, None
+        if settings.mask_identical:
+            key = distributed.gather(batch.report_key)
+            excluded = key.unsqueeze(0) == key.unsqueeze(1)
+        if settings.same_label_weight != 1:
+            alike = equal_rows(distributed.gather(batch.positive.labels))
+            if settings.same_label_weight:
+                log_weights = alike.to(scores.dtype) * math.log(settings.same_label_weight)
+            else:
+                excluded = alike if excluded is None else excluded | alike
+        return contrastive_loss(
+            scores,
+            settings.contrastive_form,
+            rows,
+            excluded,
+            further=further,
+            log_weights=log_weights,
+            targets=self._targets(batch.positive),
+            scale=scale,
+            options=FormOptions(
+                getattr(self, "contrastive_bias", 0.0),
+                settings.positive_prior,
+                settings.hardness_beta,
+                settings.triplet_margin,
+            ),
+        )
+
+    def _targets(self, pair: Any) -> Tensor | None:
+        """Soft targets (B, B) of contrastive_targets, None where the target is the study's own report."""
+        kind = self.settings.contrastive_targets
+        if kind == "own":
+            return None
+        described = pair.labels if kind == "labels" else tf_idf(pair.tokens, pair.token_mask, self.idf)
+        return soft_targets(distributed.gather(described), self.settings.target_temperature)
 
     def _nll_sum(self, pair: Any, output: Any) -> tuple[Tensor, Tensor]:
         """Summed negative log-likelihood of the targets of ``pair``, and their number; scalars."""

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from modules.ithn.contrastive_forms import CONTRASTIVE_FORMS, FORMS, OPTIONS
 from modules.ithn.synthesis import DRAWING_NEIGHBOURS, STRATEGIES
-from modules.ithn.variants import CONTRASTIVE_FEATURES, CONTRASTIVE_FORMS, VARIANTS, Variant
+from modules.ithn.variants import CONTRASTIVE_FEATURES, CONTRASTIVE_TARGETS, NEGATIVES_AS, VARIANTS, Variant
 from modules.runtime.errors import InputError
 from modules.runtime.settings import check_value, setting
 
@@ -50,7 +51,7 @@ class ITHNSettings:
     contrastive_form: str = setting(
         "standard",
         "ITHN",
-        "decoupled: Eq. 8 as printed, with the positive left out of the denominator",
+        "what an anchor pays: " + "; ".join(f"{name}: {form.meaning}" for name, form in FORMS.items()),
         choices=CONTRASTIVE_FORMS,
     )
     detach_negative: bool | None = setting(
@@ -63,6 +64,41 @@ class ITHNSettings:
     clamp_segment: bool = setting(False, "ITHN", "keep the projection between the negative and the positive")
     mask_identical: bool = setting(False, "ITHN", "leave out off-diagonal pairs of the same study or the same text")
 
+    negatives_as: str = setting(
+        "average",
+        "beyond ITHN",
+        "columns: hard negatives are further columns of the softmax, as in NegCLIP and VSE++; average: they enter the "
+        "mean of three similarities, Eq. 11",
+        choices=NEGATIVES_AS,
+    )
+    queue_size: int = setting(1024, "beyond ITHN", "samples that --strategy mochi_queue keeps", low=1)
+    queue_hardest: int = setting(
+        64,
+        "beyond ITHN",
+        "hardest ones of them that are mixed: as many mixtures of two, an eighth with the anchor",
+        low=1,
+    )
+    positive_prior: float = setting(
+        0.1, "beyond ITHN", "tau+ of --contrastive_form debiased and hardness_weighted", low=0.0, high=0.99
+    )
+    hardness_beta: float = setting(1.0, "beyond ITHN", "beta of --contrastive_form hardness_weighted", low=0.0)
+    triplet_margin: float = setting(0.2, "beyond ITHN", "margin of the triplet forms", low=0.0)
+    contrastive_targets: str = setting(
+        "own",
+        "beyond ITHN",
+        "labels or text: soft targets by the likeness of the studies' labels (MedCLIP) or of the reports' words "
+        "(tf-idf); own: the study's own report",
+        choices=CONTRASTIVE_TARGETS,
+    )
+    target_temperature: float = setting(
+        1.0, "beyond ITHN", "divides the likeness before the softmax of soft targets; MedCLIP has 1", low=1e-3
+    )
+    same_label_weight: float = setting(
+        1.0,
+        "beyond ITHN",
+        "how often a study with the same labels counts as a negative: above 1 as in WCL, 0 leaves it out",
+        low=0.0,
+    )
     contrastive_features: str = setting(
         "extractor",
         "beyond ITHN",
@@ -86,11 +122,33 @@ class ITHNSettings:
                 raise InputError(f"--{name} {getattr(self, name)} has no effect with --ithn off; leave one of them out")
 
     def _check_together(self) -> None:
-        row = STRATEGIES[self.strategy]
-        if self.on_encoder and (row.synthesise is not None or self.released):
+        row, form = STRATEGIES[self.strategy], FORMS[self.contrastive_form]
+        averaged = row.synthesise is not None and not self.has_columns
+        if self.on_encoder and (averaged or self.released):
             raise InputError(
-                "--contrastive_features encoder: needs --strategy contrastive and the paper's variant; with harder "
-                "negatives Eq. 11 did not leave its second minimum in a trial (docs/EXPERIMENTS.md)"
+                "--contrastive_features encoder: needs --strategy contrastive or --negatives_as columns, and the "
+                "paper's variant; with harder negatives Eq. 11 did not leave its second minimum in a trial "
+                "(docs/EXPERIMENTS.md)"
+            )
+        if self.negatives_as == "columns" and row.synthesise is None:
+            raise InputError(f"--negatives_as columns: --strategy {self.strategy} has no negatives besides the batch's")
+        if self.has_columns and self.released:
+            raise InputError("--ithn_variant released averages similarities: it has no negatives as columns")
+        if form.of_anchor is None and (row.synthesise is None or self.has_columns):
+            raise InputError(
+                f"--contrastive_form {self.contrastive_form}: compares a study with its own hard negative alone; give "
+                "a strategy that has one, without --negatives_as columns"
+            )
+        if self.contrastive_targets != "own" and self.contrastive_form != "standard":
+            raise InputError(
+                f"--contrastive_targets {self.contrastive_targets}: soft targets are those of a cross entropy; give "
+                "--contrastive_form standard"
+            )
+        if self.same_label_weight not in (0, 1) and not form.weighs:
+            weighing = " or ".join(name for name, form in FORMS.items() if form.weighs)
+            raise InputError(
+                f"--same_label_weight {self.same_label_weight:g}: weights negatives of --contrastive_form {weighing}; "
+                f"with {self.contrastive_form} they count (1) or are left out (0)"
             )
         if self.clamp_segment and (not row.is_projection or self.released):
             raise InputError(
@@ -107,6 +165,27 @@ class ITHNSettings:
     def released(self) -> bool:
         """Whether the released code's departures from the paper are asked for."""
         return self.ithn_variant == "released"
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether hard negatives are columns of the softmax."""
+        return self.negatives_as == "columns" or STRATEGIES[self.strategy].as_columns
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the contrastive terms ask for the labels of every study."""
+        return self.contrastive_targets == "labels" or self.same_label_weight != 1
+
+    @property
+    def idle_options(self) -> dict[str, tuple[str, ...]]:
+        """Settings without effect, by the choice that does not read them."""
+        own, queue = FORMS[self.contrastive_form].options, ("queue_size", "queue_hardest")
+        has_queue = self.strategy != OFF and STRATEGIES[self.strategy].has_queue
+        return {
+            f"--contrastive_form {self.contrastive_form}": tuple(name for name in OPTIONS if name not in own),
+            "--contrastive_targets own": ("target_temperature",) if self.contrastive_targets == "own" else (),
+            f"--strategy {self.strategy}": () if has_queue else queue,
+        }
 
     @property
     def on_encoder(self) -> bool:

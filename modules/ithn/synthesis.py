@@ -93,13 +93,19 @@ class Strategy:
     draws_neighbour: bool = False  # u- is drawn from --num_neighbours neighbours; else it is the nearest
     is_step: bool = False  # a step from a starting point, which --previous_epoch_start can choose
     is_projection: bool = False  # takes clamp_segment
+    has_queue: bool = False  # negatives are those of earlier batches
+    as_columns: bool = False  # u~ is a further column of the softmax, whatever --negatives_as says
 
 
 STRATEGIES: dict[str, Strategy] = {
     "ithn": Strategy(ithn, "the paper's projected gradient step", released=released, is_step=True, is_projection=True),
     "mochi": Strategy(mochi, "a neighbour mixed with the report itself", draws_neighbour=True),
     "prior": Strategy(prior, "the nearest neighbour as it is"),
+    "columns": Strategy(prior, "the nearest neighbour as a further column of the softmax (NegCLIP)", as_columns=True),
     "unconstrained": Strategy(unconstrained, "the gradient step without the projection", is_step=True),
+    "mochi_queue": Strategy(
+        None, "MoCHi as published: a queue of earlier batches and mixtures of its hardest, no mining", has_queue=True
+    ),
     "contrastive": Strategy(None, "no negatives, the contrastive loss compares images with reports only"),
 }
 # Names by what they need and do; the probes compare those that make a negative of their own.

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-CONTRASTIVE_FORMS = ("standard", "decoupled")
+NEGATIVES_AS = ("average", "columns")
+CONTRASTIVE_TARGETS = ("own", "labels", "text")
 CONTRASTIVE_FEATURES = ("extractor", "encoder")  # where the contrastive terms' features come from
 
 

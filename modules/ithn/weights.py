@@ -11,9 +11,9 @@ from torch import Tensor
 from modules.runtime.errors import InputError
 
 # Entries that are not the backbone's; published files have them too.
-HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
+HEADS = ("temp_1", "temp_3", "contrastive_bias", "img_projection.", "text_projection.")
 # State needed only to resume training.
-TRAINING_STATE = "previous."
+TRAINING_STATE = ("previous.", "queue.")
 
 
 def published_state(objective: Any) -> dict[str, Tensor]:

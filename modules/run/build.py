@@ -20,7 +20,7 @@ from modules.data.tokenizers import clean_report
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.tester import Predictions, Tester
 from modules.ithn.objective import Objective
-from modules.ithn.settings import ITHNSettings
+from modules.ithn.settings import OFF, ITHNSettings
 from modules.ithn.weights import load_published_state
 from modules.layers.hub_encoders import describe_encoder, find_encoder, is_hub_name
 from modules.layers.visual_extractor import VisualExtractor
@@ -98,6 +98,17 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
         raise InputError(str(error)) from error
 
 
+def document_frequencies(data: Data) -> torch.Tensor:
+    """Inverse document frequency (V,) of every token id in the training reports, begin and end without weight."""
+    reports = data.annotation.splits["train"]
+    counts = torch.zeros(data.tokenizer.num_ids)
+    for study in reports:
+        counts[list(set(data.tokenizer.encode(study.report)))] += 1
+    idf = ((1 + len(reports)) / (1 + counts)).log()
+    idf[list({*data.tokenizer.special_ids})] = 0
+    return idf
+
+
 def build_objective(
     config: Config,
     data: Data,
@@ -124,7 +135,10 @@ def build_objective(
             extractor = build_extractor(config, device, pretrained=pretrained)
     backbone = build_backbone(config, extractor, data.tokenizer, pretrained=pretrained)
     samples = len(list_samples(data.annotation.splits["train"], config.views))
-    objective = make(backbone, settings, n_samples=samples).to(device)
+    more = (
+        {"idf": document_frequencies(data)} if settings.contrastive_targets == "text" and data.strategy != OFF else {}
+    )
+    objective = make(backbone, settings, n_samples=samples, **more).to(device)
     if config.sync_bn:
         from modules.training.sync_norm import with_common_statistics
 

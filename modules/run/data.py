@@ -17,6 +17,7 @@ from modules.data.datasets import EpochLoader, ReportDataset, build_loader
 from modules.data.images import ImageFolder
 from modules.data.loaders import LimitedLoader
 from modules.data.transforms import Transform, eval_transform, train_transform
+from modules.ithn.settings import ITHNSettings
 from modules.ithn.synthesis import DRAWING_NEIGHBOURS, NEEDING_NEGATIVES
 from modules.mining.index import HardNegativeIndex
 from modules.run.vocabulary import AnyTokenizer, build_tokenizer
@@ -89,7 +90,8 @@ def read_data(
     if trained_with is None:
         strategy, index = hard_negatives(config, annotation, asked=asked_for_ithn)
     labels = None
-    if backbone_class(config.model_name).needs_labels and (trained_with is None or score_tag(config)):
+    needed = backbone_class(config.model_name).needs_labels and (trained_with is None or bool(score_tag(config)))
+    if needed or (strategy != "off" and part_of(config, ITHNSettings).needs_labels):
         from modules.labels.study_labels import read_labels
 
         labels = read_labels(config.label_path, clusters(config), config.label_columns)

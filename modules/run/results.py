@@ -17,6 +17,7 @@ from modules.evaluation.score_names import SELECTION
 from modules.evaluation.system_scorer import RULE
 from modules.evaluation.tester import Tester
 from modules.ithn.objective import Objective
+from modules.ithn.settings import ITHNSettings
 from modules.pages.exports import write_caption_exports, write_exports, write_labelled
 from modules.run.data import Data
 from modules.run.results_page import write_page
@@ -26,6 +27,7 @@ from modules.run.training_free import training_free_reports
 from modules.runtime.environment import file_sha256, provenance
 from modules.runtime.input_files import read_json
 from modules.runtime.records import append_record, write_report_tables, write_results
+from modules.runtime.settings import part_of
 from modules.training.checkpoint_folder import TEST_FILES, set_aside
 
 logger = logging.getLogger("ithn")
@@ -100,8 +102,9 @@ def _provenance(config: Config, data: Data, device: torch.device, weights: Path)
 def input_files(config: Config) -> dict[str, str]:
     """SHA-256 of the files that a training with these settings starts from, by the flags that name them."""
     own = dataclasses.fields(settings_class(config.model_name))
+    labelled = backbone_class(config.model_name).needs_labels or part_of(config, ITHNSettings).needs_labels
     paths = {
-        "label_path": config.label_path if backbone_class(config.model_name).needs_labels else "",
+        "label_path": config.label_path if labelled else "",
         **{item.name: getattr(config, item.name) for item in own if item.metadata.get("file")},
         "visual_extractor_weights": config.visual_extractor_weights,
     }

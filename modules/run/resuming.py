@@ -166,8 +166,9 @@ def _misfit(path: Path, error: Exception) -> InputError:
     return InputError(f"--resume {path}: it does not fit the flags: {' '.join(str(error).split())[:300]}")
 
 
-def require_same_vocabulary(source: Source, config: Config, data: Data) -> None:
-    """InputError unless the words of the checkpoint are those that the annotation gives."""
+def require_same_start(source: Source, config: Config, data: Data) -> None:
+    """InputError for a changed flag that the checkpoint would overrule, or words that the annotation does not give."""
+    _require_unchanged(config, resolve_config({}, source.content["config"]), KEPT, source.path)
     if source.content["vocabulary"] != data.tokenizer.state():
         raise InputError(
             f"--resume {source.path}: it was trained with another vocabulary than {config.ann_path} "
@@ -178,8 +179,6 @@ def require_same_vocabulary(source: Source, config: Config, data: Data) -> None:
 def restore(trainer: Trainer, objective: Objective, source: Source, config: Config, data: Data) -> None:
     """Restore everything that the checkpoint holds; InputError where it does not fit the flags or the data."""
     path, content = source.path, source.content
-    began = resolve_config({}, content["config"])
-    _require_unchanged(config, began, KEPT, path)
     state = dict(content)
     try:
         _require_alike(trainer.state_dict(), state, ("scheduler", "scaler", "position", "best", "guard"))

@@ -39,7 +39,7 @@ from modules.run.resuming import (
     find_source,
     find_start,
     require_same_network,
-    require_same_vocabulary,
+    require_same_start,
     restore,
     restore_extractor,
 )
@@ -186,7 +186,7 @@ def _compose(
         with distributed.main_process_first():
             make = self_critical_objective(config, data, folder)
     if source is not None:
-        require_same_vocabulary(source, config, data)
+        require_same_start(source, config, data)
     of = _stored_weights(source, start)
     objective = build_objective(config, data, device, pretrained=loaded is None, make=make, of=of)
     if start is not None:

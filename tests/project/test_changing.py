@@ -234,7 +234,10 @@ def test_a_weighted_loss_term(project, demo, demo_index):
     for text, after in (
         ("    uniformity_loss,\n", "    token_nll,\n"),
         (', "uniformity": self.settings.uniformity_weight', '"cosine": self.settings.cosine_weight'),
-        ('\n        terms["uniformity"] = uniformity_loss(u)', "self.settings.contrastive_form, rows, excluded)"),
+        (
+            '\n        terms["uniformity"] = uniformity_loss(u)',
+            'terms["hardness"] = torch.full_like(scale, self.hardness(epoch))',
+        ),
     ):
         project.insert("modules/ithn/objective.py", text, after=after)
     assert len(project.changed()) == 3 and not unread_settings(project.root)

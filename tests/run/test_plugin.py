@@ -9,6 +9,7 @@ import torch
 from models import MODELS
 from modules.flags import parse_flags, resolve_config
 from modules.ithn.objective import Objective
+from modules.ithn.synthesis import NEEDING_NEGATIVES, STRATEGIES
 from modules.ithn.weights import published_state
 from modules.run.build import build_objective, decoding_options, load_weights, prepare_device
 from modules.run.data import build_dataset, build_split_loader, read_data
@@ -17,7 +18,7 @@ from modules.training.optimizers import build_optimizer
 from modules.training.settings import OptimSettings
 from tests.conftest import TINY
 
-STRATEGIES = ("off", "contrastive", "prior", "mochi", "ithn", "unconstrained")
+OF_FLAGS = ("off", *STRATEGIES)
 ON_ENCODER = "contrastive on the encoder"
 OWN_FLAGS = {
     "r2gencmn": [],
@@ -83,7 +84,7 @@ def generate(objective: Objective, config, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("views", ["paired", "separate"])
-@pytest.mark.parametrize("strategy", (*STRATEGIES, ON_ENCODER))
+@pytest.mark.parametrize("strategy", (*OF_FLAGS, ON_ENCODER))
 @pytest.mark.parametrize("backbone", MODELS)
 def test_every_backbone_with_every_strategy(demo, demo_index, tmp_path, backbone, strategy, views):
     """One training step moves the weights, reports are generated, and a checkpoint brings the same reports back."""
@@ -104,7 +105,7 @@ def test_every_backbone_with_every_strategy(demo, demo_index, tmp_path, backbone
     objective.after_step()
     assert all(torch.isfinite(value) for value in terms.values())
     assert ("contrastive" in terms) == (strategy != "off")
-    assert ("hardness" in terms) == (strategy not in ("off", "contrastive"))
+    assert ("hardness" in terms) == (strategy in NEEDING_NEGATIVES)
     still = [name for name, value in objective.named_parameters() if torch.equal(value, before[name])]
     # A relu's dead unit, or a key's bias (which softmax cancels), may stand still; whole modules may not.
     assert len(still) < 0.2 * len(before), still

@@ -19,7 +19,7 @@ TABLES = sorted(path for path in (ROOT / "experiments").glob("*.json") if path.n
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_shipped_tables_run_on_the_demo_data_and_on_their_own(path, tmp_path):
     table, datasets = read_table(path), read_datasets(ROOT / "experiments" / "datasets.json")
-    assert len(table.seeds) == 3 and all(row.published for row in table.rows)
+    assert len(table.seeds) == 3 and all(row.published for row in table.rows) == path.stem.startswith("table")
     assert all(set(row.published) <= set(table.columns) for row in table.rows)
     for chosen in (table, choose(table, dataset="demo")):
         runs = plan(chosen, datasets, tmp_path)

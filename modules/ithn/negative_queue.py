@@ -1,0 +1,80 @@
+"""MoCHi as published (Kalantidis et al., NeurIPS 2020, arXiv 2010.01028): mixtures of the hardest negatives of a queue.
+
+B samples, Q queued samples, E the joint embedding, k hardest negatives of an anchor.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from modules.ithn.losses import FurtherColumns, clip_scores, normalise
+
+# Steps of Weyl sequences, which stand in for random numbers: the same in all processes and after a resumption, without
+# a wait for the device. Fractional parts of square roots of primes have no common rhythm.
+_STEPS = tuple(prime**0.5 % 1 for prime in (2, 3, 5, 7, 11, 13))
+
+
+class NegativeQueue(nn.Module):
+    """The latest Q samples' features and, for each anchor, mixtures of the k hardest of them.
+
+    The buffers are part of the state dict, so that checkpoints contain them.
+    """
+
+    images: Tensor  # (Q, E)
+    reports: Tensor  # (Q, E)
+    keys: Tensor  # (Q,) int64, equal for the same text and for the same study
+    known: Tensor  # (Q,) bool
+    steps: Tensor  # () int64, how often ``further`` was asked
+
+    def __init__(self, size: int, hardest: int, dim: int):
+        super().__init__()
+        self.hardest = hardest
+        self.register_buffer("images", torch.zeros(size, dim))
+        self.register_buffer("reports", torch.zeros(size, dim))
+        self.register_buffer("keys", torch.zeros(size, dtype=torch.int64))
+        self.register_buffer("known", torch.zeros(size, dtype=torch.bool))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def further(self, image: Tensor, report: Tensor, keys: Tensor, scale: Tensor) -> FurtherColumns:
+        """Q + k + k/8 negatives for each of B anchors: the queue, mixtures of two hard ones, of one with the anchor.
+
+        ``image`` and ``report`` (B, E) of unit length, ``keys`` (B,); samples with the anchor's key are no negatives of
+        it. Mixtures are constants of unit length.
+        """
+        allowed = self.known & (self.keys != keys.unsqueeze(1))  # (B, Q)
+        pair, own = self._draw(len(image), self.hardest), self._draw(len(image), max(1, self.hardest // 8), first=3)
+        enough = allowed.sum(1, keepdim=True)  # the hardest come first, so that those beyond are no negatives
+        valid = [(pair[0] < enough) & (pair[1] < enough), own[0] < enough]
+        columns = []
+        # ``keep`` overwrites the buffers before the backward pass reads them.
+        for anchor, queue in ((image, self.reports.clone()), (report, self.images.clone())):
+            mixtures = self._mixtures(anchor.detach(), queue, allowed, pair, own)  # (B, k + k/8, E)
+            mixed = scale * torch.einsum("be,bme->bm", anchor, mixtures)
+            columns.append(torch.cat([clip_scores(anchor, queue, scale), mixed], dim=1))
+        return FurtherColumns(*columns, torch.cat([allowed, *valid], dim=1))
+
+    @torch.no_grad()
+    def _mixtures(self, anchor: Tensor, queue: Tensor, allowed: Tensor, pair: tuple, own: tuple) -> Tensor:
+        similarity = (anchor @ queue.T).masked_fill(~allowed, -torch.inf)
+        order = similarity.topk(min(self.hardest, len(queue)), dim=1).indices  # (B, k)
+        first, second, other = (queue[order.gather(1, row)] for row in (pair[0], pair[1], own[0]))
+        share, own_share = pair[2].unsqueeze(-1), own[2].unsqueeze(-1) / 2  # the anchor's is below one half
+        of_two = share * first + (1 - share) * second
+        with_anchor = own_share * anchor.unsqueeze(1) + (1 - own_share) * other
+        return normalise(torch.cat([of_two, with_anchor], dim=1))
+
+    def _draw(self, rows: int, count: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, count) each: two ranks among the hardest, int64, and a share in [0, 1)."""
+        places = torch.arange(rows * count, device=self.keys.device) + self.steps * rows * count + 1
+        parts = [(places.double() * step % 1).view(rows, count) for step in _STEPS[first : first + 3]]
+        ranks = [(part * min(self.hardest, len(self.keys))).long() for part in parts[:2]]
+        return ranks[0], ranks[1], parts[2].float()
+
+    @torch.no_grad()
+    def keep(self, image: Tensor, report: Tensor, keys: Tensor) -> None:
+        """Replace the oldest samples by these: features (B, E) and keys (B,)."""
+        rows = min(len(image), len(self.keys))
+        for name, new in (("images", image), ("reports", report), ("keys", keys)):
+            queue = getattr(self, name)
+            queue.copy_(torch.cat([new[:rows].to(queue.dtype), queue[:-rows]]))
+        self.known.copy_(torch.cat([self.known.new_ones(rows), self.known[:-rows]]))
+        self.steps.add_(1)
