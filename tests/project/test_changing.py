@@ -236,7 +236,7 @@ def test_a_weighted_loss_term(project, demo, demo_index):
         (', "uniformity": self.settings.uniformity_weight', '"cosine": self.settings.cosine_weight'),
         (
             '\n        terms["uniformity"] = uniformity_loss(u)',
-            'terms["hardness"] = torch.full_like(scale, self.hardness(epoch))',
+            'terms["hardness"] = torch.zeros_like(scale) + hardness',
         ),
     ):
         project.insert("modules/ithn/objective.py", text, after=after)
