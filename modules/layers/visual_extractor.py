@@ -27,6 +27,16 @@ XRAY_MEAN, XRAY_STD = (0.5,) * 3, (0.5 / 1024,) * 3
 FAMILIES = (*RESNETS, *WITH_FEATURES, "vit_")  # taken from torchvision, all others from timm
 
 
+# Images that go through the model together are filled up to a multiple: cuDNN chooses, and tunes, for each number.
+COUNTED_BY = {"cpu": 1, "cuda": 8}
+
+
+def filled_up(rows: Tensor, multiple: int) -> Tensor:
+    """``rows`` (n,) and its first entry again until their number is a multiple, (n + fewer than ``multiple``,)."""
+    missing = -len(rows) % multiple
+    return torch.cat([rows, rows[:1].expand(missing)]) if missing else rows
+
+
 class VisualExtractor(nn.Module):
     """Patch features of every view of a study.
 
@@ -130,8 +140,10 @@ class VisualExtractor(nn.Module):
 
     def _present_views(self, images: Tensor, rows: list[Tensor]) -> Tensor:
         flat = images.flatten(0, 1)
-        grids = torch.cat([self._grid(flat[index]) for index in rows])  # (present views, S, C)
-        patches = grids.new_zeros(len(flat), *grids.shape[1:])
+        # Without statistics of the batch, further images change nothing: their number then repeats from batch to batch.
+        multiple = 1 if self.model.training else COUNTED_BY.get(images.device.type, COUNTED_BY["cuda"])
+        grids = torch.cat([self._grid(flat[filled_up(index, multiple)])[: len(index)] for index in rows])
+        patches = grids.new_zeros(len(flat), *grids.shape[1:])  # of (present views, S, C)
         return patches.index_copy(0, torch.cat(rows), grids).unflatten(0, images.shape[:2])
 
     def _grid(self, images: Tensor) -> Tensor:

@@ -312,6 +312,13 @@ def feature_source(
     )
 
 
+def views_are_alike(config: Config, data: Data) -> bool:
+    """Whether every training sample has the same number of images."""
+    most = max_views(config)
+    counts = {min(len(study.image_paths), most) for study in data.annotation.splits["train"]}
+    return config.views == "separate" or len(counts) == 1
+
+
 def max_views(config: Config) -> int:
     """Images of a study that are read together, where --views is paired."""
     return 1 if config.detection_features else config.dataset.max_views

@@ -29,6 +29,7 @@ from modules.run.data import (
     read_data,
     score_tag,
     training_studies,
+    views_are_alike,
 )
 from modules.run.descriptions import with_descriptions
 from modules.run.results import test_and_write
@@ -48,6 +49,7 @@ from modules.runtime import distributed
 from modules.runtime.distributed import is_main_process
 from modules.runtime.environment import provenance
 from modules.runtime.errors import InputError
+from modules.runtime.kernels import tune
 from modules.runtime.records import private_folder, write_private, write_results
 from modules.runtime.run_log import log_to, start_log
 from modules.runtime.settings import part_of
@@ -179,6 +181,8 @@ def _compose(
     if data.strategy == "off" and (line := idle_without_ithn(given)):
         logger.warning("%s", line)
     check_images(config, data, ("train", "val", "test"))
+    # A frozen extractor's numbers of images are filled up: modules/layers/visual_extractor.py.
+    tune(config.freeze_visual_extractor or views_are_alike(config, data))
     make: Callable[..., Objective] = Objective
     if config.self_critical:
         from modules.run.self_critical import self_critical_objective

@@ -22,6 +22,14 @@ def choose_kernels(*, tf32: bool, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = True
 
 
+def tune(wanted: bool) -> None:
+    """Have cuDNN time its convolutions for every new number of images, unless only deterministic ones may be used.
+
+    It pays where the numbers repeat; where studies have one view or two, a training has a new one in every batch.
+    """
+    torch.backends.cudnn.benchmark = wanted and not torch.are_deterministic_algorithms_enabled()
+
+
 def prefers_channels_last(capability: tuple[int, int] | None, precision: str, tf32: bool) -> bool:
     """Whether images should lie in memory channels last on a GPU of ``capability``, None for a CPU.
 

@@ -1,9 +1,13 @@
 """Kernels by GPU: the memory layout of images, and torch's switches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from modules.runtime.kernels import choose_kernels, prefers_channels_last
+from modules.config import Config
+from modules.run.data import views_are_alike
+from modules.runtime.kernels import choose_kernels, prefers_channels_last, tune
 
 
 @pytest.mark.parametrize(
@@ -26,3 +30,26 @@ def test_cudnn_attention_is_off():
     torch.backends.cuda.enable_cudnn_sdp(True)
     choose_kernels(tf32=False, deterministic=False)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_convolutions_are_tuned_where_asked_and_never_where_only_deterministic_ones_may_run():
+    try:
+        tune(True)
+        assert torch.backends.cudnn.benchmark
+        tune(False)
+        assert not torch.backends.cudnn.benchmark
+        torch.use_deterministic_algorithms(True)
+        tune(True)
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("counts", "views", "alike"),
+    [((2, 2), "paired", True), ((2, 1), "paired", False), ((3, 2), "paired", True), ((2, 1), "separate", True)],
+)
+def test_numbers_of_images_repeat_where_all_studies_have_as_many(counts, views, alike):
+    studies = [SimpleNamespace(image_paths=("x.png",) * count) for count in counts]
+    data = SimpleNamespace(annotation=SimpleNamespace(splits={"train": studies}))
+    assert views_are_alike(Config(views=views), data) is alike
