@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.dataset_specs import DATASETS, OTHER
 from modules.data.report_tables import REPORT_COLUMNS, Table, match_rows, read_rows, read_table
-from modules.evaluation.metric_table import is_main
-from modules.evaluation.score_names import FULL
+from modules.evaluation.metric_table import FULL, is_main
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
 from scripts.experiments.plan import NO_EFFECT_ON_RESULTS, read_json
@@ -167,7 +166,7 @@ def check_same_reports(folders: tuple[Folder, Folder], statistics: "list[ReportS
 def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_scores: bool) -> "Comparison":
     """Everything that is shown. InputError for a score --by that is not there."""
     from modules.evaluation.bootstrap import compare, holm
-    from modules.evaluation.score_names import untagged
+    from modules.evaluation.metric_table import untagged
     from modules.pages.comparison import Comparison, ReportPair, ScoreLine, rank, report_scores, settings_that_differ
 
     statistics, notes = statistics_of(folders)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 DETECTOR_BITS = (8, 10, 12, 14, 16, 32)
+BYTES_PER_PIXEL = 3  # decoded, of an image of max_pixels; smaller ones may have deeper pixels
 _BLOCK = 2**20  # values converted at a time
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from modules.data.bit_depths import BYTES_PER_PIXEL
 from modules.data.codestreams import is_jpeg2000, read_codestream
 from modules.data.dicom_display import show_colour, show_grey, show_palette
 from modules.runtime.errors import ImageError
@@ -28,15 +29,11 @@ _ELEMENTS = """
     SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData
     SegmentedBluePaletteColorLookupTableData
 """.split()
-BYTES_PER_PIXEL = 3  # decoded, of an image of max_pixels; smaller ones may have deeper pixels
 _PIXEL_DATA, _UNDEFINED = 0x7FE00010, 0xFFFFFFFF
 _MAX_HEADER = 2 * 2**20  # bytes that are read of it: three palettes of 16 bits and some lookup tables take half
 _SLACK = 2**20  # bytes of encoded pixels beyond twice what they decode to
 _JPEG = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}  # baseline and extended
 _RLE = "1.2.840.10008.1.2.5"
-# What the first element of a file without the usual preamble may be: its group, and the type of its value.
-_FIRST_GROUPS = (0x0002, 0x0008, 0x0010, 0x0018, 0x0020, 0x0028)
-_FIRST_TYPES = (b"UL", b"OB", b"UI", b"SH", b"CS", b"DA", b"TM", b"LO", b"DT", b"PN", b"IS", b"DS", b"US")
 
 
 class _Refused(Exception):
@@ -48,15 +45,6 @@ class _Header(NamedTuple):
     value_type: str | None  # of the pixels' element; None where the file does not state types
     pixels_at: int  # offset of their value in the file
     length: int  # in bytes; _UNDEFINED: encoded frames
-
-
-def is_dicom(beginning: bytes) -> bool:
-    """Whether a file that begins with these (at least 132) bytes is DICOM, with its usual preamble or without."""
-    if beginning[128:132] == b"DICM":
-        return True
-    groups = {int.from_bytes(beginning[:2], order) for order in ("little", "big")}
-    has_type = beginning[4:6] in _FIRST_TYPES or 0 < int.from_bytes(beginning[4:8], "little") <= 64
-    return has_type and not groups.isdisjoint(_FIRST_GROUPS)
 
 
 def dicom_shape(file: BinaryIO) -> tuple[int, int, int]:

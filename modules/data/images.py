@@ -11,9 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from modules.data.bit_depths import eight_bits
+from modules.data.bit_depths import BYTES_PER_PIXEL, eight_bits
 from modules.data.codestreams import read_jpeg2000
-from modules.data.dicom import BYTES_PER_PIXEL, dicom_shape, is_dicom, load_dicom
 from modules.runtime.errors import ImageError, InputError
 from modules.runtime.input_files import open_regular
 
@@ -35,6 +34,9 @@ _LOW_BYTES = {_GREY_ALPHA: "RGBA"} | {
     for mode in ("RGB", "RGBA", "RGBX", "RGBa", "CMYK")
     for order, other in (("B", "L"), ("L", "B"), ("N", _OTHER_ORDER))
 }
+# What the first element of a file without the usual preamble may be: its group, and the type of its value.
+_FIRST_GROUPS = (0x0002, 0x0008, 0x0010, 0x0018, 0x0020, 0x0028)
+_FIRST_TYPES = (b"UL", b"OB", b"UI", b"SH", b"CS", b"DA", b"TM", b"LO", b"DT", b"PN", b"IS", b"DS", b"US")
 # max_pixels decides; Pillow's own warning would only repeat the error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -96,7 +98,12 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Ima
     try:
         beginning = file.read(132)
         file.seek(0)
-        image = load_dicom(file, name, max_pixels) if is_dicom(beginning) else _decode_picture(file, name, max_pixels)
+        if is_dicom(beginning):
+            from modules.data.dicom import load_dicom
+
+            image = load_dicom(file, name, max_pixels)
+        else:
+            image = _decode_picture(file, name, max_pixels)
         _check_shape(name, image.size, max_pixels)
         return image
     except (ImageError, MemoryError):
@@ -236,6 +243,15 @@ def refuse_blank(image: Image.Image, name: str) -> str:
     return message
 
 
+def is_dicom(beginning: bytes) -> bool:
+    """Whether a file that begins with these (at least 132) bytes is DICOM, with its usual preamble or without."""
+    if beginning[128:132] == b"DICM":
+        return True
+    groups = {int.from_bytes(beginning[:2], order) for order in ("little", "big")}
+    has_type = beginning[4:6] in _FIRST_TYPES or 0 < int.from_bytes(beginning[4:8], "little") <= 64
+    return has_type and not groups.isdisjoint(_FIRST_GROUPS)
+
+
 def stored_shape(path: str | Path) -> tuple[int, int, int]:
     """Width, height and the most channels that ``open_image`` can give, from the file's header alone; 0 if unreadable.
 
@@ -244,6 +260,8 @@ def stored_shape(path: str | Path) -> tuple[int, int, int]:
     try:
         with open_regular(path) as file:
             if is_dicom(file.read(132)):
+                from modules.data.dicom import dicom_shape
+
                 return dicom_shape(file)
             file.seek(0)
             with Image.open(file, formats=FORMATS) as image:

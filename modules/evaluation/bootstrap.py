@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from modules.evaluation.metric_table import FULL, tagged
 from modules.evaluation.report_statistics import ReportStatistics, scores_of_sums
-from modules.evaluation.score_names import FULL, tagged
 from modules.runtime.errors import InputError
 
 RESAMPLES = 2000  # of an interval

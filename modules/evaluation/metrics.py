@@ -9,9 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from modules.evaluation.meteor import Meteor, MeteorError
-from modules.evaluation.metric_table import METRIC_NAMES, NEED_JAVA, SENTENCE_METRICS, SentenceMetric
+from modules.evaluation.metric_table import FULL, METRIC_NAMES, NEED_JAVA, SENTENCE_METRICS, SentenceMetric
 from modules.evaluation.report_statistics import scores_of_sums
-from modules.evaluation.score_names import FULL
 from modules.runtime.errors import InputError
 
 # References of a hypothesis: one text, or several.

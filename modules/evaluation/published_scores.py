@@ -6,7 +6,7 @@ Published figures differ in each of these and in the labeler, so that two of the
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from modules.evaluation.score_names import FULL
+from modules.evaluation.metric_table import FULL
 
 NOT_HARMONIC = (
     "F1 is averaged over classes (macro, weighted) or reports (example), so it is not 2PR/(P+R) of the averages P and "

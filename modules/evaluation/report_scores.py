@@ -9,7 +9,7 @@ from typing import Any
 from modules.data.tokenizers import CLEANERS, UNKNOWN, Tokenizer, clean_report, cut_report
 from modules.evaluation.baselines import COMMONEST, commonest_report_baseline
 from modules.evaluation.meteor import TOKENISER, ptb_tokenise
-from modules.evaluation.score_names import FULL, with_aliases
+from modules.evaluation.metric_table import FULL, with_aliases
 from modules.evaluation.scored import Scored
 from modules.evaluation.settings import ScoringSettings
 from modules.evaluation.system_scorer import References, SystemScorer, Texts, seen_in_training, units_of

@@ -26,8 +26,7 @@ from modules.evaluation.clinical_scores import (
     outcomes,
     ratios,
 )
-from modules.evaluation.metric_table import SENTENCE_METRICS, SentenceMetric
-from modules.evaluation.score_names import FULL, tagged
+from modules.evaluation.metric_table import FULL, SENTENCE_METRICS, SentenceMetric, tagged
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import open_regular
@@ -44,7 +43,7 @@ class ReportStatistics:
 
     ``references`` and ``full_references`` are digests of the ids and the references as they were scored: only runs
     for which they agree can be compared, on cut or on whole references. ``tag`` is part of all names of
-    scores: see modules.evaluation.score_names. ``studies`` and ``patients`` (N,) number the study and the patient of
+    scores: see modules.evaluation.metric_table. ``studies`` and ``patients`` (N,) number the study and the patient of
     each report, None where they are not known.
     """
 

@@ -13,9 +13,8 @@ import numpy as np
 from modules.evaluation.bootstrap import LEVEL, RESAMPLES
 from modules.evaluation.clinical_scores import MIN_POSITIVES, class_table
 from modules.evaluation.diversity import collapse_statistics, collapse_warning, unk_warning
-from modules.evaluation.metric_table import METRIC_NAMES
+from modules.evaluation.metric_table import FULL, METRIC_NAMES, untagged
 from modules.evaluation.report_statistics import ReportStatistics
-from modules.evaluation.score_names import FULL, untagged
 
 CLINICAL_RECORDED = "_14_uncertain_negative"  # of the clinical scores, those that logs and records keep
 

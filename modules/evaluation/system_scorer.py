@@ -13,10 +13,10 @@ from modules.evaluation.bootstrap import intervals
 from modules.evaluation.clinical_scores import clinical_scores
 from modules.evaluation.diversity import ngram_counts
 from modules.evaluation.labeler_fit import misfit
+from modules.evaluation.metric_table import FULL
 from modules.evaluation.metrics import Metrics, measure
 from modules.evaluation.report_errors import report_errors
 from modules.evaluation.report_statistics import ReportStatistics, clinical_tables, digest, numbered, scores_of_sums
-from modules.evaluation.score_names import FULL
 from modules.evaluation.scored import Scored
 from modules.evaluation.settings import ScoringSettings
 from modules.labels.labeler import label_reports

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.decoding.options import DecodingOptions
-from modules.evaluation.score_names import SELECTION, tagged
+from modules.evaluation.metric_table import SELECTION, tagged
 from modules.runtime import distributed
 from modules.runtime.environment import autocast
 from modules.runtime.errors import InputError

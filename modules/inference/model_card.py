@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modules.data.dataset_specs import DATASETS, OTHER
-from modules.evaluation.metric_table import CLINICAL_F1, SCORES, SENTENCE_METRICS, SENTENCE_SCORES
-from modules.evaluation.score_names import FULL
+from modules.evaluation.metric_table import CLINICAL_F1, FULL, SCORES, SENTENCE_METRICS, SENTENCE_SCORES
 from modules.runtime.hub import shared_name
 
 MODEL = "model"  # its scores' name in results.json

@@ -69,7 +69,7 @@ def _is_image(path: Path) -> bool:
     if path.suffix and not path.suffix[1:].isdigit():
         return False
     # DICOM files often have no suffix, or the end of their UID as one.
-    from modules.data.dicom import is_dicom
+    from modules.data.images import is_dicom
 
     try:
         with open_regular(path) as file:

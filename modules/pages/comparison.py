@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from modules.evaluation.bootstrap import TEST_RESAMPLES, Difference
-from modules.evaluation.metric_table import smaller_is_better
+from modules.evaluation.metric_table import smaller_is_better, untagged
 from modules.evaluation.report_statistics import ReportStatistics, scores_of_sums
-from modules.evaluation.score_names import untagged
 from modules.pages.rendering import page_parts
 from modules.pages.sentences import compare_sentences
 

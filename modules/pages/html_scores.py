@@ -8,13 +8,13 @@ from typing import Any
 from modules.evaluation.clinical_scores import FREQUENT, MIN_POSITIVES
 from modules.evaluation.metric_table import (
     CLINICAL_F1,
+    FULL,
     METRIC_NAMES,
     NLL,
     SENTENCE_METRICS,
     known_score,
     smaller_is_better,
 )
-from modules.evaluation.score_names import FULL
 
 _CLINICAL_HEADLINE = CLINICAL_F1.format("micro") + FULL
 _HEADLINES = (*(metric.headline.name for metric in SENTENCE_METRICS), _CLINICAL_HEADLINE)

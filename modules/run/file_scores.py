@@ -8,9 +8,9 @@ from typing import Any
 
 from modules.data.report_files import ReportFile, align, read_reports
 from modules.evaluation.baselines import COMMONEST
+from modules.evaluation.metric_table import FULL
 from modules.evaluation.report_scores import COCO, MODEL, as_json, score, tokenisation
 from modules.evaluation.report_statistics import save_statistics
-from modules.evaluation.score_names import FULL
 from modules.evaluation.scored import Scored
 from modules.evaluation.settings import ScoringSettings
 from modules.pages.html_report import write_report

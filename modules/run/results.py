@@ -12,8 +12,8 @@ import torch
 from models import backbone_class, settings_class
 from modules.config import NO_EFFECT_ON_RESULTS, OLDER_VALUES, Config
 from modules.data.tokenizers import clean_report
+from modules.evaluation.metric_table import SELECTION
 from modules.evaluation.report_statistics import save_statistics
-from modules.evaluation.score_names import SELECTION
 from modules.evaluation.system_scorer import RULE
 from modules.evaluation.tester import Tester
 from modules.ithn.objective import Objective

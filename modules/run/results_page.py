@@ -11,7 +11,7 @@ from modules.config import Config
 from modules.data.dataset_specs import data_title
 from modules.data.datasets import ReportDataset
 from modules.evaluation.baselines import COMMONEST
-from modules.evaluation.score_names import SELECTION, untagged
+from modules.evaluation.metric_table import SELECTION, untagged
 from modules.pages.findings import compare_labels
 from modules.pages.html_report import write_report
 from modules.pages.html_scores import CAPTIONS, REPORTS, ScoreRow

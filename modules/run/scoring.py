@@ -14,9 +14,15 @@ from modules.evaluation.clinical_scores import clinical_scores
 from modules.evaluation.diversity import UNK_SHARE, unk_share
 from modules.evaluation.labeler_fit import misfit
 from modules.evaluation.meteor import TOKENISER, ptb_tokenise
-from modules.evaluation.metric_table import CLINICAL_MONITORED, NEED_JAVA, XPRONET_SELECTION, XPRONET_SUM
+from modules.evaluation.metric_table import (
+    CLINICAL_MONITORED,
+    FULL,
+    NEED_JAVA,
+    SELECTION,
+    XPRONET_SELECTION,
+    XPRONET_SUM,
+)
 from modules.evaluation.metrics import Metrics
-from modules.evaluation.score_names import FULL, SELECTION
 from modules.evaluation.scored import Scored
 from modules.evaluation.system_scorer import RULE, References, SystemScorer, seen_in_training, units_of
 from modules.evaluation.tester import Predictions

@@ -5,7 +5,7 @@ Shapes: N reports.
 
 import numpy as np
 
-from modules.evaluation.score_names import FULL
+from modules.evaluation.metric_table import FULL
 from modules.evaluation.scored import Scored
 from modules.pages.comparison import report_scores
 from modules.pages.findings import best_middle_worst, compare_labels

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modules.config import Config
-from modules.evaluation.score_names import FULL, SELECTION, tagged, with_aliases
+from modules.evaluation.metric_table import FULL, SELECTION, tagged, with_aliases
 from modules.evaluation.scored import Scored, recorded
 from modules.evaluation.tester import Predictions
 from modules.run.data import Data
@@ -18,7 +18,7 @@ MODEL = "model"
 class Tested:
     """The test split's reports of several systems, MODEL and the baselines, and everything that is reported about them.
 
-    ``tag`` is part of the names of the model's scores (modules.evaluation.score_names).
+    ``tag`` is part of the names of the model's scores (modules.evaluation.metric_table).
     """
 
     config: Config

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modules.evaluation.score_names import tagged
+from modules.evaluation.metric_table import tagged
 from modules.training.settings import OptimSettings
 
 PLATEAU_METRICS = ("BLEU_3", "BLEU_4")  # the paper, Sec. 4.2

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.evaluation.score_names import SELECTION, tagged
+from modules.evaluation.metric_table import SELECTION, tagged
 from modules.runtime import distributed
 from modules.runtime.distributed import restore_rng_state, rng_state, seed_by
 from modules.runtime.environment import autocast

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.evaluation.score_names import with_aliases
+from modules.evaluation.metric_table import with_aliases
 from modules.runtime.errors import InputError
 from modules.runtime.records import write_private
 from scripts.experiments.files import DataSet, Row, Table

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from modules.evaluation.bootstrap import Spread, _Resampled, compare, holm, intervals, over_seeds
+from modules.evaluation.metric_table import FULL
 from modules.evaluation.report_statistics import ReportStatistics
-from modules.evaluation.score_names import FULL
 from modules.runtime.errors import InputError
 
 

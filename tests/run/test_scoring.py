@@ -9,7 +9,7 @@ import torch
 
 from modules.config import Config
 from modules.evaluation.meteor import MeteorError
-from modules.evaluation.score_names import tagged, untagged, with_aliases
+from modules.evaluation.metric_table import tagged, untagged, with_aliases
 from modules.evaluation.tester import Predictions
 from modules.labels.labeler import CLASSES, label_reports
 from modules.run.scoring import Scoring

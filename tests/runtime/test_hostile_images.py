@@ -16,7 +16,7 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
-from modules.data.dicom import BYTES_PER_PIXEL
+from modules.data.bit_depths import BYTES_PER_PIXEL
 from modules.data.images import MAX_BYTES, ImageFolder, open_image
 from modules.runtime.errors import InputError
 from tests.data.test_dicom import dicom
