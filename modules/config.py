@@ -4,6 +4,7 @@ Config is put together from small frozen dataclasses, one for each concern. They
 and are built from a Config with ``part_of(config, OptimSettings)``; what belongs to no room is declared here.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -58,6 +59,13 @@ class NetworkSettings:
         "", "backbone", "start the visual extractor from this file instead", train_only=True, initial=True
     )
     freeze_visual_extractor: bool = setting(False, "backbone", "do not train the visual extractor")
+    unfreeze: str = setting(
+        "",
+        "backbone",
+        "train only a part of the visual extractor: last:N, its last N stages (blocks of a transformer) and what "
+        "follows them; norm, its normalisation layers; bias, its biases; default: all of it",
+        train_only=True,
+    )
     feature_cache: str = setting(
         "",
         "backbone",
@@ -239,6 +247,10 @@ def _check_together(config: Config) -> None:
 
 
 def _check_network(config: Config) -> None:
+    if config.unfreeze and not re.fullmatch(r"last:[1-9]\d{0,3}|norm|bias", config.unfreeze):
+        raise InputError(f"--unfreeze {config.unfreeze}: must be last:N (as last:1), norm or bias")
+    if config.unfreeze and config.freeze_visual_extractor:
+        raise InputError(f"--unfreeze {config.unfreeze}: --freeze_visual_extractor true trains no part; leave one out")
     if config.d_model % config.num_heads:
         raise InputError(f"--d_model {config.d_model} cannot be divided by --num_heads {config.num_heads}")
     if config.d_model % 2:

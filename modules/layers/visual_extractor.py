@@ -14,6 +14,7 @@ import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from modules.layers.hub_encoders import TimmTokens, build_encoder, is_hub_name, read_description
+from modules.layers.partial_training import freeze_all_but
 from modules.layers.visual_extractor_weights import load_weights, no_pickles, not_fetched, packaged_weights
 from modules.runtime.transfers import upload
 
@@ -42,8 +43,9 @@ class VisualExtractor(nn.Module):
 
     ``weights`` is a file (.pth or .safetensors) in place of ImageNet weights. ``batch_norm`` "joint" runs all views in
     one call; "per_view" runs each view by itself, with batch statistics of its own, as in the published codes.
-    ``frozen`` trains neither weights nor statistics. ``pooling``: "mean" of the patches, or the "class" token. A name
-    hf:... needs its ``description`` (hub_encoders) and, where ``pretrained``, the ``folder`` of its weights.
+    ``frozen`` trains neither weights nor statistics; ``unfreeze`` names a part that is trained, the rest being frozen
+    (partial_training). ``pooling``: "mean" of the patches, or the "class" token. A name hf:... needs its
+    ``description`` (hub_encoders) and, where ``pretrained``, the ``folder`` of its weights.
     ValueError for an unknown name, a file that does not fit, or weights that cannot be downloaded.
     """
 
@@ -56,6 +58,7 @@ class VisualExtractor(nn.Module):
         batch_norm: str = "joint",
         channels_last: bool = False,
         frozen: bool = False,
+        unfreeze: str = "",
         image_size: int = 224,
         pooling: str = "mean",
         description: str = "",
@@ -87,12 +90,16 @@ class VisualExtractor(nn.Module):
             raise ValueError(f"visual_extractor {name}: takes no image_size of {image_size} ({reason})") from error
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
+        self.resting: list[nn.Module] = freeze_all_but(self.model, unfreeze, name) if unfreeze else []
         if frozen:
             self.requires_grad_(False)
             self.eval()
 
     def train(self, mode: bool = True) -> "VisualExtractor":
-        return super().train(mode and not self.frozen)
+        super().train(mode and not self.frozen)
+        for module in self.resting:
+            module.eval()
+        return self
 
     def forward(self, images: Tensor, view_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Patches (B, N*S, C) with view 0 first, their mask (B, N*S) and the mean over present patches (B, C).

@@ -84,6 +84,7 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
                 batch_norm=config.batch_norm,
                 channels_last=prefers_channels_last(capability, config.precision, config.tf32),
                 frozen=config.freeze_visual_extractor,
+                unfreeze=config.unfreeze,
                 image_size=config.image_size,
                 pooling=config.image_feature,
                 description=description,

@@ -44,6 +44,7 @@ KEPT = (
     "monitor_metric",
     "monitor_mode",
     "contrastive_features",
+    "unfreeze",
 )
 # Flags that decide which samples remain in a partly trained epoch.
 KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing")

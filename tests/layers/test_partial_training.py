@@ -1,0 +1,83 @@
+"""--unfreeze: what is trained, and that it is trained as if the other parameters' gradients were masked."""
+
+import pytest
+import torch
+from torch import nn
+
+from modules.config import Config
+from modules.layers.visual_extractor import VisualExtractor
+from modules.runtime.errors import InputError
+
+torch.set_num_threads(1)
+
+
+def trained(extractor):
+    return {key.removeprefix("model.") for key, value in extractor.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "part", "first"),
+    [
+        ("resnet18", 64, "last:1", ("7.",)),
+        ("resnet18", 64, "last:2", ("6.", "7.")),
+        (
+            "vit_b_32",
+            32,
+            "last:2",
+            ("vit.encoder.layers.encoder_layer_10.", "vit.encoder.layers.encoder_layer_11.", "vit.encoder.ln."),
+        ),
+        ("vit_tiny_patch16_224", 32, "last:1", ("model.blocks.11.", "model.norm.")),
+        ("swin_tiny_patch4_window7_224", 64, "last:1", ("model.layers.3.", "model.norm.")),
+    ],
+)
+def test_the_last_stages_and_what_follows_them(name, size, part, first):
+    with torch.device("meta"):
+        extractor = VisualExtractor(name, image_size=size, unfreeze=part)
+    every = {key.removeprefix("model.") for key, _ in extractor.named_parameters()}
+    assert trained(extractor) == {key for key in every if key.startswith(first)} != set()
+
+
+def test_norms_and_biases():
+    norms, biases = (trained(VisualExtractor("resnet18", unfreeze=part)) for part in ("norm", "bias"))
+    assert (
+        "1.weight" in norms and "4.0.bn1.bias" in norms and "0.weight" not in norms and "4.0.conv1.weight" not in norms
+    )
+    assert biases == {key for key in norms if key.endswith("bias")}
+
+
+@pytest.mark.parametrize("part", ["last:1", "norm", "bias"])
+def test_steps_are_those_of_full_training_with_masked_gradients(part):
+    torch.manual_seed(0)
+    own, full = VisualExtractor("resnet18", unfreeze=part).train(), VisualExtractor("resnet18").train()
+    full.load_state_dict(own.state_dict())
+    for module, twin in zip(own.modules(), full.modules(), strict=True):
+        twin.training = module.training  # what is frozen computes as in evaluation
+    chosen = trained(own)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9) for model in (own, full)]
+    for _ in range(2):
+        images = torch.randn(2, 1, 3, 64, 64)
+        for model, optimizer in zip((own, full), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(images)[0].square().mean().backward()
+            for key, value in model.named_parameters():
+                value.grad = value.grad if key.removeprefix("model.") in chosen else None
+            optimizer.step()
+    for key, value in full.state_dict().items():
+        assert torch.equal(own.state_dict()[key], value), key
+
+
+def test_frozen_statistics_stay_and_trained_ones_move():
+    extractor = VisualExtractor("resnet18", unfreeze="last:1").train()
+    assert isinstance(extractor.model[1], nn.BatchNorm2d)
+    extractor(torch.randn(2, 1, 3, 64, 64))
+    assert extractor.model[1].num_batches_tracked == 0 and extractor.model[7][0].bn1.num_batches_tracked == 1
+
+
+def test_what_cannot_be_unfrozen_is_refused():
+    with pytest.raises(ValueError, match="unfreeze last:9: visual_extractor resnet18 has 6 stages"):
+        VisualExtractor("resnet18", unfreeze="last:9")
+    for value in ("last", "last:0", "head"):
+        with pytest.raises(InputError, match=f"--unfreeze {value}: must be last:N"):
+            Config(unfreeze=value)
+    with pytest.raises(InputError, match="--unfreeze last:1: --freeze_visual_extractor true trains no part"):
+        Config(unfreeze="last:1", freeze_visual_extractor=True)
