@@ -100,7 +100,8 @@ class Settings(BackboneSettings):
     freeze_decoder: bool = setting(
         False,
         "encoder-decoder",
-        "train the projection (and the visual extractor, unless frozen), not the decoder",
+        "train the projection (and the visual extractor, unless frozen), but nothing of the decoder except what "
+        "pretrained weights lack: new cross-attention, and the embeddings of a vocabulary of words",
         train_only=True,
     )
 
@@ -144,7 +145,7 @@ class EncoderDecoder(Backbone):
         if self.decoder.language.prefix:
             self.projection = nn.Sequential(self.projection, nn.LayerNorm(self.report_dim))
         if settings.freeze_decoder:
-            self.decoder.requires_grad_(False)
+            self.decoder.freeze()
 
     def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None) -> Output:
         features = self.extract(images, view_mask, features)

@@ -112,7 +112,7 @@ class LanguageDecoder(nn.Module):
         if self.language.encoder:
             owner, _, name = self.language.encoder.rpartition(".")
             setattr(self.model.get_submodule(owner), name, None)
-        self.config = config
+        self.config, self.resized = config, num_ids is not None
         self.width: int = config.hidden_size
         sizes = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
         layers = next(found for name in sizes if (found := getattr(config, name, None)) is not None)
@@ -124,6 +124,14 @@ class LanguageDecoder(nn.Module):
     def body(self) -> Any:
         """The network up to its last hidden states."""
         return self.model.get_submodule(self.language.body)
+
+    def freeze(self) -> None:
+        """Train only the parts that pretrained weights lack: new cross-attention, embeddings of another vocabulary."""
+        drawn = [self.body.get_input_embeddings().weight, *self.model.get_submodule(self.language.head).parameters()]
+        drawn = drawn if self.resized else []
+        for name, parameter in self.named_parameters():
+            new = any(part in name for part in self.language.fresh) or any(parameter is own for own in drawn)
+            parameter.requires_grad_(new)
 
     def embedding_name(self) -> str:
         """State-dict entry, in this module, of the token embeddings."""

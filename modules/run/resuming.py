@@ -45,6 +45,7 @@ KEPT = (
     "monitor_mode",
     "contrastive_features",
     "unfreeze",
+    "freeze_decoder",
 )
 # Flags that decide which samples remain in a partly trained epoch.
 KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing")

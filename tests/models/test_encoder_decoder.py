@@ -186,14 +186,17 @@ def test_attention_is_recorded_where_it_is_asked_for(tmp_path, kind):
     assert len(found) == 2
 
 
-def test_every_parameter_learns_but_those_frozen():
-    for settings in (Settings(d_model=8, d_ff=8, num_heads=2), Settings(d_model=8, num_heads=2, freeze_decoder=True)):
-        backbone = EncoderDecoder(visual_extractor=Extractor(), num_ids=9, settings=settings)
-        output = backbone(None, torch.tensor([[0, 4, 5]]), features=features_of(1))
-        output.log_probs[..., 1].sum().backward()
-        silent = {name for name, value in backbone.named_parameters() if value.grad is None}
-        decoder = {name for name, _ in backbone.named_parameters() if name.startswith("decoder.")}
-        assert silent == (decoder if settings.freeze_decoder else set())
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_parameter_learns_but_those_of_a_frozen_decoder(frozen, own):
+    settings = Settings(d_model=8, d_ff=8, num_heads=2, freeze_decoder=frozen)
+    backbone = EncoderDecoder(visual_extractor=Extractor(), num_ids=9, settings=settings, keeps_vocabulary=own)
+    output = backbone(None, torch.tensor([[0, 4, 5]]), features=features_of(1))
+    output.log_probs[..., 1].sum().backward()
+    silent = {name for name, value in backbone.named_parameters() if value.grad is None}
+    drawn = ("crossattention", "ln_cross_attn", *(() if own else ("wte", "lm_head")))
+    kept = {name for name, _ in backbone.named_parameters() if "decoder." in name and not any(k in name for k in drawn)}
+    assert silent == (kept if frozen else set())
 
 
 def test_a_vocabulary_of_words_keeps_the_other_weights(tmp_path):
