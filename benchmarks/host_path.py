@@ -26,6 +26,7 @@ from modules.runtime.errors import InputError, run_entry_point
 BUDGETS = Path(__file__).with_name("host_budgets.json")
 MICROSECONDS = 7  # of host time for a launch in eager mode: an assumption
 LAUNCHES = ("launches", "products", "fills", "device_copies", "pinned_uploads", "unpinned_uploads")
+COPIES = ("pinned_uploads", "unpinned_uploads", "downloads")
 # How objectives differ on the host.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "off": {"strategy": "off"},
@@ -113,6 +114,8 @@ def held_against(
         if kind == "deep step":
             milliseconds = f"{total(counts) * MICROSECONDS / 1000:.0f} ms of host time, estimated"
             row(f"{name}: launches of a step, {case}", total(counts), own["launches of a step"][case], milliseconds)
+            copies = sum(counts.get(copy, 0) for copy in COPIES)
+            row(f"{name}: copies between host and device in a step, {case}", copies, budgets["copies of a step"])
         elif kind == "graphs":
             row(f"{name}: graphs of {case} with --compile and ITHN", counts["graphs"], own["graphs of 20 epochs"])
         elif kind == "search":

@@ -76,15 +76,17 @@ def test_the_counts_are_of_real_work(counted):
 def test_what_exceeds_its_budget_is_marked():
     budgets = {
         "waits of a search": 8,
+        "copies of a step": 2,
         "backbones": {"r2gen": {"launches of a token": {}, "launches of a step": {"a": 9}}},
     }
     cases = [
-        ("deep step", "r2gen", "a", {"launches": 6, "products": 4, "waits": 0, "unpinned_uploads": 0}),
+        ("deep step", "r2gen", "a", {"launches": 6, "products": 4, "downloads": 3}),
         ("step", "r2gen", "b", {"launches": 1, "waits": 1, "unpinned_uploads": 0}),
         ("named wait", "r2gen", "c", {"launches": 1, "waits": 1, "unpinned_uploads": 0}),
     ]
     over = [row[0] for row in held_against(budgets, cases) if row[4]]
-    assert over == ["r2gen: launches of a step, a", "waits in the worst of 1 cases: step"]
+    copies = "r2gen: copies between host and device in a step, a"
+    assert over == ["r2gen: launches of a step, a", copies, "waits in the worst of 1 cases: step"]
 
 
 @pytest.mark.parametrize("capability", [90, 100])
