@@ -32,6 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="share of studies without findings (default 0.6, as in IU X-Ray)",
     )
+    parser.add_argument(
+        "--departments",
+        action="store_true",
+        help="films carry the empty identification plate of the department whose radiologist dictates, as a real "
+        "film often shows where it was made; without it nothing in an image says how its report is worded",
+    )
     parser.add_argument("--findings", type=Path, metavar="CSV", help="draw these findings instead of sampling")
     parser.add_argument(
         "--reports",
@@ -77,6 +83,7 @@ def main() -> None:
         normal_fraction=arguments.normal_fraction,
         findings=findings,
         reports=reports,
+        departments=arguments.departments,
     )
     if findings is not None:
         require_splits(studies, f"--reports {arguments.reports}" if reports else f"--findings {arguments.findings}")
@@ -88,6 +95,7 @@ def main() -> None:
         origin = f"sampled with --normal_fraction {arguments.normal_fraction}"
     else:
         origin = f"drawn from {arguments.findings.name}"
+    origin += ", --departments" * arguments.departments
     origin = f"{len(studies)} studies {origin}, --seed {arguments.seed}"
     wording = "written by a grammar" if reports is None else f"taken from {arguments.reports.name}"
     write_tables(arguments.out, studies, f"{origin}, {arguments.size} px; reports {wording}.\n\n{describe_format()}")

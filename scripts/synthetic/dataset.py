@@ -17,7 +17,7 @@ from scripts.synthetic.anatomy import DEMO, Variation
 from scripts.synthetic.findings import Finding, complete, sample_findings
 from scripts.synthetic.findings_csv import write_findings, write_labels
 from scripts.synthetic.render import render_study
-from scripts.synthetic.reports import write_report
+from scripts.synthetic.reports import draw_style, write_report
 
 SPLITS = {"train": 0.7, "val": 0.1, "test": 0.2}
 SIGNATURE = "SYNTHETIC chest radiographs: drawings"
@@ -36,6 +36,7 @@ class SyntheticStudy:
     findings: tuple[Finding, ...]
     report: str
     split: str
+    department: int | None = None  # whose films carry an identification plate at its usual place; None: no plate
 
 
 def plan_studies(
@@ -44,11 +45,13 @@ def plan_studies(
     normal_fraction: float = 0.6,
     findings: dict[str, tuple[Finding, ...]] | None = None,
     reports: dict[str, tuple[str, str]] | None = None,
+    departments: bool = False,
 ) -> list[SyntheticStudy]:
     """Decide findings, report and split of every study.
 
     Either ``number`` studies are sampled, or ``findings`` (id -> findings, attributes may be empty) are taken.
     ``reports`` (id -> report, split or "") replaces the grammar; a study's own split wins over the random one.
+    ``departments``: each imagined radiologist works in a department whose films can be told by their plate.
     """
     if findings is None:
         digits = max(4, len(str(number)))
@@ -63,8 +66,9 @@ def plan_studies(
             complete(finding, _generator(seed, index, _FINDINGS, order)) for order, finding in enumerate(given)
         )
         report, split = (reports or {}).get(study_id, ("", ""))
+        department = draw_style(_generator(seed, index, _REPORT)) if departments and not report else None
         report = report or write_report(completed, _generator(seed, index, _REPORT))
-        studies.append(SyntheticStudy(index, study_id, completed, report, split or splits[index]))
+        studies.append(SyntheticStudy(index, study_id, completed, report, split or splits[index], department))
     return studies
 
 
@@ -135,7 +139,10 @@ def draw_images(
     out: Path, studies: list[SyntheticStudy], seed: int, size: int, workers: int, variation: Variation = DEMO
 ) -> Iterator[str]:
     """Draw both views of every study under ``out``/images, yielding each id when its files are written."""
-    jobs = [(str(out / "images" / study.id), study.findings, (seed, study.index), size, variation) for study in studies]
+    jobs = [
+        (str(out / "images" / study.id), study.findings, (seed, study.index), size, variation, study.department)
+        for study in studies
+    ]
     if workers == 1:
         yield from map(_draw_study, jobs)
     else:
@@ -143,9 +150,9 @@ def draw_images(
             yield from pool.map(_draw_study, jobs, chunksize=4)
 
 
-def _draw_study(job: tuple[str, tuple[Finding, ...], tuple[int, int], int, Variation]) -> str:
-    folder, findings, key, size, variation = job
-    films = render_study(findings, key, size, variation)
+def _draw_study(job: tuple[str, tuple[Finding, ...], tuple[int, int], int, Variation, int | None]) -> str:
+    folder, findings, key, size, variation, department = job
+    films = render_study(findings, key, size, variation, department)
     os.makedirs(folder, exist_ok=True)
     for name, view in zip(_IMAGES, ("frontal", "lateral"), strict=True):
         Image.fromarray(films[view]).save(os.path.join(folder, name), optimize=False, compress_level=6)

@@ -29,11 +29,16 @@ _VIEWS = {"frontal": draw_frontal, "lateral": draw_lateral}
 
 
 def render_study(
-    findings: tuple[Finding, ...], key: tuple[int, ...], size: int, variation: Variation = DEMO
+    findings: tuple[Finding, ...],
+    key: tuple[int, ...],
+    size: int,
+    variation: Variation = DEMO,
+    department: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Draw ``findings`` (completed) as {"frontal", "lateral"}: (size, size) uint8 each, air black.
 
-    ``key`` seeds everything that is left to chance, so that one key with other findings is the same patient.
+    ``key`` seeds everything that is left to chance, so that one key with other findings is the same patient. Films of
+    a ``department`` have its identification plate.
     """
     marker = "RL"[int(np.random.default_rng([*key, 1]).integers(2))]
     congestion = max(
@@ -49,7 +54,8 @@ def render_study(
             if variation.faintest < 1:  # the same in both views
                 strength = np.random.default_rng([*key, 6, order]).uniform(variation.faintest, 1)
                 scene.density = before + np.float32(strength) * (scene.density - before)
-        films[view] = develop(scene, np.random.default_rng([*key, 5, number]), marker if view == "frontal" else "L")
+        rng = np.random.default_rng([*key, 5, number])
+        films[view] = develop(scene, rng, marker if view == "frontal" else "L", department)
     return films
 
 

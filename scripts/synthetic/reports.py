@@ -97,10 +97,15 @@ def _section(finding: Finding) -> str:
     return next((letter for letter, members in _SECTIONS.items() if names & members), "l")
 
 
+def draw_style(rng: np.random.Generator) -> int:
+    """Which of STYLES dictates, by their shares: the first thing that a report draws."""
+    weights = np.array([style.weight for style in STYLES])
+    return int(rng.choice(len(STYLES), p=weights / weights.sum()))
+
+
 def write_report(findings: Sequence[Finding], rng: np.random.Generator) -> str:
     """Dictate a report on ``findings`` (completed); styles and wordings are drawn by their shares."""
-    weights = np.array([style.weight for style in STYLES])
-    style: Style = STYLES[rng.choice(len(STYLES), p=weights / weights.sum())]
+    style: Style = STYLES[draw_style(rng)]
     if not findings and rng.random() < _CANNED_SHARE:
         return _choose(style.canned, rng)
     present = {finding.finding for finding in findings}

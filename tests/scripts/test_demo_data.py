@@ -23,6 +23,7 @@ from scripts.synthetic.findings_csv import read_findings, write_findings
 from scripts.synthetic.phrases import PHRASES
 from scripts.synthetic.render import render_study
 from scripts.synthetic.reports import slots, write_report
+from scripts.synthetic.styles import STYLES
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = [(name, kind) for name, kinds in RULES.items() for kind in kinds]
@@ -99,6 +100,22 @@ def test_other_seed_other_patients():
     assert np.abs(images[0].astype(int) - images[1]).mean() > 2
 
 
+def test_films_show_the_department_whose_radiologist_dictates():
+    plain, places = render_study((), (1, 0), 64), set()
+    for department in range(len(STYLES)):
+        films = render_study((), (1, 0), 64, department=department)
+        for view, film in films.items():
+            rows, columns = (film != plain[view]).nonzero()
+            assert np.ptp(rows) <= 8 and np.ptp(columns) <= 14 and film[rows, columns].max() >= 215
+            places.add((view, round(rows.mean() / 8), round(columns.mean() / 8)))
+    assert len(places) == 2 * len(STYLES)
+    studies = plan_studies(seed=3, number=80, departments=True)
+    assert [study.report for study in studies] == [study.report for study in plan_studies(seed=3, number=80)]
+    assert all(study.department == 2 for study in studies if "Specifically, no evidence" in study.report)
+    assert {study.department for study in studies} == set(range(len(STYLES)))
+    assert {study.department for study in plan_studies(seed=3, number=9)} == {None}
+
+
 def test_earlier_data_set_is_replaced_and_anything_else_is_left_alone(demo, tmp_path):
     out = tmp_path / "out"
     for number in (5, 3):
@@ -112,7 +129,7 @@ def test_earlier_data_set_is_replaced_and_anything_else_is_left_alone(demo, tmp_
     other.mkdir()
     (other / "thesis.txt").write_text("x")
     refused = run("--out", other, "--studies", 3)
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and "no synthetic data set" in refused.stderr
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and "not a synthetic data set" in refused.stderr
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
 
 
