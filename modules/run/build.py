@@ -220,10 +220,9 @@ def _decoder_options(config: Config, tokenizer: AnyTokenizer, pretrained: bool) 
     from models.encoder_decoder_language import positions, read_language
     from modules.data.bpe_tokenizer import BpeTokenizer, find_gpt2
 
-    if config.decoder_config:
-        most = positions(read_language(config.decoder_config)[1])
-        if most is not None and config.max_seq_length > most:
-            raise InputError(f"--max_seq_length {config.max_seq_length}: the decoder has positions for {most} tokens")
+    most = positions(read_language(config.decoder_config or '{"model_type": "gpt2"}')[1])
+    if most is not None and config.max_seq_length > most:
+        raise InputError(f"--max_seq_length {config.max_seq_length}: the decoder has positions for {most} tokens")
     own = isinstance(tokenizer, BpeTokenizer)
     begin, end, _ = tokenizer.special_ids if isinstance(tokenizer, BpeTokenizer) else (0, 0, 0)
     folder = find_gpt2(config.decoder, "--decoder") if pretrained and config.decoder else None

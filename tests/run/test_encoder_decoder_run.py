@@ -90,3 +90,9 @@ def test_a_configuration_alone(tmp_path):
     path.write_text('{"model_type": "gpt2", "n_layer": 2, "auto_map": {"AutoModel": "evil.Model"}}')
     found = with_descriptions({"model_name": "hf", "decoder_config": str(path)}, None)
     assert json.loads(found["decoder_config"]) == {"model_type": "gpt2", "n_layer": 2}
+
+
+@pytest.mark.parametrize("described", ["", '{"model_type": "bert", "max_position_embeddings": 1024}'])
+def test_a_report_longer_than_the_decoders_positions_is_refused(train, described):
+    with pytest.raises(InputError, match="--max_seq_length 1025: the decoder has positions for 1024 tokens"):
+        train("--model_name", "hf", "--max_seq_length", 1025, "--decoder_config", described, "--ithn", "off")
