@@ -216,11 +216,17 @@ def _gpt2_weights(config: Config, tokenizer: AnyTokenizer) -> dict[str, Any]:
 
 
 def _decoder_options(config: Config, tokenizer: AnyTokenizer, pretrained: bool) -> dict[str, Any]:
-    """Special ids of the decoder's own vocabulary, and the folder of its weights unless a checkpoint provides them."""
+    """Special ids of the decoder's own vocabulary, and the folder of its weights unless a checkpoint provides them.
+
+    InputError where it is none, or has too few positions.
+    """
     from models.encoder_decoder_language import positions, read_language
     from modules.data.bpe_tokenizer import BpeTokenizer, find_gpt2
 
-    most = positions(read_language(config.decoder_config or '{"model_type": "gpt2"}')[1])
+    try:
+        most = positions(read_language(config.decoder_config or '{"model_type": "gpt2"}')[1])
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
     if most is not None and config.max_seq_length > most:
         raise InputError(f"--max_seq_length {config.max_seq_length}: the decoder has positions for {most} tokens")
     own = isinstance(tokenizer, BpeTokenizer)

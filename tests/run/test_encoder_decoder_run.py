@@ -96,3 +96,8 @@ def test_a_configuration_alone(tmp_path):
 def test_a_report_longer_than_the_decoders_positions_is_refused(train, described):
     with pytest.raises(InputError, match="--max_seq_length 1025: the decoder has positions for 1024 tokens"):
         train("--model_name", "hf", "--max_seq_length", 1025, "--decoder_config", described, "--ithn", "off")
+
+
+def test_a_configuration_of_no_decoder_is_refused(train):
+    with pytest.raises(InputError, match="--decoder_config: not the configuration of a decoder"):
+        train("--model_name", "hf", "--decoder_config", '{"model_type": "vit"}', "--ithn", "off")
