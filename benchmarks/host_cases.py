@@ -27,6 +27,7 @@ NARROW: dict[str, dict[str, Any]] = {
     "r2gencmn": {"topk": 8, "cmm_size": 64, "cmm_dim": 32},
     "xpronet": {"topk": 5, "d_img_ebd": 32, "d_txt_ebd": 16, "num_cluster": 14},
     "visualgpt": {},
+    "hf": {},
 }
 # What its constructor takes besides.
 MORE: dict[str, dict[str, Any]] = {
@@ -161,13 +162,16 @@ def graphs(name: str, ithn: dict[str, Any], device: torch.device) -> tuple[int, 
     return counters["stats"]["unique_graphs"], list(counters["graph_break"])
 
 
-def search(null: NullDevice, name: str, precision: str = "float32", **decoding: Any) -> Counter[str]:
+def search(
+    null: NullDevice, name: str, precision: str = "float32", masked: bool = True, **decoding: Any
+) -> Counter[str]:
     """What a search of 60 tokens does that ends at the last one, for studies whose second view may be missing."""
     device = torch.device("cuda:0")
     backbone = build_backbone(name, GivenFeatures()).to(device).eval()
     backbone.mean_patches = torch.zeros(VIEWS * PATCHES, 2048, device=device)
     patches = torch.zeros(ROWS, VIEWS * PATCHES, 2048, device=device)
-    features = VisualFeatures(patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=device), patches.mean(1))
+    there = torch.ones(patches.shape[:2], dtype=torch.bool, device=device)
+    features = VisualFeatures(patches, there if masked else None, patches.mean(1))
     options = DecodingOptions(max_seq_length=60, **decoding)
 
     with torch.inference_mode(), autocast(device, precision), null.counting() as found:

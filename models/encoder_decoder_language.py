@@ -156,6 +156,8 @@ class LanguageDecoder(nn.Module):
 
         ``visual`` (B, S, D) are the visual tokens, ``keep`` (B, S) bool which of them are there, None = all.
         """
+        # Without a cache transformers looks for packed texts in the positions, and a GPU would be waited for.
+        cache = self.new_cache() if cache is None and ids.is_cuda else cache
         options = {"use_cache": cache is not None, "return_dict": True, self.cache_name: cache}
         if not self.language.prefix:
             mask = None if keep is None else keep.long()
