@@ -139,7 +139,8 @@ def contrastive_loss(
     target of form standard. A sample that has nothing to be compared with (as in a batch of one) counts 0 with a zero
     gradient. ValueError for an unknown form or a form without anchors.
     """
-    if form not in FORMS or FORMS[form].of_anchor is None:
+    of_anchor = FORMS[form].of_anchor if form in FORMS else None
+    if of_anchor is None:
         raise ValueError(f"contrastive form {form!r} is unknown: one of {', '.join(CONTRASTIVE_FORMS)}")
     scores = _at_least_float32(scores)
     own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
@@ -154,7 +155,7 @@ def contrastive_loss(
         negatives = negatives & rows.unsqueeze(0) & rows.unsqueeze(1)
         count = rows.sum().clamp(min=1)
     options = options or FormOptions()
-    total: Tensor | float = 0.0
+    total = scores.new_zeros(())
     for image_to_report in (True, False):
         square, others = (scores, negatives) if image_to_report else (scores.T, negatives.T)
         partner = own
@@ -165,7 +166,7 @@ def contrastive_loss(
             others = torch.cat([others, further.count.expand(len(scores), -1)], dim=1)
             partner = F.pad(partner, (0, more.shape[1]))
         anchors = Anchors(partners, square, others, others | partner, scale)
-        each = FORMS[form].of_anchor(anchors, options) if targets is None else _against_targets(anchors, targets)
+        each = of_anchor(anchors, options) if targets is None else _against_targets(anchors, targets)
         total = total + torch.where(others.any(1), each, 0.0).sum()
     return total / (2 * count)
 

@@ -50,7 +50,7 @@ class NegativeQueue(nn.Module):
             mixtures = self._mixtures(anchor.detach(), queue, allowed, pair, own)  # (B, k + k/8, E)
             mixed = scale * torch.einsum("be,bme->bm", anchor, mixtures)
             columns.append(torch.cat([clip_scores(anchor, queue, scale), mixed], dim=1))
-        return FurtherColumns(*columns, torch.cat([allowed, *valid], dim=1))
+        return FurtherColumns(columns[0], columns[1], torch.cat([allowed, *valid], dim=1))
 
     @torch.no_grad()
     def _mixtures(self, anchor: Tensor, queue: Tensor, allowed: Tensor, pair: tuple, own: tuple) -> Tensor:

@@ -79,6 +79,7 @@ class Objective(nn.Module):
     backbone: Any
     previous: PreviousEpoch | None
     queue: NegativeQueue | None
+    idf: Tensor
     compiled = False
 
     def __init__(
