@@ -23,7 +23,7 @@ class DecodingOptions:
     diversity_lambda: float = setting(0.5, "decoding", "penalty of diverse beam search", low=0.0)
     temperature: float = setting(1.0, "decoding", "divides the log-probabilities", low=1e-6)
     sample_n: int = setting(
-        1, "decoding", "reports drawn per study with --sample_method sample; the likeliest is kept", low=1, high=1000
+        1, "decoding", "reports drawn per study with --sample_method sample; the likeliest is kept", low=1, high=5000
     )
     block_trigrams: int = setting(
         1, "decoding", "penalise repeated trigrams in greedy decoding and sampling", choices=(0, 1)

@@ -317,7 +317,7 @@ def test_a_replaced_test_image_is_counted_and_not_shown(train, demo, tmp_path):
         (["--model_name", "gpt"], "--model_name gpt: must be one of"),
         (["--visual_extractor", "resnet10"], "did you mean"),
         (["--image_dir", "nowhere"], "nowhere"),
-        (["--beam_size", "5000"], "--beam_size 5000: at most the"),
+        (["--beam_size", "500"], "--beam_size 500: at most the"),
         (["--ann_path", "nowhere.json"], "nowhere.json"),
         (["--save_dir", "/proc/self"], "--save_dir /proc/self: cannot be written"),
         (["--record_dir", "README.md"], "folder 'README.md' cannot be made"),

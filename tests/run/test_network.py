@@ -114,6 +114,7 @@ def hostile(trained, tmp_path_factory):
     ],
 )
 def test_a_checkpoints_settings_ask_for_nothing(name, program, hostile, seen, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # an address is also the name of a folder
     Image.effect_noise((64, 64), 60).save(tmp_path / "a.png")
     program, _, flag = program.partition(" ")
     flags = [flag or "--load", hostile[name]]
