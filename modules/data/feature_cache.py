@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.data.images import ImageFolder
+from modules.data.loaders import GuardedLoader
 from modules.data.transforms import Transform
 from modules.runtime import distributed
 from modules.runtime.errors import InputError
@@ -200,11 +201,11 @@ class _Decoding(torch.utils.data.Dataset):
 def _decoded(paths: Sequence[str], images: ImageFolder, transform: Transform, workers: int) -> Iterator[Tensor]:
     """The pixels of ``paths`` in order, decoded by ``workers`` processes; InputError for an unreadable image."""
     dataset = _Decoding(paths, images, transform)
-    generator = torch.Generator()  # a loader draws a number, which must not be one of training's
-    for found in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, generator=generator):
-        if isinstance(found, InputError):
-            raise found
-        yield found
+    with contextlib.closing(iter(GuardedLoader(dataset, batch_size=None, num_workers=workers))) as decoded:
+        for found in decoded:
+            if isinstance(found, InputError):
+                raise found
+            yield found
 
 
 @torch.inference_mode()

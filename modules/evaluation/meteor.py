@@ -101,7 +101,9 @@ class Meteor:
         """The 23 numbers that the jar answers to each question."""
         process = self._running()
         if not self._answers.empty():
-            raise MeteorError("java printed a line that was not asked for")
+            if self._answers.get() is not None:
+                raise MeteorError("java printed a line that was not asked for")
+            self._answers.put(None)  # it has ended, which reading its answers will say
         lines = [*questions, _CHECK_QUESTION]
         threading.Thread(target=_write, args=(process, lines), daemon=True).start()
         found = [self._next_numbers(process, number, len(lines)) for number in range(len(lines))]

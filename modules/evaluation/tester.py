@@ -80,7 +80,7 @@ class Tester:
         for turn, batch in enumerate(self.progress(loader, description)):
             pair = batch.to(self.device).positive
             with autocast(self.device, self.precision), self._drawing(turn):
-                features = self.objective.backbone.extract(pair.images, pair.view_mask, context=pair.context)
+                features = self.objective.extract(pair)
                 tokens = self.objective.backbone.generate(
                     None, view_mask=pair.view_mask, labels=pair.labels, features=features, decoding=self.decoding
                 )

@@ -195,7 +195,7 @@ class Objective(nn.Module):
     def _teacher_forced(self, pair: Any, supervised_rows: int | None = None, features: Any = None) -> Any:
         """Output under teacher forcing: the one place that shifts inputs [:, :-1] against targets [:, 1:]."""
         if features is None and pair.context is not None:
-            features = self._extract(pair)
+            features = self.extract(pair)
         return self.backbone(
             None if features is not None else pair.images,
             pair.tokens[:, :-1],
@@ -205,7 +205,7 @@ class Objective(nn.Module):
             supervised_rows=supervised_rows,
         )
 
-    def _extract(self, pair: Any) -> Any:
+    def extract(self, pair: Any) -> Any:
         """The VisualFeatures of ``pair``, with its context where it has one."""
         context = {} if pair.context is None else {"context": pair.context}
         return self.backbone.extract(pair.images, pair.view_mask, **context)
@@ -229,7 +229,7 @@ class Objective(nn.Module):
         previous row it can only say what the report says. No gradient comes from there: reading does not train the
         decoder. Log-probabilities are those of the ordinary pass.
         """
-        features = self._extract(pair)
+        features = self.extract(pair)
         output = self._teacher_forced(pair, features=features)
         with torch.no_grad():
             read = self._teacher_forced(rolled_studies(pair), supervised_rows=0, features=rolled_features(features))

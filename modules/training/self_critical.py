@@ -63,7 +63,7 @@ class SelfCritical(Objective):
         """The loss, and the mean rewards of samples and baseline; scalars."""
         pair = batch.positive
         rows = batch.sample_index.tolist()
-        features = self.backbone.extract(pair.images, pair.view_mask, context=pair.context)
+        features = self.extract(pair)
         repeated = {
             "features": repeat_rows(features, self.samples),
             "view_mask": repeat_rows(pair.view_mask, self.samples),

@@ -81,7 +81,7 @@ def test_the_key_image_comes_first_then_the_other_projection(tmp_path):
         ("[]", "a JSON object of studies"),
         ("{}", "at least one"),
         ("{", "not JSON"),
-        ('{"a": 1}', "study 'a' is no object"),
+        ('{"a": 1}', "study 'a' is not an object"),
         ('{"a": {}}', "study 'a': image_path must be a list"),
         ('{"a": {"image_path": [3]}}', "image_path must be a list"),
         ('{"a": {"image_path": ["x"], "key_image_path": 3}}', "key_image_path must be a path"),

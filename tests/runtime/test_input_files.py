@@ -37,6 +37,7 @@ ALLOWED = {
     ("modules.runtime.input_files", "torch.load"): "require_plain_archive comes first",
     ("modules.runtime.input_files", "safe_open"): "require_regular comes first",
     ("modules.runtime.environment", "Path('/proc/cpuinfo').read_text"): "of the kernel",
+    ("modules.runtime.cores", "path.read_text"): "of the kernel",
     ("modules.runtime.packages", "path.read_text"): "the project's requirements",
     ("modules.runtime.archive_files", "archive.open"): "a member of an open archive",
     ("modules.data.detection_features", "h5py.File"): "require_regular comes first",

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -64,7 +66,10 @@ def test_xpronet_is_the_published_model(name):
 def test_demo_has_the_settings_of_the_demo_script():
     script = (ROOT / "run_demo.sh").read_text()
     command = script[script.index("main_train.py --ann_path") :].partition('"$@"')[0].replace("\\\n", " ")
-    words = [word for word in command.split()[1:]]
+    values = dict(pair.split("=") for pair in re.search(r"^data=.*", script, re.M)[0].split() if "(" not in pair)
+    for name, value in values.items():
+        command = command.replace(f"${name}", value)
+    words = [word for word in shlex.split(command)[1:] if not word.startswith("${")]
     assert _config(read_datasets(ROOT / "experiments" / "datasets.json")["demo"].flags) == _config(words)
 
 
