@@ -8,7 +8,7 @@ case "${1:-}" in -h | --help)
     "writes results/demo/report.html; interrupted, the same command goes on)"
   exit 0 ;;
 esac
-data=data/demo out=results/demo studies=2000 epochs=12 note=()
+data=data/demo out=results/demo studies=2000 epochs=14 note=()
 if [ "${1:-}" = --quick ]; then
   shift
   data=data/demo_quick out=results/demo_quick studies=400 epochs=10
@@ -47,7 +47,7 @@ echo "[3/3] training R2GenCMN with ITHN for $epochs epochs; at the end the best 
   --negative_index "$out/hard_negatives.safetensors" --save_dir "$out" "${resume[@]}" "${note[@]}" --epochs "$epochs" \
   --visual_extractor tf_efficientnet_lite0 --image_size 128 --freeze_visual_extractor true \
   --feature_cache results/features --use_bn 1 --d_model 256 --d_ff 512 --num_heads 4 --num_layers 1 \
-  --cmm_size 512 --cmm_dim 256 --topk 16 --embedding_dim 128 --drop_prob_lm 0.1 --guidance 0.5 \
+  --cmm_size 512 --cmm_dim 256 --topk 16 --embedding_dim 128 --drop_prob_lm 0.1 --guidance 0.75 \
   --lr_ed 1e-3 --lr_scheduler CosineAnnealingLR --monitor_metric CIDEr --num_workers 0 "$@"
 echo "done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s: open $out/report.html"
 image=$(find "$data/images" -name 0.png | sort | tail -n 1)

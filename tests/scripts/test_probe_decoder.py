@@ -1,0 +1,39 @@
+"""The probe of a trained model's places: what it reads, and models that it cannot read."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from modules.runtime.errors import InputError
+from scripts.research import probe_decoder
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["probe_decoder.py", *map(str, arguments)])
+    probe_decoder.main()
+
+
+def test_every_place_is_probed_under_one_text(train, demo_labels, monkeypatch, capsys):
+    checkpoint = train("--ithn", "off", "--views", "paired") / "model_best.pth"
+    annotation, found = probe_decoder.features_of(str(checkpoint), {})
+    assert tuple(found) == probe_decoder.PLACES
+    for by_split in found.values():
+        assert {split: len(rows) for split, rows in by_split.items()} == {
+            split: len(studies) for split, studies in annotation.splits.items()
+        }
+        # Only the image tells studies apart, and it does at every place.
+        assert len(np.unique(by_split["train"].round(6), axis=0)) == len(by_split["train"])
+    monkeypatch.setattr("scripts.research.probe_images.NEEDED", {"train": 1, "val": 1, "test": 1})
+    call(monkeypatch, "--load", checkpoint, "--label_path", demo_labels)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[0] == "| class | patches | encoder | cross-attention | decoder |" and len(lines) == 2 + 14
+
+
+def test_what_has_no_cross_attention_is_refused(train, demo_labels, monkeypatch):
+    from models import MODELS
+
+    monkeypatch.setitem(MODELS, "bag", "tests.bag_of_patches.BagOfPatches")
+    checkpoint = train("--model_name", "bag", "--ithn", "off") / "model_best.pth"
+    with pytest.raises(InputError, match="--model_name bag has no cross-attention"):
+        call(monkeypatch, "--load", checkpoint, "--label_path", demo_labels)
