@@ -8,7 +8,7 @@ case "${1:-}" in -h | --help)
     "writes results/demo/report.html; interrupted, the same command goes on)"
   exit 0 ;;
 esac
-data=data/demo out=results/demo studies=2000 epochs=14 note=()
+data=data/demo out=results/demo studies=2000 epochs=12 note=()
 if [ "${1:-}" = --quick ]; then
   shift
   data=data/demo_quick out=results/demo_quick studies=400 epochs=10
