@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 case "${1:-}" in -h | --help)
-  echo "usage: bash run_demo.sh [--quick] [flags of main_train.py]    (after set-up some six minutes on two cores, --quick one and a half;" \
+  echo "usage: bash run_demo.sh [--quick] [flags of main_train.py]    (after set-up six to eight minutes on two cores, --quick one and a half;" \
     "writes results/demo/report.html; interrupted, the same command goes on)"
   exit 0 ;;
 esac
