@@ -117,7 +117,14 @@ def build_step(arguments: argparse.Namespace, device: str, case: dict[str, Any])
     if arguments.visual_extractor == "none":
         extractor = given_features(arguments.patches)
     else:
-        extractor = VisualExtractor(arguments.visual_extractor, channels_last=True, image_size=arguments.image_size)
+        extractor = VisualExtractor(
+            arguments.visual_extractor,
+            channels_last=True,
+            image_size=arguments.image_size,
+            unfreeze=case.get("unfreeze", ""),
+        )
+        if case.get("stored"):
+            extractor.cut()
     kind, settings = backbone_class(arguments.model_name), settings_class(arguments.model_name)()
     model = kind(visual_extractor=extractor, num_ids=arguments.vocab_size + 1, settings=settings)
     objective = Objective(model, ITHNSettings(strategy=case["strategy"])).to(device).train()
@@ -125,7 +132,8 @@ def build_step(arguments: argparse.Namespace, device: str, case: dict[str, Any])
         objective.compile()
     optimizer = build_optimizer(objective, OptimSettings())
     scaler = torch.amp.GradScaler(device.split(":")[0], init_scale=2.0**16 if case["precision"] == "float16" else 1.0)
-    return Step(objective, optimizer, scaler, random_batch(arguments, device, case), device, case["precision"])
+    batch = random_batch(arguments, device, case, extractor)
+    return Step(objective, optimizer, scaler, batch, device, case["precision"])
 
 
 def given_features(patches: int):
@@ -144,14 +152,16 @@ def given_features(patches: int):
     return GivenFeatures()
 
 
-def random_batch(arguments: argparse.Namespace, device: str, case: dict[str, Any]):
-    """Normalised images (or features) and reports of full length, with a hard negative for each where one is used."""
+def random_batch(arguments: argparse.Namespace, device: str, case: dict[str, Any], extractor: Any):
+    """Normalised images, or what is stored of them, and reports of full length; hard negatives where they are used."""
     import torch
 
     from modules.data.batches import Batch, Pair
 
     rows, views, length = case["batch_size"], case["views"], case["max_seq_length"]
     shape = (arguments.patches, 2048) if arguments.visual_extractor == "none" else (3,) + (arguments.image_size,) * 2
+    if case.get("stored"):
+        shape = (extractor.trunk.patches_per_view, extractor.trunk.width)
 
     def pair() -> Pair:
         tokens = torch.randint(1, arguments.vocab_size + 1, (rows, length), device=device)

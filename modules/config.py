@@ -69,8 +69,8 @@ class NetworkSettings:
     feature_cache: str = setting(
         "",
         "backbone",
-        "with a frozen visual extractor: folder for its features, computed once "
-        "without augmentation; training then takes minutes on a CPU",
+        "with a frozen visual extractor, or --unfreeze last:N: folder for the features of what is frozen, computed "
+        "once without augmentation; training then takes minutes on a CPU",
     )
     feature_dtype: str = setting(
         "float32", "backbone", "type of the numbers in --feature_cache", choices=("float32", "float16")
@@ -261,12 +261,12 @@ def _check_network(config: Config) -> None:
 
 
 def _check_inputs(config: Config) -> None:
-    if config.feature_cache and not config.freeze_visual_extractor:
+    if config.feature_cache and not config.freeze_visual_extractor and not config.unfreeze.startswith("last:"):
         raise InputError(
             f"--feature_cache {config.feature_cache}: only features of a frozen visual extractor can be cached; add "
-            "--freeze_visual_extractor true"
+            "--freeze_visual_extractor true, or --unfreeze last:N to train what lies above them"
         )
-    if config.feature_cache and config.image_feature != "mean":
+    if config.feature_cache and config.image_feature != "mean" and not config.unfreeze:
         raise InputError(f"--image_feature {config.image_feature}: --feature_cache keeps patches alone; give mean")
     if config.image_cache and config.feature_cache:
         raise InputError(

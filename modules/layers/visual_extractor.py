@@ -14,7 +14,7 @@ import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from modules.layers.hub_encoders import TimmTokens, build_encoder, is_hub_name, read_description
-from modules.layers.partial_training import freeze_all_but
+from modules.layers.partial_training import Trunk, freeze_all_but
 from modules.layers.visual_extractor_weights import load_weights, no_pickles, not_fetched, packaged_weights
 from modules.runtime.transfers import upload
 
@@ -90,6 +90,8 @@ class VisualExtractor(nn.Module):
             raise ValueError(f"visual_extractor {name}: takes no image_size of {image_size} ({reason})") from error
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
+        self.name, self.image_size = name, image_size
+        self.trunk: Trunk | None = None
         self.resting: list[nn.Module] = freeze_all_but(self.model, unfreeze, name) if unfreeze else []
         if frozen:
             self.requires_grad_(False)
@@ -101,23 +103,35 @@ class VisualExtractor(nn.Module):
             module.eval()
         return self
 
+    def cut(self) -> Trunk:
+        """The part below the trained stages (unfreeze "last:N"); from now on stored tensors of its own are taken.
+
+        ValueError for a model that cannot be cut there.
+        """
+        training, device = self.training, next(self.parameters()).device
+        example = torch.linspace(-1, 1, 6 * self.image_size**2, device=device).view(2, 3, *(self.image_size,) * 2)
+        self.eval()
+        self.trunk = Trunk(self.model, self.resting, self.name, example.cos())
+        self.train(training)
+        return self.trunk
+
     def forward(self, images: Tensor, view_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Patches (B, N*S, C) with view 0 first, their mask (B, N*S) and the mean over present patches (B, C).
 
         ``images`` (B, N, 3, H, W); ``view_mask`` (B, N) bool. Absent views are not run, so that they do not enter
         batch statistics; their patches are 0. The mask is None where every view is present. ``images`` may also be
-        stored patches (B, N, S, C), with absent views 0, which are passed on.
+        stored patches (B, N, S, C), with absent views 0, which are passed on; after ``cut`` what the trunk stored.
         """
         views = images.shape[1]
         found = None if view_mask is None or views == 1 else self._present(view_mask, images.device)
         if found is None:
-            tokens = images if images.dim() == 4 else self._all_views(images)  # (B, N, S, C)
+            tokens = images if self._are_patches(images) else self._all_views(images)  # (B, N, S, C)
             if self.pooling == "class":
                 return tokens[:, :, 1:].flatten(1, 2), None, _at_least_float32(tokens[:, :, 0]).mean(dim=1)
             patches = tokens.flatten(1, 2)
             return patches, None, _at_least_float32(patches).mean(dim=1)
         present, rows = found
-        patches = images if images.dim() == 4 else self._present_views(images, rows)
+        patches = images if self._are_patches(images) else self._present_views(images, rows)
         if self.pooling == "class":
             of_view, patches = _at_least_float32(patches[:, :, 0]), patches[:, :, 1:]
         else:
@@ -125,6 +139,9 @@ class VisualExtractor(nn.Module):
         pooled = of_view.sum(dim=1) / present.sum(dim=1, keepdim=True)
         patch_mask = present.repeat_interleave(patches.size(2), dim=1)
         return patches.flatten(1, 2), patch_mask, pooled
+
+    def _are_patches(self, images: Tensor) -> bool:
+        return images.dim() == 4 and self.trunk is None
 
     def _all_views(self, images: Tensor) -> Tensor:
         if self.batch_norm == "per_view":
@@ -154,11 +171,18 @@ class VisualExtractor(nn.Module):
         return patches.index_copy(0, torch.cat(rows), grids).unflatten(0, images.shape[:2])
 
     def _grid(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) -> (n, S, C), after the class token (n, 1 + S, C) where it is the pooled feature."""
+        """(n, 3, H, W), or stored (n, rows, columns), -> (n, S, C), after the class token (n, 1 + S, C) where it is
+        the pooled feature.
+        """
+        if images.dim() == 3:
+            assert self.trunk is not None
+            return self._tokens(self.trunk.above(images))
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.model(images)
+            return self._tokens(self.model(images))
+
+    def _tokens(self, features: Tensor) -> Tensor:
         if features.dim() == 4:
             return features.flatten(2).transpose(1, 2)
         patches = features[:, self.num_prefix_tokens :]

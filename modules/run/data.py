@@ -292,26 +292,6 @@ def image_source(
     )
 
 
-def feature_source(
-    config: Config, studies: Iterable[Study], extractor: "VisualExtractor", device: torch.device
-) -> "FeatureCache":
-    """What the frozen ``extractor`` sees in the images of ``studies``, each looked at once."""
-    from modules.data.feature_cache import build_feature_cache
-
-    return build_feature_cache(
-        private_folder(config.feature_cache),
-        image_folder(config),
-        _paths(config, studies, negatives=True),
-        extractor=extractor,
-        transform=image_transform(config, extractor),
-        device=device,
-        batch_size=config.batch_size,
-        progress=Bar,
-        workers=config.num_workers,
-        dtype=config.feature_dtype,
-    )
-
-
 def views_are_alike(config: Config, data: Data) -> bool:
     """Whether every training sample has the same number of images."""
     most = max_views(config)
@@ -343,10 +323,30 @@ def one_per_image(config: Config, studies: Sequence[Study]) -> Sequence[Study]:
 
 
 def cache_features(config: Config, data: Data, extractor: "VisualExtractor", device: torch.device) -> None:
-    """With --feature_cache, have the frozen extractor see every image once; call it when its weights are in place."""
-    if config.feature_cache:
-        studies = (study for split in data.annotation.splits.values() for study in split)
-        data.features = feature_source(config, studies, extractor, device)
+    """With --feature_cache, have what is frozen of the extractor see every image once; call it when its weights are in
+    place. InputError for an extractor that cannot be cut where --unfreeze says.
+    """
+    if not config.feature_cache:
+        return
+    from modules.data.feature_cache import build_feature_cache
+
+    try:
+        frozen = extractor.cut() if config.unfreeze else extractor
+    except ValueError as error:
+        raise InputError(f"--unfreeze {config.unfreeze}: {error}") from error
+    studies = (study for split in data.annotation.splits.values() for study in split)
+    data.features = build_feature_cache(
+        private_folder(config.feature_cache),
+        image_folder(config),
+        _paths(config, studies, negatives=True),
+        extractor=frozen,
+        transform=image_transform(config, extractor),
+        device=device,
+        batch_size=config.batch_size,
+        progress=Bar,
+        workers=config.num_workers,
+        dtype=config.feature_dtype,
+    )
 
 
 def build_dataset(

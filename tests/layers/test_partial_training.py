@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from modules.config import Config
+from modules.layers.partial_training import Trunk
 from modules.layers.visual_extractor import VisualExtractor
 from modules.runtime.errors import InputError
 
@@ -45,20 +46,35 @@ def test_norms_and_biases():
     assert biases == {key for key in norms if key.endswith("bias")}
 
 
-@pytest.mark.parametrize("part", ["last:1", "norm", "bias"])
-def test_steps_are_those_of_full_training_with_masked_gradients(part):
+@pytest.mark.parametrize(
+    ("name", "part", "stored"),
+    [
+        ("resnet18", "last:1", False),
+        ("resnet18", "norm", False),
+        ("resnet18", "bias", False),
+        ("resnet18", "last:2", True),
+        ("tf_efficientnet_lite0", "last:1", True),
+        ("swin_tiny_patch4_window7_224", "last:1", True),
+    ],
+)
+def test_steps_are_those_of_full_training_with_masked_gradients(name, part, stored):
     torch.manual_seed(0)
-    own, full = VisualExtractor("resnet18", unfreeze=part).train(), VisualExtractor("resnet18").train()
+    own, full = VisualExtractor(name, image_size=64, unfreeze=part), VisualExtractor(name, image_size=64)
     full.load_state_dict(own.state_dict())
+    own.train()
+    full.train()
+    trunk = own.cut() if stored else None
+    assert own.model.training and not own.resting[0].training
     for module, twin in zip(own.modules(), full.modules(), strict=True):
         twin.training = module.training  # what is frozen computes as in evaluation
     chosen = trained(own)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9) for model in (own, full)]
     for _ in range(2):
         images = torch.randn(2, 1, 3, 64, 64)
-        for model, optimizer in zip((own, full), optimizers, strict=True):
+        given = images if trunk is None else trunk(images)[0].unsqueeze(1)
+        for model, seen, optimizer in zip((own, full), (given, images), optimizers, strict=True):
             optimizer.zero_grad()
-            model(images)[0].square().mean().backward()
+            model(seen)[0].square().mean().backward()
             for key, value in model.named_parameters():
                 value.grad = value.grad if key.removeprefix("model.") in chosen else None
             optimizer.step()
@@ -71,6 +87,47 @@ def test_frozen_statistics_stay_and_trained_ones_move():
     assert isinstance(extractor.model[1], nn.BatchNorm2d)
     extractor(torch.randn(2, 1, 3, 64, 64))
     assert extractor.model[1].num_batches_tracked == 0 and extractor.model[7][0].bn1.num_batches_tracked == 1
+
+
+def test_what_is_stored_depends_on_what_is_frozen_alone():
+    torch.manual_seed(0)
+    extractor = VisualExtractor("resnet18", image_size=64, unfreeze="last:1")
+    trunk, images = extractor.cut(), torch.randn(2, 1, 3, 64, 64)
+    before, stored = trunk.state_dict(), trunk(images)[0]
+    assert stored.shape == (2, trunk.patches_per_view, trunk.width) == (2, 256, 4 * 4)
+    with torch.no_grad():
+        for _, value in (*extractor.model[7].named_parameters(), *extractor.model[7].named_buffers()):
+            value.add_(1)
+    after = trunk.state_dict()
+    assert before.keys() == after.keys() and not any(key.startswith("7.") for key in before)
+    assert torch.equal(trunk(images)[0], stored)
+    assert {f"model.{key}" for key in before} < extractor.state_dict().keys()
+
+
+def test_views_that_are_absent_are_not_computed_from_what_is_stored():
+    extractor = VisualExtractor("resnet18", image_size=64, unfreeze="last:1").eval()
+    images, there = torch.randn(2, 2, 3, 64, 64), torch.tensor([[True, True], [True, False]])
+    wanted = extractor(images, there)
+    trunk = extractor.cut()
+    stored = torch.stack([trunk(images[:, view : view + 1])[0] for view in range(2)], dim=1) * there[..., None, None]
+    for found, value in zip(extractor(stored, there), wanted, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
+
+
+class Bypassed(nn.Sequential):
+    """A network whose last stage is added to the first one's output."""
+
+    def forward(self, images):
+        early = self[0](images)
+        return early + self[2](self[1](early))
+
+
+def test_a_network_that_cannot_be_cut_is_refused():
+    model = Bypassed(*(nn.Conv2d(3, 3, 1) for _ in range(3))).eval()
+    model[:2].requires_grad_(False)
+    with pytest.raises(ValueError, match="bypassed: what is trained cannot be computed from what lies below it"):
+        Trunk(model, [model[0], model[1]], "bypassed", torch.randn(2, 3, 4, 4))
+    assert "forward" not in vars(model[0])
 
 
 def test_what_cannot_be_unfrozen_is_refused():

@@ -121,6 +121,11 @@ def test_two_backbones(run):
     assert {"r2gen step", "r2gencmn generation", "memory by hand step"} <= set(found["seconds"])
 
 
+def test_what_is_trained_of_the_extractor(run):
+    found = run("unfreeze", f"{STEP} --views 1")
+    assert set(found["seconds"]) == set(found["full_over"]) == {"all", "last:1", "last:1, stored"}
+
+
 def test_start_up(run):
     found = run("startup", "--programs main_train.py --clock cpu")
     assert set(found["seconds"]) == {"main_train.py --help", "python alone", "import torch"}

@@ -1,9 +1,12 @@
 """--unfreeze in a run: the frozen stages stay as they were, also after a resumption."""
 
+import json
+
 import pytest
 import torch
 
 from modules.flags import parse_flags
+from modules.run.testing import run_testing
 from modules.run.training import run_training
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
@@ -19,3 +22,24 @@ def test_a_resumed_run_goes_on_with_the_same_part(train):
     after = load_checkpoint(folder / "current_checkpoint.pth")["state_dict"]
     changed = {name for name in before if not torch.equal(before[name], after[name]) and "visual_extractor" in name}
     assert changed and all(name.startswith("visual_extractor.model.7.") for name in changed)
+
+
+def test_the_last_stage_is_trained_on_stored_features_of_the_others(train, demo_index, tmp_path):
+    """A resumption finds the file again, although trained weights have changed; scores are those without it."""
+    cache = tmp_path / "cache"
+    flags = ["--unfreeze", "last:1", "--feature_cache", cache, "--lr_ve", 1e-2, "--negative_index", demo_index]
+    folder = train(*flags)
+    before = load_checkpoint(folder / "current_checkpoint.pth")["state_dict"]
+    argv = ["--save_dir", str(folder), "--resume", "auto", "--epochs", "2"]
+    run_training(*parse_flags(argv, "main_train.py", ""))
+    after = load_checkpoint(folder / "current_checkpoint.pth")["state_dict"]
+    changed = {name for name in before if not torch.equal(before[name], after[name]) and "visual_extractor" in name}
+    assert changed and all(name.startswith("visual_extractor.model.7.") for name in changed)
+    assert len(list(cache.iterdir())) == 1
+    with_cache = json.loads((folder / "results.json").read_text())
+    run_testing(*parse_flags(["--load", str(folder / "model_best.pth"), "--feature_cache", ""], "main_test.py", ""))
+    without = json.loads((folder / "results.json").read_text())
+    assert with_cache["config"]["feature_cache"] and not without["config"]["feature_cache"]
+    for row, scores in with_cache["test"].items():
+        numbers = {name: value for name, value in scores.items() if value is not None}
+        assert {name: without["test"][row][name] for name in numbers} == pytest.approx(numbers, rel=1e-4), row
