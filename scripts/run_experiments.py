@@ -9,8 +9,8 @@ and nothing is run. Hard negatives are mined once per data set, if a row needs t
   python scripts/run_experiments.py my_rows.json --dataset demo --seeds 1 2 --overrides "--epochs 2"
 
 The table is written to OUT/table.md, table.csv and table.tex: mean and standard deviation over seeds, intervals,
-significance against each row's baseline, training-free baselines, and the paper's figures. See
-docs/EXPERIMENT_TABLES.md.
+significance against each row's baseline, training-free baselines, and the paper's figures. With --keep DIR the numbers
+of every finished run are kept as JSON, from which the table can be made again elsewhere. See docs/EXPERIMENT_TABLES.md.
 """
 
 import argparse
@@ -54,6 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="for mining, as in scripts/mine_hard_negatives.py; default: the table's, else the data set's",
     )
     add("--jobs", type=int, default=1, metavar="N", help="trainings at a time; default %(default)s")
+    add("--by_seed", action="store_true", help="run all rows with the first seed, then all with the second, and so on")
+    add(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="write the numbers of finished runs, without texts, there; runs whose numbers are there count as done",
+    )
     add("--dry_run", action="store_true", help="list what is done and what would run, then stop")
     add("--table_only", action="store_true", help="run nothing, write the table of what is done")
     add(
@@ -94,6 +101,8 @@ def run_missing(
     elif line := changed_line(runs):
         raise InputError(line)
     runs = [run for run in runs if run.state in (MISSING, CUT, UNTESTED)]
+    if arguments.by_seed:
+        runs = sorted(runs, key=lambda run: run.seed)
     for run in runs:
         if not run.settings["annotation_sha256"]:
             hint = "--dataset demo needs none" if run.row.name == run.row.whole else "make_folds.py makes folds of it"
@@ -103,7 +112,7 @@ def run_missing(
     mine(runs)
     failed: dict[str, str] = {}
     for stage in (0, 1, 2):
-        failed |= run_stage([run for run in runs if stage_of(run) == stage], arguments.jobs, lock)
+        failed |= run_stage([run for run in runs if stage_of(run) == stage], arguments.jobs, lock, arguments.keep)
     return failed
 
 
@@ -112,7 +121,7 @@ def stage_of(run: Run) -> int:
     return 2 if run.weights else 1 if run.start else 0
 
 
-def run_stage(runs: Sequence[Run], jobs: int, lock: int) -> dict[str, str]:
+def run_stage(runs: Sequence[Run], jobs: int, lock: int, keep: Path | None) -> dict[str, str]:
     """Run those whose models of other rows exist; returns the failures by run."""
     failed = {}
     for run in runs:
@@ -120,7 +129,7 @@ def run_stage(runs: Sequence[Run], jobs: int, lock: int) -> dict[str, str]:
         if model and not model.with_name(RESULTS).is_file():
             name = run.row.trained_as or run.row.starts_from
             failed[run.name] = f"it {does} row {name}, whose seed {run.seed} is not trained"
-    return failed | execute([run for run in runs if run.name not in failed], jobs=jobs, lock=lock)
+    return failed | execute([run for run in runs if run.name not in failed], jobs=jobs, lock=lock, keep=keep)
 
 
 def chosen_runs(runs: Sequence[Run], rows: Sequence[str]) -> list[Run]:
@@ -150,6 +159,7 @@ def main() -> int:
     datasets = read_datasets(arguments.datasets)
     overrides = shlex.split(arguments.overrides)
 
+    from scripts.experiments.kept import counted, pack_finished, restore
     from scripts.experiments.tables import check_columns, gather, write
 
     def make_plan() -> list[Run]:
@@ -157,13 +167,17 @@ def main() -> int:
 
     check_columns(table, runs := make_plan())
     if arguments.dry_run:
-        print(states(runs))
+        print(states(counted(runs, arguments.keep) if arguments.keep else runs))
         return 0
     require_own_tables(out)
     with locked(out) as lock:
+        if arguments.keep:
+            restore(runs, arguments.keep)
         failed = {} if arguments.table_only else run_missing(arguments, make_plan, datasets, lock)
         runs = make_plan()
         print(states(runs, failed))
+        if arguments.keep:
+            pack_finished(runs, arguments.keep)
         paths = write(gather(table, datasets, runs, failed), out)
     print(paths[0].read_text(encoding="utf-8"))
     print("table:", ", ".join(map(str, paths)))

@@ -27,6 +27,7 @@ class Difference:
     """First minus second: the difference of a score, its interval, and the two-sided p values of three paired tests.
 
     ``low`` and ``high`` are None where no interval can be trusted, ``p_seeds`` where a system has a single seed.
+    ``error`` is the standard error over reports and seeds, ``freedom`` the degrees of freedom of its t distribution.
     """
 
     difference: float
@@ -35,6 +36,15 @@ class Difference:
     p_bootstrap: float
     p_randomisation: float
     p_seeds: float | None = None
+    error: float = 0.0
+    freedom: float = np.inf
+
+    def over_seeds(self, level: float) -> tuple[float, float]:
+        """The interval of the difference between all seeds' models on all such reports, as p_seeds tests it."""
+        from scipy.special import stdtrit
+
+        margin = self.error * float(stdtrit(self.freedom, (1 + level) / 2))
+        return self.difference - margin, self.difference + margin
 
     @property
     def p(self) -> float:
@@ -115,7 +125,7 @@ def compare(
             *limits,
             bootstrap.two_sided(name),
             _share(beyond[name], resamples),
-            _with_seeds(difference, bootstrap.variance(name), by_system),
+            *_with_seeds(difference, bootstrap.variance(name), by_system),
         )
     return found
 
@@ -168,20 +178,24 @@ class _Sums:
         return {tagged(name, self.tag): np.stack([run[name] for run in runs]) for name in runs[0]}
 
 
-def _with_seeds(difference: float, over_units: float, by_seed: Sequence[np.ndarray]) -> float | None:
-    """Two-sided p of a difference, from its variance over units and each system's scores (S,); None for one seed."""
+def _with_seeds(
+    difference: float, over_units: float, by_seed: Sequence[np.ndarray]
+) -> tuple[float | None, float, float]:
+    """Two-sided p, standard error and degrees of freedom of a difference, from its variance over units and each
+    system's scores (S,); p is None for one seed.
+    """
     from scipy.special import stdtr
 
     runs = len(by_seed[0])
     if runs == 1:
-        return None
+        return None, float(np.sqrt(over_units)), np.inf
     seeds = [scores.var(ddof=1) / runs for scores in by_seed]
     total = over_units + sum(seeds)
     if total == 0:
-        return 1.0 if difference == 0 else 0.0
+        return (1.0 if difference == 0 else 0.0), 0.0, np.inf
     square = sum(variance**2 for variance in seeds) / (runs - 1)
     freedom = total**2 / square if square else np.inf
-    return float(2 * stdtr(freedom, -abs(difference) / np.sqrt(total)))
+    return float(2 * stdtr(freedom, -abs(difference) / np.sqrt(total))), float(np.sqrt(total)), float(freedom)
 
 
 def _exchange(sides: Sequence[_Sums], swapped: np.ndarray) -> list[dict[str, np.ndarray]]:

@@ -149,7 +149,7 @@ def _index(out: Path, dataset: str, config: Config, encoder: str) -> Index:
 def _run(row: Row, seed: int, out: Path, flags: tuple[str, ...], config: Config, index: Index | None) -> Run:
     folder = out / row.name / f"seed{seed}"
     path = config.negative_index if index is None else str(index.path)
-    settings = _settings(dataclasses.asdict(config) | {"seed": seed, "negative_index": path})
+    settings = comparable_settings(dataclasses.asdict(config) | {"seed": seed, "negative_index": path})
     settings["annotation_sha256"] = file_sha256(config.ann_path)
     settings[FILES] = {name: digest for name in INPUT_FILES if (digest := file_sha256(getattr(config, name)))}
     weights, start = (out / name / f"seed{seed}" / BEST if name else None for name in (row.trained_as, row.starts_from))
@@ -171,7 +171,7 @@ def _started_elsewhere(folder: Path, start: Path) -> bool:
     return read_json(folder / RECORD).get(START, now) != now
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def comparable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the results depend on; what an older ``config`` lacks is as it was then."""
     known = {name: config.get(name, value) for name, value in OLDER_VALUES.items() if name not in NO_EFFECT_ON_RESULTS}
     known["negative_index"] = Path(known["negative_index"]).name if known["ithn"] != "off" else ""
@@ -184,7 +184,7 @@ def _state(folder: Path, wanted: Mapping[str, Any], weights: Path | None) -> tup
     if (folder / RESULTS).is_file():
         content = read_json(folder / RESULTS)
         made_from = content.get("provenance", {})
-        found = _settings(content.get("config", {})) | {FILES: made_from.get(FILES, {})}
+        found = comparable_settings(content.get("config", {})) | {FILES: made_from.get(FILES, {})}
         found["annotation_sha256"] = made_from.get("annotation_sha256", "")
         state = DONE
         if weights and weights.is_file() and made_from.get("checkpoint_sha256") != _sha256(weights):

@@ -74,10 +74,11 @@ def _call(command: Sequence[str]) -> None:
         sys.exit(code if code > 0 else 1)  # it has printed its error line
 
 
-def execute(runs: Sequence[Run], *, jobs: int, lock: int) -> dict[str, str]:
+def execute(runs: Sequence[Run], *, jobs: int, lock: int, keep: Path | None = None) -> dict[str, str]:
     """Run what is given, ``jobs`` at a time; returns the reason of each run that failed, by the run's name.
 
-    A failure ends its own run only. However this function ends, no training stays behind.
+    The numbers of each are written below ``keep``, if given, as soon as it is done. A failure ends its own run only.
+    However this function ends, no training stays behind.
     """
     waiting, failed = list(runs), {}
     active: dict[subprocess.Popen, tuple[Run, int]] = {}  # with the size of the console file before
@@ -94,6 +95,10 @@ def execute(runs: Sequence[Run], *, jobs: int, lock: int) -> dict[str, str]:
                 del active[process]
                 if process.returncode or not (run.folder / RESULTS).is_file():
                     failed[run.name] = _last_words(run, before, process.returncode)
+                elif keep is not None:
+                    from scripts.experiments.kept import pack
+
+                    pack(run, keep)
                 print(f"{run.name}: {'failed: ' + failed[run.name] if run.name in failed else 'done'}", flush=True)
             if active:
                 time.sleep(SECONDS_BETWEEN_LOOKS)

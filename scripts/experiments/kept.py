@@ -1,0 +1,135 @@
+"""Finished runs as JSON files of numbers, small enough to be committed: every table can be made from them again.
+
+A file holds a run's settings, scores and per-report statistics; no text and no id. Unpacked into the folder of the
+run, it counts as done there, and tables read it as they would read the run.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modules.evaluation.report_statistics import ReportStatistics, load_statistics, numbered, save_statistics
+from modules.runtime.errors import InputError
+from modules.runtime.input_files import MAX_ANNOTATION, read_bytes, read_json
+from modules.runtime.records import private_folder, write_results
+from scripts.experiments.plan import DONE, FILES, MISSING, RESULTS, Run, comparable_settings
+from scripts.experiments.tables import STATISTICS
+
+HISTORY, GENERATED = "history.json", "res.csv"
+DIGITS = 6  # of a score of one report
+UNITS = ("studies", "patients")
+PROVENANCE = ("annotation_sha256", FILES, "checkpoint_sha256", "git", "device_name")
+
+
+def kept_file(keep: Path, run: Run) -> Path:
+    """Where the numbers of ``run`` are kept."""
+    return keep / f"{run.row.name.replace('/', '_')}_{run.seed}.json"
+
+
+def restore(runs: Sequence[Run], keep: Path) -> None:
+    """Unpack what is kept of runs without results; InputError for a file of another kind."""
+    for run in runs:
+        if (path := kept_file(keep, run)).is_file() and not (run.folder / RESULTS).is_file():
+            unpack(path, run.folder)
+
+
+def counted(runs: Sequence[Run], keep: Path) -> list[Run]:
+    """``runs``, of which those whose numbers are kept are done."""
+    return [
+        replace(run, state=DONE, reason="kept") if run.state == MISSING and kept_file(keep, run).is_file() else run
+        for run in runs
+    ]
+
+
+def pack_finished(runs: Sequence[Run], keep: Path) -> None:
+    """Keep the numbers of finished runs that are not kept yet."""
+    for run in runs:
+        if run.state == DONE and not kept_file(keep, run).is_file():
+            pack(run, keep)
+
+
+def pack(run: Run, keep: Path) -> Path:
+    """Write the numbers of a finished run below ``keep``; InputError where its folder lacks a file."""
+    try:
+        content = read_json(run.folder / RESULTS)
+        history = read_json(run.folder / HISTORY)
+        texts = csv.reader(io.StringIO(read_bytes(run.folder / GENERATED, MAX_ANNOTATION).decode()))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run.name}: its numbers cannot be kept ({error})") from error
+    systems = load_statistics(run.folder / STATISTICS)
+    first = next(iter(systems.values()))
+    packed = {
+        "row": run.row.name,
+        "seed": run.seed,
+        "settings": comparable_settings(content["config"]),
+        "provenance": {name: content["provenance"][name] for name in PROVENANCE if name in content["provenance"]},
+        "history": [_numbers(epoch) for epoch in history],
+        "scores": {system: _numbers(content["test"][system]) for system in systems},
+        "variety": {system: _numbers(content.get("variety", {}).get(system, {})) for system in systems},
+        "texts": numbered([row[0] if row else "" for row in texts]).tolist(),  # equal numbers: equal texts
+        "references": [first.references, first.full_references],
+        "tag": first.tag,
+        "units": {name: None if (rows := getattr(first, name)) is None else rows.tolist() for name in UNITS},
+        "statistics": {system: _columns(statistics) for system, statistics in systems.items()},
+    }
+    keep.mkdir(parents=True, exist_ok=True)
+    path = kept_file(keep, run)
+    lines = (f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in packed.items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    return path
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """A kept run, with ``statistics`` as ReportStatistics by system; InputError for a file of another kind."""
+    try:
+        content = read_json(path)
+        units = {name: None if rows is None else np.array(rows) for name, rows in content["units"].items()}
+        statistics = {
+            system: ReportStatistics(
+                {name: np.array(columns).T for name, columns in tables.items()},
+                *content["references"],
+                content["tag"],
+                **units,
+            )
+            for system, tables in content["statistics"].items()
+        }
+        return {name: content[name] for name in ("settings", "provenance", "history", "scores", "variety", "texts")} | {
+            "statistics": statistics
+        }
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: does not hold a run's numbers ({type(error).__name__}: {error})") from error
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Make ``folder`` a finished run's again, as far as tables read it."""
+    content = read_kept(path)
+    private_folder(folder)
+    save_statistics(folder / STATISTICS, content["statistics"])
+    results = {
+        "config": content["settings"],
+        "provenance": content["provenance"],
+        "test": content["scores"],
+        "variety": content["variety"],
+    }
+    write_results(folder / RESULTS, results)
+
+
+def _columns(statistics: ReportStatistics) -> dict[str, list[list[float]]]:
+    """Each table's columns, as whole numbers where they are."""
+    return {
+        name: [
+            column.astype(int).tolist() if np.array_equal(column, np.floor(column)) else column.round(DIGITS).tolist()
+            for column in table.T.astype(np.float64)
+        ]
+        for name, table in statistics.tables.items()
+    }
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float | None]:
+    return {name: value for name, value in values.items() if value is None or isinstance(value, (int, float))}

@@ -1,0 +1,126 @@
+"""The comparisons that a plan names before its runs, from the numbers that run_experiments.py --keep left.
+
+  python scripts/research/planned_comparisons.py experiments/evidence/flickr8k.json \\
+      --kept experiments/evidence/flickr8k --compare ithn:plain ithn:mochi rival:plain --margin 0.03
+
+Each pair is compared over all seeds that both have: the difference, its interval (--level) and p value, which know
+both other test images and other seeds, and Holm's correction over the pairs given. A pair is decided once all seeds of
+the table are there: a gain (or loss) where p after the correction is below 0.05 and the difference is at least the
+margin, no gain where the interval lies within the margin on both sides, else undecided.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from modules.flags import Parser
+from modules.runtime.errors import InputError, run_entry_point
+from scripts.experiments.files import Table, read_table
+
+HEAD = ("comparison", "seeds", "first", "second", "difference", "interval", "p", "p, Holm", "outcome")
+SIGNIFICANT = 0.05
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("table", type=Path, metavar="TABLE", help="JSON file of rows, as for run_experiments.py")
+    add("--kept", type=Path, required=True, metavar="DIR", help="folder of run_experiments.py --keep")
+    add("--compare", nargs="+", required=True, metavar="A:B", help="rows to compare, A minus B")
+    add("--score", default="CIDEr", help="default %(default)s")
+    add("--margin", type=float, default=0.03, help="the smallest difference that matters; default %(default)s")
+    add("--level", type=float, default=0.9, help="of the intervals; default %(default)s")
+    return parser
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows over the ``seeds`` that both have, of ``planned``."""
+
+    pair: str
+    seeds: int
+    planned: int
+    first: float
+    second: float
+    interval: tuple[float, float]
+    p: float | None
+
+    @property
+    def difference(self) -> float:
+        """First minus second."""
+        return self.first - self.second
+
+    def outcome(self, p_holm: float | None, margin: float) -> str:
+        """What the plan calls it."""
+        if self.seeds < self.planned or p_holm is None:
+            return f"open: {self.seeds} of {self.planned} seeds"
+        if p_holm < SIGNIFICANT and abs(self.difference) >= margin:
+            return "gain" if self.difference > 0 else "loss"
+        return "no difference of that size" if -margin < self.interval[0] and self.interval[1] < margin else "undecided"
+
+
+def kept_runs(table: Table, kept: Path) -> dict[str, dict[int, Path]]:
+    """Files of the table's finished runs, by row and seed."""
+    return {
+        row.name: {seed: path for seed in table.seeds if (path := kept / f"{row.name}_{seed}.json").is_file()}
+        for row in table.rows
+    }
+
+
+def compared(pair: str, runs: Mapping[str, Mapping[int, Path]], planned: int, score: str, level: float) -> Comparison:
+    """One comparison; InputError for a row that the table lacks or a score that the runs lack."""
+    from modules.evaluation.bootstrap import compare
+    from scripts.experiments.kept import read_kept
+    from scripts.experiments.tables import MODEL
+
+    names = pair.split(":")
+    if len(names) != 2 or not set(names) <= set(runs):
+        raise InputError(f"--compare {pair}: must be two of {', '.join(runs)} with a colon between them")
+    seeds = [seed for seed in runs[names[0]] if seed in runs[names[1]]]
+    if not seeds:
+        return Comparison(pair, 0, planned, float("nan"), float("nan"), (float("nan"),) * 2, None)
+    sides = [[read_kept(runs[name][seed])["statistics"][MODEL] for seed in seeds] for name in names]
+    means = [[statistics.scores() for statistics in side] for side in sides]
+    if score not in means[0][0]:
+        raise InputError(f"--score {score}: the runs have {', '.join(means[0][0])}")
+    first, second = (sum(scores[score] for scores in side) / len(seeds) for side in means)
+    found = compare(*sides)[score]
+    return Comparison(pair, len(seeds), planned, first, second, found.over_seeds(level), found.p_seeds)
+
+
+def table_of(comparisons: Sequence[Comparison], margin: float) -> list[str]:
+    """The table in Markdown."""
+    from modules.evaluation.bootstrap import holm
+
+    corrected = holm({one.pair: one.p for one in comparisons if one.p is not None})
+    rows = [HEAD, ("---",) * len(HEAD)]
+    for one in comparisons:
+        p_holm = corrected.get(one.pair)
+        numbers = (f"{one.first:.3f}", f"{one.second:.3f}", f"{one.difference:+.3f}")
+        texts = ["–" if value is None else f"{value:.4f}" for value in (one.p, p_holm)]
+        interval = f"{one.interval[0]:+.3f} to {one.interval[1]:+.3f}"
+        label = one.pair.replace(":", " - ")
+        rows.append((label, f"{one.seeds} of {one.planned}", *numbers, interval, *texts, one.outcome(p_holm, margin)))
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def main() -> None:
+    """Read, compare, print."""
+    arguments = build_parser().parse_args()
+    if not 0 < arguments.level < 1:
+        raise InputError(f"--level {arguments.level}: must lie between 0 and 1")
+    if not arguments.margin > 0:
+        raise InputError(f"--margin {arguments.margin}: must be above 0")
+    table = read_table(arguments.table)
+    runs = kept_runs(table, arguments.kept)
+    found = [compared(pair, runs, len(table.seeds), arguments.score, arguments.level) for pair in arguments.compare]
+    print("\n".join(table_of(found, arguments.margin)))
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

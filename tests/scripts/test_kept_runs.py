@@ -1,0 +1,130 @@
+"""Finished runs kept as JSON: without texts, and enough for every table; comparisons that a plan names."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from modules.evaluation.report_statistics import ReportStatistics, load_statistics, save_statistics
+from modules.runtime.errors import InputError
+from scripts.experiments.files import choose, read_datasets, read_table
+from scripts.experiments.kept import counted, kept_file, pack_finished, restore
+from scripts.experiments.tables import gather
+from scripts.research import planned_comparisons
+from tests.experiment_support import by_name, finish, planned, write_files
+
+GAIN = 0.2
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two rows with two seeds, 60 reports each, the second better in every report."""
+    files = write_files(tmp_path)
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0, 0.5, 60)
+    for name, run in by_name(planned(files)).items():
+        values = base + (GAIN if "ithn" in name else 0.0) + 0.001 * run.seed + rng.normal(0, 0.01, 60)
+        finish(run, score=float(values.mean()))
+        tables = {"BLEU_4": values[:, None].astype(np.float32), "nll": np.column_stack([values, np.full(60, 9)])}
+        system = ReportStatistics(tables, "cut", "whole", studies=np.arange(60))
+        save_statistics(run.folder / "statistics.npz", {"model": system})
+        (run.folder / "history.json").write_text(json.dumps([{"epoch": 1, "val_CIDEr": 0.4, "note": "text"}]))
+        (run.folder / "res.csv").write_text("a secret dog\na cat\na secret dog\n" + "a cow\n" * 57)
+    return files
+
+
+def table_of(files):
+    return gather(
+        choose(read_table(files / "rows.json"), dataset="tiny"),
+        read_datasets(files / "datasets.json"),
+        planned(files),
+        {},
+    )
+
+
+def test_tables_are_made_again_from_what_is_kept(files, tmp_path):
+    before, keep = table_of(files), tmp_path / "kept"
+    statistics = load_statistics(by_name(planned(files))["ithn seed 2"].folder / "statistics.npz")["model"]
+    pack_finished(planned(files), keep)
+    shutil.rmtree(files / "out")
+    assert {run.state for run in planned(files)} == {"missing"}
+    assert {run.state for run in counted(planned(files), keep)} == {"done"}
+    restore(planned(files), keep)
+    assert {run.state for run in planned(files)} == {"done"}
+    after = table_of(files)
+    for row, again in zip(before.rows[:2], after.rows[:2], strict=True):
+        assert again.cells["BLEU_4"].mean == row.cells["BLEU_4"].mean and again.label == row.label
+        assert again.cells["BLEU_4"].low == pytest.approx(row.cells["BLEU_4"].low, abs=1e-5)
+    again = load_statistics(by_name(planned(files))["ithn seed 2"].folder / "statistics.npz")["model"]
+    assert again.scores() == pytest.approx(statistics.scores(), abs=1e-5)
+    assert np.array_equal(again.studies, statistics.studies)
+
+
+def test_what_is_kept_are_numbers(files, tmp_path):
+    keep = tmp_path / "kept"
+    pack_finished(planned(files), keep)
+    path = kept_file(keep, by_name(planned(files))["base seed 1"])
+    text = path.read_text()
+    assert path.name == "base_1.json" and "secret" not in text and str(files / "out") not in text
+    content = json.loads(text)
+    assert content["texts"] == [0, 1, 0] + [2] * 57 and content["history"] == [{"epoch": 1, "val_CIDEr": 0.4}]
+    assert content["statistics"]["model"]["nll"][1] == [9] * 60  # whole numbers stay so
+
+
+def test_a_file_of_another_kind_is_named(files, tmp_path):
+    keep = tmp_path / "kept"
+    keep.mkdir()
+    shutil.rmtree(files / "out")
+    (keep / "base_1.json").write_text("[1]")
+    with pytest.raises(InputError, match="base_1.json: does not hold a run's numbers"):
+        restore(planned(files), keep)
+    assert not (files / "out").exists()
+
+
+def compare(files, monkeypatch, capsys, *flags):
+    argv = [
+        "planned_comparisons.py",
+        str(files / "rows.json"),
+        "--kept",
+        str(files / "kept"),
+        "--score",
+        "BLEU_4",
+        *flags,
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    planned_comparisons.main()
+    return [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+
+
+def test_planned_comparisons(files, monkeypatch, capsys):
+    pack_finished(planned(files), files / "kept")
+    gain, loss = compare(files, monkeypatch, capsys, "--compare", "ithn:base", "base:ithn")
+    assert gain[1] == "2 of 2" and float(gain[4]) == pytest.approx(GAIN, abs=0.01) and gain[-1].startswith("gain")
+    assert loss[-1].startswith("loss") and float(loss[4]) == -float(gain[4])
+    low, high = (float(value) for value in gain[5].split(" to "))
+    assert low < GAIN < high
+    assert float(gain[7]) == pytest.approx(2 * float(gain[6]), abs=1e-4)  # Holm, two tests with one p
+    [alike] = compare(files, monkeypatch, capsys, "--compare", "ithn:base", "--margin", "0.5")
+    assert alike[-1].startswith("no difference of that size")
+    (files / "kept/ithn_2.json").unlink()
+    [opened] = compare(files, monkeypatch, capsys, "--compare", "ithn:base")
+    assert opened[1] == "1 of 2" and opened[-1].startswith("open: 1 of 2 seeds")
+    with pytest.raises(InputError, match="--compare ithn:mochi: must be two of base, ithn"):
+        compare(files, monkeypatch, capsys, "--compare", "ithn:mochi")
+
+
+def test_the_interval_over_seeds_agrees_with_its_test():
+    from modules.evaluation.bootstrap import compare as paired
+
+    rng = np.random.default_rng(1)
+    sides = [
+        [ReportStatistics({"score": (rng.normal(mean + rng.normal(0, 0.05), 1, 200))[:, None]}, "", "") for _ in "abc"]
+        for mean in (0.2, 0.0)
+    ]
+    found = paired(*sides, resamples=400)["score"]
+    low, high = found.over_seeds(1 - found.p_seeds)  # the limit lies at 0 exactly there
+    assert min(abs(low), abs(high)) == pytest.approx(0, abs=1e-6) and low < found.difference < high
+    narrow, wide = found.over_seeds(0.5), found.over_seeds(0.99)
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
