@@ -104,6 +104,25 @@ class Settings(BackboneSettings):
         "pretrained weights lack: new cross-attention, and the embeddings of a vocabulary of words",
         train_only=True,
     )
+    lora_rank: int = setting(
+        0,
+        "encoder-decoder",
+        "rank of low-rank adapters (LoRA) on the decoder, which is frozen as by --freeze_decoder; 0: none",
+        low=0,
+        high=4096,
+        shapes=True,
+    )
+    lora_targets: str = setting(
+        "",
+        "encoder-decoder",
+        "the decoder's layers that get adapters: ends of their names between commas (q_proj,v_proj), or all-linear; "
+        "default: its queries and values",
+        shapes=True,
+    )
+    lora_alpha: int = setting(16, "encoder-decoder", "adapters are multiplied by this / --lora_rank", low=1)
+    lora_dropout: float = setting(
+        0.0, "encoder-decoder", "dropout of what the adapters read", low=0.0, high=0.999, train_only=True
+    )
 
 
 class EncoderDecoder(Backbone):
@@ -144,7 +163,11 @@ class EncoderDecoder(Backbone):
         self.projection: nn.Module = nn.Linear(self.image_dim, self.report_dim)
         if self.decoder.language.prefix:
             self.projection = nn.Sequential(self.projection, nn.LayerNorm(self.report_dim))
-        if settings.freeze_decoder:
+        if settings.lora_rank:
+            self.decoder.adapt(
+                settings.lora_targets, rank=settings.lora_rank, alpha=settings.lora_alpha, dropout=settings.lora_dropout
+            )
+        elif settings.freeze_decoder:
             self.decoder.freeze()
 
     def forward(self, images, tokens, *, view_mask=None, labels=None, features=None, supervised_rows=None) -> Output:

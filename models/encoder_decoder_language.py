@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.layers.hub_encoders import LOCAL, architecture, require_moderate
+from modules.layers.low_rank import ADAPTER, add_adapters, named_layers
 from modules.layers.transformer import sinusoids
 from modules.runtime.input_files import require_regular_folder
 
@@ -28,12 +29,18 @@ class Language(NamedTuple):
     positions: str = ""  # the table of position embeddings in the body, where it has one
     options: dict[str, Any] = {}
     fresh: tuple[str, ...] = ()  # parts that pretrained weights may lack
+    adapted: tuple[str, ...] = ("q_proj", "v_proj")  # its layers of queries and values
 
 
 _CROSS = {"add_cross_attention": True}
 LANGUAGES = {
     "gpt2": Language(
-        "GPT2LMHeadModel", "transformer", positions="wpe", options=_CROSS, fresh=("crossattention", "ln_cross_attn")
+        "GPT2LMHeadModel",
+        "transformer",
+        positions="wpe",
+        options=_CROSS,
+        fresh=("crossattention", "ln_cross_attn"),
+        adapted=("c_attn",),
     ),
     "bert": Language(
         "BertLMHeadModel",
@@ -42,11 +49,12 @@ LANGUAGES = {
         positions="embeddings.position_embeddings",
         options=_CROSS | {"is_decoder": True},
         fresh=("crossattention",),
+        adapted=("query", "value"),
     ),
     "bart": Language(
         "BartForConditionalGeneration", "model.decoder", positions="embed_positions", encoder="model.encoder"
     ),
-    "t5": Language("T5ForConditionalGeneration", "decoder", encoder="encoder"),
+    "t5": Language("T5ForConditionalGeneration", "decoder", encoder="encoder", adapted=("q", "v")),
     "llama": Language("LlamaForCausalLM", "model", prefix=True),
     "mistral": Language("MistralForCausalLM", "model", prefix=True),
     "qwen2": Language("Qwen2ForCausalLM", "model", prefix=True),
@@ -125,13 +133,25 @@ class LanguageDecoder(nn.Module):
         """The network up to its last hidden states."""
         return self.model.get_submodule(self.language.body)
 
+    def adapt(self, targets: str, *, rank: int, alpha: int, dropout: float) -> None:
+        """Freeze, but for adapters (modules/layers/low_rank.py) of the layers ``targets``, names between commas.
+
+        Empty: queries and values. ValueError where it has no such layers.
+        """
+        names = targets.split(",") if targets else self.language.adapted
+        layers = named_layers(self.model, names, without=self.language.fresh)
+        add_adapters(self.model, layers, rank=rank, alpha=alpha, dropout=dropout)
+        self.freeze()
+
     def freeze(self) -> None:
-        """Train only the parts that pretrained weights lack: new cross-attention, embeddings of another vocabulary."""
+        """Train only the parts that pretrained weights lack: new cross-attention, embeddings of another vocabulary, and
+        adapters.
+        """
         drawn = [self.body.get_input_embeddings().weight, *self.model.get_submodule(self.language.head).parameters()]
         drawn = drawn if self.resized else []
         for name, parameter in self.named_parameters():
-            new = any(part in name for part in self.language.fresh) or any(parameter is own for own in drawn)
-            parameter.requires_grad_(new)
+            new = any(part in name for part in (*self.language.fresh, ADAPTER))
+            parameter.requires_grad_(new or any(parameter is own for own in drawn))
 
     def embedding_name(self) -> str:
         """State-dict entry, in this module, of the token embeddings."""

@@ -63,8 +63,10 @@ class NetworkSettings:
         "",
         "backbone",
         "train only a part of the visual extractor: last:N, its last N stages (blocks of a transformer) and what "
-        "follows them; norm, its normalisation layers; bias, its biases; default: all of it",
+        "follows them; norm, its normalisation layers; bias, its biases; lora:RANK, low-rank adapters on the attention "
+        "of a transformer; default: all of it",
         train_only=True,
+        exported=True,
     )
     feature_cache: str = setting(
         "",
@@ -247,8 +249,8 @@ def _check_together(config: Config) -> None:
 
 
 def _check_network(config: Config) -> None:
-    if config.unfreeze and not re.fullmatch(r"last:[1-9]\d{0,3}|norm|bias", config.unfreeze):
-        raise InputError(f"--unfreeze {config.unfreeze}: must be last:N (as last:1), norm or bias")
+    if config.unfreeze and not re.fullmatch(r"(last|lora):[1-9]\d{0,3}|norm|bias", config.unfreeze):
+        raise InputError(f"--unfreeze {config.unfreeze}: must be last:N (as last:1), lora:RANK, norm or bias")
     if config.unfreeze and config.freeze_visual_extractor:
         raise InputError(f"--unfreeze {config.unfreeze}: --freeze_visual_extractor true trains no part; leave one out")
     if config.d_model % config.num_heads:

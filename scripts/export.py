@@ -8,6 +8,9 @@ The folder has model.safetensors, config.json, vocabulary.json and README.md (th
 and baselines of the results.json next to the checkpoint); every --load takes it. It holds no paths, ids or reports, but
 weights and vocabulary come from patients' reports: ask your data use agreement before you share them.
 
+Low-rank adapters (--lora_rank, --unfreeze lora:RANK) stay apart from the layers that they belong to, and those of a
+decoder are also written as peft reads them, into adapter/; with --lora merged they become part of the weights.
+
 --program writes encoder.pt2 and step.pt2 instead, programs of torch.export that need none of this project's code, and
 compares them with the model at once (docs/SHARING.md).
 """
@@ -16,7 +19,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,6 +31,7 @@ from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.input_files import read_json
 
 if TYPE_CHECKING:
+    from modules.config import Config
     from modules.inference.model_card import CardFacts
 
 
@@ -44,6 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=1e-4,
         metavar="FLOAT",
         help="with --program: by how much a log-probability may differ (default %(default)s)",
+    )
+    parser.add_argument(
+        "--lora",
+        choices=("separate", "merged"),
+        default="separate",
+        help="what becomes of low-rank adapters: see above (default %(default)s)",
     )
     parser.add_argument(
         "--licence",
@@ -78,8 +88,16 @@ def _tolerance(text: str) -> float:
 
 def to_folder(source: Path, out: Path, given: argparse.Namespace) -> None:
     """Checkpoint -> folder, read back and compared with the checkpoint. InputError where they differ."""
-    from modules.inference.hub_format import hub_tensors, read_hub_folder, same_weights, write_hub_folder
+    from modules.inference.hub_format import (
+        ADAPTERS,
+        hub_tensors,
+        read_hub_folder,
+        same_weights,
+        write_adapters,
+        write_hub_folder,
+    )
     from modules.inference.model_card import model_card
+    from modules.layers.low_rank import adapter_files
     from modules.run.resuming import own_settings
     from modules.training.checkpoint import FORMAT, load_checkpoint
 
@@ -90,17 +108,29 @@ def to_folder(source: Path, out: Path, given: argparse.Namespace) -> None:
         )
     own_settings(content, str(source))
     results = results_of(content, source.parent)
-    write_hub_folder(out, content, model_card(content, results, facts_of(content, results, given)), EXPORTED)
+    card = model_card(content, results, facts_of(content, results, given))
+    backbone = built(content, source)[1] if has_adapters(content) else None
+    if given.lora == "merged":
+        content = merged(content, backbone, source)
+    write_hub_folder(out, content, card, EXPORTED)
+    if given.lora == "separate" and content["config"].get("lora_rank"):
+        write_adapters(out / ADAPTERS, *adapter_files(backbone.decoder.model))
     if not same_weights(hub_tensors(read_hub_folder(out, EXPORTED)), hub_tensors(content)):
         raise InputError(f"{out}: the weights do not read back as they were written; is the disk whole?")
 
 
-def to_checkpoint(source: Path, out: Path) -> None:
-    """Folder -> checkpoint; InputError where its weights do not fit its settings."""
-    import dataclasses
+def has_adapters(content: dict) -> bool:
+    """Whether a checkpoint's model has low-rank adapters."""
+    config = content["config"]
+    return bool(config.get("lora_rank")) or config.get("unfreeze", "").startswith("lora:")
 
+
+def built(content: dict, path: Path) -> tuple["Config", Any]:
+    """Settings and backbone, with its weights, of what a checkpoint or a folder holds.
+
+    InputError where its weights do not fit its settings.
+    """
     from modules.flags import resolve_config
-    from modules.inference.hub_format import read_hub_folder
     from modules.ithn.objective import Objective
     from modules.run.build import (
         StoredWeights,
@@ -111,17 +141,44 @@ def to_checkpoint(source: Path, out: Path) -> None:
         require_fitting,
     )
     from modules.run.vocabulary import tokenizer_from_state
+
+    tokenizer = tokenizer_from_state(content["vocabulary"])
+    config = resolve_config({"device": "cpu"}, content["config"])
+    device = prepare_device(config)
+    require_fitting(config, tokenizer, StoredWeights(content["state_dict"], str(path)))
+    extractor = build_extractor(config, device, pretrained=False)
+    backbone = build_backbone(config, extractor, tokenizer, pretrained=False)
+    load_weights(Objective(backbone), content["state_dict"], str(path))
+    return config, backbone
+
+
+def merged(content: dict, backbone: Any, path: Path) -> dict:
+    """A checkpoint's ``content`` with the adapters of its ``backbone`` added to the weights, and none left.
+
+    InputError where it has none.
+    """
+    from modules.ithn.weights import HEADS
+    from modules.layers.low_rank import merge_adapters
+
+    if backbone is None:
+        raise InputError(f"--lora merged: {path} has no low-rank adapters; leave it out")
+    merge_adapters(backbone)
+    heads = {name: value for name, value in content["state_dict"].items() if name.startswith(HEADS)}
+    none = {"lora_rank": 0, "lora_targets": "", "unfreeze": ""}
+    return content | {"state_dict": heads | backbone.state_dict(), "config": content["config"] | none}
+
+
+def to_checkpoint(source: Path, out: Path) -> None:
+    """Folder -> checkpoint; InputError where its weights do not fit its settings."""
+    import dataclasses
+
+    from modules.inference.hub_format import read_hub_folder
+    from modules.run.vocabulary import tokenizer_from_state
     from modules.training.checkpoint import FORMAT
     from scripts.convert_checkpoint import write
 
     shared = read_hub_folder(source, EXPORTED)
-    tokenizer = tokenizer_from_state(shared["vocabulary"])
-    config = resolve_config({}, shared["config"])
-    device = prepare_device(config)
-    require_fitting(config, tokenizer, StoredWeights(shared["state_dict"], str(source)))
-    extractor = build_extractor(config, device, pretrained=False)
-    backbone = build_backbone(config, extractor, tokenizer, pretrained=False)
-    load_weights(Objective(backbone), shared["state_dict"], str(source))
+    config, _ = built(shared, source)
     write(
         out,
         {
@@ -129,24 +186,27 @@ def to_checkpoint(source: Path, out: Path) -> None:
             "format": FORMAT,
             "config": dataclasses.asdict(config),
             "history": [],
-            "vocabulary_sha256": tokenizer.sha256,
+            "vocabulary_sha256": tokenizer_from_state(shared["vocabulary"]).sha256,
         },
     )
 
 
-def to_programs(source: Path, folder: Path, tolerance: float) -> None:
-    """Checkpoint -> programs of torch.export, read back and compared with the model.
+def to_programs(source: Path, folder: Path, tolerance: float, lora: str) -> None:
+    """Checkpoint -> programs of torch.export, read back and compared with the model; ``lora`` merged or separate.
 
     InputError where they differ by more than ``tolerance``.
     """
     import torch
 
     from modules.inference.torch_export import export_programs, largest_difference, write_programs
+    from modules.layers.low_rank import merge_adapters
     from modules.run.predictor import load_predictor
 
     predictor = load_predictor(str(source), {"device": "cpu", "precision": "float32", "guidance": 0.0})
     if predictor.backbone.study_context is not None:
         raise InputError(f"--program: {source} reads --context, for which programs have no input; use --out")
+    if lora == "merged":
+        merge_adapters(predictor.backbone)
     tokenizer, length = predictor.tokenizer, predictor.decoding.max_seq_length
     sizes = {"num_views": predictor.num_views, "length": length, "num_ids": tokenizer.num_ids}
     model = (predictor.backbone, predictor.transform)
@@ -215,7 +275,7 @@ def main() -> None:
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{flag} {out}: is there already; name a new one")
     if arguments.program:
-        to_programs(arguments.source, out, arguments.tolerance)
+        to_programs(arguments.source, out, arguments.tolerance, arguments.lora)
     elif arguments.source.is_dir():
         to_checkpoint(arguments.source, out)
     else:

@@ -19,6 +19,7 @@ from modules.runtime.records import private_folder, write_private
 from modules.training.checkpoint import require_mean_patches
 
 WEIGHTS, VOCABULARY, CARD = "model.safetensors", "vocabulary.json", "README.md"
+ADAPTERS = "adapter"  # folder of low-rank adapters for peft; this project reads them in WEIGHTS
 FORMAT = "ithn-shared-1"
 MEAN = "mean_patches"  # mean training image of models that decode with guidance
 _OURS_ALONE = ("label_head.",)  # XProNet's labels predicted from the image
@@ -76,6 +77,15 @@ def write_hub_folder(folder: Path, content: Mapping[str, Any], card: str, names:
     write_private(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
     write_private(folder / VOCABULARY, json.dumps(content["vocabulary"], ensure_ascii=False) + "\n")
     write_private(folder / CARD, card)
+
+
+def write_adapters(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write low-rank adapters, their ``weights`` of any shape and their ``config``, as peft reads them."""
+    from safetensors.torch import save
+
+    private_folder(folder)
+    write_private(folder / "adapter_model.safetensors", save(dict(weights), {"format": "pt"}))
+    write_private(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def read_hub_folder(folder: Path, names: Collection[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Training a part of a visual extractor: its last stages, its normalisation layers or its biases.
+"""Training a part of a visual extractor: its last stages, its normalisation layers, its biases, or adapters.
 
 What is frozen has neither gradients nor new statistics: it computes as in evaluation. What lies below the last stages
 can be computed once for each image (``Trunk``).
@@ -13,18 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from modules.layers.low_rank import ADAPTER, add_adapters, attention_layers
 from modules.layers.visual_extractor_weights import HEADS
 
+LORA = "lora:"  # and a rank
 DOMINANT = 0.8  # share of the parameters from which on a module is what its own children are stages of
 
 
-def freeze_all_but(model: nn.Module, part: str, name: str) -> list[nn.Module]:
-    """Freeze ``model`` except ``part`` (last:N, norm, bias); returns the modules that stay in evaluation mode.
+def freeze_all_but(model: nn.Module, part: str, name: str, run: Callable[[], Any]) -> list[nn.Module]:
+    """Freeze ``model`` except ``part`` (last:N, lora:RANK, norm, bias); returns what stays in evaluation mode.
 
-    ValueError, with the extractor's ``name``, for more stages than it has, or a part without parameters.
+    ``run`` runs it once. ValueError, with the extractor's ``name``, for more stages than it has, or a part without
+    parameters.
     """
+    if part.startswith(LORA):
+        _add_adapters(model, int(part[len(LORA) :]), name, run)
     learning = {key for key, value in model.named_parameters() if value.requires_grad}
-    chosen = learning & (_last(model, int(part[5:]), name) if part.startswith("last:") else _KINDS[part](model))
+    kind, _, number = part.partition(":")
+    chosen = learning & (_last(model, int(number), name) if kind == "last" else _KINDS[kind](model))
     if not chosen:
         raise ValueError(f"unfreeze {part}: visual_extractor {name} has no such parameters")
     for key, value in model.named_parameters():
@@ -80,7 +86,18 @@ def _biases(model: nn.Module) -> set[str]:
     return {key for key, _ in model.named_parameters() if key.rpartition(".")[2] == "bias"}
 
 
-_KINDS = {"norm": _norms, "bias": _biases}
+def _add_adapters(model: nn.Module, rank: int, name: str, run: Callable[[], Any]) -> None:
+    layers = attention_layers(model, run)
+    if not layers:
+        raise ValueError(f"unfreeze {LORA}{rank}: visual_extractor {name} has no attention; give last:N, norm or bias")
+    add_adapters(model, layers, rank=rank, alpha=rank)
+
+
+def _adapters(model: nn.Module) -> set[str]:
+    return {key for key, _ in model.named_parameters() if ADAPTER in key}
+
+
+_KINDS = {"norm": _norms, "bias": _biases, "lora": _adapters}
 
 
 class _Reached(Exception):

@@ -92,7 +92,9 @@ class VisualExtractor(nn.Module):
             self.model.to(memory_format=torch.channels_last)
         self.name, self.image_size = name, image_size
         self.trunk: Trunk | None = None
-        self.resting: list[nn.Module] = freeze_all_but(self.model, unfreeze, name) if unfreeze else []
+        self.resting: list[nn.Module] = []
+        if unfreeze:
+            self.resting = freeze_all_but(self.model, unfreeze, name, lambda: self._measure(image_size))
         if frozen:
             self.requires_grad_(False)
             self.eval()

@@ -234,6 +234,8 @@ def _decoder_options(config: Config, tokenizer: AnyTokenizer, pretrained: bool) 
     folder = find_gpt2(config.decoder, "--decoder") if pretrained and config.decoder else None
     if folder is not None and not own:
         logger.warning("--decoder with a word vocabulary: its token embeddings do not fit and start at random")
+    if pretrained and folder is None and (config.freeze_decoder or config.lora_rank):
+        logger.warning("without --decoder, what is frozen of the decoder stays as it was drawn at random")
     return {"begin_id": begin, "end_id": end, "keeps_vocabulary": own, "folder": folder}
 
 

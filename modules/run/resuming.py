@@ -46,6 +46,9 @@ KEPT = (
     "contrastive_features",
     "unfreeze",
     "freeze_decoder",
+    "lora_rank",
+    "lora_targets",
+    "lora_alpha",
 )
 # Flags that decide which samples remain in a partly trained epoch.
 KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing")
@@ -132,6 +135,8 @@ def require_same_network(given: Mapping[str, Any], saved: Mapping[str, Any], pat
         *([] if saved.get("detection_features") else ["visual_extractor"]),
         *(item.name for item in sizes if item.metadata.get("shapes")),
     ]
+    if any(str(part.get("unfreeze", "")).startswith("lora:") for part in (given, saved)):  # more weights
+        named.append("unfreeze")
     for name in named:
         if name in given and given[name] != saved.get(name, given[name]):
             held = {key: saved.get(key) for key in ("model_name", "d_model", name)}

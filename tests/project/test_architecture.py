@@ -42,7 +42,7 @@ SETTINGS_FILES = (
     "modules.evaluation.metric_table",
 )
 # Of layers, which hold networks of these libraries, and decoding, which is torch and nothing else.
-PURE_ROOMS = {"layers": {"torch", "torchvision", "timm", "transformers", "safetensors"}, "decoding": {"torch"}}
+PURE_ROOMS = {"layers": {"torch", "torchvision", "timm", "transformers", "peft", "safetensors"}, "decoding": {"torch"}}
 HANDED_IN = {
     "modules.training.trainer": ("modules.ithn", "modules.data.datasets", "modules.evaluation.metrics"),
     "modules.evaluation.tester": ("modules.ithn", "modules.data.datasets", "modules.evaluation.metrics"),

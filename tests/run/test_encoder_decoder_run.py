@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from modules.config import EXPORTED
 from modules.flags import parse_flags
@@ -15,7 +16,9 @@ from modules.run.testing import run_testing
 from modules.run.training import run_training
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
+from scripts import export
 from tests.gpt2_support import save_bpe, save_gpt2
+from tests.layers.test_hub_encoders import save
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def gpt2(tmp_path):
 def llama(tmp_path):
     """Folder of a Llama of the smallest size whose tokenizer has <s> and </s>."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *"the heart lungs are is normal clear no . effusion pleural".split()]
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
@@ -67,11 +70,60 @@ def test_a_prefix_decoder_with_two_views_and_guidance(train, llama):
     folder = train(*flags_of(llama), "--guidance", 0.5, "--freeze_decoder", "true")
     content = load_checkpoint(folder / "model_best.pth")
     assert content["vocabulary"]["special"] == ["<s>", "</s>", "<pad>"]
-    from transformers import LlamaForCausalLM
-
     first = LlamaForCausalLM.from_pretrained(llama).state_dict()
     for name, value in first.items():
         assert torch.equal(content["state_dict"][f"decoder.model.{name}"], value), name
+
+
+@pytest.fixture
+def adapted(train, llama, demo_index, tmp_path):
+    """Results folder of a run with ITHN and adapters on the decoder and on a ViT, whose folders are gone since."""
+    (tmp_path / "vit").mkdir()
+    save(tmp_path / "vit", "vit", image_size=32)
+    encoder = ["--visual_extractor", f"hf:{tmp_path / 'vit'}", "--unfreeze", "lora:2"]
+    decoder = ["--model_name", "hf", "--decoder", llama, "--lora_rank", 2]
+    folder = train(*encoder, *decoder, "--negative_index", demo_index, "--beam_size", 1)
+    content = load_checkpoint(folder / "model_best.pth")
+    for name, value in LlamaForCausalLM.from_pretrained(llama).state_dict().items():
+        kept = {key.replace(".base_layer", ""): key for key in content["state_dict"]}
+        assert torch.equal(content["state_dict"][kept[f"decoder.model.{name}"]], value), name
+    learnt = [name for name, value in content["state_dict"].items() if "lora_B" in name and value.any()]
+    assert {name.partition(".")[0] for name in learnt} == {"visual_extractor", "decoder"}
+    shutil.rmtree(llama)
+    shutil.rmtree(tmp_path / "vit")
+    return folder
+
+
+def test_adapters_are_resumed_tested_and_kept_apart_from_other_ranks(adapted):
+    run_testing(*parse_flags(["--load", str(adapted / "model_best.pth")], "main_test.py", ""))
+    argv = ["--save_dir", str(adapted), "--resume", "auto", "--epochs", "2"]
+    with pytest.raises(InputError, match="--lora_rank 4: the run of --resume .* began with 2"):
+        run_training(*parse_flags([*argv, "--lora_rank", "4"], "main_train.py", ""))
+    run_training(*parse_flags(argv, "main_train.py", ""))
+    assert load_checkpoint(adapted / "current_checkpoint.pth")["epoch"] == 2
+    other = ["--load", str(adapted / "model_best.pth"), "--save_dir", str(adapted.parent / "other")]
+    for flag, value in (("lora_rank", "4"), ("unfreeze", "last:1")):
+        with pytest.raises(InputError, match=f"--{flag} {value}: contradicts checkpoint"):
+            run_training(*parse_flags([*other, f"--{flag}", value], "main_train.py", ""))
+
+
+def test_adapters_are_exported_merged_or_separate(adapted, tmp_path):
+    images = torch.randint(0, 256, (3, 2, 3, 32, 32), dtype=torch.uint8)
+    found = {}
+    for how in ("separate", "merged"):
+        given = export.build_parser().parse_args([str(adapted), "--out", "x", "--lora", how])
+        export.to_folder(adapted / "model_best.pth", tmp_path / how, given)
+        predictor = load_predictor(str(tmp_path / how), {})
+        names = predictor.backbone.state_dict()
+        assert any("lora_" in name for name in names) == (how == "separate")
+        assert (tmp_path / how / "adapter").is_dir() == (how == "separate")
+        with torch.no_grad():
+            features = predictor.backbone.extract(predictor.transform.normalise(images))
+            found[how] = predictor.backbone(None, torch.tensor([[0, 4, 5]] * 3), features=features).log_probs
+    torch.testing.assert_close(found["merged"], found["separate"], rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="--lora merged: .* has no low-rank adapters"):
+        export.to_checkpoint(tmp_path / "merged", tmp_path / "merged.pth")
+        export.to_folder(tmp_path / "merged.pth", tmp_path / "again", given)
 
 
 def test_what_cannot_be_a_decoder_is_refused_in_a_line(tmp_path):

@@ -119,6 +119,20 @@ def test_every_backbone_with_every_strategy(demo, demo_index, tmp_path, backbone
     assert torch.equal(generate(fresh, config, batch), reports)
 
 
+@pytest.mark.parametrize("strategy", OF_FLAGS)
+def test_adapters_learn_with_every_strategy(demo, demo_index, strategy):
+    """Of the decoder only adapters and what pretrained weights lack; the rest of the network as always."""
+    chosen = ["--ithn", "off"] if strategy == "off" else ["--strategy", strategy]
+    _, _, objective, loader = build(demo, demo_index, "--model_name", "hf", "--lora_rank", "2", *chosen)
+    loader.set_epoch(2)
+    objective(next(iter(loader)).to("cpu"), 2)["loss"].backward()
+    decoder = dict(objective.backbone.decoder.named_parameters())
+    learning = {name for name, value in decoder.items() if value.grad is not None}
+    new = ("lora_", "crossattention", "ln_cross_attn", "wte.weight", "lm_head.weight")
+    assert learning == {name for name in decoder if any(part in name for part in new)}
+    assert all(value.grad is not None for name, value in objective.named_parameters() if "backbone.decoder" not in name)
+
+
 def test_a_backbone_of_ones_own_gets_labels(train, demo_index, demo_labels, monkeypatch):
     monkeypatch.setitem(MODELS, "labelled", "tests.bag_of_patches.LabelledPatches")
     folder = train("--model_name", "labelled", "--negative_index", demo_index, "--label_path", demo_labels)
