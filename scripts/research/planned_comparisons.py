@@ -7,6 +7,11 @@ Each pair is compared over all seeds that both have: the difference, its interva
 both other test images and other seeds, and Holm's correction over the pairs given. A pair is decided once all seeds of
 the table are there: a gain (or loss) where p after the correction is below 0.05 and the difference is at least the
 margin, no gain where the interval lies within the margin on both sides, else undecided.
+
+  python scripts/research/planned_comparisons.py experiments/evidence/flickr8k_tuning.json \\
+      --kept experiments/evidence/flickr8k_tuning --validation
+
+lists the score of every run on the validation split instead, by which settings are chosen.
 """
 
 import argparse
@@ -31,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("table", type=Path, metavar="TABLE", help="JSON file of rows, as for run_experiments.py")
     add("--kept", type=Path, required=True, metavar="DIR", help="folder of run_experiments.py --keep")
-    add("--compare", nargs="+", required=True, metavar="A:B", help="rows to compare, A minus B")
+    add("--compare", nargs="+", default=[], metavar="A:B", help="rows to compare, A minus B")
+    add("--validation", action="store_true", help="list the score on the validation split, after the last epoch")
     add("--score", default="CIDEr", help="default %(default)s")
     add("--margin", type=float, default=0.03, help="the smallest difference that matters; default %(default)s")
     add("--level", type=float, default=0.9, help="of the intervals; default %(default)s")
@@ -70,6 +76,20 @@ def kept_runs(table: Table, kept: Path) -> dict[str, dict[int, Path]]:
         row.name: {seed: path for seed in table.seeds if (path := kept / f"{row.name}_{seed}.json").is_file()}
         for row in table.rows
     }
+
+
+def validated(runs: Mapping[str, Mapping[int, Path]], score: str) -> list[str]:
+    """A Markdown table of the score of each run on the validation split."""
+    from scripts.experiments.kept import read_kept
+
+    lines = [f"| row | seed | {score}, validation |", "|---|---|---:|"]
+    for row, by_seed in runs.items():
+        for seed, path in by_seed.items():
+            last = read_kept(path)["history"][-1]
+            if (value := last.get(f"val_{score}")) is None:
+                raise InputError(f"{path}: no val_{score} after the last epoch")
+            lines.append(f"| {row} | {seed} | {value:.4f} |")
+    return lines
 
 
 def compared(pair: str, runs: Mapping[str, Mapping[int, Path]], planned: int, score: str, level: float) -> Comparison:
@@ -112,12 +132,18 @@ def table_of(comparisons: Sequence[Comparison], margin: float) -> list[str]:
 def main() -> None:
     """Read, compare, print."""
     arguments = build_parser().parse_args()
+    if not (arguments.compare or arguments.validation):
+        raise InputError("--compare A:B, or --validation: nothing is asked for")
     if not 0 < arguments.level < 1:
         raise InputError(f"--level {arguments.level}: must lie between 0 and 1")
     if not arguments.margin > 0:
         raise InputError(f"--margin {arguments.margin}: must be above 0")
     table = read_table(arguments.table)
     runs = kept_runs(table, arguments.kept)
+    if arguments.validation:
+        print("\n".join(validated(runs, arguments.score)))
+    if not arguments.compare:
+        return
     found = [compared(pair, runs, len(table.seeds), arguments.score, arguments.level) for pair in arguments.compare]
     print("\n".join(table_of(found, arguments.margin)))
 
