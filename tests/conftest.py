@@ -97,10 +97,16 @@ def trained(demo, tmp_path_factory):
 
 
 @pytest.fixture
-def train(demo, tmp_path):
-    """``train("--flag", value, ...)`` runs main_train.py's work on the tiny data set; returns the results folder."""
+def train(demo, tmp_path, monkeypatch):
+    """``train("--flag", value, ...)`` runs main_train.py's work on the tiny data set; returns the results folder.
+
+    Its curves are not drawn, a quarter of the time of so small a training; ``trained`` draws them.
+    """
     from modules.flags import parse_flags
+    from modules.run import training
     from modules.run.training import run_training
+
+    monkeypatch.setattr(training, "training_curves", lambda history: b"no curves")
 
     def run(*flags):
         argv = [
