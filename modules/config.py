@@ -283,6 +283,8 @@ def _check_inputs(config: Config) -> None:
         )
     if PRIOR_IMAGE in config.contexts and config.shards:
         raise InputError(f"--context {config.context}: --shards hold no images of the study before; give --image_dir")
+    if config.detection_features and config.jpeg_draft:
+        raise InputError("--jpeg_draft true: with --detection_features no image is read; leave one of them out")
     if config.detection_features and config.views == "separate":
         raise InputError("--views separate: --detection_features has one set of features per record; leave it out")
 

@@ -52,6 +52,7 @@ def main() -> None:
 
     folder = ImageFolder(arguments.image_dir)
     predictor = load_predictor(arguments.load, given_flags(arguments, RUNNING) | {"guidance": 0.0})
+    folder.draft = predictor.transform.draft
     samples = [(paths, study.report) for study in studies for paths in views_of(study.image_paths, predictor.num_views)]
     features = []
     for start in Bar(range(0, len(samples), arguments.batch_size), "features of the training images"):

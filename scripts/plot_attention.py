@@ -89,7 +89,7 @@ def main() -> int:
             f"--load {arguments.load}: its backbone does not say which of its modules attend to the image "
             "(cross_attention in models/base.py)"
         )
-    reader = StudyReader(studies, predictor.num_views, arguments.batch_size)
+    reader = StudyReader(studies, predictor.num_views, arguments.batch_size, predictor.transform.draft)
     page, names = [], set()
     for batch in Bar(reader, "reports"):
         written = predictor.write([images for _, images in batch], attention=True, layer=arguments.layer)

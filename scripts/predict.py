@@ -123,7 +123,7 @@ def main() -> int:
     predictor = load_predictor(arguments.load, given_flags(arguments, DECODING))
     if rexrank is not None:  # in the order in which a model with fewer views needs them
         studies = [StudyFiles(study.name, study.paths[: predictor.num_views]) for study in studies]
-    reader = StudyReader(studies, predictor.num_views, arguments.batch_size)
+    reader = StudyReader(studies, predictor.num_views, arguments.batch_size, predictor.transform.draft)
     rows, page = [], []
     for batch in Bar(reader, "reports"):
         written = predictor.write(

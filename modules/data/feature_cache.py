@@ -134,6 +134,8 @@ def _key(images: ImageFolder, paths: Sequence[str], extractor: nn.Module, transf
     digest = hashlib.sha256(repr(transform).encode())
     if kind != np.float32:
         digest.update(kind.name.encode())
+    if transform.jpeg_draft:
+        digest.update(b"JPEG drafts")
     for name, value in extractor.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

@@ -104,6 +104,8 @@ def _key(images: ImageFolder, paths: Sequence[str], transform: Transform) -> str
     """Hash of all that determines the resized pixels, or which images may be read, except the image files."""
     size = transform.size if transform.resize is None else f"shorter side {transform.resize}"
     settings = (FORMAT, PIL.__version__, size, images.root, images.max_pixels, images.follow_links)
+    if images.draft is not None:
+        settings += ("JPEG drafts",)
     digest = hashlib.sha256(repr(settings).encode())
     digest.update("\0".join(paths).encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]

@@ -5,6 +5,7 @@ import os
 import stat
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,6 +38,9 @@ _LOW_BYTES = {_GREY_ALPHA: "RGBA"} | {
 # What the first element of a file without the usual preamble may be: its group, and the type of its value.
 _FIRST_GROUPS = (0x0002, 0x0008, 0x0010, 0x0018, 0x0020, 0x0028)
 _FIRST_TYPES = (b"UL", b"OB", b"UI", b"SH", b"CS", b"DA", b"TM", b"LO", b"DT", b"PN", b"IS", b"DS", b"US")
+# Width and height that an image is resized to, by its own. A JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size
+# where that is not smaller: faster, with slightly other values.
+Draft = Callable[[int, int], tuple[int, int]]
 # max_pixels decides; Pillow's own warning would only repeat the error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -45,15 +49,23 @@ class ImageFolder:
     """Opens the images below ``image_dir`` by their relative path, as 8-bit greyscale ("L") or RGB.
 
     ``image_dir`` may be a link; a link below it that leads out is refused unless ``follow_links``. A data
-    set takes any callable path -> PIL image in its place, such as a cache of resized images.
+    set takes any callable path -> PIL image in its place, such as a cache of resized images. With ``draft`` JPEG files
+    are decoded at the smallest scale that it allows.
     """
 
-    def __init__(self, image_dir: str | Path, max_pixels: int = MAX_PIXELS, follow_links: bool = False):
+    def __init__(
+        self,
+        image_dir: str | Path,
+        max_pixels: int = MAX_PIXELS,
+        follow_links: bool = False,
+        draft: Draft | None = None,
+    ):
         if not os.path.isdir(image_dir):
             raise InputError(f"image_dir {str(image_dir)!r} is not a folder")
         self.root = os.path.realpath(image_dir)
         self.max_pixels = max_pixels
         self.follow_links = follow_links
+        self.draft = draft
 
     def locate(self, path: str) -> str:
         """Absolute path of a non-empty regular file in the folder; ImageError for anything else."""
@@ -71,7 +83,7 @@ class ImageFolder:
         return full
 
     def __call__(self, path: str) -> Image.Image:
-        return open_image(self.locate(path), self.max_pixels)
+        return open_image(self.locate(path), self.max_pixels, self.draft)
 
 
 def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -79,9 +91,10 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return open_image(path, max_pixels).convert("RGB")
 
 
-def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, draft: Draft | None = None) -> Image.Image:
     """As ``load_image``, but one channel stays one ("L"): resizing it costs a third and gives the same values.
 
+    With ``draft`` a JPEG file is decoded at the smallest scale not below the size that it gives, and resized to that.
     ImageError for anything but a regular file of 1 to MAX_BYTES bytes, before it is read.
     """
     try:
@@ -90,10 +103,10 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise _cannot_open(path, error) from error
     with file:
         _check_file(path, os.fstat(file.fileno()))
-        return decode_image(file, str(path), max_pixels)
+        return decode_image(file, str(path), max_pixels, draft)
 
 
-def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS, draft: Draft | None = None) -> Image.Image:
     """As ``open_image``, from an open file that errors call ``name``; ImageError where it cannot be decoded."""
     try:
         beginning = file.read(132)
@@ -103,7 +116,7 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Ima
 
             image = load_dicom(file, name, max_pixels)
         else:
-            image = _decode_picture(file, name, max_pixels)
+            image = _decode_picture(file, name, max_pixels, draft)
         _check_shape(name, image.size, max_pixels)
         return image
     except (ImageError, MemoryError):
@@ -137,7 +150,7 @@ def _cannot_open(path: str | Path, error: OSError) -> ImageError:
     return ImageError(f"image {str(path)!r}: {error.strerror}{hint}", kind)
 
 
-def _decode_picture(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+def _decode_picture(file: BinaryIO, name: str, max_pixels: int, draft: Draft | None) -> Image.Image:
     """An image of FORMATS, upright, as "L" or "RGB"."""
     with Image.open(file, formats=FORMATS) as image:
         _check_shape(name, image.size, max_pixels)
@@ -146,9 +159,17 @@ def _decode_picture(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         if image.format == "JPEG2000":
             file.seek(0)
             read_jpeg2000(file)
+        whole, wanted = image.size, draft and draft(*image.size)
+        if wanted is not None:
+            image.draft(None, wanted)
         tiles = list(image.tile)
         image.load()
         image = _full_contrast(image, tiles, file)
+        if wanted is not None and image.size != whole:
+            exif, scale = image.getexif(), round(whole[0] / image.width)
+            # The last row and column may stand for fewer than ``scale`` of the file's.
+            image = image.resize(wanted, Image.Resampling.BILINEAR, box=(0, 0, whole[0] / scale, whole[1] / scale))
+            image.info["exif"] = exif.tobytes()
         ImageOps.exif_transpose(image, in_place=True)
         return _eight_bits(image)
 

@@ -117,6 +117,13 @@ class DataSettings:
     flip: bool = setting(
         True, "data", "random horizontal flip in training, as in R2GenCMN; mirrors left and right", train_only=True
     )
+    jpeg_draft: bool = setting(
+        False,
+        "data",
+        "decode JPEG files at the smallest of 1/2, 1/4 and 1/8 of their size that is not below the resized image's: "
+        "faster, with slightly other pixels; kept in the checkpoint",
+        exported=True,
+    )
     image_cache: str = setting(
         "",
         "data",

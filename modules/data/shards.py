@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from modules.data.annotations import Study
-from modules.data.images import MAX_BYTES, MAX_PIXELS, ImageFolder, decode_image, open_image
+from modules.data.images import MAX_BYTES, MAX_PIXELS, Draft, ImageFolder, decode_image, open_image
 from modules.data.sample_order import LANES, ORDER, keyed_generator
 from modules.data.transforms import size_by_shorter_side
 from modules.runtime.archive_files import tar_members
@@ -173,6 +173,7 @@ class ShardImages:
     shards: tuple[Shard, ...]
     paths: Sequence[Sequence[str]]  # of each row's own images
     max_pixels: int = MAX_PIXELS
+    draft: Draft | None = None  # as in ImageFolder
     keep: int = 2 * LANES  # where a lane passes from one shard to the next, it reads both
     _shard_of: dict[int, int] = field(init=False, repr=False)
     _row_of: dict[str, int] = field(init=False, repr=False)
@@ -205,7 +206,7 @@ class ShardImages:
                     f"image {path!r}: not with its record in {self.root}; make the shards again, with "
                     "this --negative_index"
                 )
-            return decode_image(io.BytesIO(content), path, self.max_pixels)
+            return decode_image(io.BytesIO(content), path, self.max_pixels, self.draft)
 
         return read
 

@@ -5,13 +5,14 @@ All of it is here, for training, evaluation, the caches and prediction alike. Sh
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from modules.data.images import Draft
 from modules.runtime.errors import InputError
 
 # R2GenCMN resizes to 256 and crops 224; other image sizes keep that proportion.
@@ -31,10 +32,16 @@ class Transform:
     flip: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    jpeg_draft: bool = field(default=False, repr=False)  # keys of feature caches that were made before have the repr
 
     def __call__(self, image: Image.Image, rng: torch.Generator | None = None) -> Tensor:
         """(3, size, size) float32; ``rng`` decides crop and flip, evaluation needs none."""
         return self.normalise(self.pixels(image, rng))
+
+    @property
+    def draft(self) -> Draft | None:
+        """At what size ImageFolder need not look more closely; None: JPEG files are decoded in full."""
+        return self.resized_size if self.jpeg_draft else None
 
     def blank(self, num_views: int) -> Tensor:
         """(N, 3, size, size) uint8 of zeros, for a sample's views."""
@@ -88,7 +95,13 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def train_transform(
-    size: int, mean: Sequence[float], std: Sequence[float], *, resize: int | None = None, flip: bool = True
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    resize: int | None = None,
+    flip: bool = True,
+    jpeg_draft: bool = False,
 ) -> Transform:
     """Shorter side to ``resize`` (by default size * 256 / 224), random crop, with ``flip`` mirrored half of the times.
 
@@ -97,12 +110,12 @@ def train_transform(
     resize = round(size * RESIZE_PER_CROP) if resize is None else resize
     if size > resize:
         raise InputError(f"image size {size} is larger than the resized image, {resize}; crop at most {resize}")
-    return Transform(size, resize, flip, tuple(map(float, mean)), tuple(map(float, std)))
+    return Transform(size, resize, flip, tuple(map(float, mean)), tuple(map(float, std)), jpeg_draft)
 
 
-def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
+def eval_transform(size: int, mean: Sequence[float], std: Sequence[float], *, jpeg_draft: bool = False) -> Transform:
     """Resize to exactly ``size`` x ``size``, whatever the aspect ratio; called as t(image)."""
-    return Transform(size, None, False, tuple(map(float, mean)), tuple(map(float, std)))
+    return Transform(size, None, False, tuple(map(float, mean)), tuple(map(float, std)), jpeg_draft)
 
 
 def size_by_shorter_side(width: int, height: int, shorter: int) -> tuple[int, int]:

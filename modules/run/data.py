@@ -1,6 +1,7 @@
 """A run's data: the annotation and what is derived from it, where images come from, data sets and loaders."""
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,6 @@ if TYPE_CHECKING:  # what only some runs need is imported where it is used
     from modules.data.detection_features import DetectionFeatures
     from modules.data.feature_cache import FeatureCache
     from modules.data.image_cache import ImageCache
-    from modules.data.shards import ShardImages
     from modules.data.study_context import ContextReader
     from modules.labels.study_labels import LabelTable
     from modules.layers.visual_extractor import VisualExtractor
@@ -219,27 +219,27 @@ def check_images(config: Config, data: Data, splits: Iterable[str]) -> None:
             raise InputError(problem)
 
 
-def _stored_images(config: Config, data: Data, split: str, *, negatives: bool) -> Any:
-    """What knows where the images of a split lie: stored features, shards, or the image folder."""
+def _stored_images(config: Config, data: Data, split: str, transform: Any = None, *, negatives: bool) -> Any:
+    """What reads the images of a split, for ``transform``: stored features, shards, or the image folder."""
     if data.features is not None:
         return data.features
     if config.shards:
-        return shard_source(config, data, split, negatives=negatives)
-    return image_folder(config)
+        return shard_source(config, data, split, transform, negatives=negatives)
+    return image_folder(config, transform)
 
 
 def image_transform(config: Config, extractor: "VisualExtractor", *, augment: bool = False) -> Transform:
     """From an image to the input of ``extractor``; ``augment`` adds training's random crop and flip."""
-    look = {"size": config.image_size, "mean": extractor.mean, "std": extractor.std}
+    look = {"size": config.image_size, "mean": extractor.mean, "std": extractor.std, "jpeg_draft": config.jpeg_draft}
     return train_transform(**look, flip=config.flip) if augment else eval_transform(**look)
 
 
-def image_folder(config: Config) -> ImageFolder:
-    """Where the annotation's image paths start."""
-    return ImageFolder(config.image_dir, follow_links=config.follow_links)
+def image_folder(config: Config, transform: Transform | None = None) -> ImageFolder:
+    """Where the annotation's image paths start, read for ``transform`` where that takes drafts of JPEG files."""
+    return ImageFolder(config.image_dir, follow_links=config.follow_links, draft=transform and transform.draft)
 
 
-def shard_source(config: Config, data: Data, split: str, *, negatives: bool) -> "ShardImages":
+def shard_source(config: Config, data: Data, split: str, transform: Transform | None, *, negatives: bool) -> Any:
     """The images of a split in --shards; with ``negatives`` those of the hard negatives must be there too.
 
     InputError for data whose records make several samples.
@@ -263,9 +263,9 @@ def shard_source(config: Config, data: Data, split: str, *, negatives: bool) -> 
         if data.index is not None:
             wanted = neighbours_sha256(data.index.neighbours, manifest.num_neighbours)
     manifest.check(config.shards, data.annotation.sha256, wanted, _drawn_neighbours(config, data))
-    studies = data.annotation.splits[split]
-    shards = manifest.shards_of(config.shards, split, len(studies))
-    return ShardImages(config.shards, shards, [study.image_paths for study in studies])
+    paths = [study.image_paths for study in data.annotation.splits[split]]
+    shards = manifest.shards_of(config.shards, split, len(paths))
+    return ShardImages(config.shards, shards, paths, draft=transform and transform.draft)
 
 
 def _drawn_neighbours(config: Config, data: Data) -> int:
@@ -277,7 +277,7 @@ def image_source(
     config: Config, studies: Iterable[Study], transform: Transform, *, negatives: bool
 ) -> "ImageFolder | ImageCache":
     """The images of ``studies``, and with ``negatives`` of the annotation's own hard negatives."""
-    images = image_folder(config)
+    images = image_folder(config, transform)
     if not config.image_cache:
         return images
     from modules.data.image_cache import build_image_cache
@@ -334,13 +334,13 @@ def cache_features(config: Config, data: Data, extractor: "VisualExtractor", dev
         frozen = extractor.cut() if config.unfreeze else extractor
     except ValueError as error:
         raise InputError(f"--unfreeze {config.unfreeze}: {error}") from error
-    studies = (study for split in data.annotation.splits.values() for study in split)
+    studies, transform = itertools.chain(*data.annotation.splits.values()), image_transform(config, extractor)
     data.features = build_feature_cache(
         private_folder(config.feature_cache),
-        image_folder(config),
+        image_folder(config, transform),
         _paths(config, studies, negatives=True),
         extractor=frozen,
-        transform=image_transform(config, extractor),
+        transform=transform,
         device=device,
         batch_size=config.batch_size,
         progress=Bar,
@@ -370,7 +370,7 @@ def build_dataset(
     studies = data.annotation.splits[split] if studies is None else studies
     if data.features is not None or config.shards or (split == "train" and not augment):
         # The training split without augmentation is seen once per run: nothing to gain from an image cache.
-        source = _stored_images(config, data, split, negatives=negatives)
+        source = _stored_images(config, data, split, transform, negatives=negatives)
     else:
         source = image_source(config, studies, transform, negatives=negatives and neighbours is None)
     # Labels that generation must not see are not loaded.

@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.base import Backbone
 from modules.data.dataset_specs import PRIOR_IMAGE
-from modules.data.images import open_image, refuse_blank
+from modules.data.images import Draft, open_image, refuse_blank
 from modules.flags import resolve_config
 from modules.inference.prediction import Predictor
 from modules.inference.study_files import StudyFiles
@@ -95,8 +95,8 @@ def _mean_patches(found: Any, backbone: Backbone, guidance: float, path: str) ->
 class StudyReader:
     """Opens the studies' images, in batches; unreadable ones are named on stderr, counted and left out."""
 
-    def __init__(self, studies: Sequence[StudyFiles], num_views: int, batch_size: int):
-        self.studies, self.num_views, self.batch_size = studies, num_views, batch_size
+    def __init__(self, studies: Sequence[StudyFiles], num_views: int, batch_size: int, draft: Draft | None = None):
+        self.studies, self.num_views, self.batch_size, self.draft = studies, num_views, batch_size, draft
         self.unreadable = 0
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ class StudyReader:
                 file=sys.stderr,
             )
         try:
-            images = [open_image(path) for path in study.paths[: self.num_views]]
+            images = [open_image(path, draft=self.draft) for path in study.paths[: self.num_views]]
             for path, image in zip(study.paths, images, strict=False):
                 if warning := refuse_blank(image, str(path)):
                     print(f"warning: {warning}", file=sys.stderr)

@@ -156,6 +156,8 @@ def _append_record(tested: Tested) -> None:
         "alpha": config.alpha,
         "save_dir": config.save_dir,
     }
+    if config.jpeg_draft:  # other pixels than those of other rows
+        about["jpeg_draft"] = True
     append_record(
         config.record_dir,
         config.dataset_name,

@@ -106,13 +106,14 @@ def _score_rows(tested: Tested) -> list[ScoreRow]:
 
 def _method(config: Config, data: Data) -> str:
     guided = f", decoded with guidance {config.guidance:g}" if config.guidance else ""
+    how = guided + (", JPEG files read as drafts" if config.jpeg_draft else "")
     if data.trained_with == "unknown":
-        return f"a checkpoint of another program{guided}"
+        return f"a checkpoint of another program{how}"
     stage = f"self-critical with reward {config.scst_reward}, " if config.self_critical else ""
     if data.trained_with == "off":
-        return f"{stage}plain backbone, no ITHN{guided}"
+        return f"{stage}plain backbone, no ITHN{how}"
     method = f"ITHN with strategy {data.trained_with} ({config.ithn_variant} variant), alpha {config.alpha:g}"
-    return f"{stage}{method}{guided}"
+    return f"{stage}{method}{how}"
 
 
 def _image_reader(config: Config, dataset: ReportDataset) -> Callable[[str], Image.Image | None]:

@@ -41,7 +41,9 @@ def report_writer(path: str, given: Mapping[str, Any], index_path: str | None) -
                     f"{len(group)} images for one study, but this model reads {predictor.num_views}: "
                     "choose 'a study each', or fewer images"
                 )
-            images = [decode_image(io.BytesIO(content), name) for name, content in group]
+            images = [
+                decode_image(io.BytesIO(content), name, draft=predictor.transform.draft) for name, content in group
+            ]
             for (name, _), image in zip(group, images, strict=True):
                 refuse_blank(image, name)
             predictor.decoding = decoding
