@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measurement import parser_of, prepare, save
+from benchmarks.measurement import operations, parser_of, prepare, save
 from benchmarks.train_step import build_step
 from modules.runtime.errors import run_entry_point
 
@@ -66,7 +66,6 @@ def add_sizes(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
 def count(arguments: argparse.Namespace, device: str, batch_size: int) -> dict[str, int]:
     """Bytes of parameters by part, bytes kept for the backward pass, and operations of a step with ``batch_size``."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from modules.runtime.environment import autocast
 
@@ -88,22 +87,19 @@ def count(arguments: argparse.Namespace, device: str, batch_size: int) -> dict[s
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
+    def run() -> None:
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             autocast(torch.device(device), arguments.precision),
         ):
             loss = objective(step.batch, 1)["loss"]
         loss.backward()
+
+    flops = operations(run)
     parts = {"visual extractor": objective.backbone.visual_extractor}
     sizes = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
     total = sum(parameter.numel() for parameter in objective.parameters())
-    return {
-        **sizes,
-        "everything else": total - sum(sizes.values()),
-        "kept": sum(kept.values()),
-        "operations": counter.get_total_flops(),
-    }
+    return {**sizes, "everything else": total - sum(sizes.values()), "kept": sum(kept.values()), "operations": flops}
 
 
 def at_size(counted: Sequence[dict[str, int]], batch_size: int, name: str) -> float:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measurement import (
     in_rounds,
     now,
+    operations,
     parser_of,
     peak_memory,
     prepare,
@@ -88,12 +89,9 @@ def note_steps(model, note: Callable[[], object]) -> None:
 
 def measure(arguments: argparse.Namespace, device: str, case: dict[str, Any]) -> dict[str, Any]:
     """Seconds of searches and of their steps, operations, and peak memory."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     positions: list[float] = []
     search = build_search(arguments, device, case, positions)
-    with FlopCounterMode(display=False) as counter:
-        search()
+    flops = operations(search)
     positions.clear()
     seconds = in_rounds({"search": search}, arguments.rounds, arguments.clock, device)["search"]
     length = case["max_seq_length"] + 1
@@ -103,7 +101,7 @@ def measure(arguments: argparse.Namespace, device: str, case: dict[str, Any]) ->
     return case | {
         "seconds": seconds,
         "step_seconds": steps,
-        "flops": counter.get_total_flops(),
+        "flops": flops,
         "product_flops": product_rate(device, arguments.clock, case["precision"]),
         "peak_mib": in_all,
         "peak_beyond_mib": beyond,

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import gc
+import inspect
 import json
 import statistics
 import time
@@ -106,6 +107,25 @@ def product_rate(
         seconds = min(timed(lambda left=left, right=right: left @ right, clock, device) for _ in range(5))
         rates.append(2 * n * k * m / seconds)
     return max(rates)
+
+
+def operations(work: Callable[[], object]) -> int:
+    """Multiplications and additions of ``work``, by torch's counter.
+
+    That of torch 2.10 leaves out fused attention on a CPU, which is counted here as on a GPU.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+    aten = torch.ops.aten
+    missing = {
+        aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
+    }
+    known = {name: inspect.unwrap(flop_registry[like]) for name, like in missing.items() if name not in flop_registry}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def peak_memory(work: Callable[[], object], device: str) -> tuple[float, float]:

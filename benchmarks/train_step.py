@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measurement import (
     in_rounds,
     now,
+    operations,
     parser_of,
     peak_memory,
     prepare,
@@ -237,11 +238,8 @@ def loss_module_alone(step: Step, num_ids: int) -> Callable[[], object]:
 
 def measure(arguments: argparse.Namespace, device: str, case: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the step's parts and of what is held against it, operations, and peak memory."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     step = build_step(arguments, device, case)
-    with FlopCounterMode(display=False) as counter:
-        step.run()
+    flops = operations(step.run)
     parts: dict[str, list[float]] = {name: [] for name in ("forward", "backward", "optimiser")}
 
     def whole() -> None:
@@ -261,7 +259,7 @@ def measure(arguments: argparse.Namespace, device: str, case: dict[str, Any]) ->
     rate = product_rate(device, arguments.clock, case["precision"])
     return case | {
         "seconds": seconds,
-        "flops": counter.get_total_flops(),
+        "flops": flops,
         "product_flops": rate,
         "peak_mib": in_all,
         "peak_beyond_mib": beyond,

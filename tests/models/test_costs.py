@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measurement import operations as counted
 from models.r2gencmn import R2GenCMN, Settings
 from modules.data.batches import Batch, Pair
 from modules.decoding.options import DecodingOptions
@@ -97,12 +97,6 @@ def linear_operations(rows, patches):
     decoder = layers * words * (4 * d * d + 2 * (T - 1) * d + 2 * d * d + 2 * patches * d + 2 * d * ff)
     sources = layers * seen * 2 * d * d
     return 2 * (seen * 12 * d + memory + encoder + decoder + sources + words * d * WORDS)
-
-
-def counted(work):
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def test_a_forward_pass_computes_what_the_equations_need_and_no_more():

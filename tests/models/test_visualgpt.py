@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measurement import operations
 from models.base import VisualFeatures
 from models.visualgpt import Settings, VisualGPT
 from models.visualgpt_decoder import resurrecting_gates
@@ -156,9 +156,7 @@ def test_cost_of_a_decoding_step_stays_flat():
         session = model.session(given(), None, DecodingOptions(max_seq_length=60))
         tokens, parents, costs = torch.zeros(3, 1, dtype=torch.long), None, []
         for _ in range(60):
-            with FlopCounterMode(display=False) as counter:
-                session.step(tokens, parents)
-            costs.append(counter.get_total_flops())
+            costs.append(operations(lambda tokens=tokens, parents=parents: session.step(tokens, parents)))
             tokens, parents = torch.ones(3, 3, dtype=torch.long), torch.zeros(3, 3, dtype=torch.long)
     # Only attention to the prefix grows: 4 d FLOPs per slot, layer and hypothesis (see test_r2gencmn.py).
     assert costs[59] - costs[1] <= (60 + 2 * COMPACTION_INTERVAL) * 4 * 64 * 2 * 9
