@@ -168,8 +168,8 @@ class Trainer:
             self.guard.read()
             distributed.average_running_statistics(self.objective)
             position.trained, position.seconds = True, seconds()
-            # Whatever happens in the validation, the epoch is safe.
-            if self._checkpoint_is_due():
+            # Whatever happens in the validation, the epoch is safe. Without one, the end of the epoch saves it at once.
+            if self._checkpoint_is_due() and self._is_validated(position.epoch):
                 self._save(improved=False)
 
     def _batches_of_steps(self, batches: Iterable) -> Iterator[list]:

@@ -132,7 +132,15 @@ def test_early_stop_waits_for_more_than_its_epochs():
 def test_no_validation_before_its_first_epoch():
     one, saved = trainer([batch([1.0])], scores=[0.9, 0.1], start_eval_epoch=2)
     one.train()
-    assert "val_BLEU_4" not in one.history[0] and saved == [(0, False), (1, False), (1, False), (2, True)]
+    assert "val_BLEU_4" not in one.history[0] and saved == [(1, False), (1, False), (2, True)]
+
+
+def test_an_epoch_without_validation_is_written_once():
+    """Nothing is decided after its training; a validated one is written before validation and after it."""
+    one, saved = trainer([batch([1.0])], scores=[0.1, 0.2, 0.3, 0.2, 0.5], eval_every=2)
+    one.train()
+    # Rows of the history at each write: epochs 1, 3 and 5 are validated.
+    assert saved == [(0, False), (1, True), (2, False), (2, False), (3, True), (4, False), (4, False), (5, True)]
 
 
 def test_validation_every_few_epochs_and_in_the_last():
