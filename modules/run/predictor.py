@@ -24,6 +24,7 @@ from modules.run.build import (
     load_weights,
     prepare_device,
     require_fitting,
+    with_precision,
 )
 from modules.run.data import image_transform, score_tag
 from modules.run.loading import load_trained
@@ -57,6 +58,7 @@ def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
             "reference), which a new image does not have; train with --xpronet_labels predicted"
         )
     device = prepare_device(config)
+    config = with_precision(config, device)
     tokenizer = tokenizer_from_state(content["vocabulary"])
     require_fitting(config, tokenizer, StoredWeights(content["state_dict"], path))
     extractor = build_extractor(config, device, pretrained=False)

@@ -73,6 +73,7 @@ class Parts:
     """What a training is composed of, before its trainer."""
 
     config: Config
+    asked_precision: str  # config has what it means on this device
     device: torch.device
     data: Data
     objective: Objective
@@ -172,7 +173,7 @@ def _compose(
 
     ``given`` are the names of the flags that were given.
     """
-    device = prepare_device(config)
+    device, asked_precision = prepare_device(config), config.precision
     config = with_precision(config, device)
     loaded = source or start
     # A resumed run keeps the strategy that it began with, whatever its command line repeats.
@@ -209,7 +210,7 @@ def _compose(
         scoring = opened.enter_context(Scoring(config, device, (datasets["val"], datasets["test"])))
     guide = opened.enter_context(training_studies(config, data, objective.backbone.visual_extractor, device))
     tester = build_tester(config, data.tokenizer, objective, device, scoring and scoring.validation, guide)
-    return Parts(config, device, data, objective, loaders, tester, scoring)
+    return Parts(config, asked_precision, device, data, objective, loaders, tester, scoring)
 
 
 def _stored_weights(source: Source | None, start: Start | None) -> StoredWeights | None:
@@ -341,7 +342,8 @@ def _saver(parts: Parts, folder: CheckpointFolder) -> Callable[[Trainer, bool], 
                 "objective": trainer.objective.state_dict(),
                 **trainer.state_dict(),
                 "monitor_best": trainer.best.score,
-                "config": dataclasses.asdict(config),
+                # Another machine chooses for itself what auto means.
+                "config": dataclasses.asdict(config) | {"precision": parts.asked_precision},
                 "vocabulary": data.tokenizer.state(),
                 "vocabulary_sha256": data.tokenizer.sha256,
                 "annotation_sha256": data.annotation.sha256,

@@ -1,5 +1,7 @@
 """--jpeg_draft: which files are decoded smaller, how close the pixels are, and that nothing mixes the two kinds."""
 
+import csv
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +15,9 @@ from modules.data.images import ImageFolder, open_image
 from modules.data.shards import Shard, ShardImages
 from modules.data.transforms import eval_transform, train_transform
 from modules.run.data import image_folder, image_source, image_transform
-from modules.run.predictor import StudyReader
+from modules.run.predictor import StudyReader, load_predictor
 from modules.runtime.errors import InputError
+from modules.training.checkpoint import load_checkpoint
 from tests.data.test_feature_cache import build as build_features
 from tests.data.test_image_cache import LOOK
 from tests.data.test_image_cache import build as build_images
@@ -140,3 +143,17 @@ def test_a_broken_file_is_named(pictures, tmp_path):
     (tmp_path / "cut.jpg").write_bytes((pictures / "grey.jpg").read_bytes()[:3000])
     with pytest.raises(InputError, match="cut.jpg.* cannot be decoded"):
         open_image(tmp_path / "cut.jpg", draft=lambda width, height: (50, 60))
+
+
+def test_a_run_names_it_and_its_checkpoint_keeps_it(train, tmp_path):
+    """And with --precision auto, which each machine that loads the checkpoint decides for itself."""
+    folder = train("--jpeg_draft", "true", "--precision", "auto", "--clinical", "false", "--floors", "false")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["config"]["jpeg_draft"] is True and results["config"]["precision"] == "float32"
+    assert "JPEG files read as drafts" in (folder / "report.html").read_text()
+    [row] = csv.DictReader((tmp_path / "records" / "iu_xray.csv").open())
+    assert row["jpeg_draft"] == "True"
+    best = str(folder / "model_best.pth")
+    assert load_checkpoint(best)["config"]["precision"] == "auto"
+    predictor = load_predictor(best, {})
+    assert predictor.transform.draft is not None and predictor.precision == "float32"
