@@ -17,12 +17,12 @@ run() { # name of the result, benchmark, its arguments
 if [ -n "${QUICK:-}" ]; then
     STEP=(--visual_extractor resnet18 --image_size 32 --batch_size 2 --rounds 1) BATCHES=(1 2) VIEWS=(1 2)
     GIVEN=(--visual_extractor none --patches 4 --batch_size 2 --rounds 1) LENGTHS=(5 9) BEAMS=(1 2)
-    SEARCH=(--patches 8 --batch_size 2 --rounds 1) ROWS=(300 600) SIZES=(256) IMAGES=2 REPORTS=(20 40) ROUNDS=1
+    SEARCH=(--patches 8 --batch_size 2 --rounds 1) ROWS=(300 600) SIZES=(256) LARGE=(200x300) IMAGES=2 REPORTS=(20 40) ROUNDS=1
     PROGRAMS=(--programs main_train.py) RECURRENCE=(--batch_size 2 --patches 8 --max_seq_length 9)
 else
     STEP=(--rounds 3) BATCHES=(1 2 4 8 16) VIEWS=(1 2 3 4)
     GIVEN=(--visual_extractor none --rounds 3) LENGTHS=(30 60 100 200) BEAMS=(1 2 3 5 10)
-    SEARCH=(--rounds 3) ROWS=(2500 5000 10000 20000 40000) SIZES=(256 512 1024) IMAGES=16 REPORTS=(590 3858) ROUNDS=3
+    SEARCH=(--rounds 3) ROWS=(2500 5000 10000 20000 40000) SIZES=(256 512 1024) LARGE=(2500x3000) IMAGES=16 REPORTS=(590 3858) ROUNDS=3
     PROGRAMS=() RECURRENCE=()
 fi
 
@@ -39,6 +39,7 @@ run generate_lengths generate "${SEARCH[@]}" --rounds 2 --max_seq_length "${LENG
 run r2gen_step r2gen_step --rounds "$ROUNDS" ${RECURRENCE[@]+"${RECURRENCE[@]}"}
 run images_png images --size "${SIZES[@]}" --images "$IMAGES" --rounds "$ROUNDS" --channels L RGB
 run images_jpeg images --size "${SIZES[@]}" --images "$IMAGES" --rounds "$ROUNDS" --format jpeg
+run images_large_jpeg images --size "${LARGE[@]}" --images 4 --rounds "$ROUNDS" --format jpeg
 run mine mine --rows "${ROWS[@]}" --rounds "$ROUNDS" --plain false
 run evaluate evaluate --reports "${REPORTS[@]}"
 "$PYTHON" benchmarks/plot.py "$OUT"

@@ -100,7 +100,8 @@ def images(result: dict[str, Any]) -> list[str]:
         for name, seconds in case["seconds"].items():
             rows.append(
                 (
-                    f"{case['format']} {case['channels']} {case['size']} px ({same}): {name}",
+                    f"{case['format']} {case['channels']} {case['size']} px ({same}): {name}"
+                    + (f", {case['draft_grey_levels']:.2f} grey levels off" if "draft" in name else ""),
                     f"{case['images'] / statistics.median(seconds):,.0f}",
                     f"{base / statistics.median(seconds):.1f}",
                 )
@@ -206,6 +207,7 @@ WRITERS = {
     "generate_lengths": generation,
     "images_png": images,
     "images_jpeg": images,
+    "images_large_jpeg": images,
     "mine": mining,
     "evaluate": evaluation,
 }
