@@ -20,6 +20,7 @@ from modules.data.images import ImageFolder
 from modules.data.loaders import GuardedLoader
 from modules.data.transforms import Transform
 from modules.runtime import distributed
+from modules.runtime.allocator import freed_memory_kept
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import MAX_MAPPED, require_regular
 
@@ -90,6 +91,7 @@ def build_feature_cache(
                 done = distributed.broadcast_object(target and target.rows)
                 own = _batches(len(paths), done, batch_size)
                 pixels = _decoded([paths[row] for batch in own for row in batch], images, transform, workers)
+                opened.enter_context(freed_memory_kept())
                 _compute(
                     target, own, pixels, len(paths) - done, shape, extractor, transform, device, batch_size, progress
                 )

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -209,3 +210,17 @@ def test_everything_that_the_page_shows_is_made_by_one_command(tmp_path):
     assert len(list(tmp_path.glob("*.json"))) == 15 and (tmp_path / "growth.png").is_file()
     page = (tmp_path / "tables.md").read_text()
     assert "## Beam search" in page and "1 Java process: METEOR" in page and "DIFFERENT" not in page
+
+
+def test_feature_cache(tmp_path, monkeypatch, capsys):
+    from benchmarks import feature_cache
+
+    monkeypatch.setattr(feature_cache, "get_context", lambda kind: multiprocessing.get_context("fork"))
+    argv = "--visual_extractor resnet18 --image_size 32 --batch_size 2 --count 6 --rounds 1 --out".split()
+    monkeypatch.setattr(sys, "argv", ["benchmark", *argv, str(tmp_path / "out.json")])
+    feature_cache.main()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["images"] == 6 and result["resumed"]["equal"] and result["settings"]["images"] == "synthetic"
+    kinds = result["kinds"]
+    assert [row["seen"] for rows in kinds.values() for row in rows] == [6, 6, 6]
+    assert "equal to the bit" in capsys.readouterr().out
