@@ -23,7 +23,15 @@ from modules.data.dataset_specs import check_name, write_description
 from modules.flags import Parser
 from modules.prepare.image_placing import MISSING, WAYS, Placing, keep_settings, place_all
 from modules.prepare.splits import read_split
-from modules.prepare.table_columns import GUESSES, Columns, Preset, find_columns, preset_names, read_preset
+from modules.prepare.table_columns import (
+    GUESSES,
+    Columns,
+    Preset,
+    find_columns,
+    header_names,
+    preset_names,
+    read_preset,
+)
 from modules.prepare.table_records import Record, as_annotation, read_records, settle_splits
 from modules.prepare.user_tables import read_pairs, read_user_table
 from modules.runtime.errors import InputError, run_entry_point
@@ -110,7 +118,8 @@ def place_images(arguments: argparse.Namespace, records: list[Record], counts: C
     reasons = dict(zip(names, (reason for _, reason in placed), strict=True))
     for reason in filter(None, reasons.values()):
         counts["images missing" if reason == MISSING else "images that cannot be read"] += 1
-    if first := next(filter(None, reasons.values()), None):
+    first = next(filter(None, reasons.values()), None)
+    if first:
         print(f"warning: the first image left out: {first}", file=sys.stderr)
     for record in records:
         kept = [index for index, image in enumerate(record.images) if reasons[image] is None]
@@ -118,7 +127,10 @@ def place_images(arguments: argparse.Namespace, records: list[Record], counts: C
         record.images = [targets[record.images[index]] for index in kept]
     had = [record for record in records if record.images]
     if not had:
-        raise InputError(f"--images {arguments.images}: none of the images could be read, e.g. {next(iter(names))}")
+        raise InputError(
+            f"--images {arguments.images}: none of the images could be read, e.g. {next(iter(names))}: {first}; give "
+            "the folder from which these paths start"
+        )
     counts["records without any image left"] += len(records) - len(had)
     return had
 
@@ -151,22 +163,23 @@ def main() -> None:
     preset = read_preset(arguments.preset)
     pairs = all(path.suffix == ".tok" for path in arguments.tables)
     rows = read_pairs(arguments.tables) if pairs else []
-    for path in arguments.tables if not pairs else ():
-        rows += read_user_table(path, preset.rows)
     given = {role: value for role in GUESSES if (value := getattr(arguments, role)) is not None}
+    for path in arguments.tables if not pairs else ():
+        rows += read_user_table(path, preset.rows, header_names(given, preset))
     columns = find_columns(rows, given, preset)
     show_columns(columns, len(rows))
     by_image = (arguments.records or preset.records) == "image"
     read = read_records(rows, columns, by_image=by_image, images=arguments.images)
     if not read.records:
-        raise InputError(f"{arguments.tables[0]}: no row has both an image and a report")
+        raise InputError(f"{arguments.tables[0]}: no study has both an image and a report")
     named = read_split(arguments.split_file) if arguments.split_file else None
     records, how = settle_splits(read.records, seed=arguments.seed, named=named, new=arguments.new_split)
     path = arguments.out / "annotation.json"
     check_annotation(path, as_annotation(records)[0])
     if arguments.images:
         records = place_images(arguments, records, read.counts)
-    annotation, priors = as_annotation(records)
+    annotation, priors, unread = as_annotation(records)
+    read.counts["dates that are not understood, whose studies have no prior (write them as 2024-01-31)"] = unread
     done = write_annotation(path, annotation)
     describe(arguments, preset, columns, rows, records)
     for kind, count in read.counts.items():

