@@ -101,6 +101,7 @@ def make_trainer(objective: nn.Module, case: StepCase, device: torch.device) -> 
         LoopSettings(),
         loader=None,
         validate=none,
+        likelihood=none,
         save=none,
         on_epoch=none,
         shutdown=GracefulShutdown(),

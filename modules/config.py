@@ -68,6 +68,15 @@ class NetworkSettings:
         train_only=True,
         exported=True,
     )
+    feature_grid: int = setting(
+        0,
+        "backbone",
+        "average the patches of an image to a grid of N x N, which makes what follows, and --feature_cache, smaller; "
+        "0: as the visual extractor gives them",
+        low=0,
+        high=64,
+        exported=True,
+    )
     feature_cache: str = setting(
         "",
         "backbone",
@@ -270,6 +279,10 @@ def _check_inputs(config: Config) -> None:
         )
     if config.feature_cache and config.image_feature != "mean" and not config.unfreeze:
         raise InputError(f"--image_feature {config.image_feature}: --feature_cache keeps patches alone; give mean")
+    if config.feature_grid and config.detection_features:
+        raise InputError(
+            f"--feature_grid {config.feature_grid}: --detection_features have no grid; leave one of them out"
+        )
     if config.image_cache and config.feature_cache:
         raise InputError(
             f"--image_cache {config.image_cache}: with --feature_cache no image is read; leave one of them out"

@@ -72,10 +72,10 @@ def build_feature_cache(
 ) -> FeatureCache:
     """Features of the images at ``paths``: from ``folder`` where it has them, else computed, shared by all processes.
 
-    The file's name is a hash of the extractor's weights, the transform, the type, and the images' paths, sizes and
-    times: a change of any of them leads to another file. An interrupted one is continued. S * C numbers of ``dtype``
-    per image; images are decoded by ``workers`` processes. InputError for an unreadable image, a full disk, and a
-    damaged file.
+    The file's name is a hash of the extractor's weights and grid, the transform, the type, and the images' paths,
+    sizes and times: a change of any of them leads to another file. An interrupted one is continued. S * C numbers of
+    ``dtype`` per image; images are decoded by ``workers`` processes. InputError for an unreadable image, a full disk,
+    and a damaged file.
     """
     kind = np.dtype(dtype)
     key = _key(images, paths, extractor, transform, kind)
@@ -138,6 +138,8 @@ def _key(images: ImageFolder, paths: Sequence[str], extractor: nn.Module, transf
         digest.update(kind.name.encode())
     if transform.jpeg_draft:
         digest.update(b"JPEG drafts")
+    if grid := getattr(extractor, "grid", 0):
+        digest.update(f"grid {grid}".encode())
     for name, value in extractor.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

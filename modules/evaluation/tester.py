@@ -119,6 +119,22 @@ class Tester:
             "reports": batch.reports,
         }
 
+    @torch.inference_mode()
+    def likelihood(self, loader: Iterable, description: str) -> dict[str, float | None]:
+        """The metric ``nll`` of a split alone, under the name that ``evaluate`` gives it: nothing is generated."""
+        was_training = self.objective.training
+        self.objective.eval()
+        rows = []
+        for batch in self.progress(loader, description):
+            pair = batch.to(self.device).positive
+            with autocast(self.device, self.precision):
+                nll = self.objective.report_nll(pair)
+            rows.append(torch.stack([nll.double(), pair.token_mask[:, 1:].sum(1).double()], dim=1).cpu())  # (B, 2)
+        self.objective.train(was_training)
+        gathered = distributed.gather_batches([None] * len(rows), rows)
+        mean = None if gathered is None else mean_nll(Predictions(nll=torch.cat(gathered[1])))
+        return {tagged("nll", self.score_tag): distributed.broadcast_object(mean)}
+
     def evaluate(self, loader: Iterable, description: str) -> tuple[dict[str, float | None], Predictions | None]:
         """Metrics by name, ``nll`` among them, and the predictions that they were computed from.
 

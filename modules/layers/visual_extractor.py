@@ -4,12 +4,14 @@ Shapes: B studies, N views, S patches of one view (a row-major grid), C = width 
 """
 
 import difflib
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
@@ -44,8 +46,9 @@ class VisualExtractor(nn.Module):
     ``weights`` is a file (.pth or .safetensors) in place of ImageNet weights. ``batch_norm`` "joint" runs all views in
     one call; "per_view" runs each view by itself, with batch statistics of its own, as in the published codes.
     ``frozen`` trains neither weights nor statistics; ``unfreeze`` names a part that is trained, the rest being frozen
-    (partial_training). ``pooling``: "mean" of the patches, or the "class" token. A name hf:... needs its
-    ``description`` (hub_encoders) and, where ``pretrained``, the ``folder`` of its weights.
+    (partial_training). ``pooling``: "mean" of the patches, or the "class" token. ``grid``: the patches of a view are
+    averaged to ``grid`` x ``grid``, 0 leaves them. A name hf:... needs its ``description`` (hub_encoders) and, where
+    ``pretrained``, the ``folder`` of its weights.
     ValueError for an unknown name, a file that does not fit, or weights that cannot be downloaded.
     """
 
@@ -61,6 +64,7 @@ class VisualExtractor(nn.Module):
         unfreeze: str = "",
         image_size: int = 224,
         pooling: str = "mean",
+        grid: int = 0,
         description: str = "",
         folder: Path | None = None,
     ):
@@ -71,6 +75,7 @@ class VisualExtractor(nn.Module):
         self.channels_last = channels_last
         self.frozen = frozen
         self.pooling = pooling
+        self.grid = 0  # until it has been measured what there is to average
         with no_pickles():
             if is_hub_name(name):
                 described = read_description(description)
@@ -88,6 +93,8 @@ class VisualExtractor(nn.Module):
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"visual_extractor {name}: takes no image_size of {image_size} ({reason})") from error
+        if grid:
+            self._average_to(grid, name)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.name, self.image_size = name, image_size
@@ -186,9 +193,24 @@ class VisualExtractor(nn.Module):
 
     def _tokens(self, features: Tensor) -> Tensor:
         if features.dim() == 4:
-            return features.flatten(2).transpose(1, 2)
+            return self._averaged(features).flatten(2).transpose(1, 2)
         patches = features[:, self.num_prefix_tokens :]
+        if self.grid:
+            side = math.isqrt(patches.size(1))
+            patches = self._averaged(patches.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
         return torch.cat([features[:, :1], patches], dim=1) if self.pooling == "class" else patches
+
+    def _averaged(self, grids: Tensor) -> Tensor:
+        """(n, C, H, W) -> (n, C, grid, grid), or as they are."""
+        return F.adaptive_avg_pool2d(grids, self.grid) if self.grid else grids
+
+    def _average_to(self, grid: int, name: str) -> None:
+        side = math.isqrt(self.patches_per_view)
+        if side * side != self.patches_per_view:
+            raise ValueError(f"feature_grid {grid}: the {self.patches_per_view} patches of {name} are no square grid")
+        if grid > side:
+            raise ValueError(f"feature_grid {grid}: at most {side}, as {name} gives {side} x {side} patches")
+        self.grid, self.patches_per_view = grid, grid * grid
 
     @torch.no_grad()
     def _measure(self, image_size: int) -> tuple[int, int]:

@@ -87,6 +87,7 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
                 unfreeze=config.unfreeze,
                 image_size=config.image_size,
                 pooling=config.image_feature,
+                grid=config.feature_grid,
                 description=description,
                 folder=folder,
             )

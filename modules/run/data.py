@@ -344,7 +344,7 @@ def cache_features(config: Config, data: Data, extractor: "VisualExtractor", dev
         device=device,
         batch_size=config.batch_size,
         progress=Bar,
-        workers=config.num_workers,
+        workers=worker_processes(config.num_workers),
         dtype=config.feature_dtype,
     )
 

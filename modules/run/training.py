@@ -314,6 +314,7 @@ def _trainer(parts: Parts, folder: CheckpointFolder, shutdown: GracefulShutdown)
         part_of(config, LoopSettings),
         loader=parts.loaders["train"],
         validate=lambda epoch: parts.tester.evaluate(validated, f"validation {epoch}")[0],
+        likelihood=lambda epoch: parts.tester.likelihood(validated, f"validation {epoch}, nll alone"),
         save=_saver(parts, folder) if writes else lambda trainer, improved: None,
         on_epoch=_epoch_writer(folder.path, tensorboard=config.tensorboard) if writes else lambda history: None,
         shutdown=shutdown,

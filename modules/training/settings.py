@@ -67,7 +67,8 @@ class LoopSettings:
     eval_every: int = setting(
         1,
         "training loop",
-        "epochs from one validation to the next; the last epoch always has one, --early_stop counts those that have",
+        "epochs from one validation to the next, with val_nll alone in between; the last epoch always has one, "
+        "--early_stop counts those whose --monitor_metric is known",
         low=1,
         train_only=True,
     )

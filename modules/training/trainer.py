@@ -66,7 +66,8 @@ class Trainer:
     """Trains ``objective`` and leaves the best epoch's weights to ``save``.
 
     ``objective(batch, epoch, token_count=, share=)`` returns a dictionary with "loss" and the terms to log, scalars;
-    ``validate(epoch)`` returns metrics of the validation split, whose names end in ``score_tag``;
+    ``validate(epoch)`` returns metrics of the validation split, whose names end in ``score_tag``, and
+    ``likelihood(epoch)`` the cheap one of them, ``nll``, for the epochs in between;
     ``save(trainer, improved)`` writes a checkpoint, which needs ``state_dict()``; ``on_epoch(history)`` draws curves.
     Epochs count from 1. When ``shutdown`` raises Stopped, the state is saved and the exception propagates. Each of
     several processes draws its random numbers by ``seed``, step and rank, so that a checkpoint needs no generator's
@@ -81,6 +82,7 @@ class Trainer:
         *,
         loader: Any,
         validate: Callable[[int], Mapping[str, float | None]],
+        likelihood: Callable[[int], Mapping[str, float | None]],
         save: Callable[["Trainer", bool], None],
         on_epoch: Callable[[list[dict]], None],
         shutdown: GracefulShutdown,
@@ -91,7 +93,8 @@ class Trainer:
     ):
         self.objective: Any = objective
         self.optim, self.loop, self.loader = optim, loop, loader
-        self.validate, self.save, self.on_epoch, self.shutdown = validate, save, on_epoch, shutdown
+        self.validate, self.likelihood = validate, likelihood
+        self.save, self.on_epoch, self.shutdown = save, on_epoch, shutdown
         self.device, self.precision, self.seed = device, precision, seed
         self.monitored = tagged(loop.monitor_metric, score_tag)
         self.optimizer = build_optimizer(objective, optim, distributed.world_size())
@@ -137,19 +140,23 @@ class Trainer:
         if not self.position.trained:
             self._train_epoch(lambda: before + time.monotonic() - started)
         scores = None
-        if self._is_validated(self.position.epoch):
+        if (epoch := self.position.epoch) >= self._first_validated:
             # Sampling draws random numbers: a checkpoint made during validation must resume before them.
             self._rng_before_validation = rng_state()
-            scores = self.validate(self.position.epoch)
+            scores = self.validate(epoch) if self._is_validated(epoch) else self.likelihood(epoch)
         with self.shutdown.deferred():
             self._rng_before_validation = None
             self._end_epoch(scores, before + time.monotonic() - started)
         self.on_epoch(self.history)
 
+    @property
+    def _first_validated(self) -> int:
+        return max(self.loop.start_eval_epoch, 1)
+
     def _is_validated(self, epoch: int) -> bool:
-        first = max(self.loop.start_eval_epoch, 1)
-        due = (epoch - first) % self.loop.eval_every == 0 or epoch == self.optim.epochs
-        return epoch >= first and due
+        """Whether reports are generated after it."""
+        due = (epoch - self._first_validated) % self.loop.eval_every == 0 or epoch == self.optim.epochs
+        return epoch >= self._first_validated and due
 
     def _train_epoch(self, seconds: Callable[[], float]) -> None:
         position, every = self.position, self.loop.checkpoint_steps
@@ -249,6 +256,8 @@ class Trainer:
         row |= {f"train_{name}": value for name, value in self.means.read().items()}
         row |= {"train_steps": position.steps, "train_skipped_steps": self.guard.skipped}
         row |= {f"val_{name}": value for name, value in (scores or {}).items()}
+        if scores is not None and self.monitored not in scores:
+            scores = None  # nothing to judge this epoch by
         improved = scores is not None and self.best.update(
             scores.get(SELECTION, scores.get(self.monitored)), position.epoch, self.loop.monitors_minimum
         )

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from torchvision.models import resnet18
@@ -94,6 +95,28 @@ def test_training_on_stored_features(train, demo_index, tmp_path):
     for row, scores in with_cache["test"].items():
         numbers = {name: value for name, value in scores.items() if value is not None}
         assert {name: without["test"][row][name] for name in numbers} == pytest.approx(numbers, rel=1e-4), row
+
+
+def test_an_averaged_grid_is_the_same_with_and_without_the_store(train, tmp_path):
+    from modules.flags import parse_flags
+    from modules.run.predictor import load_predictor
+    from modules.run.testing import run_testing
+
+    flags = ["--freeze_visual_extractor", "true", "--feature_cache", tmp_path / "cache", "--image_size", 64]
+    folder = train(*flags, "--ithn", "off", "--feature_grid", 1)
+    with_cache = (folder / "res.csv").read_text()
+    [file] = (tmp_path / "cache").glob("*.npy")
+    assert np.load(file, mmap_mode="r").shape[1] == 1
+    weights = folder / "model_best.pth"
+    predictor = load_predictor(str(weights), {"device": "cpu"})
+    assert predictor.backbone.visual_extractor.patches_per_view == 1
+    run_testing(*parse_flags(["--load", str(weights), "--feature_cache", ""], "main_test.py", ""))
+    assert (folder / "res.csv").read_text() == with_cache
+    # Another grid has a file of its own, and one that cannot be is a line.
+    train(*flags, "--ithn", "off", "--save_dir", tmp_path / "whole")
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
+    with pytest.raises(InputError, match="feature_grid 3: at most 2"):
+        train(*flags, "--feature_grid", 3)
 
 
 def test_only_a_frozen_extractor_is_stored(train, tmp_path):

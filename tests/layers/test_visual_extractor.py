@@ -44,6 +44,22 @@ def test_patches_are_row_major_and_views_follow_each_other():
     torch.testing.assert_close(pooled[0], maps.mean(dim=(0, 2, 3)))
 
 
+@pytest.mark.parametrize("name, pooling", [("resnet18", "mean"), ("vit_tiny_patch16_224", "class")])
+def test_a_grid_is_averaged_row_by_row(name, pooling):
+    torch.manual_seed(0)
+    whole = VisualExtractor(name, image_size=128, pooling=pooling).eval()
+    small = VisualExtractor(name, image_size=128, pooling=pooling, grid=2).eval()
+    small.load_state_dict(whole.state_dict())  # nothing is added to the weights
+    images = torch.randn(1, 2, 3, 128, 128)
+    (patches, _, pooled), (cells, _, of_cells) = whole(images), small(images)
+    side = math.isqrt(patches.size(1) // 2)
+    corner = patches[0, patches.size(1) // 2 :].unflatten(0, (side, side))[side // 2 :, : side // 2].mean((0, 1))
+    torch.testing.assert_close(cells[0, 4 + 2], corner)  # lower left, of the second view
+    torch.testing.assert_close(of_cells, pooled)
+    with pytest.raises(ValueError, match=f"feature_grid 9: at most {side}, as {name} gives {side} x {side} patches"):
+        VisualExtractor(name, image_size=128, grid=9)
+
+
 @pytest.mark.parametrize("batch_norm", ["joint", "per_view"])
 def test_absent_views_are_not_run(batch_norm):
     torch.manual_seed(0)

@@ -1,7 +1,6 @@
 """scripts/prepare_table.py: made-up trees in the layout of each preset, and tables with columns of any name."""
 
 import csv
-import itertools
 import json
 import sys
 
@@ -13,7 +12,7 @@ from modules.config import Config
 from modules.data.annotations import read_annotation
 from modules.data.dataset_specs import read_description
 from modules.flags import settle_flags
-from modules.prepare.priors import add_priors, moment, moments
+from modules.prepare.priors import add_priors, moment
 from modules.prepare.table_columns import preset_names
 from modules.runtime.errors import InputError
 from scripts import check_data, prepare_table
@@ -360,72 +359,6 @@ def test_a_mistake_is_one_line(prepare, tmp_path, changes, flags, reason):
     assert not (tmp_path / "out" / "annotation.json").exists()
 
 
-THREE = [["0.png", "1.png", "2.png"], ["3.png", "4.png", "5.png"]]
-
-
-@pytest.mark.parametrize(
-    "written",
-    ["|".join, "; ".join, ", ".join, "\n".join, json.dumps, str],
-    ids=["|", ";", ",", "lines", "JSON", "Python"],
-)
-def test_several_images_in_one_cell(prepare, tmp_path, written):
-    rows = [
-        {"images": written([f"{3 * n + k}.png" for k in range(3)]), "report": report(n), "view": "PA, LATERAL, AP"}
-        for n in range(COUNT)
-    ]
-    content = json.loads((prepare([write_csv(tmp_path / "rows.csv", rows)]) / "annotation.json").read_text())
-    record = next(record for own in content.values() for record in own if record["id"] == "0")
-    assert record["image_path"] == THREE[0] and record["view"] == ["PA", "LATERAL", "AP"]
-
-
-def test_tables_as_they_come(prepare, tmp_path):
-    """A byte order mark, semicolons, spaces in the header, quoted line ends, and one report for the rows of a study."""
-    lines = ["Bild ; Fall;Wer;Befund"]
-    for n in range(COUNT):
-        lines += [
-            f'{2 * n}.png;s{n};{n};"Größer.\nZweite ""Zeile""; {report(n)}"',
-            f"{tmp_path}/scans/{2 * n + 1}.png;s{n};;",
-        ]
-    (tmp_path / "rows.csv").write_text("\r\n".join(lines), encoding="utf-8-sig")
-    pictures(tmp_path / "scans", [f"{n}.png" for n in range(2 * COUNT)])
-    flags = ["--image", "Bild", "--study", "Fall", "--patient", "Wer", "--report", "Befund"]
-    out = prepare([tmp_path / "rows.csv"], *flags, "--images", tmp_path / "scans")
-    content = json.loads((out / "annotation.json").read_text())
-    record = next(record for own in content.values() for record in own if record["id"] == "s1")
-    assert record["report"] == f'Größer. Zweite "Zeile"; {report(1)}' and record["subject_id"] == "1"
-    assert record["image_path"] == ["2.png", "3.png"] and sum(map(len, content.values())) == COUNT
-
-
-def test_parquet(prepare, tmp_path, monkeypatch):
-    import pandas
-
-    rows = {
-        "image": [[f"{n}.png", f"{n}b.png"] for n in range(COUNT)],
-        "patient": [None if n == 3 else n // 2 for n in range(COUNT)],  # whole numbers that pandas keeps as floats
-        "report": [report(n) for n in range(COUNT)],
-        "date": pandas.date_range("2020-01-01", periods=COUNT),
-    }
-    table = tmp_path / "rows.parquet"
-    pandas.DataFrame(rows).to_parquet(table)
-    content = json.loads((prepare([table]) / "annotation.json").read_text())
-    found = {record["id"]: record for own in content.values() for record in own}
-    assert found["0"]["image_path"] == ["0.png", "0b.png"] and found["4"]["subject_id"] == "2"
-    assert found["5"]["prior"] == "4" and "prior" not in found["2"] and "subject_id" not in found["3"]
-
-    pandas.DataFrame(rows | {"image": [{"bytes": b"x", "path": "0.png"}] * COUNT}).to_parquet(tmp_path / "hub.parquet")
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    for name, reason in (
-        ("hub", "holds pictures themselves"),
-        ("broken", "cannot be read as Parquet"),
-        ("x", "no such"),
-    ):
-        with pytest.raises(InputError, match=reason):
-            prepare([tmp_path / f"{name}.parquet"])
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match="pip install -r requirements/parquet.txt"):
-        prepare([table])
-
-
 def test_a_patient_in_two_splits_is_named(prepare, tmp_path):
     rows = [
         {"image": f"{n}.png", "patient": f"p{n // 2}", "report": report(n), "split": split_word(n)}
@@ -472,15 +405,3 @@ def test_priors_go_by_date_never_by_number():
         "s9": None, "s1": "s5", "s5": "s9", "s2": None, "s3": None, "s7": "s5", "s8": None,
     }  # fmt: skip
     assert moment("20240131") < moment("20240201") and moment("last week") is None
-
-
-def test_dates_of_one_column_are_read_together():
-    written = ["2020-01-31", "20200201", "02.02.2020 10:30", "2020/02/03 10:30:00", "20200204103000", "05/02/2020", ""]
-    found = moments([*written, "13/02/2020"])
-    assert found[6] is None and all(a < b for a, b in itertools.pairwise([*found[:6], found[7]]))
-    american = moments(["02/05/2020", "02/13/2020"])
-    assert american[0] < american[1]
-    for ambiguous in (["01/02/2020", "02/02/2020"], ["13/02/2020", "02/13/2020"]):
-        assert moments(ambiguous) == [None, None]
-    assert moments(["3", "20", "nan"]) == [3.0, 20.0, None]
-    assert moments(["3", "2020-01-31"])[0] is None  # a running number says nothing beside dates

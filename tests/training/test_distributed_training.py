@@ -88,6 +88,7 @@ def build(dropout: float = 0.0, epochs: int = 2, **options) -> Trainer:
         validate=lambda epoch: distributed.broadcast_object(
             {name: values[epoch - 1] for name, values in scores.items()} if distributed.is_main_process() else None
         ),
+        likelihood=lambda epoch: {},
         save=lambda trainer, improved: None,
         on_epoch=lambda history: None,
         shutdown=GracefulShutdown(),

@@ -68,7 +68,8 @@ def trainer(batches, scores=(0.1,), objective=None, device="cpu", precision="flo
         OptimSettings(**optim),
         LoopSettings(**settings),
         loader=FakeLoader(batches),
-        validate=lambda epoch: {"BLEU_4": scores[epoch - 1]},
+        validate=lambda epoch: {"BLEU_4": scores[epoch - 1], "nll": 1 - scores[epoch - 1]},
+        likelihood=lambda epoch: {"nll": 1 - scores[epoch - 1]},
         save=lambda trainer, improved: saved.append((len(trainer.history), improved)),
         on_epoch=lambda history: None,
         shutdown=GracefulShutdown(),
@@ -147,7 +148,18 @@ def test_validation_every_few_epochs_and_in_the_last():
     one, _ = trainer([batch([1.0])], scores=[0.9, 0.1, 0.2, 0.3, 0.4], start_eval_epoch=2, eval_every=2)
     one.train()
     found = [row["epoch"] for row in one.history if "val_BLEU_4" in row]
-    assert found == [2, 4, 5] and len(one.history) == 5
+    assert found == [2, 4, 5] and len(one.history) == 5 and one.best.epoch == 5
+    assert ["val_nll" in row for row in one.history] == [False, True, True, True, True]
+
+
+def test_likelihood_alone_judges_an_epoch_where_it_is_what_counts():
+    settings = {"scores": [0.2, 0.9, 0.3, 0.4], "eval_every": 3, "early_stop": 1}
+    one, _ = trainer([batch([1.0])], monitor_metric="nll", monitor_mode="min", **settings)
+    one.train()
+    assert one.best.epoch == 2 and [row["epoch"] for row in one.history] == [1, 2, 3, 4]
+    other, _ = trainer([batch([1.0])], **settings)
+    other.train()
+    assert other.best.epoch == 4 and other.best.epochs_without == 0  # the second and third say nothing of BLEU-4
 
 
 def test_the_learning_rate_falls_before_the_first_validation():
