@@ -5,6 +5,9 @@ shift carry them to pixels, so that a rotated or larger patient needs no other d
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -21,15 +24,22 @@ def smooth_curve(points, samples: int = 12, closed: bool = False) -> np.ndarray:
         padded = np.concatenate([points[-1:], points, points[:2]])
     else:
         padded = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
-    t = np.linspace(0, 1, samples, endpoint=False)[None, :, None]  # (1, samples, 1)
+    t, t2, t3 = _powers(samples)
     p0, p1, p2, p3 = (padded[i : len(padded) - 3 + i, None, :] for i in range(4))  # (spans, 1, 2) each
-    curve = 0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2 + (3 * p1 - p0 - 3 * p2 + p3) * t**3)
+    curve = 0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t2 + (3 * p1 - p0 - 3 * p2 + p3) * t3)
     curve = curve.reshape(-1, 2)
     return curve if closed else np.concatenate([curve, points[-1:]])
 
 
-def _ribbon(points: np.ndarray, width) -> np.ndarray:
-    """Polygons (..., 2M, 2) of lines along ``points`` (..., M, 2); ``width`` is one number or one per point (M,)."""
+@cache
+def _powers(samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """t, its square and its cube, (1, samples, 1) each, for t from 0 towards 1."""
+    t = np.linspace(0, 1, samples, endpoint=False)[None, :, None]
+    return t, t**2, t**3
+
+
+def _ribbon(points: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Polygons (..., 2M, 2) of lines along ``points`` (..., M, 2); ``width`` (..., M)."""
     along = np.empty_like(points)
     along[..., 1:-1, :] = points[..., 2:, :] - points[..., :-2, :]
     along[..., 0, :] = points[..., 1, :] - points[..., 0, :]
@@ -84,16 +94,33 @@ class Canvas:
             draw.polygon(*self._pixels(polygon), fill=255)
         return self._finish(image, blur)
 
+    def _ribbons(self, points: Sequence[np.ndarray], widths: Sequence) -> list[list[list[float]]]:
+        """Each stroke's polygons in pixels. Strokes of one shape are computed together: numpy's calls cost the most."""
+        thinnest = 1 / (self.size * SUPERSAMPLING * self.scale)
+        of_shape = defaultdict(list)
+        for index, stroke in enumerate(points):
+            of_shape[stroke.shape].append(index)
+        found: list = [None] * len(points)
+        for shape, rows in of_shape.items():
+            width = np.empty((len(rows), *shape[:-1]))
+            for row, index in enumerate(rows):
+                width[row] = widths[index]
+            ribbons = _ribbon(np.stack([points[index] for index in rows]), np.maximum(width, thinnest))
+            polygons, each = self._pixels(ribbons), math.prod(shape[:-2])
+            for row, index in enumerate(rows):
+                found[index] = polygons[row * each : (row + 1) * each]
+        return found
+
     def strokes(self, strokes, blur: float = 0.0) -> np.ndarray:
         """Mask of ribbons along polylines, later ones on top; ``strokes`` are (points (..., M, 2), width, value 0..1).
 
         Width is in body units, one number or one per point; a ribbon is never thinner than one supersampled pixel.
         """
         image, draw = self._blank()
-        thinnest = 1 / (self.size * SUPERSAMPLING * self.scale)
-        for points, width, value in strokes:
-            ribbons = _ribbon(np.asarray(points, dtype=np.float64), np.maximum(width, thinnest))
-            for polygon in self._pixels(ribbons):
+        points, widths, values = zip(*strokes, strict=True)
+        ribbons = self._ribbons([np.asarray(line, dtype=np.float64) for line in points], widths)
+        for polygons, value in zip(ribbons, values, strict=True):
+            for polygon in polygons:
                 draw.polygon(polygon, fill=round(255 * value))
         return self._finish(image, blur)
 
