@@ -12,6 +12,7 @@ from modules.runtime.errors import InputError
 from modules.runtime.launch import process_number
 
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where a file is written to instead of a terminal
+LONGEST_LINE = 120  # in characters, of progress and of lists
 
 
 class _BarSafeHandler(logging.Handler):
@@ -76,6 +77,19 @@ def log_to(path: Path) -> None:
     logger.addHandler(file)
 
 
+def in_lines(heading: str, items: Iterable[str], indent: int | None = None) -> list[str]:
+    """The ``items`` behind their ``heading``, in lines of at most LONGEST_LINE characters where each fits into one.
+
+    Further lines are indented by ``indent`` characters; None: to where the first item begins.
+    """
+    lines = [heading]
+    for item in items:
+        if len(lines[-1]) + len(item) > LONGEST_LINE:
+            lines.append(" " * (len(heading) if indent is None else indent))
+        lines[-1] += f"{item}  "
+    return [line.rstrip() for line in lines]
+
+
 class Bar:
     """Progress over ``items``, or over calls of ``advance``: a bar in a terminal, a line every half minute in a file.
 
@@ -135,13 +149,16 @@ class Bar:
     def _write_line(self) -> None:
         self._last_line = time.monotonic()
         took = self._last_line - self._began
-        parts = [f"{self._description}: {self._done:,}" + (f" of {self._total:,}" if self._total else "")]
-        parts += [f"{name} {value}" for name, value in self._values.items()]
-        parts.append(f"{_clock(took)} so far")
+        line = f"{self._description}: {self._done:,}" + (f" of {self._total:,}" if self._total else "")
+        clock = f", {_clock(took)} so far"
         new = self._done - self._skipped
         if self._total and new > 0 and self._done < self._total:
-            parts.append(f"{_clock(took * (self._total - self._done) / new)} to go")
-        print(", ".join(parts), file=sys.stderr, flush=True)
+            clock += f", {_clock(took * (self._total - self._done) / new)} to go"
+        for name, value in self._values.items():
+            if len(line) + len(f", {name} {value}") + len(clock) > LONGEST_LINE:
+                break
+            line += f", {name} {value}"
+        print(line + clock, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

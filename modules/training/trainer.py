@@ -21,7 +21,7 @@ from modules.runtime import distributed
 from modules.runtime.distributed import restore_rng_state, rng_state, seed_by
 from modules.runtime.environment import autocast
 from modules.runtime.errors import InputError
-from modules.runtime.run_log import Bar
+from modules.runtime.run_log import Bar, in_lines
 from modules.runtime.stopping import GracefulShutdown, Stopped
 from modules.training.average_meter import AverageMeter
 from modules.training.non_finite_guard import NonFiniteGuard, are_finite, nan_unless_finite
@@ -245,7 +245,8 @@ class Trainer:
             means = self.means.read()
             bar.show(means)
             if due:
-                logger.info("epoch %d step %d: %s", position.epoch, position.steps, _shown(means))
+                for line in _shown(f"epoch {position.epoch} step {position.steps}:  ", means):
+                    logger.info("%s", line)
 
     # ---- The end of an epoch
 
@@ -274,6 +275,9 @@ class Trainer:
     def _log_epoch(self, row: Mapping[str, Any], improved: bool) -> None:
         for line in epoch_table(row):
             logger.info("%s", line)
+        if left := self.optim.epochs - row["epoch"]:
+            seconds = left * sum(past["seconds"] for past in self.history) / len(self.history)
+            logger.info("  %d of %d epochs left, at this pace %s", left, self.optim.epochs, _duration(seconds))
         if self.guard.skipped:
             scale = f"; the loss scale is {self.scaler.get_scale():g}" if self.precision == "float16" else ""
             logger.warning(
@@ -330,18 +334,24 @@ class Trainer:
 
 def epoch_table(row: Mapping[str, Any]) -> list[str]:
     """An epoch's row of the history as lines for the log: steps, time and rates; losses; validation scores."""
-    minutes, seconds = divmod(round(row["seconds"]), 60)
     rates = f"learning rate {row['lr_ed']:.3g} (visual extractor not trained)"
     if "lr_ve" in row:
         rates = f"learning rates {row['lr_ve']:.3g} (visual extractor) and {row['lr_ed']:.3g}"
-    lines = [f"epoch {row['epoch']}: {row['train_steps']} steps in {minutes} min {seconds:02d} s, {rates}"]
+    lines = [f"epoch {row['epoch']}: {row['train_steps']} steps in {_duration(row['seconds'])}, {rates}"]
     counts = ("train_steps", "train_skipped_steps")
     for name, prefix in (("training", "train_"), ("validation", "val_")):
         values = {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix) and key not in counts}
-        lines += [f"  {name:<12}{_shown(values)}"] if values else []
+        lines += _shown(f"  {name:<12}", values) if values else []
     return lines
 
 
-def _shown(values: Mapping[str, float | None]) -> str:
-    """Values in columns; what is missing is a dash."""
-    return "  ".join(f"{name} {'-' if value is None else format(value, '.4f')}" for name, value in values.items())
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s"
+
+
+def _shown(heading: str, values: Mapping[str, float | None]) -> list[str]:
+    """Values behind their ``heading``, in lines; what is missing is a dash."""
+    return in_lines(
+        heading, (f"{name} {'-' if value is None else format(value, '.4f')}" for name, value in values.items())
+    )

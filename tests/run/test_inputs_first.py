@@ -105,3 +105,7 @@ def test_an_epoch_is_a_short_table():
         "  training    loss 2.3141  nll 2.1000",
         "  validation  BLEU_1 0.0000  BLEU_2 0.0000  BLEU_3 0.0000  BLEU_4 0.0000  METEOR -  CIDEr 0.1235",
     ]
+    row |= {f"train_cos_of_kind_{number}": 0.5 for number in range(7)}
+    wrapped = epoch_table(row)[1:-1]
+    assert len(wrapped) == 2 and max(map(len, wrapped)) <= 120 and wrapped[1].startswith(" " * 14 + "cos_of_kind_")
+    assert "  ".join(line.strip() for line in wrapped).count("cos_of_kind_") == 7

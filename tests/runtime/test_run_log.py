@@ -75,6 +75,17 @@ def test_in_a_file_progress_is_a_line_every_half_minute(monkeypatch, lines):
     assert found[3] == "epoch 2: 100 of 100, loss 1.23, 0:01:40 so far"
 
 
+def test_values_that_make_a_line_long_are_left_out(monkeypatch, lines):
+    clock = Clock(monkeypatch)
+    with Bar(description="epoch 2", total=1000) as bar:
+        bar.show({"loss": 1.0} | {f"retrieval_accuracy_{number}": 0.123 for number in range(9)})
+        clock.now += 30
+        bar.advance(300)
+    found = lines()[0]
+    assert found.startswith("epoch 2: 300 of 1,000, loss 1, retrieval_accuracy_0 0.123, ") and len(found) <= 120
+    assert found.endswith(", 0:00:30 so far, 0:01:10 to go")
+
+
 def test_what_is_done_in_a_moment_leaves_no_line(monkeypatch, lines):
     Clock(monkeypatch)
     assert list(Bar(iter("abc"), "images")) == ["a", "b", "c"]
