@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from models import MODELS, location
-from models.settings import declared_settings
+from models.settings import declared_presets, declared_settings
 from modules.data.dataset_specs import DATASETS, ENGLISH, OTHER, PRIOR_IMAGE, DataSpec, check_name, parse_contexts
 from modules.data.settings import DataSettings
 from modules.decoding.options import DecodingOptions
@@ -22,6 +22,41 @@ from modules.runtime.settings import check_value, part_of, setting
 from modules.training.settings import LoopSettings, OptimSettings, SelfCriticalSettings
 
 BACKBONE_SETTINGS = tuple(declared_settings(name) for name in MODELS)
+# Values of --preset: flags for a kind of data, whatever the backbone.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Some hundred to some thousand reports, on a CPU; what each does for them is in docs/YOUR_DATA.md.
+    "small": {
+        "visual_extractor": "tf_efficientnet_lite0",
+        "freeze_visual_extractor": True,
+        "feature_cache": "results/features",
+        "threshold": 1,
+        "use_bn": 1,
+        "d_model": 192,
+        "d_ff": 384,
+        "num_heads": 4,
+        "num_layers": 1,
+        "drop_prob_lm": 0.1,
+        "cmm_size": 512,
+        "cmm_dim": 192,
+        "topk": 16,
+        "embedding_dim": 128,
+        "batch_size": 8,
+        "length_bucketing": True,
+        "epochs": 20,
+        "lr_ed": 1e-3,
+        "lr_scheduler": "CosineAnnealingLR",
+        "monitor_metric": "CIDEr",
+        "guidance": 0.5,
+        "num_workers": 0,
+    }
+}
+
+
+def preset(backbone: str | None, dataset_name: str, name: str | None = None) -> dict[str, Any]:
+    """Flag values by name: those of ``backbone``'s published run scripts for a data set, and over them PRESETS's."""
+    own, spec = declared_presets(backbone) if backbone else {}, DATASETS.get(dataset_name)
+    published = {**own.get("*", {}), **(spec.preset if spec else {}), **own.get(dataset_name, {})} if backbone else {}
+    return published | (PRESETS[name] if name else {})
 
 
 @dataclass(frozen=True)

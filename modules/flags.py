@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from models import MODELS, SYSTEMS, backbone_class, settings_class
-from models.settings import declared_presets
-from modules.config import BACKBONE_SETTINGS, REMOTE, TRAIN_ONLY, TYPED_ONLY, Config, settings_of, settings_with
-from modules.data.dataset_specs import DATASETS, FACTS, DataSpec, read_description, require_known
+from modules.config import (
+    BACKBONE_SETTINGS,
+    PRESETS,
+    REMOTE,
+    TRAIN_ONLY,
+    TYPED_ONLY,
+    Config,
+    preset,
+    settings_of,
+    settings_with,
+)
+from modules.data.dataset_specs import FACTS, DataSpec, read_description, require_known
 from modules.ithn.settings import ITHNSettings
 from modules.runtime.errors import InputError, did_you_mean
+from modules.runtime.run_log import in_lines
 from modules.runtime.settings import note_origin, part_of
 
 # Flags of R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN that had no effect on results there, or are decided
@@ -67,12 +77,6 @@ ASKING_FOR_ITHN = ("strategy", "ithn_variant")  # flags that ask for ITHN by bei
 WITHOUT_ITHN = ("ithn", "ce_weight")
 _DESCRIBED = ("visual_extractor_config",)
 LABEL_FILES = ("label_path", "label_columns")
-
-
-def preset(backbone: str, dataset_name: str) -> dict[str, Any]:
-    """Flag values by name that ``--backbone`` sets on a data set: those of the published run scripts."""
-    own, spec = declared_presets(backbone), DATASETS.get(dataset_name)
-    return {**own.get("*", {}), **(spec.preset if spec else {}), **own.get(dataset_name, {})}
 
 
 def stage_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,6 +153,8 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
         help="like --model_name, with that paper's published settings for --dataset_name as defaults; "
         + ", ".join(f"{name}: {model}" for name, model in SYSTEMS.items()),
     )
+    what = "other defaults; small: for some hundred to some thousand reports, on a CPU (docs/YOUR_DATA.md)"
+    groups["run"].add_argument("--preset", choices=PRESETS, metavar="{" + ",".join(PRESETS) + "}", help=what)
     return parser
 
 
@@ -275,13 +281,10 @@ def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         given["adam_betas"] = _pair("adam_betas", given["adam_betas"])
     if "model_name" in given:
         given["model_name"] = given["model_name"].lower()
-    if "backbone" not in given:
-        return given, ignored
-    model = SYSTEMS.get(given["backbone"], given["backbone"])
-    if given.setdefault("model_name", model) != model:
-        raise InputError(
-            f"--backbone {given['backbone']} and --model_name {given['model_name']} disagree: give one of them"
-        )
+    backbone = given.get("backbone", "")
+    model = SYSTEMS.get(backbone, backbone)
+    if backbone and given.setdefault("model_name", model) != model:
+        raise InputError(f"--backbone {backbone} and --model_name {given['model_name']} disagree: give one of them")
     return given, ignored + _preset_notes(given)
 
 
@@ -292,16 +295,15 @@ def flags_of_training(words: Sequence[str]) -> list[str]:
 
 
 def _preset_notes(given: Mapping[str, Any]) -> list[str]:
-    backbone = given["backbone"]
-    dataset_name = (_description(given) | given).get("dataset_name", Config.dataset_name)
-    added = {name: value for name, value in preset(backbone, dataset_name).items() if name not in given}
-    shown = ", ".join(
-        f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in added.items()
-    )
-    notes = [f"from the published settings of {backbone} on {dataset_name}: {shown}"] if added else []
-    if given.get("resume") or given.get("load"):
-        notes.append("settings stored in the checkpoint override this preset")
-    return notes
+    backbone, name = given.get("backbone"), given.get("preset")
+    dataset_name = (_description(given) | given).get("dataset_name", Config.dataset_name) if backbone else ""
+    sources = [f"the published settings of {backbone} on {dataset_name}"] * bool(backbone)
+    sources += [f"--preset {name}"] * bool(name)
+    added = {flag: value for flag, value in preset(backbone, dataset_name, name).items() if flag not in given}
+    shown = [f"--{flag} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for flag, v in added.items()]
+    notes = in_lines(f"from {' and '.join(sources)}: ", shown, indent=2) if added else []
+    stored = ["settings stored in the checkpoint override this preset"]
+    return notes + (stored if sources and (given.get("resume") or given.get("load")) else [])
 
 
 def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:
@@ -320,7 +322,7 @@ def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Config:
-    """Config from the flags ``given``, else those ``saved`` in a checkpoint, else --backbone's preset, else defaults.
+    """Config from the flags ``given``, else those ``saved`` in a checkpoint, else presets', else defaults.
 
     A program that is named by a file is not run, and what a file names is not downloaded.
     InputError where they are invalid.
@@ -331,17 +333,16 @@ def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = N
     if "adam_betas" in values:
         values["adam_betas"] = tuple(values["adam_betas"])
     given = dict(given)
-    backbone = given.pop("backbone", None)
+    backbone, name = given.pop("backbone", None), given.pop("preset", None)
     if "dataset_name" not in values:
         values = _description(given) | values
     elif "ann_path" in given or "dataset_name" in given:
         # A model is given images and texts as in its training; what data they are is a matter of the data.
         values |= {name: value for name, value in _description(given, saved).items() if name in FACTS}
     dataset_name = (values | given).get("dataset_name", Config.dataset_name)
-    published = preset(backbone, dataset_name) if backbone else {}
-    config = Config(**(published | values | given))
-    for name in REMOTE:
-        note_origin(getattr(config, name), typed=not saved or name in given)
+    config = Config(**(preset(backbone, dataset_name, name) | values | given))
+    for flag in REMOTE:
+        note_origin(getattr(config, flag), typed=not saved or flag in given)
     return config
 
 

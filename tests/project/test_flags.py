@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from models import MODELS, SYSTEMS
-from modules.config import Config
+from modules.config import PRESETS, Config
 from modules.flags import Parser, parse_flags, preset, resolve_config
 from modules.runtime.errors import InputError
 
@@ -50,6 +50,21 @@ def test_flags_without_effect_are_accepted_and_named():
     assert len(ignored) == 2 and "--d_vf" in ignored[1] and "inferred" in ignored[1]
 
 
+def test_a_preset_gives_defaults():
+    config = resolve("--preset", "small", "--epochs", "7")
+    assert {name: getattr(config, name) for name in PRESETS["small"]} == PRESETS["small"] | {"epochs": 7}
+    assert resolve_config({"preset": "small"}, {"batch_size": 4}).batch_size == 4  # of the checkpoint
+    with_backbone = resolve("--preset", "small", "--backbone", "r2gen")
+    assert (with_backbone.model_name, with_backbone.d_model, with_backbone.beam_size) == ("r2gen", 192, 3)
+
+
+def test_the_values_of_a_preset_are_told_in_short_lines():
+    _, notes = parse_flags(["--preset", "small", "--d_ff", "64"], "main_train.py", "")
+    assert notes[0].startswith("from --preset small: --visual_extractor tf_efficientnet_lite0  --")
+    assert "--lr_ed 0.001" in " ".join(notes) and "--d_ff" not in " ".join(notes) and max(map(len, notes)) <= 120
+    assert parse_flags(["--d_ff", "64"], "main_train.py", "")[1] == []
+
+
 def test_names_of_visualgpt_are_translated():
     config = resolve(
         "--workers", "3", "--num_train_epochs", "3.0", "--optimizer_type", "adamw", "--max_grad_norm", "1.0"
@@ -76,6 +91,7 @@ def test_restarts_are_spelled_as_torchrun_does():
         (["--dataset_name", "iu-xray"], "must be one of iu_xray, mimic_cxr, coco; did you mean iu_xray?"),
         (["--model_name", "r2gen_cmn"], "visualgpt, hf; did you mean r2gencmn?"),
         (["--backbone", "xproNet"], "did you mean xpronet? (see"),
+        (["--preset", "smal"], "did you mean small? (see"),
         (["--workers", "many"], "--workers many"),
         (["--monitor_metric", "METEOR", "--meteor", "false"], "needs --meteor true"),
         (["--monitor_metric", "xpronet_selection", "--meteor", "false"], "xpronet_selection: needs --meteor true"),
@@ -126,7 +142,7 @@ def test_a_backbone_brings_its_published_settings_beneath_the_flags_given():
     config = resolve_config(given)
     assert (config.model_name, config.lr_ve, config.lr_ed) == ("r2gen", 1e-3, 1e-4)
     assert (config.clip_value, config.max_seq_length, config.threshold) == (0.1, 100, 10)
-    assert "--lr_ed 0.0001" in notes[-1] and "--lr_ve" not in notes[-1]
+    assert "--lr_ed 0.0001" in " ".join(notes) and "--lr_ve" not in " ".join(notes)
 
 
 def test_a_checkpoints_own_settings_go_before_the_published_ones():

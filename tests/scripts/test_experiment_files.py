@@ -66,7 +66,7 @@ def test_xpronet_is_the_published_model(name):
 
 def test_demo_has_the_settings_of_the_demo_script():
     script = (ROOT / "run_demo.sh").read_text()
-    command = script[script.index("main_train.py --ann_path") :].partition('"$@"')[0].replace("\\\n", " ")
+    command = script[script.index("main_train.py --ann_path") :].partition('"${given[@]}"')[0].replace("\\\n", " ")
     values = dict(pair.split("=") for pair in re.search(r"^data=.*", script, re.M)[0].split() if "(" not in pair)
     for name, value in values.items():
         command = command.replace(f"${name}", value)
