@@ -50,7 +50,7 @@ RECORDED = (
     "exclude_same_labels",
     "seed",
 )
-SHOWN_LETTERS = 240
+SHOWN_LETTERS = 180
 ALIKE = 0.999
 
 

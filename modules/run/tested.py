@@ -10,6 +10,7 @@ from modules.evaluation.metric_table import FULL, SELECTION, tagged, with_aliase
 from modules.evaluation.scored import Scored, recorded
 from modules.evaluation.tester import Predictions
 from modules.run.data import Data
+from modules.runtime.run_log import in_lines
 
 MODEL = "model"
 
@@ -97,11 +98,16 @@ class Tested:
         return recorded(self.scores[system], self.tag)
 
     def log_lines(self) -> list[str]:
-        """A line of scores for each system, and what is known of the model's reports."""
-        lines = [f"test, {system}: {self._logged(self.scores[system])}" for system in self.scores]
+        """The scores of each system, and what is known of the model's reports."""
+        lines = [
+            line
+            for system in self.scores
+            for line in in_lines(f"test, {system}: ", self._logged(self.scores[system]), indent=2)
+        ]
         for name, part in self.by_reference.items():
             if scores := part["scores"].get(MODEL):
-                lines.append(f"test, references {name} in training ({part['reports']}): {self._logged(scores)}")
+                heading = f"test, references {name} in training ({part['reports']}): "
+                lines += in_lines(heading, self._logged(scores), indent=2)
         variety, references = self.variety[MODEL], self.variety["references"]
         return [
             *lines,
@@ -110,13 +116,13 @@ class Tested:
             f"words, {100 * references['unk_share']:.1f} % of the references'",
         ]
 
-    def _logged(self, scores: Mapping[str, float | None]) -> str:
+    def _logged(self, scores: Mapping[str, float | None]) -> list[str]:
         """Words against references as others cut them, labels against whole ones, without precision and recall."""
-        return " ".join(
+        return [
             f"{key}={'-' if value is None else f'{value:.4f}'}"
             for key, value in recorded(scores, self.tag).items()
             if key.endswith(FULL) == key.startswith("ce_") and not ("_precision_" in key or "_recall_" in key)
-        )
+        ]
 
     def _tagged(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {tagged(name, self.tag): value for name, value in values.items()}

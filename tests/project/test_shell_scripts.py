@@ -252,6 +252,30 @@ def test_setup_uses_a_link_and_never_deletes_it(project, tmp_path_factory):
     assert "rm .venv" in project(code=1)[0] and link.is_symlink()
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_demo_marks_its_quick_run_and_passes_flags_on(tmp_path, quick):
+    shutil.copy(ROOT / "run_demo.sh", tmp_path)
+    executable(tmp_path / "setup.sh", "exit 0\n")
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    images = "data/demo_quick/images" if quick else "data/demo/images"
+    executable(
+        python, f'#!/bin/sh\nmkdir -p {images}/SYN0001\n: >{images}/SYN0001/0.png\nprintf "%s\\n" "$*" >>calls\n'
+    )
+    flags = ["--seed", "3", "--save_dir=elsewhere"]
+    done = subprocess.run(
+        ["bash", "run_demo.sh", *flags[:1], *(["--quick"] if quick else []), *flags[1:]],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    drawn, mined, trained = (tmp_path / "calls").read_text().splitlines()[-3:]
+    assert f"--studies {200 if quick else 2000} " in drawn
+    assert "--out elsewhere/hard_negatives.safetensors" in mined
+    assert trained.startswith("main_train.py ") and trained.endswith(" --seed 3 --save_dir=elsewhere")
+    assert ("a tenth of the data" in trained) == ("run without --quick" in done.stdout.splitlines()[-1]) == quick
+    assert "open elsewhere/report.html" in done.stdout and max(map(len, done.stdout.splitlines())) <= 200
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 @pytest.mark.parametrize("script", ["run_tests.sh", "run_demo.sh"])
 def test_help_sets_nothing_up(tmp_path, script, flag):
