@@ -17,7 +17,8 @@ def report_errors(
 ) -> dict[str, np.ndarray]:
     """(N, 1) of each score of REPORT_ERRORS by name: what each of N reports adds to its mean.
 
-    ``with_prior`` says which studies have an earlier examination; where it is None, those whose reference compares.
+    Of comparison_rate (N, 2): the second column says which reports are counted, those of studies without an earlier
+    examination. ``with_prior`` says which have one; where it is None, those whose reference compares.
     """
     pairs = [
         (report_facts(reference), report_facts(text)) for reference, text in zip(references, generated, strict=True)
@@ -27,10 +28,13 @@ def report_errors(
             (dataclasses.replace(reference, compares=bool(prior)), text)
             for (reference, text), prior in zip(pairs, with_prior, strict=True)
         ]
-    return {
+    found = {
         score.name: np.array([_COUNTS[score.name](*pair) for pair in pairs], dtype=np.float64)[:, None]
         for score in REPORT_ERRORS
     }
+    counted = np.array([not reference.compares for reference, _ in pairs], dtype=np.float64)[:, None]
+    found["comparison_rate"] = np.concatenate([found["comparison_rate"], counted], axis=1)
+    return found
 
 
 def _compares_with_nothing(reference: ReportFacts, generated: ReportFacts) -> int:

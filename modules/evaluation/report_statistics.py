@@ -1,8 +1,9 @@
 """What each report contributes to a run's scores: sums over reports give every score, of the split or a resample.
 
 A table has one row per report. Its name is that of a sentence metric (modules.evaluation.metric_table), ``diversity``,
-``nll``, a labeler's outcomes such as ``ce_rule_uncertain_negative``, or the one score that is the mean of its column. A
-name that ends in ``_full`` is about whole references. The numbers hold no text.
+``nll``, a labeler's outcomes such as ``ce_rule_uncertain_negative``, or the one score that is the mean of its column:
+over the reports that a second column counts, where it has one. A name that ends in ``_full`` is about whole references.
+The numbers hold no text.
 
 Shapes: N reports, R resamples, k columns of a table.
 """
@@ -132,7 +133,7 @@ def scores_of_sums(sums: Mapping[str, np.ndarray], count: int | np.ndarray) -> d
         elif _is_clinical(name):
             found = _frequent_macro(base, total) if f"_{FREQUENT}_" in name else _clinical(base, total, count)
         else:
-            found = {base: total[:, 0] / count}
+            found = {base: total[:, 0] / (count if total.shape[1] == 1 else np.maximum(total[:, 1], 1))}
         scores |= {f"{score}{suffix}": values for score, values in found.items()}
     return scores
 

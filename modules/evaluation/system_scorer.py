@@ -144,8 +144,13 @@ class SystemScorer:
                 tables |= _suffixed(clinical_tables(*pair, labeler), suffix)
         if RULE in scored.labels:
             errors = _suffixed(report_errors(references.originals, generated, references.with_prior), FULL)
-            scores |= {name: float(values.mean()) for name, values in errors.items()}
-            tables |= errors
+            for name, table in errors.items():
+                if table[:, -1].any() or table.shape[1] == 1:
+                    scores |= {name: float(scores_of_sums({name: table.sum(0, keepdims=True)}, len(table))[name][0])}
+                    tables[name] = table
+                else:
+                    scores[name] = None
+                    scored.missing.setdefault(name, "every study has an earlier examination")
         read = words if references.encoded is None else generated
         for suffix, texts in (references.encoded or references.words).items():
             for encoder in self._encoders:

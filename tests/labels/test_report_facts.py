@@ -95,7 +95,8 @@ def test_errors_are_of_what_the_reference_does_not_say():
 def test_a_prior_of_the_annotation_decides_where_it_is_known():
     texts = ["unchanged effusion .", "unchanged effusion .", "effusion ."]
     found = report_errors(["Stable effusion.", "Effusion.", "Effusion."], texts, [False, True, False])
-    assert found["comparison_rate"].ravel().tolist() == [1, 0, 0]
+    assert found["comparison_rate"].tolist() == [[1, 1], [0, 0], [0, 1]]  # comparisons, and which are counted
+    assert report_errors(["Stable effusion.", "Effusion."], texts[:2])["comparison_rate"].tolist() == [[0, 0], [1, 1]]
 
 
 def test_fewer_errors_are_better_and_are_shown():

@@ -118,14 +118,22 @@ def test_references_that_were_trained_on_are_scored_apart_from_the_others():
 
 
 def test_comparisons_are_judged_by_the_priors_of_the_annotation():
-    studies = [
-        SimpleNamespace(report=text, study_id=text, subject_id="", prior=p)
-        for text, p in zip("abc", ("", "x", ""), strict=True)
-    ]
-    dataset = SimpleNamespace(studies=studies, samples=[(n, None) for n in range(3)], sample_id="abc".__getitem__)
-    with Scoring(Config(meteor=False), torch.device("cpu"), [dataset]) as scoring:
-        scored = scoring.test(FOUND, {"model": ["stable heart ."] * 3}, {})
-    assert scored.scores["model"]["comparison_rate_full"] == pytest.approx(2 / 3)
+    def rate(priors, generated):
+        studies = [
+            SimpleNamespace(report=text, study_id=text, subject_id="", prior=p)
+            for text, p in zip("abc", priors, strict=True)
+        ]
+        dataset = SimpleNamespace(studies=studies, samples=[(n, None) for n in range(3)], sample_id="abc".__getitem__)
+        with Scoring(Config(meteor=False), torch.device("cpu"), [dataset]) as scoring:
+            scored = scoring.test(FOUND, {"model": generated}, {})
+        if (found := scored.statistics["model"].scores().get("comparison_rate_full")) is not None:
+            assert found == scored.scores["model"]["comparison_rate_full"]
+        return scored.scores["model"]["comparison_rate_full"], scored.missing.get("comparison_rate_full")
+
+    stable, plain = "stable heart .", "heart ."
+    assert rate(("", "x", ""), [stable, stable, plain]) == (1 / 2, None)  # one of the two without a prior
+    assert rate(("", "x", ""), [plain, stable, plain]) == (0.0, None)
+    assert rate("xyz", [stable] * 3) == (None, "every study has an earlier examination")
 
 
 def test_a_tag_is_in_the_names_of_what_is_kept_and_of_the_intervals():
