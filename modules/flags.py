@@ -346,13 +346,13 @@ def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = N
     return config
 
 
-def data_set(ann_path: str | Path, dataset_name: str | None) -> tuple[str, DataSpec]:
-    """Name and particulars of an annotation's data set, for programs with these two flags of main_train.py alone.
+def data_set(ann_path: str | Path, dataset_name: str | None, **given: Any) -> tuple[str, DataSpec]:
+    """Name and particulars of an annotation's data set, for programs with these and a few ``given`` flags alone.
 
     ``dataset_name`` None: as the dataset.json beside the annotation says, or the default.
     """
     named = {} if dataset_name is None else {"dataset_name": dataset_name}
-    config = resolve_config({"ann_path": str(ann_path), **named})
+    config = resolve_config({"ann_path": str(ann_path), **named, **given})
     return config.dataset_name, config.dataset
 
 

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.config import Config
 from modules.data.annotations import Annotation, read_annotation
 from modules.data.captions import split_captions
-from modules.data.dataset_specs import SECTIONS
+from modules.data.dataset_specs import SECTIONS, DataSpec
 from modules.data.settings import DataSettings
 from modules.data.tokenizers import clean_report
-from modules.flags import Parser, boolean, data_set
+from modules.flags import Parser, add_flags, boolean, data_set, given_flags
 from modules.runtime.errors import InputError, one_line, run_entry_point
 from modules.runtime.launch import launched, process_device, start_processes
 from modules.runtime.output_files import Output, check_outputs, contains
@@ -50,6 +50,8 @@ RECORDED = (
     "exclude_same_labels",
     "seed",
 )
+# Flags of main_train.py that decide which texts are identical, and what a record is.
+OF_THE_DATA = ("cleaner", "captions")
 SHOWN_LETTERS = 180
 ALIKE = 0.999
 
@@ -82,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("", *SECTIONS, "both"),
         help="as main_train.py's: sections of the annotation that are the report; default: the field report",
     )
+    add_flags(parser, OF_THE_DATA)
     _add_exclusions(parser)
     add(
         "--seed",
@@ -103,6 +106,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="pairs to show: this prints report text to the terminal, 0 does not; default %(default)s",
     )
     return parser
+
+
+def described(arguments: argparse.Namespace) -> tuple[str, DataSpec]:
+    """Name and particulars of the data set, as main_train.py with the same flags reads it."""
+    return data_set(arguments.ann_path, arguments.dataset_name, **given_flags(arguments, OF_THE_DATA))
 
 
 def _add_exclusions(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +173,7 @@ def check(arguments: argparse.Namespace) -> None:
     ):
         if getattr(arguments, flag) < low:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: must be {low} or more")
-    arguments.dataset_name, data = data_set(arguments.ann_path, arguments.dataset_name)
+    arguments.dataset_name, data = described(arguments)
     kind = TEXT_ENCODERS.get(arguments.text_encoder)
     labelled = arguments.exclude_same_labels or (kind is not None and kind.clinical)
     if labelled and not data.clinical:
@@ -208,7 +216,7 @@ def mine(arguments: argparse.Namespace, annotation: Annotation):
     device = str(choose_device("cpu" if arguments.n_gpu == 0 else process_device(arguments.device)))
     train = annotation.splits["train"]
     reports = [" ".join(study.report.split()) for study in train]
-    arguments.dataset_name, data = data_set(arguments.ann_path, arguments.dataset_name)
+    arguments.dataset_name, data = described(arguments)
     cleaned = group_ids(clean_report(study.report, data.cleaner) for study in train)
     studies = group_ids(study.study_id for study in train)
     # What a record's negatives are never of: its patient, or else its study.
@@ -311,7 +319,7 @@ def mine_and_write(arguments: argparse.Namespace) -> None:
         from modules.data.study_context import with_sections
 
         annotation, _ = with_sections(annotation, arguments.report_sections)
-    if data_set(arguments.ann_path, arguments.dataset_name)[1].captions:
+    if described(arguments)[1].captions:
         annotation = split_captions(annotation)
     index = mine(arguments, annotation)
     if not is_main_process():

@@ -121,6 +121,11 @@ def main() -> int:
 
     print(WARNING, file=sys.stderr)
     predictor = load_predictor(arguments.load, given_flags(arguments, DECODING))
+    if predictor.backbone.study_context is not None:
+        print(
+            "note: the model was trained with --context, which images alone do not bring: masked as absent",
+            file=sys.stderr,
+        )
     if rexrank is not None:  # in the order in which a model with fewer views needs them
         studies = [StudyFiles(study.name, study.paths[: predictor.num_views]) for study in studies]
     reader = StudyReader(studies, predictor.num_views, arguments.batch_size, predictor.transform.draft)

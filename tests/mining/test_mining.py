@@ -1,5 +1,6 @@
 """Hard-negative index: the rules of exclusion, the file, and the script that writes it."""
 
+import dataclasses
 import json
 import stat
 import sys
@@ -9,8 +10,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from modules.data.annotations import read_annotation
+from modules.data.settings import DataSettings
+from modules.flags import build_parser
 from modules.mining.index import HardNegativeIndex, group_ids, mine_neighbours
 from modules.runtime.errors import InputError
+from scripts import check_data, mine_hard_negatives
 from scripts.mine_hard_negatives import main
 
 METADATA = {"ann_path": "a.json", "train_sha256": "0" * 64, "flags": {"text_encoder": "tfidf", "top_k": 2}}
@@ -304,3 +308,31 @@ def test_neighbours_are_of_other_patients_unless_a_flag_says_otherwise(tmp_path,
     assert 1 not in neighbours()
     assert "2 of 4 training records share their patient with another: excluded" in capsys.readouterr().out
     assert neighbours("--include_same_patient")[0] == 1
+
+
+def test_every_data_flag_is_taken_by_the_programs_that_read_the_data(demo, tmp_path, monkeypatch, capsys):
+    """One variable of a shell script holds them: main_train.py, check_data.py and mining parse each with its value."""
+    flags = []
+    for item in dataclasses.fields(DataSettings):
+        default = {bool: "true", int: "1", float: "1.5"}.get(item.type, "x")
+        choices = [choice for choice in item.metadata["choices"] or () if choice]
+        flags += [f"--{item.name}", str(choices[0]) if choices else "true" if item.name == "captions" else default]
+    train = build_parser("main_train.py", "").parse_args(flags)
+    check = check_data.build_arguments().parse_args(flags)
+    mined = mine_hard_negatives.build_parser().parse_args([*flags, "--out", str(tmp_path / "x")])
+    for item in dataclasses.fields(DataSettings):
+        assert getattr(train, item.name) == getattr(check, item.name) and hasattr(mined, item.name)
+    # What decides the texts is followed, not only taken: another cleaner finds other texts identical.
+    (tmp_path / "annotation.json").write_text(
+        json.dumps({"train": [{"id": str(n), "report": text, "image_path": ["x.png"]} for n, text in enumerate(TEXTS)]})
+    )
+    found = {}
+    for cleaner in ("iu_xray", "any"):
+        argv = f"mine --ann_path {tmp_path}/annotation.json --out {tmp_path}/{cleaner} --text_encoder tfidf"
+        monkeypatch.setattr(sys, "argv", [*argv.split(), "--cleaner", cleaner])
+        main()
+        found[cleaner] = "2 of 3 training records share their cleaned text with another" in capsys.readouterr().out
+    assert found == {"iu_xray": True, "any": False}
+
+
+TEXTS = ("A, b: normal [x].", "A b normal x.", "Heart small.")

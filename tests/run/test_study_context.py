@@ -14,6 +14,7 @@ from modules.data.dataset_specs import parse_contexts
 from modules.data.study_context import ContextReader, with_sections
 from modules.data.tokenizers import Tokenizer
 from modules.flags import parse_flags
+from modules.labels.rules import CLASSES
 from modules.run.predictor import load_predictor
 from modules.run.testing import run_testing
 from modules.runtime.errors import InputError
@@ -142,6 +143,7 @@ def test_what_only_the_context_says_is_learnt(kind, context, train, tmp_path):
 
 
 BACKBONES = {
+    "xpronet": "--num_cluster 14 --num_protype 2 --d_img_ebd 8 --d_txt_ebd 8 --init_protypes_path=".split(),
     "r2gen": ["--rm_num_slots", 1, "--rm_num_heads", 2, "--rm_d_model", 16],
     "r2gencmn": [],
     "visualgpt": ["--gpt2_layers", 1, "--gpt2_positions", 48, "--tokenizer", "word"],
@@ -157,7 +159,12 @@ BACKBONES = {
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_trains_tests_and_predicts_with_context(backbone, train, tmp_path):
     flags = toy(tmp_path / "data", "prior", 24)
+    rows = [",".join(("id", *CLASSES))]
+    rows += [",".join((f"{kind}{n}", *(str(int(n % 14 == k)) for k in range(14)))) for n in range(24) for kind in "so"]
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
     flags += [
+        "--label_path",
+        tmp_path / "labels.csv",
         "--model_name",
         backbone.split()[0],
         *BACKBONES[backbone],
