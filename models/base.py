@@ -4,7 +4,7 @@ Shapes: B samples, N views, S visual tokens (of all views, view 0 first), C visu
 width, V words (ids 1..V, hence V+1 logits), L generated tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from modules.decoding.guidance import Guided
+from modules.decoding.loop import Decoded
 from modules.decoding.options import DecodingOptions
-from modules.decoding.search import Decoded, DecodingSession, Search, WithoutToken, decode
+from modules.decoding.search import decode
+from modules.decoding.session import DecodingSession, WithoutToken
 from modules.layers.context_memory import ContextMemory
 from modules.runtime.settings import check_value, setting
 
@@ -122,11 +124,17 @@ class Backbone(nn.Module):
         labels: Tensor | None = None,
         features: VisualFeatures | None = None,
         decoding: DecodingOptions,
+        seeds: Sequence[int] | None = None,
     ) -> Tensor:
-        """Token ids (B, max_seq_length) of each study's likeliest report, 0 after the end."""
-        return self.search(images, view_mask=view_mask, labels=labels, features=features, decoding=decoding).tokens[
-            :, 0
-        ]
+        """Token ids (B, max_seq_length) of each study's likeliest report, 0 after the end.
+
+        ``seeds``, of B studies, decide what is drawn at random for each, None: torch's generator; a caller gives them
+        only with sample_method "sample".
+        """
+        found = self.search(
+            images, view_mask=view_mask, labels=labels, features=features, decoding=decoding, seeds=seeds
+        )
+        return found.tokens[:, 0]
 
     @torch.no_grad()
     def search(
@@ -137,6 +145,7 @@ class Backbone(nn.Module):
         labels: Tensor | None = None,
         features: VisualFeatures | None = None,
         decoding: DecodingOptions,
+        seeds: Sequence[int] | None = None,
     ) -> Decoded:
         """The ``sample_n`` best reports (B, n, L) of each study with their scores; ``generate`` takes the likeliest."""
         features = self.extract(images, view_mask, features)
@@ -145,15 +154,16 @@ class Backbone(nn.Module):
             session = Guided(session, self.session(self.mean_study(features), labels, decoding), decoding.guidance)
         if decoding.suppress_unk and self.unk_id is not None:
             session = WithoutToken(session, self.unk_id)
-        return decode(session, len(features.patches), features.patches.device, decoding, self.beam_search(decoding))
+        rows, device = len(features.patches), features.patches.device
+        return decode(session, rows, device, decoding, ended=self.ended_beams(decoding), seeds=seeds)
 
     def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> DecodingSession:
         """A decoder of reports on studies with ``features`` and, where given, ``labels`` (B, 14), at its first step."""
         raise NotImplementedError
 
-    def beam_search(self, decoding: DecodingOptions) -> type[Search] | None:
-        """The beam search of this backbone's published code; None: the R2Gen family's."""
-        return None
+    def ended_beams(self, decoding: DecodingOptions) -> str:
+        """What becomes of beams that end in this backbone's published code: a word of modules.decoding.beams.ENDED."""
+        return "lowered"
 
     def mean_study(self, features: VisualFeatures) -> VisualFeatures:
         """``features`` (B, S, C) with the mean training image in place of every study's, and the same views."""

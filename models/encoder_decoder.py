@@ -22,12 +22,10 @@ from torch import Tensor, nn
 from models.base import Backbone, BackboneSettings, Output, VisualFeatures
 from models.encoder_decoder_language import LanguageDecoder
 from modules.decoding.options import DecodingOptions
-from modules.decoding.pooled_beams import PooledBeamSearch
-from modules.decoding.search import Search
 from modules.runtime.settings import setting
 
-# The published run scripts. What they set and is not here: R2GenGPT's prompt around the image, its shortest report and
-# its penalties of length and repetition.
+# The published run scripts. What they set and is not here: R2GenGPT's prompt around the image, and that it generates
+# longer reports than it trains on.
 SYSTEMS = {
     "cvt2distilgpt2": {
         "*": {
@@ -68,10 +66,13 @@ SYSTEMS = {
             "clip_norm": 1.0,
             "batch_size": 8,
             "precision": "bfloat16",
+            "eval_batch_size": 12,
             "beam_size": 3,
+            "repetition_penalty": 2.0,
+            "length_penalty": 2.0,
         },
-        "iu_xray": {"max_seq_length": 60, "epochs": 15},
-        "mimic_cxr": {"max_seq_length": 100, "epochs": 5},
+        "iu_xray": {"max_seq_length": 60, "min_length": 40, "epochs": 15},
+        "mimic_cxr": {"max_seq_length": 100, "min_length": 80, "epochs": 5},
     },
 }
 
@@ -200,9 +201,9 @@ class EncoderDecoder(Backbone):
     def cross_attention(self) -> list[nn.Module]:
         return list(self.decoder.looks)
 
-    def beam_search(self, decoding: DecodingOptions) -> type[Search] | None:
-        """That of transformers; diverse groups use the R2Gen family's."""
-        return PooledBeamSearch if decoding.group_size == 1 else None
+    def ended_beams(self, decoding: DecodingOptions) -> str:
+        """As in transformers; diverse groups use the R2Gen family's."""
+        return "removed" if decoding.group_size == 1 else "lowered"
 
 
 def small_gpt2(settings: Settings, num_ids: int) -> str:

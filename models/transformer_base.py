@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.base import Backbone, BackboneSettings, Output, VisualFeatures
 from modules.decoding.cache import DecodingCache
 from modules.decoding.options import DecodingOptions
-from modules.decoding.search import DecodingSession
+from modules.decoding.session import DecodingSession
 from modules.layers.transformer import (
     Decoder,
     Encoder,

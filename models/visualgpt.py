@@ -20,7 +20,6 @@ from models.visualgpt_decoder import LanguageModel
 from models.visualgpt_encoder import LevelEncoder
 from modules.decoding.cache import DecodingCache
 from modules.decoding.options import DecodingOptions
-from modules.decoding.search import StandardBeamSearch
 from modules.runtime.errors import InputError
 from modules.runtime.settings import setting
 
@@ -223,9 +222,9 @@ class VisualGPT(Backbone):
         """A decoder of reports on studies with ``features`` (B, N, C), at its first step."""
         return Session(self, features, decoding)
 
-    def beam_search(self, decoding: DecodingOptions) -> type[StandardBeamSearch] | None:
-        """Diverse groups use the R2Gen family's."""
-        return StandardBeamSearch if decoding.group_size == 1 else None
+    def ended_beams(self, decoding: DecodingOptions) -> str:
+        """As in captioning codes; diverse groups use the R2Gen family's."""
+        return "kept" if decoding.group_size == 1 else "lowered"
 
     def adopt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``state``, entries of any shape by name, with this model's constants in place of the file's buffers."""

@@ -200,8 +200,9 @@ def add_load(parser: argparse.ArgumentParser) -> None:
 
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
     """--batch_size, in studies."""
+    both = ("--batch_size", "--eval_batch_size")
     parser.add_argument(
-        "--batch_size", type=_positive, default=16, metavar="INT", help="studies at a time (default: %(default)s)"
+        *both, type=_positive, default=16, metavar="INT", help="studies at a time (default: %(default)s)"
     )
 
 

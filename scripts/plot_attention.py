@@ -92,7 +92,12 @@ def main() -> int:
     reader = StudyReader(studies, predictor.num_views, arguments.batch_size, predictor.transform.draft)
     page, names = [], set()
     for batch in Bar(reader, "reports"):
-        written = predictor.write([images for _, images in batch], attention=True, layer=arguments.layer)
+        written = predictor.write(
+            [images for _, images in batch],
+            names=[study.name for study, _ in batch],
+            attention=True,
+            layer=arguments.layer,
+        )
         for (study, images), report in zip(batch, written, strict=True):
             page.append(PageStudy.of(study.name, images, report))
             if report.maps is None:

@@ -37,8 +37,13 @@ DECODING = (
     "group_size",
     "diversity_lambda",
     "temperature",
+    "top_p",
     "sample_n",
     "block_trigrams",
+    "no_repeat_ngram_size",
+    "repetition_penalty",
+    "min_length",
+    "length_penalty",
     "guidance",
     "suppress_unk",
     "max_seq_length",
@@ -132,7 +137,9 @@ def main() -> int:
     rows, page = [], []
     for batch in Bar(reader, "reports"):
         written = predictor.write(
-            [images for _, images in batch], attention=bool(arguments.html) and predictor.shows_attention
+            [images for _, images in batch],
+            names=[study.name for study, _ in batch],
+            attention=bool(arguments.html) and predictor.shows_attention,
         )
         for (study, images), report in zip(batch, written, strict=True):
             rows.append(describe(study.name, [str(path) for path in study.paths[: len(images)]], report))

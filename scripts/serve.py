@@ -20,7 +20,19 @@ from modules.inference.study_files import checkpoint_name, require_model
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
 
-RUNNING = ("device", "n_gpu", "precision", "max_seq_length", "beam_size", "guidance")
+RUNNING = (
+    "device",
+    "n_gpu",
+    "precision",
+    "max_seq_length",
+    "beam_size",
+    "guidance",
+    "block_trigrams",
+    "no_repeat_ngram_size",
+    "repetition_penalty",
+    "min_length",
+    "length_penalty",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -110,6 +110,14 @@ class DataSettings:
         effect=False,
     )
     batch_size: int = setting(16, "data", "samples per step, of each process", low=1, high=2**16)
+    eval_batch_size: int = setting(
+        0,
+        "data",
+        "studies of each process whose reports are written together, in validation and main_test.py; 0: --batch_size",
+        low=0,
+        high=2**16,
+        effect=False,
+    )
     drop_last: bool = setting(
         False, "data", "leave out an epoch's last, incomplete training batch, as XProNet does", train_only=True
     )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.decoding.search import DecodingSession
+from modules.decoding.session import DecodingSession
 
 PLAUSIBLE = 0.1  # share of the likeliest word's probability that a word needs to be ranked by guidance
 UNRANKED_PENALTY = 1000.0  # what other words lose: they rank below all guided ones, and stay finite

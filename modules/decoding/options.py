@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from modules.runtime.errors import InputError
 from modules.runtime.settings import check_value, setting
 
+EVERY_SEARCH = 2  # of block_trigrams: beams too
+
 
 @dataclass(frozen=True)
 class DecodingOptions:
@@ -25,8 +27,37 @@ class DecodingOptions:
     sample_n: int = setting(
         1, "decoding", "reports drawn per study with --sample_method sample; the likeliest is kept", low=1, high=5000
     )
+    top_p: float = setting(
+        1.0,
+        "decoding",
+        "--sample_method sample: draw among the fewest likeliest tokens that together have this probability",
+        low=1e-6,
+        high=1.0,
+    )
     block_trigrams: int = setting(
-        1, "decoding", "penalise repeated trigrams in greedy decoding and sampling", choices=(0, 1)
+        1,
+        "decoding",
+        "penalise repeated trigrams: 1 in greedy decoding and sampling, as published; 2 in beam search too",
+        choices=(0, 1, EVERY_SEARCH),
+    )
+    no_repeat_ngram_size: int = setting(
+        0, "decoding", "every search: no n-gram of so many tokens twice in a report; 0: any", low=0, high=4096
+    )
+    repetition_penalty: float = setting(
+        1.0,
+        "decoding",
+        "every search: multiplies the log-probabilities of tokens that the report already has",
+        low=0.01,
+        high=1000.0,
+    )
+    min_length: int = setting(0, "decoding", "every search: fewest tokens of a report before its end", low=0, high=4095)
+    length_penalty: float = setting(
+        0.0,
+        "decoding",
+        "reports are ranked by their log-probability divided by length ** length_penalty: above 0 favours long ones; "
+        "beams compete without it until they end",
+        low=-10.0,
+        high=10.0,
     )
     collapse_repeats: bool = setting(
         False,
@@ -52,6 +83,10 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         for item in fields(DecodingOptions):
             check_value(item.name, getattr(self, item.name), item.metadata)
+        if self.min_length >= self.max_seq_length:
+            raise InputError(f"--min_length {self.min_length}: must be below --max_seq_length {self.max_seq_length}")
+        if self.top_p < 1 and self.sample_method != "sample":
+            raise InputError(f"--top_p {self.top_p}: needs --sample_method sample")
         if self.sample_method != "beam_search" and self.group_size > 1:
             raise InputError(f"--group_size {self.group_size}: groups need --sample_method beam_search")
         if self.sample_method == "greedy" and self.sample_n > 1:

@@ -3,8 +3,7 @@
 Shapes: B studies, N views, T tokens, C visual width.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.decoding.options import DecodingOptions
+from modules.decoding.sampling import study_seed
 from modules.evaluation.metric_table import SELECTION, tagged
 from modules.runtime import distributed
 from modules.runtime.environment import autocast
@@ -36,9 +36,9 @@ class Tester:
 
     ``clean`` maps a raw report to its cleaned text; ``score(predictions)`` returns the metrics by name;
     ``progress(iterable, description)`` shows a bar. ``score_tag`` becomes part of the names of all scores.
-    ``collapse_repeats`` writes a word that immediately repeats itself once. Reports that are drawn at random are drawn
-    by ``seed`` and their batch. ``training_studies`` are batches of the training split, not augmented, whose mean image
-    ``decoding`` with guidance needs.
+    ``collapse_repeats`` writes a word that immediately repeats itself once. What is drawn at random for a study depends
+    on ``seed`` and its id alone. ``training_studies`` are batches of the training split, not augmented, whose mean
+    image ``decoding`` with guidance needs.
     """
 
     def __init__(
@@ -77,12 +77,20 @@ class Tester:
                 self.objective.backbone, studies, self.device, self.precision
             )
         texts, rows = [], []
-        for turn, batch in enumerate(self.progress(loader, description)):
+        for batch in self.progress(loader, description):
             pair = batch.to(self.device).positive
-            with autocast(self.device, self.precision), self._drawing(turn):
+            drawn = {}
+            if self.decoding.sample_method == "sample":
+                drawn["seeds"] = [study_seed(self.seed, name) for name in batch.ids]
+            with autocast(self.device, self.precision):
                 features = self.objective.extract(pair)
                 tokens = self.objective.backbone.generate(
-                    None, view_mask=pair.view_mask, labels=pair.labels, features=features, decoding=self.decoding
+                    None,
+                    view_mask=pair.view_mask,
+                    labels=pair.labels,
+                    features=features,
+                    decoding=self.decoding,
+                    **drawn,
                 )
                 nll = self.objective.report_nll(pair, features)
             counts = pair.token_mask[:, 1:].sum(1)
@@ -93,16 +101,6 @@ class Tester:
         self.objective.train(was_training)
         gathered = distributed.gather_batches(texts, rows)
         return None if gathered is None else _joined(*gathered)
-
-    @contextlib.contextmanager
-    def _drawing(self, turn: int) -> Iterator[None]:
-        """Random numbers that depend on the batch alone and leave those of training unchanged."""
-        if self.decoding.sample_method != "sample":
-            yield
-            return
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.seed + turn * distributed.world_size() + distributed.rank())
-            yield
 
     def _texts(self, batch: Any, tokens: Tensor) -> dict[str, list[str]]:
         """The batch's texts; ``tokens`` (B, L) are each study's likeliest report."""

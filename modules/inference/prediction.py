@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from modules.data.tokenizers import join_words
 from modules.data.transforms import Transform
 from modules.decoding.options import DecodingOptions
+from modules.decoding.sampling import study_seed
 from modules.inference.attention import recorded_attention, view_maps
 from modules.runtime.environment import autocast
 from modules.runtime.errors import InputError
@@ -76,7 +77,8 @@ class WrittenReport:
 class Predictor:
     """Writes reports with a trained ``backbone`` in evaluation mode, from at most ``num_views`` images a study.
 
-    ``prior_views`` says that the backbone also has places for images of the study before, which stay empty here.
+    ``prior_views`` says that the backbone also has places for images of the study before, which stay empty here. What
+    is drawn at random for a study depends on ``seed`` and its name alone.
     """
 
     def __init__(
@@ -90,9 +92,11 @@ class Predictor:
         device: torch.device,
         precision: str,
         prior_views: bool = False,
+        seed: int = 0,
     ):
         self.backbone, self.tokenizer, self.transform = backbone.eval(), tokenizer, transform
         self.num_views, self.decoding, self.device, self.precision = num_views, decoding, device, precision
+        self.seed = seed
         self.slots = 2 * num_views if prior_views else num_views
 
     @property
@@ -102,7 +106,12 @@ class Predictor:
 
     @torch.inference_mode()
     def write(
-        self, studies: Sequence[Sequence[Image.Image]], *, attention: bool = False, layer: int | None = -1
+        self,
+        studies: Sequence[Sequence[Image.Image]],
+        *,
+        names: Sequence[str] | None = None,
+        attention: bool = False,
+        layer: int | None = -1,
     ) -> list[WrittenReport]:
         """A report for each study of 1 to ``num_views`` images.
 
@@ -112,9 +121,14 @@ class Predictor:
         """
         images, view_mask = self._tensors(studies)
         modules = self.backbone.cross_attention() if attention else []
+        drawn = {}
+        if self.decoding.sample_method == "sample":
+            drawn["seeds"] = [study_seed(self.seed, name) for name in names or [""] * len(studies)]
         with autocast(self.device, self.precision), recorded_attention(modules) as layers:
             features = self.backbone.extract(images, view_mask)
-            tokens = self.backbone.generate(None, view_mask=view_mask, features=features, decoding=self.decoding)
+            tokens = self.backbone.generate(
+                None, view_mask=view_mask, features=features, decoding=self.decoding, **drawn
+            )
             layers.clear()  # drop those recorded during the search
             begin = tokens.new_zeros(len(tokens), 1)
             output = self.backbone(

@@ -151,12 +151,14 @@ def build_objective(
 def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer, *, pretrained: bool) -> Backbone:
     """The backbone that --model_name names, with the flags that it asks for; InputError where they do not fit."""
     kind = backbone_class(config.model_name)
-    if config.guidance and not (
+    searched = (
         kind.session is not Backbone.session and kind.search is Backbone.search and kind.generate is Backbone.generate
-    ):
+    )
+    if not searched and (config.guidance or config.sample_method == "sample"):
+        flag = f"--guidance {config.guidance:g}" if config.guidance else "--sample_method sample"
         raise InputError(
-            f"--guidance {config.guidance:g}: --model_name {config.model_name} writes reports by a "
-            "generate() of its own, not by a session() that can be guided"
+            f"{flag}: --model_name {config.model_name} writes reports by a generate() of its own, not by a session() "
+            "that can be guided or sampled"
         )
     options: dict[str, Any] = {}
     for resource in kind.resources:

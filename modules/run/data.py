@@ -404,7 +404,7 @@ def build_split_loader(config: Config, dataset: ReportDataset, device: torch.dev
     """Loader of a split; worker processes of the training split persist between epochs, the others' do not."""
     return build_loader(
         dataset,
-        config.batch_size,
+        config.batch_size if shuffle else config.eval_batch_size or config.batch_size,
         shuffle,
         worker_processes(config.num_workers),
         config.seed,

@@ -76,6 +76,7 @@ def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
         num_views=1 if config.views == "separate" else config.dataset.max_views,
         decoding=decoding_options(config),
         prior_views=PRIOR_IMAGE in config.contexts,
+        seed=config.seed,
     )
 
 

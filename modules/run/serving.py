@@ -47,9 +47,10 @@ def report_writer(path: str, given: Mapping[str, Any], index_path: str | None) -
             for (name, _), image in zip(group, images, strict=True):
                 refuse_blank(image, name)
             predictor.decoding = decoding
-            [report] = predictor.write([images], attention=predictor.shows_attention)
+            name = ", ".join(name for name, _ in group)
+            [report] = predictor.write([images], names=[name], attention=predictor.shows_attention)
             similar = index.nearest(report.pooled, SIMILAR) if index is not None else ()
-            studies.append(PageStudy.of(", ".join(name for name, _ in group), images, report, similar))
+            studies.append(PageStudy.of(name, images, report, similar))
         return {"html": render_studies(studies)}
 
     return write, {"num_views": predictor.num_views, "beam_size": predictor.decoding.beam_size}

@@ -36,7 +36,7 @@ def run_testing(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
     This project's checkpoints hold settings and vocabulary; a published one needs the flags it was trained with.
     """
     with explain_out_of_memory(
-        "lower --batch_size, --beam_size or --num_workers, or use --precision bfloat16 or float16"
+        "lower --eval_batch_size, --beam_size or --num_workers, or use --precision bfloat16 or float16"
     ):
         _test(given, ignored)
 

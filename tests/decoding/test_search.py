@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from modules.decoding.options import DecodingOptions
-from modules.decoding.search import decode, penalise_trigrams
+from modules.decoding.rules import penalise_trigrams
+from modules.decoding.search import decode
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -145,7 +146,7 @@ def test_greedy_equals_the_plain_rules(block_trigrams):
 
 def test_trigrams_are_penalised_once_per_occurrence():
     tokens = torch.tensor([[[1, 2, 3, 1, 2, 3, 1, 2, 5, 1, 2]]])  # after (1, 2) came 3 twice and 5 once
-    penalty = penalise_trigrams(torch.zeros(1, 1, 6), tokens)
+    penalty = penalise_trigrams(torch.zeros(1, 1, 6), tokens, torch.tensor([11]))
     torch.testing.assert_close(penalty, torch.tensor([[[0, 0, 0, -4 * 0.693, 0, -2 * 0.693]]]))
 
 

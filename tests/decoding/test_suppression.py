@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from modules.decoding.options import DecodingOptions
-from modules.decoding.search import StandardBeamSearch, WithoutToken, decode
+from modules.decoding.search import decode
+from modules.decoding.session import WithoutToken
 
 UNK, WORD = 4, 2
 
@@ -21,20 +22,22 @@ class Likes:
 
 
 @pytest.mark.parametrize(
-    ("options", "search"),
+    ("options", "ended"),
     [
-        ({}, None),
-        ({"beam_size": 4, "sample_n": 4}, None),
-        ({"beam_size": 4, "group_size": 2, "sample_n": 4}, None),
-        ({"beam_size": 4, "sample_n": 4}, StandardBeamSearch),
-        ({"sample_method": "greedy"}, None),
-        ({"sample_method": "sample", "sample_n": 50, "temperature": 2.0}, None),
+        ({}, "lowered"),
+        ({"beam_size": 4, "sample_n": 4}, "lowered"),
+        ({"beam_size": 4, "group_size": 2, "sample_n": 4}, "lowered"),
+        ({"beam_size": 4, "sample_n": 4}, "kept"),
+        ({"beam_size": 2, "sample_n": 2}, "removed"),
+        ({"sample_method": "greedy"}, "lowered"),
+        ({"sample_method": "sample", "sample_n": 50, "temperature": 2.0}, "lowered"),
     ],
 )
-def test_no_search_chooses_it(options, search):
+def test_no_search_chooses_it(options, ended):
     decoding = DecodingOptions(max_seq_length=6, **options)
     free, suppressed = (
-        decode(session, 2, torch.device("cpu"), decoding, search) for session in (Likes(), WithoutToken(Likes(), UNK))
+        decode(session, 2, torch.device("cpu"), decoding, ended=ended)
+        for session in (Likes(), WithoutToken(Likes(), UNK))
     )
     assert (free.tokens == UNK).any() and not (suppressed.tokens == UNK).any()
     assert suppressed.scores[:, 0].isfinite().all()

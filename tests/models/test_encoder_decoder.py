@@ -1,5 +1,6 @@
 """Decoders of transformers on visual tokens: log-probabilities, greedy choices and beams are transformers' own."""
 
+import dataclasses
 import json
 
 import pytest
@@ -146,29 +147,80 @@ def test_reports_are_those_of_generate(tmp_path, kind, beams):
     features, rows = features_of(6, masked=True), 6
     method = {"sample_method": "greedy", "block_trigrams": 0} if beams == 1 else {"beam_size": beams}
     decoding = DecodingOptions(max_seq_length=LENGTH, **method)
-    endless = backbone.generate(None, features=features, decoding=decoding)
-    words = endless.unique().tolist()  # one that no report begins with, so that some end later on
-    ours = next((word for word in words if word in endless[:, 1:] and word not in endless[:, 0]), words[0])
-    end = backbone.end_id = int(exchanged(torch.tensor(ours)))
-    backbone.exchanged = torch.tensor([0, end])
+    end = choose_end(backbone, features, decoding)
     found = backbone.generate(None, features=features, decoding=decoding)
     inputs = inputs_of(reference, backbone, features, torch.full((rows, 1), BEGIN))
-    wanted = reference.generate(
-        **inputs,
-        max_new_tokens=LENGTH,
-        num_beams=beams,
-        do_sample=False,
-        length_penalty=0.0,
-        eos_token_id=end,
-        pad_token_id=end,
-        use_cache=kind not in ("gpt2", "bert"),  # generate makes them a cache without room for the visual tokens
-    )
-    wanted = wanted if backbone.decoder.language.prefix else wanted[:, 1:]
-    wanted = nn.functional.pad(wanted, (0, LENGTH - wanted.size(1)), value=end)
-    assert torch.equal(found, exchanged(wanted, end))
+    assert torch.equal(found, generated(reference, backbone, inputs, end, num_beams=beams, length_penalty=0.0))
     assert bool((found == 0).any())
     if (kind, beams) != ("bert", 1):  # its random weights write the same about every image
         assert len(found.unique(dim=0)) > 1
+
+
+def choose_end(backbone, features, decoding):
+    """Make a word the end that no report begins with, so that some end later on; its id in the language model."""
+    endless = backbone.generate(None, features=features, decoding=decoding)
+    words = [word for word in endless.unique().tolist() if word != BEGIN]
+    ours = next((word for word in words if word in endless[:, 1:] and word not in endless[:, 0]), words[0])
+    backbone.end_id = int(exchanged(torch.tensor(ours)))
+    backbone.exchanged = torch.tensor([0, backbone.end_id])
+    return backbone.end_id
+
+
+def generated(reference, backbone, inputs, end, **options):
+    """What transformers' ``generate`` writes, as our tokens (B, LENGTH)."""
+    # generate makes gpt2 and bert a cache without room for the visual tokens.
+    cached = backbone.decoder.config.model_type not in ("gpt2", "bert")
+    options = {"max_new_tokens": LENGTH, "do_sample": False, "eos_token_id": end, "pad_token_id": end, **options}
+    wanted = reference.generate(**inputs, **options, use_cache=cached)
+    wanted = wanted if backbone.decoder.language.prefix else wanted[:, 1:]
+    return exchanged(nn.functional.pad(wanted, (0, LENGTH - wanted.size(1)), value=end), end)
+
+
+RULES = {
+    "repetition": {"repetition_penalty": 1.6},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "shortest": {"min_length": 6},
+    "long": {"length_penalty": 2.0},
+    "short": {"length_penalty": -1.0},
+    "all": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_length": 4, "length_penalty": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "beams", "rules"),
+    [
+        *(("gpt2", 3, rules) for rules in RULES),
+        *(("gpt2", 1, rules) for rules in ("repetition", "all")),
+        *(("llama", 3, rules) for rules in ("long", "all")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Passing .* with `inputs_embeds`")
+@torch.no_grad()
+def test_reports_under_rules_are_those_of_generate(tmp_path, kind, beams, rules):
+    """Begin, which transformers' rules take for a word, is ruled out on both sides.
+
+    Greedy decoding there penalises logits; here log-probabilities are penalised by every search, as its beams do.
+    """
+    reference, backbone = build(tmp_path, kind)
+    features, rows = features_of(6, masked=True), 6
+    method = {"sample_method": "greedy", "block_trigrams": 0} if beams == 1 else {"beam_size": beams}
+    plain = DecodingOptions(max_seq_length=LENGTH, **method)
+    end = choose_end(backbone, features, plain)
+    backbone.unk_id = BEGIN
+    ours = dict(RULES[rules])
+    if (beams, rules) == (1, "all"):  # there, penalties of log-probabilities would come last
+        del ours["repetition_penalty"]
+    found = backbone.generate(None, features=features, decoding=dataclasses.replace(plain, **ours))
+    theirs = {"length_penalty": 0.0, **ours, "suppress_tokens": [BEGIN], "num_beams": beams}
+    theirs["min_new_tokens"] = theirs.pop("min_length", None)
+    if beams == 1 and (penalty := theirs.pop("repetition_penalty", None)):
+        normalised = [transformers.LogitNormalization(), transformers.RepetitionPenaltyLogitsProcessor(penalty)]
+        theirs["logits_processor"] = transformers.LogitsProcessorList(normalised)
+    inputs = inputs_of(reference, backbone, features, torch.full((rows, 1), BEGIN))
+    assert torch.equal(found, generated(reference, backbone, inputs, end, **theirs))
+    if rules != "short":
+        unruled = generated(reference, backbone, inputs, end, num_beams=beams, length_penalty=0.0)
+        assert not torch.equal(found, unruled)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "bart", "t5"])

@@ -12,7 +12,7 @@ from models.visualgpt import Settings, VisualGPT
 from models.visualgpt_decoder import resurrecting_gates
 from modules.decoding.cache import COMPACTION_INTERVAL
 from modules.decoding.options import DecodingOptions
-from modules.decoding.search import StandardBeamSearch, decode
+from modules.decoding.search import decode
 from modules.inference.attention import recorded_attention
 from modules.ithn.objective import Objective
 from modules.ithn.weights import load_published_state
@@ -189,25 +189,15 @@ def test_the_standard_search_with_enough_beams_finds_the_best_of_all():
     expected = sorted(every, key=every.get, reverse=True)[:3]
     options = DecodingOptions(max_seq_length=length, beam_size=len(every), sample_n=3)
     # More beams than continuations of the first token: those without a parent have no probability.
-    found = decode(Table(table), 1, torch.device("cpu"), options, Padded)
+    found = decode(Table(table), 1, torch.device("cpu"), options, ended="kept")
     assert [tuple(row) for row in found.tokens[0].tolist()] == expected
     torch.testing.assert_close(found.scores[0], torch.tensor([every[words] for words in expected]))
-
-
-class Padded(StandardBeamSearch):
-    """With as many candidates at the first step as there are beams, the added ones impossible."""
-
-    def advance(self, log_probs, step):
-        if not step:
-            log_probs = torch.nn.functional.pad(log_probs, (0, self.options.beam_size), value=-torch.inf)
-        tokens, parents = super().advance(log_probs, step)
-        return tokens.clamp(max=2), parents
 
 
 def test_a_finished_beam_keeps_its_place_and_ends_the_search_once_it_is_the_best():
     table = torch.tensor([[0.6, 0.4, 0.0], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
     session = Table(table)
-    found = decode(session, 1, torch.device("cpu"), DecodingOptions(max_seq_length=9, beam_size=2), StandardBeamSearch)
+    found = decode(session, 1, torch.device("cpu"), DecodingOptions(max_seq_length=9, beam_size=2), ended="kept")
     assert found.tokens[0, 0].tolist() == [0] * 9 and session.steps == 1
     assert found.scores.item() == pytest.approx(torch.tensor(0.6).log().item())
 
