@@ -174,7 +174,8 @@ def search(
     there = torch.ones(patches.shape[:2], dtype=torch.bool, device=device)
     features = VisualFeatures(patches, there if masked else None, patches.mean(1))
     options = DecodingOptions(max_seq_length=60, **decoding)
+    seeds = range(ROWS) if options.sample_method == "sample" else None
 
     with torch.inference_mode(), autocast(device, precision), null.counting() as found:
-        backbone.search(None, features=features, decoding=options)
+        backbone.search(None, features=features, decoding=options, seeds=seeds)
     return found

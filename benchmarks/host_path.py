@@ -25,7 +25,7 @@ from modules.runtime.errors import InputError, run_entry_point
 
 BUDGETS = Path(__file__).with_name("host_budgets.json")
 MICROSECONDS = 7  # of host time for a launch in eager mode: an assumption
-LAUNCHES = ("launches", "products", "fills", "device_copies", "pinned_uploads", "unpinned_uploads")
+LAUNCHES = ("launches", "products", "fills", "device_copies", "pinned_uploads", "unpinned_uploads", "graph_launches")
 COPIES = ("pinned_uploads", "unpinned_uploads", "downloads")
 # How objectives differ on the host.
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def total(counts: Mapping[str, int]) -> int:
-    """Everything that the host hands to the device: kernels, products, fills, copies."""
+    """Everything that the host hands to the device: kernels, products, fills, copies, whole graphs."""
     return sum(counts.get(name, 0) for name in LAUNCHES)
 
 

@@ -1,7 +1,8 @@
 /* A CUDA runtime without a device: PyTorch's host code runs up to every launch, which is counted and then forgotten.
 
    Device memory is host memory that is reserved and never computed on; whatever is read back from it is 0. What counts
-   as a wait is a call that would block until the device has done its work. benchmarks/null_device.py builds this file,
+   as a wait is a call that would block until the device has done its work. While a stream is captured as a graph, work
+   counts as captured, and a wait fails and spoils the graph, as on a GPU. benchmarks/null_device.py builds this file,
    adds a function that returns 0 for every other CUDA and cuBLAS name that torch's libraries need, and preloads both. */
 #include <cuda_runtime_api.h>
 #include <stdatomic.h>
@@ -12,7 +13,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define COUNTERS(X) X(launches) X(products) X(fills) X(device_copies) X(pinned_uploads) X(unpinned_uploads) \
-  X(downloads) X(waits) X(graph_launches)
+  X(downloads) X(waits) X(graph_launches) X(captured)
 
 #define AS_NUMBER(name) name,
 #define AS_TEXT(name) #name,
@@ -22,8 +23,20 @@ static _Atomic long counts[HOW_MANY];
 
 EXPORT const char *null_name(int i) { return i < HOW_MANY ? names[i] : 0; }
 EXPORT long null_count(int i) { return counts[i]; }
-EXPORT void null_launch(void) { counts[launches]++; }
-EXPORT void null_product(void) { counts[products]++; }
+
+/* ---- Capture: of one stream at a time */
+
+static _Atomic(cudaStream_t) capturing;
+static _Atomic long captures, captured_before;
+static _Atomic int spoilt;
+
+static void count(int what) { counts[capturing ? captured : what]++; }
+static cudaError_t waited(void) {
+  if (capturing) return spoilt = 1, cudaErrorStreamCaptureUnsupported;
+  return counts[waits]++, cudaSuccess;
+}
+EXPORT void null_launch(void) { count(launches); }
+EXPORT void null_product(void) { count(products); }
 
 /* NULL_DEVICES has the compute capability of every device: "80,90" are an 8.0 and a 9.0. */
 static int devices(void) {
@@ -62,15 +75,15 @@ EXPORT void **__cudaRegisterFatBinary(void *binary) {
   static void *handle;
   return &handle;
 }
-EXPORT cudaError_t __cudaLaunchKernel(void) { return counts[launches]++, cudaSuccess; }
+EXPORT cudaError_t __cudaLaunchKernel(void) { return count(launches), cudaSuccess; }
 EXPORT cudaError_t cudaLaunchKernel(const void *f, dim3 g, dim3 b, void **a, size_t s, cudaStream_t t) {
-  return counts[launches]++, cudaSuccess;
+  return count(launches), cudaSuccess;
 }
 EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *f, void **a) {
-  return counts[launches]++, cudaSuccess;
+  return count(launches), cudaSuccess;
 }
 EXPORT cudaError_t cudaLaunchCooperativeKernel(const void *f, dim3 g, dim3 b, void **a, size_t s, cudaStream_t t) {
-  return counts[launches]++, cudaSuccess;
+  return count(launches), cudaSuccess;
 }
 EXPORT cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
   return counts[graph_launches]++, cudaSuccess;
@@ -104,9 +117,9 @@ static int kind_of(const void *pointer) {
 static cudaError_t copied(void *to, const void *from, size_t bytes) {
   int source = kind_of(from);
   if (kind_of(to) == DEVICE) {
-    counts[source == DEVICE ? device_copies : source == PINNED ? pinned_uploads : unpinned_uploads]++;
+    count(source == DEVICE ? device_copies : source == PINNED ? pinned_uploads : unpinned_uploads);
   } else if (source == DEVICE) {
-    counts[downloads]++;
+    count(downloads);
     memset(to, 0, bytes);
   } else {
     memcpy(to, from, bytes);
@@ -123,14 +136,14 @@ EXPORT cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, enum cu
   return copied(to, from, n);
 }
 EXPORT cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
-  counts[waits]++;
-  return copied(to, from, bytes);
+  cudaError_t error = waited();
+  return error ? error : copied(to, from, bytes);
 }
 EXPORT cudaError_t cudaMemcpyPeerAsync(void *to, int d, const void *from, int s, size_t bytes, cudaStream_t stream) {
-  return counts[device_copies]++, cudaSuccess;
+  return count(device_copies), cudaSuccess;
 }
-EXPORT cudaError_t cudaMemset(void *pointer, int value, size_t bytes) { return counts[fills]++, cudaSuccess; }
-EXPORT cudaError_t cudaMemsetAsync(void *p, int v, size_t n, cudaStream_t s) { return counts[fills]++, cudaSuccess; }
+EXPORT cudaError_t cudaMemset(void *pointer, int value, size_t bytes) { return count(fills), cudaSuccess; }
+EXPORT cudaError_t cudaMemsetAsync(void *p, int v, size_t n, cudaStream_t s) { return count(fills), cudaSuccess; }
 EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found, const void *pointer) {
   static const enum cudaMemoryType types[] = {cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice};
   memset(found, 0, sizeof *found);
@@ -141,9 +154,9 @@ EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found,
 
 /* ---- Waits */
 
-EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return counts[waits]++, cudaSuccess; }
-EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) { return counts[waits]++, cudaSuccess; }
-EXPORT cudaError_t cudaDeviceSynchronize(void) { return counts[waits]++, cudaSuccess; }
+EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return waited(); }
+EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) { return waited(); }
+EXPORT cudaError_t cudaDeviceSynchronize(void) { return waited(); }
 
 /* ---- Streams and events: numbers */
 
@@ -163,14 +176,37 @@ EXPORT cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) { r
 EXPORT cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
   return *least = 0, *greatest = -5, cudaSuccess;
 }
+static enum cudaStreamCaptureStatus status_of(cudaStream_t stream) {
+  return !capturing || stream != capturing ? cudaStreamCaptureStatusNone
+      : spoilt ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
+}
 EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+  return *status = status_of(stream), cudaSuccess;
 }
 EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status,
     unsigned long long *id, cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges,
     size_t *number) {
-  if (status) *status = cudaStreamCaptureStatusNone;
+  if (status) *status = status_of(stream);
+  if (id) *id = captures;
+  if (graph) *graph = (cudaGraph_t)capturing;
+  if (nodes) *nodes = 0;
+  if (number) *number = 0;
   return cudaSuccess;
+}
+EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
+  if (!stream || capturing) return cudaErrorStreamCaptureUnsupported;
+  captures++, captured_before = counts[captured], spoilt = 0;
+  return capturing = stream, cudaSuccess;
+}
+EXPORT cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+  capturing = 0;
+  return *graph = spoilt ? 0 : next_handle(), spoilt ? cudaErrorStreamCaptureInvalidated : cudaSuccess;
+}
+EXPORT cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *number) {
+  return *number = counts[captured] - captured_before, cudaSuccess;
+}
+EXPORT cudaError_t cudaGraphInstantiate(cudaGraphExec_t *graph, cudaGraph_t from, unsigned long long flags) {
+  return *graph = next_handle(), cudaSuccess;
 }
 
 /* ---- The device, as large as an A100, H100 or V100 by its capability */

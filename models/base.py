@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from modules.decoding.guidance import Guided
-from modules.decoding.loop import Decoded
 from modules.decoding.options import DecodingOptions
-from modules.decoding.search import decode
-from modules.decoding.session import DecodingSession, WithoutToken
+from modules.decoding.search import Decoded, DecodingSession, WithoutToken, decode
 from modules.layers.context_memory import ContextMemory
 from modules.runtime.settings import check_value, setting
 
@@ -162,7 +160,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def ended_beams(self, decoding: DecodingOptions) -> str:
-        """What becomes of beams that end in this backbone's published code: a word of modules.decoding.beams.ENDED."""
+        """What becomes of beams that end in this backbone's published code: a word of modules.decoding.search.ENDED."""
         return "lowered"
 
     def mean_study(self, features: VisualFeatures) -> VisualFeatures:

@@ -250,3 +250,7 @@ class Session:
         self.cache.batch_select_indices((rows.unsqueeze(1) * self.width + hypotheses).flatten())
         self.visual = self.visual[rows]
         self.keep_patches = None if self.keep_patches is None else self.keep_patches[rows]
+
+    def fix(self) -> bool:
+        """As in DecodingSession."""
+        return False

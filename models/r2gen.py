@@ -127,7 +127,8 @@ class RelationalSession(Session):
     def __init__(self, network: EncoderDecoder, features: VisualFeatures, memory: None, decoding: DecodingOptions):
         super().__init__(network, features, memory, decoding)
         self.weights = network.model.rm.weights().transposed()
-        self.slots: Tensor | None = None  # (B, K, m) after the newest tokens
+        self.slots: Any = None  # (B, K, m) after the newest tokens, a Tensor from the first step on
+        self.fixed = False  # whether they keep their place
 
     def condition(self, x: Tensor, parents: Tensor | None) -> tuple[Tensor]:
         """The memory (B, K, m) after the newest words ``x`` (B, K, d), each continuing the memory of its parent."""
@@ -136,8 +137,16 @@ class RelationalSession(Session):
             past = past.gather(1, parents.unsqueeze(-1).expand(-1, -1, past.size(-1)))
         past = None if past is None else past.flatten(0, 1)
         slots = self.network.model.rm.step(x.flatten(0, 1), past, self.weights).unflatten(0, x.shape[:2])
-        self.slots = slots
+        if self.fixed:
+            self.slots.copy_(slots)
+        else:
+            self.slots = slots
         return (slots,)
+
+    def fix(self) -> bool:
+        """As in DecodingSession."""
+        self.fixed, self.slots = True, self.slots.expand(-1, self.cache.num_hypotheses, -1).contiguous()
+        return super().fix()
 
     def keep(self, rows: Tensor) -> None:
         """Keep only the studies ``rows``, (b,) int64 indices."""

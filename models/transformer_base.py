@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.base import Backbone, BackboneSettings, Output, VisualFeatures
 from modules.decoding.cache import DecodingCache
 from modules.decoding.options import DecodingOptions
-from modules.decoding.session import DecodingSession
+from modules.decoding.search import DecodingSession
 from modules.layers.transformer import (
     Decoder,
     Encoder,
@@ -101,7 +101,7 @@ class EncoderDecoder(nn.Module):
         x, response = self.read(self.att_embed(features.patches, features.patch_mask), memory, words=False)
         return self.model.encoder(self.model.src_embed(x), features.attention_mask), response
 
-    def embed(self, tokens: Tensor, memory: Any, position: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def embed(self, tokens: Tensor, memory: Any, position: int | Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Decoder input and what was read, (B, T, d) each, for ``tokens`` (B, T); positions are added before reading.
 
         With ``position`` the T tokens are hypotheses that are all at this position.
@@ -213,3 +213,8 @@ class Session:
         self.sources = [(keys[rows], values[rows]) for keys, values in self.sources]
         self.source_mask = None if self.source_mask is None else self.source_mask[rows]
         self.cache.keep(rows)
+
+    def fix(self) -> bool:
+        """As in DecodingSession."""
+        self.cache.fix()
+        return True

@@ -251,7 +251,7 @@ class Session:
         A study's hypotheses are query positions of one row, so that they share its keys without a copy.
         """
         mask = self.cache.advance(tokens, parents)
-        ids = self.model.own_ids(tokens, first=self.cache.position == 0)
+        ids = self.model.own_ids(tokens, first=self.cache.begins)
         hidden = self.model.decoder.transformer(
             ids, self.cache.position, self.sources, mask, self.source_mask, caches=self.cache.layers
         )
@@ -262,3 +262,8 @@ class Session:
         self.sources = [(keys[rows], values[rows]) for keys, values in self.sources]
         self.source_mask = None if self.source_mask is None else self.source_mask[rows]
         self.cache.keep(rows)
+
+    def fix(self) -> bool:
+        """As in DecodingSession."""
+        self.cache.fix()
+        return True

@@ -175,7 +175,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         ids: Tensor,
-        position: int | None,
+        position: int | Tensor | None,
         sources: list,
         mask: Tensor | None,
         source_mask: Tensor | None,
@@ -183,7 +183,10 @@ class Transformer(nn.Module):
         caches: list | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D) of ``ids`` (B, T) at positions 0..T-1, or all at ``position``, as hypotheses are."""
-        table = self.wpe.weight[: ids.size(1)] if position is None else self.wpe.weight[position]
+        if isinstance(position, Tensor):  # (1,)
+            table = self.wpe.weight.index_select(0, position)
+        else:
+            table = self.wpe.weight[: ids.size(1)] if position is None else self.wpe.weight[position]
         x = self.wte(ids) + table
         for number, block in enumerate(self.h):
             x = block(x, sources[number], mask, source_mask, real, caches[number] if caches is not None else None)

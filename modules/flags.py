@@ -200,10 +200,7 @@ def add_load(parser: argparse.ArgumentParser) -> None:
 
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
     """--batch_size, in studies."""
-    both = ("--batch_size", "--eval_batch_size")
-    parser.add_argument(
-        *both, type=_positive, default=16, metavar="INT", help="studies at a time (default: %(default)s)"
-    )
+    parser.add_argument("--batch_size", "--eval_batch_size", type=_positive, default=16, help="studies at a time (16)")
 
 
 def _positive(text: str) -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.decoding.session import DecodingSession
+from modules.decoding.search import DecodingSession
 
 PLAUSIBLE = 0.1  # share of the likeliest word's probability that a word needs to be ranked by guidance
 UNRANKED_PENALTY = 1000.0  # what other words lose: they rank below all guided ones, and stay finite
@@ -39,3 +39,7 @@ class Guided:
         """Keep only the studies ``rows``, (b,) int64 indices."""
         self.own.keep(rows)
         self.mean.keep(rows)
+
+    def fix(self) -> bool:
+        """As in DecodingSession."""
+        return self.own.fix() and self.mean.fix()

@@ -59,6 +59,13 @@ class DecodingOptions:
         low=-10.0,
         high=10.0,
     )
+    decoding_graph: bool = setting(
+        True,
+        "decoding",
+        "on a GPU: capture a step as a CUDA graph and replay it, one launch a token; where it cannot be captured, the "
+        "log says so",
+        effect=False,
+    )
     collapse_repeats: bool = setting(
         False,
         "decoding",
@@ -96,6 +103,12 @@ class DecodingOptions:
                 raise InputError(f"--beam_size {self.beam_size} cannot be divided by --group_size {self.group_size}")
             if self.sample_n > self.beam_size:
                 raise InputError(f"--sample_n {self.sample_n}: at most --beam_size {self.beam_size} in beam search")
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether words already written change the probabilities of the next."""
+        trigrams = self.block_trigrams == EVERY_SEARCH or (self.block_trigrams and self.sample_method != "beam_search")
+        return bool(trigrams or self.no_repeat_ngram_size or self.min_length or self.repetition_penalty != 1)
 
     @property
     def num_hypotheses(self) -> int:

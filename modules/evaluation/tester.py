@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from modules.decoding.options import DecodingOptions
-from modules.decoding.sampling import study_seed
 from modules.evaluation.metric_table import SELECTION, tagged
 from modules.runtime import distributed
 from modules.runtime.environment import autocast
@@ -81,6 +80,8 @@ class Tester:
             pair = batch.to(self.device).positive
             drawn = {}
             if self.decoding.sample_method == "sample":
+                from modules.decoding.sampling import study_seed
+
                 drawn["seeds"] = [study_seed(self.seed, name) for name in batch.ids]
             with autocast(self.device, self.precision):
                 features = self.objective.extract(pair)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from modules.data.tokenizers import join_words
 from modules.data.transforms import Transform
 from modules.decoding.options import DecodingOptions
-from modules.decoding.sampling import study_seed
 from modules.inference.attention import recorded_attention, view_maps
 from modules.runtime.environment import autocast
 from modules.runtime.errors import InputError
@@ -123,6 +122,8 @@ class Predictor:
         modules = self.backbone.cross_attention() if attention else []
         drawn = {}
         if self.decoding.sample_method == "sample":
+            from modules.decoding.sampling import study_seed
+
             drawn["seeds"] = [study_seed(self.seed, name) for name in names or [""] * len(studies)]
         with autocast(self.device, self.precision), recorded_attention(modules) as layers:
             features = self.backbone.extract(images, view_mask)

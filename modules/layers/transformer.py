@@ -300,9 +300,12 @@ class PositionalEncoding(nn.Module):
         self.dropout = dropout
         self.register_buffer("pe", sinusoids(max_length, d_model).unsqueeze(0))
 
-    def forward(self, x: Tensor, position: int | None = None) -> Tensor:
-        """``x`` (B, T, d) holds positions 0..T-1, or, where ``position`` is given, T hypotheses at that position."""
-        table = self.pe[:, : x.size(1)] if position is None else self.pe[:, position : position + 1]
+    def forward(self, x: Tensor, position: int | Tensor | None = None) -> Tensor:
+        """``x`` (B, T, d) holds positions 0..T-1, or T hypotheses that are all at ``position``, also as (1,) int64."""
+        if isinstance(position, Tensor):
+            table = self.pe.index_select(1, position)
+        else:
+            table = self.pe[:, : x.size(1)] if position is None else self.pe[:, position : position + 1]
         return F.dropout(x + table, self.dropout, self.training)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from modules.decoding.options import DecodingOptions
-from modules.decoding.search import decode
-from modules.decoding.session import WithoutToken
+from modules.decoding.search import WithoutToken, decode
 
 UNK, WORD = 4, 2
 
