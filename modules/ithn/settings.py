@@ -128,7 +128,7 @@ class ITHNSettings:
             raise InputError(
                 "--contrastive_features encoder: needs --strategy contrastive or --negatives_as columns, and the "
                 "paper's variant; with harder negatives Eq. 11 did not leave its second minimum in a trial "
-                "(docs/EXPERIMENTS.md)"
+                "(docs/experiments/phantom.md)"
             )
         if self.negatives_as == "columns" and row.synthesise is None:
             raise InputError(f"--negatives_as columns: --strategy {self.strategy} has no negatives besides the batch's")

@@ -8,7 +8,7 @@ them is a score on the data set that the reports come from. The same seed gives 
 
 --coding gives Open-i's MeSH terms: its XML files as they are published, or a CSV with the columns mesh_major and
 images. Studies without terms are drawn from their reports alone. Habitus, positioning, exposure and grain vary twice
-as far as in the demo, and findings are drawn at 40 to 100 % of the demo's strength. See docs/EXPERIMENTS.md.
+as far as in the demo, and findings are drawn at 40 to 100 % of the demo's strength. See docs/experiments/phantom.md.
 """
 
 import argparse

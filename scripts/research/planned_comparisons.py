@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validation", action="store_true", help="list the score on the validation split, after the last epoch")
     add("--score", default="CIDEr", help="default %(default)s")
     add("--margin", type=float, default=0.03, help="the smallest difference that matters; default %(default)s")
+    add("--figure", type=Path, metavar="PNG", help="also draw all runs and the differences")
     add("--level", type=float, default=0.9, help="of the intervals; default %(default)s")
     return parser
 
@@ -129,6 +130,42 @@ def table_of(comparisons: Sequence[Comparison], margin: float) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
+def draw(
+    path: Path, runs: Mapping[str, Mapping[int, Path]], found: Sequence[Comparison], score: str, margin: float
+) -> None:
+    """Every run's score by row on the left; the differences with their intervals and the margin on the right."""
+    # Without pyplot: no global state, no display.
+    from matplotlib.figure import Figure
+
+    from scripts.experiments.kept import read_kept
+    from scripts.experiments.tables import MODEL
+
+    figure = Figure(figsize=(11, 4), dpi=130, layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    names = [name for name, own in runs.items() if own]
+    for place, name in enumerate(names):
+        values = [read_kept(file)["scores"][MODEL][score] for file in runs[name].values()]
+        left.plot(values, [place] * len(values), "o", color="#4c78a8", alpha=0.6)
+        left.plot(sum(values) / len(values), place, "|", color="black", markersize=18)
+    left.set_yticks(range(len(names)), [f"{name} ({len(runs[name])})" for name in names])
+    left.set_xlabel(f"{score} of each seed; bars: means")
+    right.axvspan(-margin, margin, color="#dddddd", label=f"below the margin of {margin:g}")
+    right.axvline(0, color="black", linewidth=0.8)
+    there = [one for one in found if one.seeds > 1]
+    for place, one in enumerate(there):
+        right.plot(one.interval, [place, place], color="#e45756", linewidth=2)
+        right.plot(one.difference, place, "o", color="#e45756")
+    right.set_yticks(
+        range(len(there)), [f"{one.pair.replace(':', ' - ')} ({one.seeds} of {one.planned})" for one in there]
+    )
+    right.set_xlabel(f"difference in {score}")
+    right.legend(loc="best", frameon=False)
+    for axes in (left, right):
+        axes.invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def main() -> None:
     """Read, compare, print."""
     arguments = build_parser().parse_args()
@@ -146,6 +183,8 @@ def main() -> None:
         return
     found = [compared(pair, runs, len(table.seeds), arguments.score, arguments.level) for pair in arguments.compare]
     print("\n".join(table_of(found, arguments.margin)))
+    if arguments.figure:
+        draw(arguments.figure, runs, found, arguments.score, arguments.margin)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 from modules.flags import build_parser, parse_flags, resolve_config
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*(ROOT / room / "README.md" for room in (".", "data", "benchmarks")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / room / "README.md" for room in (".", "data", "benchmarks")), *sorted((ROOT / "docs").rglob("*.md"))]
 DOCKER_FLAGS = {"--build", "--gpus", "--network", "--rm", "--shm"}  # up to a hyphen, as flags are looked for below
 SOURCE = re.compile(r"(?:\b(?:models|modules|scripts|tests|docs|data|benchmarks)/)?\w[\w/.-]*\.(?:py|sh|md|svg)\b")
 

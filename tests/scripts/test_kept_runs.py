@@ -100,7 +100,10 @@ def compare(files, monkeypatch, capsys, *flags):
 
 def test_planned_comparisons(files, monkeypatch, capsys):
     pack_finished(planned(files), files / "kept")
-    gain, loss = compare(files, monkeypatch, capsys, "--compare", "ithn:base", "base:ithn")
+    gain, loss = compare(
+        files, monkeypatch, capsys, "--compare", "ithn:base", "base:ithn", "--figure", str(files / "a.png")
+    )
+    assert (files / "a.png").read_bytes().startswith(b"\x89PNG")
     assert gain[1] == "2 of 2" and float(gain[4]) == pytest.approx(GAIN, abs=0.01) and gain[-1].startswith("gain")
     assert loss[-1].startswith("loss") and float(loss[4]) == -float(gain[4])
     low, high = (float(value) for value in gain[5].split(" to "))
