@@ -64,26 +64,36 @@ def build_backbone(name: str, extractor: nn.Module, **settings: Any) -> Backbone
     )
 
 
-def make_batch(negatives: bool, missing_views: bool = False, length: int = LENGTH, pinned: bool = True) -> Batch:
+def make_batch(
+    negatives: bool,
+    missing_views: bool = False,
+    length: int = LENGTH,
+    pinned: bool = True,
+    *,
+    rows: int = ROWS,
+    views: int = VIEWS,
+    side: int = SIDE,
+    words: int = WORDS,
+) -> Batch:
     """A batch of random pixels and words, as a loader with workers hands it over."""
 
     def pair(length: int) -> Pair:
-        tokens = torch.randint(1, WORDS, (ROWS, length))
+        tokens = torch.randint(1, words, (rows, length))
         tokens[:, 0] = tokens[:, -1] = 0
-        present = torch.ones(ROWS, VIEWS, dtype=torch.bool)
-        present[: ROWS // 2, 1:] = not missing_views
-        pixels = torch.zeros(ROWS, VIEWS, 3, SIDE, SIDE, dtype=torch.uint8)
-        return Pair(pixels, present, tokens, torch.ones(ROWS, length, dtype=torch.bool), torch.ones(ROWS, 14))
+        present = torch.ones(rows, views, dtype=torch.bool)
+        present[: rows // 2, 1:] = not missing_views
+        pixels = torch.randint(0, 256, (rows, views, 3, side, side), dtype=torch.uint8)
+        return Pair(pixels, present, tokens, torch.ones(rows, length, dtype=torch.bool), torch.ones(rows, 14))
 
-    rows, transform = torch.arange(ROWS), train_transform(SIDE, (0.5,) * 3, (0.5,) * 3)
+    numbers, transform = torch.arange(rows), train_transform(side, (0.5,) * 3, (0.5,) * 3)
     batch = Batch(
         pair(length),
         pair(length - 3) if negatives else None,
-        torch.ones(ROWS, dtype=torch.bool) if negatives else None,
-        rows,
-        rows,
-        [""] * ROWS,
-        [""] * ROWS,
+        torch.ones(rows, dtype=torch.bool) if negatives else None,
+        numbers,
+        numbers,
+        [""] * rows,
+        [""] * rows,
         transform=transform,
     )
     return batch.pin_memory() if pinned else batch

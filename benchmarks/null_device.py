@@ -126,24 +126,32 @@ class NullDevice:
     @contextlib.contextmanager
     def counting(self) -> Iterator[Counter[str]]:
         """What the block does, complete at its end; ``waits at <file>:<line>`` are its waits by their callers."""
-        import torch
-
         found: Counter[str] = Counter()
-
-        def noted(message: Warning | str, *_: Any) -> None:
-            if "synchronizing CUDA" in str(message):
-                found[f"waits at {_caller()}"] += 1
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = noted
-            torch.cuda.set_sync_debug_mode("warn")
+        with waits_by_line(found):
             before = self.counts()
             try:
                 yield found
             finally:
                 found.update(self.counts() - before)
-                torch.cuda.set_sync_debug_mode("default")
+
+
+@contextlib.contextmanager
+def waits_by_line(found: Counter[str]) -> Iterator[None]:
+    """Count each wait for the device in the block, of any CUDA device, as ``waits at <file>:<line>`` of its caller."""
+    import torch
+
+    def noted(message: Warning | str, *_: Any) -> None:
+        if "synchronizing CUDA" in str(message):
+            found[f"waits at {_caller()}"] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = noted
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def _caller() -> str:

@@ -1,6 +1,7 @@
 """Writes tables.md from the JSON files of benchmarks/run_all.sh: what each stage costs, and what follows for an epoch.
 
 python benchmarks/tables.py benchmarks/results
+python benchmarks/tables.py benchmarks/results --readme benchmarks/README.md      # and what gpu_check.py found, there
 """
 
 import argparse
@@ -17,6 +18,7 @@ from benchmarks.reference_figures import PRODUCT_FLOPS, SECONDS, TRAINING_PEAK_M
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
 
+GPU = ("<!-- GPU -->", "<!-- end of GPU -->")  # where the table of scripts/gpu_check.py lies in a page
 MIMIC_IMAGES = 270_790  # of R2Gen's training split, one image a sample
 
 
@@ -24,6 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="with the JSON files; tables.md is written into it")
+    parser.add_argument(
+        "--readme", type=Path, help=f"page that gets the table of scripts/gpu_check.py, between {GPU[0]} and {GPU[1]}"
+    )
     return parser
 
 
@@ -197,6 +202,23 @@ def beside_reference(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def gpu(result: dict[str, Any]) -> list[str]:
+    """What scripts/gpu_check.py found on one card."""
+    marks = {True: "", False: "**BAD** ", None: ""}
+    title = f"On {result['device_name']}" + (", tiny sizes (--quick)" if result["settings"]["quick"] else "")
+    rows = [(row["section"], row["what"], marks[row["ok"]] + row["value"]) for row in result["rows"]]
+    return table(title, ("", "", ""), rows)
+
+
+def into_page(page: str, lines: Sequence[str]) -> str:
+    """``page`` with ``lines`` between the two marks; InputError where it has no place for them."""
+    before, start, rest = page.partition(GPU[0])
+    _, end, after = rest.partition(GPU[1])
+    if not (start and end):
+        raise InputError(f"--readme: the page has no {GPU[0]} before {GPU[1]}")
+    return before + start + "\n" + "\n".join(lines).strip() + "\n" + end + after
+
+
 WRITERS = {
     "startup": startup,
     "train_step": training,
@@ -210,6 +232,7 @@ WRITERS = {
     "images_large_jpeg": images,
     "mine": mining,
     "evaluate": evaluation,
+    "gpu_check": gpu,
 }
 
 
@@ -237,7 +260,15 @@ def write(folder: Path) -> Path:
 
 def main() -> None:
     """Write and say where."""
-    print(write(build_parser().parse_args().folder))
+    arguments = build_parser().parse_args()
+    print(write(arguments.folder))
+    if arguments.readme:
+        found = arguments.folder / "gpu_check.json"
+        if not found.is_file():
+            raise InputError(f"{found}: no such file; python scripts/gpu_check.py --out {found} makes it, on a GPU")
+        lines = gpu(json.loads(found.read_text(encoding="utf-8")))
+        arguments.readme.write_text(into_page(arguments.readme.read_text(encoding="utf-8"), lines), encoding="utf-8")
+        print(arguments.readme)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,7 +21,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # the modules below would fail wi
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.flags import Parser
-from modules.runtime.cores import usable_cores
+from modules.runtime.cores import AUTO, usable_cores, worker_processes
 from modules.runtime.environment import ROOT, check_python, choose_device, why_no_cuda
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.packages import REQUIREMENTS, remedy
@@ -28,6 +29,7 @@ from modules.runtime.packages import requirements as read_requirements
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 _GIB = 2**30
+IMAGES_READ = 12  # whose reading is timed
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,53 @@ def workers(shared: Path = Path("/dev/shm")) -> tuple[str, str]:
     return OK, f"{usable_cores()} cores for this process, {size / 1024:.1f} GiB of shared memory"
 
 
+def loader(image_dir: str, extractor: str) -> tuple[str, str]:
+    """How fast this machine reads images, and whether that would keep its GPU waiting; a few seconds of measuring."""
+    folder = image_dir or next((str(place) for place in sorted(ROOT.glob("data/*/images")) if place.is_dir()), "")
+    if not folder:
+        return OK, "not measured: there is no data/*/images; --image_dir DIR has the reading of images there measured"
+    from modules.data.images import ImageFolder
+    from modules.data.reading_speed import advice, reading_speed, some_images
+    from modules.data.transforms import train_transform
+
+    transform = train_transform(224, (0.5,) * 3, (0.5,) * 3)
+    speed = reading_speed(ImageFolder(folder, follow_links=True), some_images(folder, IMAGES_READ), transform)
+    fine, text = advice(speed, worker_processes(AUTO), _images_per_second_of_gpu(extractor))
+    return OK if fine else NOTE, text
+
+
+def _images_per_second_of_gpu(name: str) -> float | None:
+    """How many images per second the first GPU trains the visual extractor on, in half precision; None without one.
+
+    The rest of a step comes on top, so this is the most that a training can ask for.
+    """
+    import torch
+
+    from modules.layers.hub_encoders import is_hub_name
+    from modules.layers.visual_extractor import VisualExtractor
+    from modules.runtime.environment import autocast, choose_precision
+
+    if not torch.cuda.is_available() or is_hub_name(name) or name.startswith("xrv:"):
+        return None
+    device = choose_device("auto")
+    precision = choose_precision("auto", device)
+    extractor = VisualExtractor(name, channels_last=True, image_size=224).to(device).train()
+    images, present = torch.rand(32, 1, 3, 224, 224, device=device), torch.ones(32, 1, dtype=torch.bool)
+
+    def steps(number: int) -> float:
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        for _ in range(number):
+            with autocast(device, precision):
+                patches, _, _ = extractor(images, present)
+            patches.float().mean().backward()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    steps(3)  # kernels are chosen
+    return 8 * len(images) / steps(8)
+
+
 def dicom() -> tuple[str, str]:
     """Which encodings of DICOM can be read."""
     import pydicom.uid
@@ -276,6 +325,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="the visual extractor that training will use (default %(default)s)",
     )
+    parser.add_argument(
+        "--image_dir",
+        default="",
+        metavar="DIR",
+        help="images whose reading is timed (default: the first data/*/images)",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
 
@@ -295,6 +350,7 @@ def main() -> int:
             ("disk", disk),
             ("permissions", permissions),
             ("workers", workers),
+            ("loader", lambda: loader(arguments.image_dir, arguments.visual_extractor)),
         ]
     )
     problems = [finding for finding in findings if finding.state == PROBLEM]

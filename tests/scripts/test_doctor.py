@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from modules.runtime import environment
 from modules.runtime.packages import remedy
@@ -146,6 +147,19 @@ def test_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=64 * 2**20))  # docker's own
     state, text = doctor.workers(tmp_path)
     assert state == NOTE and "--shm-size" in text
+
+
+def test_loader(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    assert "--image_dir DIR" in doctor.loader("", "resnet18")[1]
+    images = tmp_path / "data" / "own" / "images"
+    images.mkdir(parents=True)
+    Image.new("L", (300, 300), 90).save(images / "a.png")
+    monkeypatch.setattr(doctor, "_images_per_second_of_gpu", lambda name: 1e9)
+    state, text = doctor.loader("", "resnet18")
+    assert state == NOTE and "300 x 300" in text and "reading would limit the GPU" in text
+    monkeypatch.setattr(doctor, "_images_per_second_of_gpu", lambda name: 1e-9)
+    assert doctor.loader(str(images), "resnet18")[0] == OK
 
 
 def test_without_torch_and_with_a_broken_check(monkeypatch):
