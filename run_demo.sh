@@ -49,7 +49,7 @@ fi
 echo "[2/3] mining hard negatives with tf-idf (no weights needed)"
 "$python" scripts/mine_hard_negatives.py --ann_path "$data/annotation.json" \
   --text_encoder tfidf --top_k 5 --examples 2 --out "$out/hard_negatives.safetensors"
-echo "[3/3] training R2GenCMN with ITHN for $epochs epochs; at the end the best model is tested"
+echo "[3/3] training; at the end the best model is tested and its page written"
 "$python" main_train.py --ann_path "$data/annotation.json" --image_dir "$data/images" \
   --negative_index "$out/hard_negatives.safetensors" --save_dir "$out" "${resume[@]}" "${note[@]}" --preset small \
   --image_size 128 --threshold 3 --guidance 0.75 --epochs "$epochs" --eval_every "$every" "${given[@]}"
