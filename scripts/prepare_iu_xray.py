@@ -9,7 +9,6 @@ annotation.json (only its ids are read); without it 7:1:2 are drawn with --seed.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.data.annotations import SPLITS
 from modules.data.dataset_specs import write_description
 from modules.flags import Parser
-from modules.prepare.image_placing import WAYS, Placing, keep_settings
+from modules.prepare.image_placing import WAYS, Placing, add_placing_flags, check_placing, keep_settings
 from modules.prepare.openi import OpeniStudy, annotation_record, order_of_views, place_images, read_openi
 from modules.prepare.splits import read_split, seeded_split
 from modules.runtime.errors import InputError, run_entry_point
@@ -64,22 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="list a frontal view before a lateral one (R2Gen: the report's order)",
     )
-    parser.add_argument(
-        "--place",
-        choices=WAYS[:2],
-        default="link",
-        help="images from a folder: hard links or copies (default %(default)s)",
-    )
-    parser.add_argument(
-        "--resize", type=int, default=0, metavar="PX", help="re-encode images with this shorter side, e.g. 256"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="W",
-        help="processes that place images (default %(default)s)",
-    )
+    add_placing_flags(parser.add_argument, WAYS[:2])
     return parser
 
 
@@ -146,10 +130,7 @@ def without_missing_images(chosen: Studies, orders: dict[str, list[int]], argume
 
 def check(arguments: argparse.Namespace) -> None:
     """InputError for values that cannot work."""
-    if arguments.resize and not 32 <= arguments.resize <= 4096:
-        raise InputError(f"--resize {arguments.resize}: must lie between 32 and 4096 pixels")
-    if arguments.workers < 1:
-        raise InputError(f"--workers {arguments.workers}: must be 1 or more")
+    check_placing(arguments.resize, arguments.workers)
     if arguments.images and not arguments.images.exists():
         raise InputError(f"--images {arguments.images}: no such file or folder")
 

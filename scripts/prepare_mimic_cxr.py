@@ -9,7 +9,6 @@ is the official one, which keeps patients whole. Nothing is written outside --ou
 """
 
 import argparse
-import os
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from modules.data.annotations import SPLITS
 from modules.data.dataset_specs import write_description
 from modules.flags import Parser
 from modules.labels.tables import write_table
-from modules.prepare.image_placing import MISSING, WAYS, Placing, keep_settings, place_all
+from modules.prepare.image_placing import Placing, add_placing_flags, check_placing, place_images
 from modules.prepare.mimic_cxr import (
     SECTIONS,
     MimicImage,
@@ -71,41 +70,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="one record per image, as R2Gen, or per study with all its images (default image)",
     )
     parser.add_argument("--views", nargs="+", metavar="VIEW", help="take only these view positions, e.g. PA AP")
-    parser.add_argument(
-        "--place",
-        choices=WAYS,
-        default="link",
-        help="images: hard links, copies, or none (they stay where they are; default %(default)s)",
-    )
-    parser.add_argument(
-        "--resize",
-        type=int,
-        default=0,
-        metavar="PX",
-        help="re-encode the images as JPEG with this shorter side, e.g. 256",
-    )
+    add_placing_flags(parser.add_argument)
     parser.add_argument(
         "--labels_out",
         type=Path,
         metavar="CSV",
         help="write the CheXpert labels of every study, for --label_path of main_train.py",
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="W",
-        help="processes that place images (default %(default)s)",
-    )
     return parser
 
 
 def check(arguments: argparse.Namespace) -> None:
     """InputError for values that cannot work."""
-    if arguments.resize and not 32 <= arguments.resize <= 4096:
-        raise InputError(f"--resize {arguments.resize}: must lie between 32 and 4096 pixels")
-    if arguments.workers < 1:
-        raise InputError(f"--workers {arguments.workers}: must be 1 or more")
+    check_placing(arguments.resize, arguments.workers)
     for flag in ("tables", "images"):
         folder = getattr(arguments, flag)
         if folder and not folder.is_dir():
@@ -146,14 +123,11 @@ def extract_reports(
     return {study: text for study, text in found.items() if text}, named, undecidable
 
 
-def place_images(arguments: argparse.Namespace, images: list[MimicImage]) -> tuple[list[MimicImage], str]:
+def placed(arguments: argparse.Namespace, images: list[MimicImage]) -> tuple[list[MimicImage], str]:
     """The images that could be read, and the extension of their files in the output folder."""
-    from modules.runtime.run_log import Bar
-
     tree = find_tree(arguments.images)
     suffix = find_suffix(tree, images)
     placing = Placing(arguments.place, arguments.resize)
-    keep_settings(arguments.out, placing)
     ending = ".jpg" if arguments.resize else suffix
     pairs = [
         (
@@ -162,15 +136,7 @@ def place_images(arguments: argparse.Namespace, images: list[MimicImage]) -> tup
         )
         for image in images
     ]
-    reasons = dict(Bar(place_all(placing, pairs, arguments.workers), "images", total=len(pairs)))
-    kinds = Counter("missing" if reason == MISSING else "unreadable" for reason in reasons.values() if reason)
-    if kinds:
-        first = next(reason for reason in reasons.values() if reason)
-        counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-        print(
-            f"warning: of {len(pairs)} images left out: {counts}" + ("" if first == MISSING else f"; {first}"),
-            file=sys.stderr,
-        )
+    reasons = place_images(arguments.out, placing, pairs, arguments.workers)
     had = [image for image, (_, target) in zip(images, pairs, strict=True) if reasons[target] is None]
     return had, ending
 
@@ -266,7 +232,7 @@ def main() -> None:
     path, ending = arguments.out / "annotation.json", ".jpg"
     check_annotation(path, build_records(images, reports, named, arguments.records, ending))
     if arguments.images:
-        images, ending = place_images(arguments, images)
+        images, ending = placed(arguments, images)
         stages["whose file is there"] = images
         if not images:
             raise InputError(f"--images {arguments.images}: none of the images could be read")

@@ -11,7 +11,6 @@ Where the table has no split, 7:1:2 are drawn by --seed; no patient is in two sp
 """
 
 import argparse
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.data.annotations import SPLITS
 from modules.data.dataset_specs import check_name, write_description
 from modules.flags import Parser
-from modules.prepare.image_placing import MISSING, WAYS, Placing, keep_settings, place_all
+from modules.prepare.image_placing import Placing, add_placing_flags, check_placing, place_images
 from modules.prepare.splits import read_split
 from modules.prepare.table_columns import (
     GUESSES,
@@ -69,27 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", metavar="NAME", help="name of the data set (default: the preset's, or of the folder)")
     parser.add_argument("--licence", default="", metavar="TEXT", help="licence of the data, for model cards")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder that image paths start from")
-    parser.add_argument(
-        "--place",
-        choices=WAYS,
-        default="link",
-        help="images: hard links, copies, or none (they stay where they are; default %(default)s)",
-    )
-    parser.add_argument(
-        "--resize", type=int, default=0, metavar="PX", help="re-encode images with this shorter side, e.g. 256"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="W", help="processes (default: cores)"
-    )
+    add_placing_flags(parser.add_argument)
     return parser
 
 
 def check(arguments: argparse.Namespace) -> None:
     """InputError for values that cannot work."""
-    if arguments.resize and not 32 <= arguments.resize <= 4096:
-        raise InputError(f"--resize {arguments.resize}: must lie between 32 and 4096 pixels")
-    if arguments.workers < 1:
-        raise InputError(f"--workers {arguments.workers}: must be 1 or more")
+    check_placing(arguments.resize, arguments.workers)
     if arguments.images and not arguments.images.is_dir():
         raise InputError(f"--images {arguments.images}: no such folder")
     arguments.name = arguments.name or arguments.preset or arguments.out.absolute().name
@@ -105,31 +90,24 @@ def show_columns(columns: Columns, rows: int) -> None:
         print(f"  section    {name}: {' + '.join(own)}")
 
 
-def place_images(arguments: argparse.Namespace, records: list[Record], counts: Counter) -> list[Record]:
+def placed(arguments: argparse.Namespace, records: list[Record], counts: Counter) -> list[Record]:
     """Place the images and leave out those that could not be read, and records without any."""
-    from modules.runtime.run_log import Bar
-
     placing = Placing(arguments.place, arguments.resize)
-    keep_settings(arguments.out, placing)
     names = dict.fromkeys(image for record in records for image in record.images)
     targets = {image: _target(image, arguments.resize) for image in names}
     pairs = [(arguments.images / image, arguments.out / "images" / targets[image]) for image in names]
-    placed = Bar(place_all(placing, pairs, arguments.workers), "images", total=len(pairs))
-    reasons = dict(zip(names, (reason for _, reason in placed), strict=True))
-    for reason in filter(None, reasons.values()):
-        counts["images missing" if reason == MISSING else "images that cannot be read"] += 1
-    first = next(filter(None, reasons.values()), None)
-    if first:
-        print(f"warning: the first image left out: {first}", file=sys.stderr)
+    found = place_images(arguments.out, placing, pairs, arguments.workers)
+    reasons = {image: found[target] for image, (_, target) in zip(names, pairs, strict=True)}
     for record in records:
         kept = [index for index, image in enumerate(record.images) if reasons[image] is None]
         record.views = [record.views[index] for index in kept]
         record.images = [targets[record.images[index]] for index in kept]
     had = [record for record in records if record.images]
     if not had:
+        image, reason = next(iter(reasons.items()))
         raise InputError(
-            f"--images {arguments.images}: none of the images could be read, e.g. {next(iter(names))}: {first}; give "
-            "the folder from which these paths start"
+            f"--images {arguments.images}: none of the images could be read, e.g. {image}: {reason}; give the folder "
+            "from which these paths start"
         )
     counts["records without any image left"] += len(records) - len(had)
     return had
@@ -177,7 +155,7 @@ def main() -> None:
     path = arguments.out / "annotation.json"
     check_annotation(path, as_annotation(records)[0])
     if arguments.images:
-        records = place_images(arguments, records, read.counts)
+        records = placed(arguments, records, read.counts)
     annotation, priors, unread = as_annotation(records)
     read.counts["dates that are not understood, whose studies have no prior (write them as 2024-01-31)"] = unread
     done = write_annotation(path, annotation)

@@ -8,12 +8,15 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
+from modules.runtime.cores import usable_cores
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import read_json
 from modules.runtime.records import private_folder, write_private
@@ -98,6 +101,43 @@ def place_all(placing: Placing, pairs: Sequence[tuple[Path, Path]], workers: int
 
 def _place_chunk(placing: Placing, pairs: Sequence[tuple[Path, Path]]) -> list[tuple[Path, str | None]]:
     return [(target, placing.place(source, target)) for source, target in pairs]
+
+
+def place_images(
+    out: Path, placing: Placing, pairs: Sequence[tuple[Path, Path]], workers: int
+) -> dict[Path, str | None]:
+    """Place (source, target) pairs in the folder ``out``: target -> None, or why it is missing.
+
+    What is left out is counted on stderr, with the first reason. InputError where writing fails, or an earlier run
+    placed images otherwise.
+    """
+    from modules.runtime.run_log import Bar
+
+    keep_settings(out, placing)
+    reasons = dict(Bar(place_all(placing, pairs, workers), "images", total=len(pairs)))
+    kinds = Counter("missing" if reason == MISSING else "unreadable" for reason in reasons.values() if reason)
+    if kinds:
+        first = next(reason for reason in reasons.values() if reason)
+        counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        reason = "" if first == MISSING else f"; {first}"
+        print(f"warning: of {len(pairs)} images left out: {counts}{reason}", file=sys.stderr)
+    return reasons
+
+
+def add_placing_flags(add: Callable[..., object], ways: Sequence[str] = WAYS) -> None:
+    """--place, --resize and --workers; ``add`` is a parser's add_argument."""
+    none = ", or none (they stay where they are)" if "none" in ways else ""
+    add("--place", choices=ways, default="link", help=f"images: hard links, copies{none}; default %(default)s")
+    add("--resize", type=int, default=0, metavar="PX", help="re-encode images with this shorter side, e.g. 256")
+    add("--workers", type=int, default=usable_cores(), metavar="W", help="processes that place images (default: cores)")
+
+
+def check_placing(resize: int, workers: int) -> None:
+    """InputError for values that cannot work."""
+    if resize and not 32 <= resize <= 4096:
+        raise InputError(f"--resize {resize}: must lie between 32 and 4096 pixels")
+    if workers < 1:
+        raise InputError(f"--workers {workers}: must be 1 or more")
 
 
 def keep_settings(out: Path, placing: Placing) -> None:
