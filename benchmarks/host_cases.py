@@ -48,6 +48,7 @@ class StepCase:
     missing_views: bool = False
     frozen: bool = False
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # the backbone's
+    cuda_graph: bool = False
 
 
 class GivenFeatures(nn.Module):
@@ -117,6 +118,7 @@ def make_trainer(objective: nn.Module, case: StepCase, device: torch.device) -> 
         shutdown=GracefulShutdown(),
         device=device,
         precision=case.precision,
+        cuda_graph=case.cuda_graph,
     )
 
 
@@ -138,7 +140,7 @@ class Steps:
         return Objective(backbone, settings, n_samples=ROWS).to(self.device).train()
 
     def take(self, case: StepCase, steps: int = 1) -> Counter[str]:
-        """What ``steps`` steps of ``case`` do after one that creates the optimiser's state and fill caches."""
+        """What ``steps`` steps of ``case`` do after those that create the optimiser's state, fill caches and record."""
         objective = self.objective(case)
         trainer = make_trainer(objective, case, self.device)
         group = [make_batch(objective.uses_negatives, case.missing_views) for _ in range(case.batches)]
@@ -147,7 +149,8 @@ class Steps:
             trainer._step(group)
             trainer.position.steps += 1
 
-        step()
+        for _ in range(2 if case.cuda_graph else 1):
+            step()
         with self.null.counting() as found:
             for _ in range(steps):
                 step()

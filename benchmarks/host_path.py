@@ -90,6 +90,8 @@ def measure(quick: bool = False) -> Iterator[tuple[str, str, str, Counter[str]]]
         for label, changed in VARIATIONS.items():
             kind = "named wait" if (name, label) in NAMED else "step"
             yield kind, name, label, shallow.take(StepCase(name, STRATEGIES["ithn"], **changed))
+        recorded = StepCase(name, STRATEGIES["ithn"], precision="bfloat16", cuda_graph=True)
+        yield "replayed step", name, "ithn bfloat16", shallow.take(recorded)
         for label, decoding in list(SEARCHES.items())[:1] if quick else SEARCHES.items():
             yield "search", name, label, search(null, name, masked=name != "hf", **decoding)
         if not quick:
@@ -118,14 +120,17 @@ def held_against(
             row(f"{name}: launches of a step, {case}", total(counts), own["launches of a step"][case], milliseconds)
             copies = sum(counts.get(copy, 0) for copy in COPIES)
             row(f"{name}: copies between host and device in a step, {case}", copies, budgets["copies of a step"])
+        elif kind == "replayed step":
+            row(f"{name}: launches of a step with --cuda_graph, {case}", total(counts), budgets["launches of a replay"])
         elif kind == "graphs":
             row(f"{name}: graphs of {case} with --compile and ITHN", counts["graphs"], own["graphs of 20 epochs"])
         elif kind == "search":
             row(f"{name}: waits of a search, {case}", counts.get("waits", 0), budgets["waits of a search"])
             if case in own["launches of a token"]:
                 row(f"{name}: launches of a token, {case}", total(counts) / 60, own["launches of a token"][case])
-    for kind, budget in (("step", 0), ("deep step", 0), ("named wait", 1)):
-        cases = [counts for own, _, _, counts in measured if own == kind]
+    for kind, budget in (("step", 0), ("deep step", 0), ("replayed step", 0), ("named wait", 1)):
+        if not (cases := [counts for own, _, _, counts in measured if own == kind]):
+            continue
         row(
             f"waits in the worst of {len(cases)} cases: {kind}", max(counts.get("waits", 0) for counts in cases), budget
         )

@@ -115,8 +115,9 @@ static int kind_of(const void *pointer) {
   return PAGEABLE;
 }
 static cudaError_t copied(void *to, const void *from, size_t bytes) {
-  int source = kind_of(from);
-  if (kind_of(to) == DEVICE) {
+  int source = kind_of(from), target = kind_of(to);
+  if (capturing && (source == PAGEABLE || target == PAGEABLE)) return spoilt = 1, cudaErrorStreamCaptureUnsupported;
+  if (target == DEVICE) {
     count(source == DEVICE ? device_copies : source == PINNED ? pinned_uploads : unpinned_uploads);
   } else if (source == DEVICE) {
     count(downloads);

@@ -191,8 +191,12 @@ def _replace_convolutions(device: NullDevice) -> None:
 
     def backward(grad: Tensor, x: Tensor, weight: Tensor, bias_sizes, *how):
         *_, wanted = how
-        shapes = (x, weight, weight.flatten(1)[:, 0])
-        return tuple(like(x, part) if asked else None for part, asked in zip(shapes, wanted, strict=True))
+        of_input, of_weight, of_bias = wanted
+        return (
+            like(x, x) if of_input else None,
+            like(x, weight) if of_weight else None,
+            like(x, weight.flatten(1)[:, 0]) if of_bias else None,
+        )
 
     global _convolutions
     with warnings.catch_warnings():

@@ -214,6 +214,12 @@ class Config(
     )
     tf32: bool = setting(False, "run", "allow TF32 (10-bit mantissa) in float32 products of Ampere and later GPUs")
     compile: bool = setting(False, "run", "compile the objective with torch.compile", train_only=True)
+    cuda_graph: bool = setting(
+        False,
+        "run",
+        "on a GPU, record each training step once for every shape of its batches and replay it: for small batches",
+        train_only=True,
+    )
     deterministic: bool = setting(False, "run", "deterministic kernels only: runs on one machine are equal, but slower")
     seed: int = setting(9233, "run", "seed of weights, order and augmentation", low=0, high=2**63 - 1)
     resume: str = setting(
@@ -348,8 +354,11 @@ def _check_scores(config: Config) -> None:
 
 
 def _check_stage(config: Config) -> None:
-    if config.self_critical and config.compile:
-        raise InputError("--compile: not with --self_critical, whose steps generate reports; leave one of them out")
+    for name in ("compile", "cuda_graph"):
+        if config.self_critical and getattr(config, name):
+            raise InputError(f"--{name}: not with --self_critical, whose steps generate reports; leave one of them out")
+    if config.compile and config.cuda_graph:
+        raise InputError("--cuda_graph: not with --compile; leave one of them out")
     if config.scst_reward == "clinical_f1" and not config.dataset.clinical:
         raise InputError(f"--scst_reward clinical_f1: there are no clinical labels on {config.dataset_name}")
     if config.start_eval_epoch > config.epochs:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -37,7 +38,7 @@ class Pair:
     # (B, N, 3, H, W) uint8 as loaded, float32 normalised after Batch.to; or stored features (B, N, S, C) float32.
     # Absent views are zero. With images of the study before, these are the second half of the views.
     images: Tensor
-    view_mask: Tensor  # (B, N) bool, True = view present
+    view_mask: Tensor | None  # (B, N) bool, True = view present; None: every view is
     tokens: Tensor  # (B, T) int64: begin, words, end, then zeros; cut to max_seq_length, so a long report has no end
     token_mask: Tensor  # (B, T) bool, True = kept position, begin and end included
     labels: Tensor | None = None  # (B, 14) float32
@@ -75,6 +76,47 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory; the loader calls it."""
         return _map_tensors(self, Tensor.pin_memory)
+
+    def tensors(self) -> list[Tensor]:
+        """All its tensors, in the same order for batches with the same parts."""
+        found: list[Tensor] = []
+        _map_tensors(self, found.append)  # type: ignore[arg-type]
+        return found
+
+    def with_tensors(self, values: Sequence[Tensor]) -> "Batch":
+        """The batch with other tensors, of any shapes, in the order of ``tensors``."""
+        left = iter(values)
+        return _map_tensors(self, lambda _: next(left))
+
+    def lengthened(self, multiple: int) -> "Batch":
+        """The batch with reports (B, T) of one length on both sides, a multiple, unless ``multiple`` is 1."""
+        pairs = {name: pair for name in ("positive", "negative") if (pair := getattr(self, name)) is not None}
+        width = max(pair.tokens.shape[1] for pair in pairs.values())
+        return (
+            self
+            if multiple == 1
+            else replace(
+                self,
+                **{
+                    name: replace(
+                        pair,
+                        **{
+                            part: F.pad(value, (0, width + -width % multiple - value.shape[1]))
+                            for part in ("tokens", "token_mask")
+                            if (value := getattr(pair, part)) is not None
+                        },
+                    )
+                    for name, pair in pairs.items()
+                },
+            )
+        )
+
+    def without_masks(self) -> "Batch | None":
+        """The batch without masks of its views; None where a view is missing."""
+        pairs = {name: pair for name in ("positive", "negative") if (pair := getattr(self, name)) is not None}
+        if not all(pair.view_mask is None or bool(pair.view_mask.all()) for pair in pairs.values()):
+            return None
+        return replace(self, **{name: replace(pair, view_mask=None) for name, pair in pairs.items()})
 
 
 @dataclass

@@ -46,6 +46,8 @@ INITIAL_BIAS = -10.0  # of --contrastive_form sigmoid, as SigLIP starts: nearly 
 class Projection(nn.Module):
     """Bias-free linear map into the joint embedding."""
 
+    leaves_autocast = True  # similarities differ in the third digit
+
     def __init__(self, width: int, embedding_dim: int):
         super().__init__()
         self.linear1 = nn.Linear(width, embedding_dim, bias=False)
@@ -121,12 +123,21 @@ class Objective(nn.Module):
         if row.has_queue:
             self.queue = NegativeQueue(settings.queue_size, settings.queue_hardest, settings.embedding_dim)
 
-    def hardness(self, epoch: int) -> float:
-        """lambda = 1 - exp(-alpha * e) of the ``epoch`` as logged, from 1: e = epoch - 1 (released: e = epoch)."""
-        return -math.expm1(-self.settings.alpha * (epoch - self.variant.first_epoch))
+    def hardness(self, epoch: int | Tensor) -> Any:
+        """lambda = 1 - exp(-alpha * e) of the ``epoch`` as logged, from 1, a number or scalar: e = epoch - 1.
+
+        In the released variant e = epoch.
+        """
+        exponent = -self.settings.alpha * (epoch - self.variant.first_epoch)
+        return -exponent.expm1() if isinstance(exponent, Tensor) else -math.expm1(exponent)
+
+    @property
+    def takes_longer_reports(self) -> bool:
+        """Whether padding leaves the losses as they are."""
+        return self.strategy == OFF or self.variant.masked_mean
 
     def forward(
-        self, batch: Any, epoch: int, *, token_count: Tensor | float | None = None, share: float = 1.0
+        self, batch: Any, epoch: int | Tensor, *, token_count: Tensor | float | None = None, share: float = 1.0
     ) -> dict[str, Tensor]:
         """Loss L_F = L_CE + beta L_CP + gamma L_CS (Eq. 13) and its terms, all scalars.
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+aten = torch.ops.aten
+SUM = 0  # embedding_bag's mode
 # Scores in memory at once: few enough for a CPU's cache, enough to keep a GPU busy.
 SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
 
@@ -28,6 +30,16 @@ def best_slots(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores, slots
 
 
+# For a compiler the search is one operation: its number of blocks would be that of the first batch.
+_best_slots = torch.library.custom_op("ithn::best_slots", best_slots, mutates_args=())
+
+
+@_best_slots.register_fake
+def _(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    scores = query.new_empty(query.size(1), query.size(0), k).transpose(0, 1)
+    return scores, torch.empty_like(scores, dtype=torch.int64)
+
+
 class _ChosenScores(torch.autograd.Function):
     """query . key of the chosen slots, whose values are known from the search; only these have a gradient."""
 
@@ -41,15 +53,14 @@ class _ChosenScores(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         """``grad`` (R*h, k)."""
         query, keys, rows = ctx.saved_tensors
-        with torch.enable_grad():
-            # d_query = sum of grad * keys; and the gradient of <d_query, query> in keys is d_keys.
-            keys = keys.detach().requires_grad_()
-            d_query = F.embedding_bag(rows, keys, per_sample_weights=grad, mode="sum")
-            (d_keys,) = torch.autograd.grad(d_query, keys, query)
-        return d_query.detach(), d_keys, None, None
+        rows, weights = rows.view(-1), grad.reshape(-1)
+        bags = torch.arange(0, len(rows), grad.size(1), dtype=rows.dtype, device=rows.device)
+        # d_query = sum of grad * keys; and the gradient of <d_query, query> in keys is d_keys.
+        d_query, *found = aten._embedding_bag(keys, rows, bags, mode=SUM, per_sample_weights=weights)
+        d_keys = aten._embedding_bag_backward(query, rows, bags, *found, len(keys), False, SUM, False, weights)
+        return d_query, d_keys, None, None
 
 
-@torch.compiler.disable  # it cannot trace a gradient inside a gradient: break the graph here, not in every caller
 def topk_attention(query: Tensor, keys: Tensor, values: Tensor, k: int, dropout: float = 0.0) -> Tensor:
     """Softmax attention of query (R, h, w) over the k best of keys (M, h, w); returns (R, h, w) of values (M, h, w).
 
@@ -58,7 +69,8 @@ def topk_attention(query: Tensor, keys: Tensor, values: Tensor, k: int, dropout:
     dtype = torch.promote_types(query.dtype, torch.float32)
     num_heads, width = query.shape[1:]
     query = query / width**0.5
-    scores, slots = best_slots(query, keys, k)
+    search = _best_slots if torch.compiler.is_dynamo_compiling() else best_slots
+    scores, slots = search(query.detach(), keys.detach(), k)
     # Row of a slot in the memory seen as (M*h, w); 32 bits, as the gradient of embedding_bag sorts the rows.
     rows = (slots * num_heads + torch.arange(num_heads, device=slots.device).unsqueeze(1)).reshape(-1, k).int()
     query, keys, values = (x.reshape(-1, width).to(dtype) for x in (query, keys, values))

@@ -141,38 +141,48 @@ class Recurrence(torch.autograd.Function):
     def backward(ctx, grad):
         """``grad`` (B, T, s*d)."""
         kept, *saved = ctx.saved_tensors
-        weights, trace = Weights(*saved[: len(Weights._fields)]), Trace(*saved[len(Weights._fields) :])
-        length, rows, width = trace.updated.shape
-        slots = trace.probs.size(1)
-        grad = grad.unflatten(-1, (slots, width)).permute(1, 2, 0, 3).reshape(length, rows, width)
-        # Gradients of what each product gave, for the products with the weights' inputs after the loop.
-        d_qkv, d_output, d_in, d_out, d_gates = (
-            torch.empty_like(x) for x in (trace.qkv, trace.updated, trace.updated, trace.updated, trace.gates)
-        )
-        d_qkv[:, slots, :, :width] = 0
-        carried = torch.zeros_like(grad[0])
-        for t in range(length - 1, -1, -1):
-            d_memory = grad[t] + carried
-            memory = trace.states[t, :slots].view(rows, width)
-            write, keep = trace.gates[t].chunk(2, dim=-1)
-            torch.mul(d_memory, trace.candidate[t], out=d_gates[t, :, :width])
-            torch.mul(d_memory, memory, out=d_gates[t, :, width:])
-            aten.sigmoid_backward(d_gates[t], trace.gates[t], grad_input=d_gates[t])
-            d_new = aten.tanh_backward(d_memory * write, trace.candidate[t])
-            aten.threshold_backward(d_new, trace.mlp_out[t], 0, grad_input=d_out[t])
-            torch.mm(d_out[t], weights.mlp_out, out=d_in[t])
-            aten.threshold_backward(d_in[t], trace.mlp_hidden[t], 0, grad_input=d_in[t])
-            torch.addmm(d_new, d_in[t], weights.mlp_in, out=d_output[t])
-            attend_backward(d_output[t] @ weights.output, trace, t, kept, d_qkv[t])
-            carried = aten.tanh_backward(d_gates[t] @ weights.gates, trace.squashed[t])
-            carried.add_(d_output[t]).addcmul_(d_memory, keep)
-            carried.addmm_(d_qkv[t, :slots].view(rows, -1), weights.qkv)
-        d_tokens = d_qkv[:, slots, :, width:] @ weights.qkv[width:]
-        d_token_gates = d_gates.view(length, slots, -1, 2 * width).sum(dim=1)
-        inputs = (trace.states[:-1], trace.attended, trace.updated, trace.mlp_hidden, trace.squashed)
-        given = [x.view(-1, x.size(-1)) for x in (d_qkv, d_output, d_in, d_out, d_gates)]
-        d_weights = [x.t() @ seen.view(-1, width) for x, seen in zip(given, inputs, strict=True)]
-        return d_tokens, d_token_gates, None, None, None, *d_weights, *(x.sum(dim=0) for x in given[:-1])
+        count = len(Weights._fields)
+        d_tokens, d_token_gates, *d_weights = gradients(grad, kept, saved[:count], saved[count:])
+        return d_tokens, d_token_gates, None, None, None, *d_weights
+
+
+def gradients(grad: Tensor, kept: Tensor | None, weights: list[Tensor], trace: list[Tensor]) -> list[Tensor]:
+    """Those of ``run``'s tokens, token_gates and weights, in this order; ``grad`` (B, T, s*d) is that of memories."""
+    return _gradients(grad, kept, Weights(*weights), Trace(*trace))
+
+
+def _gradients(grad: Tensor, kept: Tensor | None, weights: Weights, trace: Trace) -> list[Tensor]:
+    length, rows, width = trace.updated.shape
+    slots = trace.probs.size(1)
+    grad = grad.unflatten(-1, (slots, width)).permute(1, 2, 0, 3).reshape(length, rows, width)
+    # Gradients of what each product gave, for the products with the weights' inputs after the loop.
+    d_qkv, d_output, d_in, d_out, d_gates = (
+        torch.empty_like(x) for x in (trace.qkv, trace.updated, trace.updated, trace.updated, trace.gates)
+    )
+    d_qkv[:, slots, :, :width] = 0
+    carried = torch.zeros_like(grad[0])
+    for t in range(length - 1, -1, -1):
+        d_memory = grad[t] + carried
+        memory = trace.states[t, :slots].view(rows, width)
+        write, keep = trace.gates[t].chunk(2, dim=-1)
+        torch.mul(d_memory, trace.candidate[t], out=d_gates[t, :, :width])
+        torch.mul(d_memory, memory, out=d_gates[t, :, width:])
+        aten.sigmoid_backward(d_gates[t], trace.gates[t], grad_input=d_gates[t])
+        d_new = aten.tanh_backward(d_memory * write, trace.candidate[t])
+        aten.threshold_backward(d_new, trace.mlp_out[t], 0, grad_input=d_out[t])
+        torch.mm(d_out[t], weights.mlp_out, out=d_in[t])
+        aten.threshold_backward(d_in[t], trace.mlp_hidden[t], 0, grad_input=d_in[t])
+        torch.addmm(d_new, d_in[t], weights.mlp_in, out=d_output[t])
+        attend_backward(d_output[t] @ weights.output, trace, t, kept, d_qkv[t])
+        carried = aten.tanh_backward(d_gates[t] @ weights.gates, trace.squashed[t])
+        carried.add_(d_output[t]).addcmul_(d_memory, keep)
+        carried.addmm_(d_qkv[t, :slots].view(rows, -1), weights.qkv)
+    d_tokens = d_qkv[:, slots, :, width:] @ weights.qkv[width:]
+    d_token_gates = d_gates.view(length, slots, -1, 2 * width).sum(dim=1)
+    inputs = (trace.states[:-1], trace.attended, trace.updated, trace.mlp_hidden, trace.squashed)
+    given = [x.view(-1, x.size(-1)) for x in (d_qkv, d_output, d_in, d_out, d_gates)]
+    d_weights = [x.t() @ seen.view(-1, width) for x, seen in zip(given, inputs, strict=True)]
+    return [d_tokens, d_token_gates, *d_weights, *(x.sum(dim=0) for x in given[:-1])]
 
 
 def attend_backward(grad: Tensor, trace: Trace, t: int, kept: Tensor | None, d_qkv: Tensor) -> None:
@@ -194,6 +204,48 @@ def attend_backward(grad: Tensor, trace: Trace, t: int, kept: Tensor | None, d_q
     torch.sum(d_scores * q[:slots].unsqueeze(1), dim=0, out=d_k)
 
 
+# For a compiler the loop over tokens is one operation: unrolled, 20 tokens took 214 s to compile, for each length.
+
+
+@torch.library.custom_op("ithn::relational_memory", mutates_args=())
+def _recurrence(
+    tokens: Tensor, token_gates: Tensor, memory: Tensor, num_heads: int, kept: Tensor | None, weights: list[Tensor]
+) -> list[Tensor]:
+    trace = run(Weights(*weights).transposed(), tokens, token_gates, memory, num_heads, kept)
+    return [memories(trace).clone(), *trace]
+
+
+@_recurrence.register_fake
+def _(tokens, token_gates, memory, num_heads, kept, weights):
+    (length, batch, _), (slots, _, width) = tokens.shape, memory.shape
+    return [tokens.new_empty(batch, length, slots * width), *Trace.allocate(tokens, slots, num_heads)]
+
+
+_recurrence_backward = torch.library.custom_op("ithn::relational_memory_backward", gradients, mutates_args=())
+
+
+@_recurrence_backward.register_fake
+def _(grad, kept, weights, trace):
+    tokens, gates = trace[0][:-1, 0], trace[-1]
+    d_token_gates = gates.new_empty(*tokens.shape[:2], gates.shape[-1])
+    return [torch.empty_like(tokens), d_token_gates, *map(torch.empty_like, weights)]
+
+
+def _keep(ctx, inputs, output) -> None:
+    *_, kept, weights = inputs
+    ctx.save_for_backward(kept, *weights, *output[1:])
+
+
+def _recurrence_gradients(ctx, grads):
+    kept, *saved = ctx.saved_tensors
+    count = len(Weights._fields)
+    d_tokens, d_token_gates, *d_weights = _recurrence_backward(grads[0], kept, saved[:count], saved[count:])
+    return d_tokens, d_token_gates, None, None, None, d_weights
+
+
+_recurrence.register_autograd(_recurrence_gradients, setup_context=_keep)
+
+
 class SlotAttention(nn.Module):
     """``linears`` 0..3 = query, key, value, output."""
 
@@ -207,6 +259,8 @@ class RelationalMemory(nn.Module):
 
     ValueError where the heads do not divide the width.
     """
+
+    leaves_autocast = True  # a state that is updated sixty times stays in float32
 
     def __init__(self, d_model: int, num_slots: int, num_heads: int, dropout: float = 0.1):
         super().__init__()
@@ -245,10 +299,8 @@ class RelationalMemory(nn.Module):
         """The tokens' share of the gates, (..., 2d) of ``tokens`` (..., d), with all of the gates' bias."""
         return F.linear(tokens, self.W.weight, self.W.bias + self.U.bias)
 
-    @torch.compiler.disable  # unrolled, 20 tokens took 214 s to compile, for each length
     def forward(self, x: Tensor) -> Tensor:
         """The memory (B, T, s*d) after each of the tokens ``x`` (B, T, d), starting from the initial one."""
-        # A state that is updated sixty times stays in float32, even under autocast.
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.transpose(0, 1).to(self.U.weight.dtype)
             kept = None
@@ -256,9 +308,10 @@ class RelationalMemory(nn.Module):
                 slots = self.num_slots
                 kept = tokens.new_ones(len(tokens), slots, slots + 1, len(x), self.num_heads)
                 kept = F.dropout(kept, self.dropout)
-            return Recurrence.apply(
-                tokens, self.token_gates(tokens), self.initial(x), self.num_heads, kept, *self.weights()
-            )
+            given = tokens, self.token_gates(tokens), self.initial(x), self.num_heads, kept
+            if torch.compiler.is_dynamo_compiling():
+                return _recurrence(*given, list(self.weights()))[0]
+            return Recurrence.apply(*given, *self.weights())
 
     def step(self, x: Tensor, memory: Tensor | None, weights: Weights) -> Tensor:
         """The memory (B, s*d) after one token ``x`` (B, d) each, without a gradient.

@@ -6,7 +6,7 @@ Masks are boolean, True = may be attended to.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,32 +17,37 @@ ATTENTION_DROPOUT = 0.1  # fixed in the published codes, independent of --dropou
 
 
 class _Normalise(torch.autograd.Function):
-    """``normalise`` by torch's fused layer-norm kernels, in a sixth of the plain expression's time."""
+    """``normalise`` by torch's fused layer-norm kernels, in a sixth of the plain expression's time.
+
+    They divide by the biased standard deviation s, where this norm divides by c s + eps, c^2 = n / (n - 1): what is
+    left to do is a factor per row, 1 / (c + eps / s).
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
         """``x`` (..., d), ``scale`` and ``shift`` (d,) -> (..., d)."""
         n = x.size(-1)
-        # The kernel divides by the biased std; the tiny eps only keeps rows without variance finite.
-        unit, mean, inverse_biased = torch.native_layer_norm(x, (n,), None, None, 1e-30)
-        std = math.sqrt(n / (n - 1)) / inverse_biased
-        inverse = 1 / (std + eps)
-        ctx.save_for_backward(x, mean, std, inverse, scale)
-        return torch.addcmul(shift, unit.mul_(inverse / inverse_biased), scale)
+        # The kernel's own tiny eps only keeps rows without variance finite.
+        scaled, mean, inverse_biased = torch.native_layer_norm(x, (n,), scale, None, 1e-30)
+        divisor = torch.rsub(inverse_biased, math.sqrt(n / (n - 1)), alpha=-eps)
+        ctx.save_for_backward(x, mean, inverse_biased, divisor, scale)
+        if x.is_cuda:
+            return torch.addcdiv(shift, scaled, divisor)
+        return scaled.div_(divisor).add_(shift)  # vectorised, which addcdiv of a row and a column is not
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         """``grad`` (..., d)."""
-        x, mean, std, inverse, scale = ctx.saved_tensors
+        x, mean, inverse_biased, divisor, scale = ctx.saved_tensors
         n = x.size(-1)
         grad = grad.contiguous()
         kernel = torch.ops.aten.native_layer_norm_backward
-        # With G = scale * grad and c = x - mean, the gradient in x is (G - mean G) / (std + eps)
-        # - c * sum(G c) / ((n - 1) std (std + eps)^2). The kernel computes r (G - mean G) - r^3 c * sum(G c) / n:
-        # the same up to a factor per row for this r.
-        r = (inverse * n / ((n - 1) * std)).sqrt()
-        grad_x = kernel(grad, x, (n,), mean, r, scale, None, [True, False, False])[0].mul_(inverse / r)
+        inverse = inverse_biased / divisor  # 1 / (c s + eps)
+        # With G = scale * grad and b = x - mean, the gradient in x is inverse (G - mean G) - inverse^2 b sum(G b) c /
+        # (n s). The kernel computes r (G - mean G) - r^3 b sum(G b) / n: the same, times ``factor``, for this r.
+        factor = divisor.mul(math.sqrt(n / (n - 1))).sqrt_()
+        grad_x = kernel(grad, x, (n,), mean, inverse * factor, scale, None, [True, False, False])[0].div_(factor)
         _, grad_scale, grad_shift = kernel(grad, x, (n,), mean, inverse, scale, scale, [False, True, True])
         return grad_x, grad_scale, grad_shift, None
 
@@ -88,7 +93,22 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], *condition: Tensor) -> Tensor:
         """``x`` (B, T, d) -> (B, T, d); ``condition`` (B, T, m)."""
-        return x + F.dropout(sublayer(self.norm(x, *condition)), self.dropout, self.training)
+        normed = as_autocast(self.norm(x, *condition))
+        return x + F.dropout(sublayer(normed), self.dropout, self.training)
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """``x`` (any shape) as autocast would cast it for every product, once for several of them."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def projected(x: Tensor, linears: Sequence[Any]) -> Sequence[Tensor]:
+    """What each of ``linears`` makes of ``x`` (B, T, d), (B, T, its width); on a GPU as one product."""
+    if not x.is_cuda:
+        return [linear(x) for linear in linears]
+    weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+    return F.linear(x, weight, bias).split([linear.out_features for linear in linears], dim=-1)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -116,11 +136,20 @@ class Attention(nn.Module):
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, h, S, d/h) of ``source`` (B, S, d)."""
-        return self.split_heads(self.linears[1](source)), self.split_heads(self.linears[2](source))
+        keys, values = projected(source, [self.linears[1], self.linears[2]])
+        return self.split_heads(keys), self.split_heads(values)
+
+    def query_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, h, T, d/h) of ``x`` (B, T, d)."""
+        keys, values, query = projected(x, [self.linears[1], self.linears[2], self.linears[0]])
+        return self.split_heads(query), self.split_heads(keys), self.split_heads(values)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend from ``x`` (B, T, d) to keys and values; ``mask`` broadcasts to (B, h, T, S)."""
-        query = self.split_heads(self.linears[0](x))
+        return self.attend(self.split_heads(self.linears[0](x)), keys, values, mask)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """``forward`` of the queries (B, h, T, d/h)."""
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
         return self.linears[3](attended.transpose(1, 2).flatten(2))
@@ -157,7 +186,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """``x`` (B, S, d) -> (B, S, d); ``mask`` (B, 1, 1, S) or None."""
-        x = self.sublayer[0](x, lambda y: self.self_attn(y, *self.self_attn.keys_values(y), mask))
+        x = self.sublayer[0](x, lambda y: self.self_attn.attend(*self.self_attn.query_keys_values(y), mask))
         return self.sublayer[1](x, self.feed_forward)
 
 
@@ -201,10 +230,10 @@ class DecoderLayer(nn.Module):
         """
 
         def attend_to_self(y: Tensor) -> Tensor:
-            keys, values = self.self_attn.keys_values(y)
+            query, keys, values = self.self_attn.query_keys_values(y)
             if cache is not None:
                 keys, values = cache.append(keys, values)
-            return self.self_attn(y, keys, values, mask)
+            return self.self_attn.attend(query, keys, values, mask)
 
         x = self.sublayer[0](x, attend_to_self, *condition)
         x = self.sublayer[1](x, lambda y: self.src_attn(y, *source, source_mask), *condition)
@@ -232,7 +261,9 @@ class Decoder(nn.Module):
 
     def source_keys_values(self, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Every layer's keys and values of the encoder's output (B, S, d): once per study."""
-        return [layer.src_attn.keys_values(encoded) for layer in self.layers]
+        linears = [linear for layer in self.layers for linear in layer.src_attn.linears[1:3]]
+        parts = [split_heads(part, self.layers[0].src_attn.num_heads) for part in projected(encoded, linears)]
+        return list(zip(parts[::2], parts[1::2], strict=True))
 
     def forward(
         self,

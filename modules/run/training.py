@@ -322,6 +322,7 @@ def _trainer(parts: Parts, folder: CheckpointFolder, shutdown: GracefulShutdown)
         precision=config.precision,
         seed=config.seed,
         score_tag=score_tag(config),
+        cuda_graph=config.cuda_graph,
     )
     _log_step_size(config, learning_rates(trainer.optimizer))
     return trainer

@@ -14,6 +14,13 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def copy_to(place: Tensor, tensor: Tensor) -> None:
+    """Copy ``tensor``, of the CPU, into ``place`` of the same shape."""
+    if place.is_cuda and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    place.copy_(tensor, non_blocking=True)
+
+
 class Download:
     """A copy of ``tensor`` (any shape) on its way to the CPU; ``value`` waits for it only where it has not arrived."""
 

@@ -65,9 +65,7 @@ class NonFiniteGuard:
         """
         if self._before is not None:
             kept = torch.where(skipped, self._before, torch.cat(self._statistics))
-            parts = kept.split([len(buffer) for buffer in self._statistics])
-            for buffer, part in zip(self._statistics, parts, strict=True):
-                buffer.copy_(part)
+            torch._foreach_copy_(self._statistics, kept.split([len(buffer) for buffer in self._statistics]))
         self._flags.append(torch.stack([skipped, finite_loss]))
         self._steps.append((epoch, step, rows))
         if len(self._steps) >= self._read_every:

@@ -50,7 +50,7 @@ class SelfCritical(Objective):
         self.reward, self.decode, self.max_seq_length, self.labelled = reward, decode, max_seq_length, labelled
 
     def forward(
-        self, batch: Any, epoch: int, *, token_count: Tensor | float | None = None, share: float = 1.0
+        self, batch: Any, epoch: int | Tensor, *, token_count: Tensor | float | None = None, share: float = 1.0
     ) -> dict[str, Tensor]:
         """Scalars, as those of Objective; ``reward`` and ``baseline`` are among the terms."""
         terms = {}

@@ -24,9 +24,11 @@ from modules.runtime.errors import InputError
 from modules.runtime.run_log import Bar, in_lines
 from modules.runtime.stopping import GracefulShutdown, Stopped
 from modules.training.average_meter import AverageMeter
+from modules.training.lean_pass import LeanPass
 from modules.training.non_finite_guard import NonFiniteGuard, are_finite, nan_unless_finite
 from modules.training.optimizers import build_optimizer, build_scheduler, learning_rates
 from modules.training.settings import LoopSettings, OptimSettings
+from modules.training.step_graphs import StepGraphs
 
 logger = logging.getLogger("ithn")
 
@@ -71,7 +73,7 @@ class Trainer:
     ``save(trainer, improved)`` writes a checkpoint, which needs ``state_dict()``; ``on_epoch(history)`` draws curves.
     Epochs count from 1. When ``shutdown`` raises Stopped, the state is saved and the exception propagates. Each of
     several processes draws its random numbers by ``seed``, step and rank, so that a checkpoint needs no generator's
-    state of any.
+    state of any. ``cuda_graph`` replays whole steps on a GPU.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Trainer:
         precision: str,
         seed: int = 0,
         score_tag: str = "",
+        cuda_graph: bool = False,
     ):
         self.objective: Any = objective
         self.optim, self.loop, self.loader = optim, loop, loader
@@ -99,15 +102,27 @@ class Trainer:
         self.monitored = tagged(loop.monitor_metric, score_tag)
         self.optimizer = build_optimizer(objective, optim, distributed.world_size())
         self.scheduler = build_scheduler(self.optimizer, optim, score_tag)
-        self.parallel = distributed.data_parallel(objective)
+        lean = device.type == "cuda" or precision != "float32"  # else there is nothing to gain
+        self.parallel = distributed.data_parallel(LeanPass(objective, precision) if lean else objective)
         # Without float16 the scaler multiplies by 1: it then only keeps non-finite gradients out of the weights,
         # on the device, with no synchronisation.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if precision == "float16" else 1.0)
         self.guard = NonFiniteGuard(objective, device, scaled=precision == "float16")
+        self.graphs = self._step_graphs() if cuda_graph else None
         self.best, self.position, self.means = Best(), Position(), AverageMeter()
         self.history: list[dict[str, Any]] = []
         self._rng_before_validation: dict[str, Any] | None = None
         self._saved: Position | None = None
+
+    def _step_graphs(self) -> StepGraphs | None:
+        """What replays steps; None, and a line in the log, where that cannot be."""
+        reason = "with several processes" if distributed.is_distributed() else ""
+        reason = reason or ("without a GPU" if self.device.type != "cuda" else "")
+        if reason:
+            logger.info("--cuda_graph: steps are computed without a graph %s", reason)
+            return None
+        lengthen = getattr(self.objective, "takes_longer_reports", False)
+        return StepGraphs(self._compute, self.optimizer, self._forget_recording, device=self.device, lengthen=lengthen)
 
     # ---- Epochs
 
@@ -199,21 +214,36 @@ class Trainer:
         # The cross entropy is normalised by the tokens of the whole step. They are counted on the CPU, where the masks
         # still are: the processes meet without waiting for a device.
         token_count = distributed.all_reduce_sum(sum(batch.positive.token_mask[:, 1:].sum() for batch in batches))
+        compute = self.graphs.step if self.graphs is not None else self._compute
+        terms, skipped = compute(batches, self.position.epoch, token_count)
+        finite_loss = self.means.add(terms)
+        rows = [batch.sample_index for batch in batches]
+        self.guard.after_step(skipped, finite_loss, rows, self.position.epoch, self.position.steps + 1)
+
+    def _compute(
+        self, batches: Sequence[Any], epoch: int | Tensor, token_count: Tensor
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """Forward, backward and update: the terms of every batch, and whether the weights were left alone."""
         terms = []
         for number, batch in enumerate(batches, start=1):
             # Only the last backward pass of a step adds up the processes' gradients.
             last = number == len(batches)
             with contextlib.nullcontext() if last else distributed.no_gradient_sync(self.parallel):
-                terms.append(self._forward_backward(batch, token_count, share=1.0 / len(batches)))
-        skipped = self._update()
-        finite_loss = self.means.add(terms)
-        rows = [batch.sample_index for batch in batches]
-        self.guard.after_step(skipped, finite_loss, rows, self.position.epoch, self.position.steps + 1)
+                terms.append(self._forward_backward(batch, epoch, token_count, share=1.0 / len(batches)))
+        return terms, self._update()
 
-    def _forward_backward(self, batch: Any, token_count: Tensor, share: float) -> dict[str, Tensor]:
+    def _forget_recording(self) -> None:
+        """Gradients and the scaler as before a step that could not be recorded."""
+        self.optimizer.zero_grad(set_to_none=True)
+        state, self.scaler = self.scaler.state_dict(), torch.amp.GradScaler(self.device.type)
+        self.scaler.load_state_dict(state)
+
+    def _forward_backward(
+        self, batch: Any, epoch: int | Tensor, token_count: Tensor, share: float
+    ) -> dict[str, Tensor]:
         """Add the gradients of ``batch``; returns its loss and terms, detached scalars."""
         with autocast(self.device, self.precision):
-            terms = self.parallel(batch.to(self.device), self.position.epoch, token_count=token_count, share=share)
+            terms = self.parallel(batch.to(self.device), epoch, token_count=token_count, share=share)
         self.scaler.scale(nan_unless_finite(terms["loss"])).backward()
         return {name: value.detach() for name, value in terms.items()}
 

@@ -56,6 +56,14 @@ def pair():
     return Pair(torch.randn(ROWS, 2, 3, 32, 32), views, tokens, torch.ones(ROWS, LENGTH, dtype=torch.bool), labels)
 
 
+def objective(backbone, strategy, own, **switch):
+    """An objective of ``backbone`` around the extractor ``own`` with the ITHN settings ``strategy``."""
+    settings = settings_class(backbone)(**SMALL, **NARROW.get(backbone, {}) | SMALLER[backbone], **switch)
+    more = MORE.get(backbone, {})
+    model = backbone_class(backbone)(visual_extractor=own, num_ids=WORDS, settings=settings, **more)
+    return Objective(model, ITHNSettings(**strategy, embedding_dim=4), n_samples=ROWS).train()
+
+
 def cases(backbone):
     """An objective for every strategy, weight, frozen extractor and switch, and what it is."""
     torch.manual_seed(0)
@@ -64,12 +72,8 @@ def cases(backbone):
     for (name, strategy), weights, frozen, switch in itertools.product(
         STRATEGIES.items(), WEIGHTS, (False, True), switches
     ):
-        settings = settings_class(backbone)(**SMALL, **NARROW.get(backbone, {}) | SMALLER[backbone], **switch)
-        model = backbone_class(backbone)(
-            visual_extractor=extractors[frozen], num_ids=WORDS, settings=settings, **MORE.get(backbone, {})
-        )
-        own = Objective(model, ITHNSettings(**strategy, **weights, embedding_dim=4), n_samples=ROWS)
-        yield f"{backbone} {name} {weights} frozen={frozen} {switch}", own.train()
+        own = objective(backbone, {**strategy, **weights}, extractors[frozen], **switch)
+        yield f"{backbone} {name} {weights} frozen={frozen} {switch}", own
 
 
 def batch():

@@ -1,0 +1,44 @@
+"""The lean pass changes nothing: losses, gradients and statistics are those of the objective itself."""
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks.host_path import STRATEGIES
+from modules.runtime.environment import autocast
+from modules.training.lean_pass import LeanPass
+from tests.training.test_gradients import batch, extractor, objective
+
+CPU = torch.device("cpu")
+
+
+def gradients(step, own, precision):
+    """Terms, gradients and buffers after a backward pass; dropout draws the same numbers every time."""
+    torch.manual_seed(1)
+    with autocast(CPU, precision):
+        terms = step(batch(), 2)
+    terms["loss"].backward()
+    return terms, {name: value.grad for name, value in own.named_parameters()}, dict(own.named_buffers())
+
+
+@pytest.mark.parametrize("backbone", ["r2gencmn", "r2gen", "xpronet"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_losses_gradients_and_statistics_are_the_objectives_own(backbone, precision):
+    for strategy, frozen in (("off", False), ("ithn", True)):
+        own = objective(backbone, STRATEGIES[strategy], extractor(frozen))
+        other, dtypes = copy.deepcopy(own), {name: value.dtype for name, value in own.named_parameters()}
+        expected = gradients(own, own, precision)
+        found = gradients(LeanPass(other, precision), other, precision)
+        for plain, lean in zip(expected, found, strict=True):
+            torch.testing.assert_close(lean, plain, rtol=0, atol=0, equal_nan=True)
+        assert {name: value.dtype for name, value in other.named_parameters()} == dtypes
+
+
+def test_a_pass_that_fails_leaves_the_weights_in_place():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(5, 2))
+    weights = list(model.parameters())
+    with pytest.raises(RuntimeError), autocast(CPU, "bfloat16"):
+        LeanPass(model, "bfloat16")(torch.ones(1, 3))
+    assert all(own is kept for own, kept in zip(model.parameters(), weights, strict=True))
+    assert sorted(model.state_dict()) == ["0.bias", "0.weight", "1.bias", "1.weight"]
