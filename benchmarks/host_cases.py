@@ -1,7 +1,9 @@
 """Cases for the null device: a training step and a search of every backbone, as deep as published and narrow."""
 
+import contextlib
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,6 +51,7 @@ class StepCase:
     frozen: bool = False
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # the backbone's
     cuda_graph: bool = False
+    processes: int = 1  # as many as this one believes to train with
 
 
 class GivenFeatures(nn.Module):
@@ -122,6 +125,25 @@ def make_trainer(objective: nn.Module, case: StepCase, device: torch.device) -> 
     )
 
 
+@contextlib.contextmanager
+def pretended(processes: int) -> Iterator[None]:
+    """Have this process believe that it is the first of several; what they would send is left out."""
+    if processes == 1:
+        yield
+        return
+    from torch.nn.parallel import distributed as wrapper
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    # The other processes' shapes are 0 here, as all that is read from the device.
+    own, wrapper._verify_param_shape_across_processes = wrapper._verify_param_shape_across_processes, lambda *_: None
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+        wrapper._verify_param_shape_across_processes = own
+
+
 class Steps:
     """Takes the steps of cases, which share an extractor: building one is slow."""
 
@@ -141,11 +163,19 @@ class Steps:
 
     def take(self, case: StepCase, steps: int = 1) -> Counter[str]:
         """What ``steps`` steps of ``case`` do after those that create the optimiser's state, fill caches and record."""
+        with pretended(case.processes):
+            return self._take(case, steps)
+
+    def _take(self, case: StepCase, steps: int) -> Counter[str]:
         objective = self.objective(case)
         trainer = make_trainer(objective, case, self.device)
         group = [make_batch(objective.uses_negatives, case.missing_views) for _ in range(case.batches)]
 
         def step() -> None:
+            if case.processes > 1:  # a batch before the step's last: the others are not there to receive gradients
+                with trainer.parallel.no_sync():
+                    trainer._forward_backward(group[0], 1, torch.tensor(100), share=0.5)
+                return
             trainer._step(group)
             trainer.position.steps += 1
 
