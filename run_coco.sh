@@ -34,7 +34,7 @@ exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/mine_train_test.sh" \
     --ann_path data/coco/annotation.json \
     --detection_features data/coco/coco_detections.hdf5 \
     --save_dir results/coco \
-    --num_workers auto --precision auto --tf32 true \
+    --num_workers auto --precision auto --tf32 true --eval_batch_size 64 \
     --monitor_metric CIDEr --strategy ithn --alpha 0.1 --contrastive_weight 0.1 --cosine_weight 0.2 \
     "${settings[@]}" \
     "$@"

@@ -38,7 +38,7 @@ exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/mine_train_test.sh" \
     --image_dir data/iu_xray/images/ \
     --ann_path data/iu_xray/annotation.json \
     --save_dir results/iu_xray \
-    --num_workers auto --precision auto --tf32 true \
+    --num_workers auto --precision auto --tf32 true --eval_batch_size 64 \
     --monitor_metric BLEU_4 --strategy ithn --alpha 0.01 --contrastive_weight 0.1 --cosine_weight 0.2 \
     "${settings[@]}" \
     "$@"
