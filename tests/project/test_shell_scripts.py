@@ -77,11 +77,7 @@ def test_study_mines_trains_and_tests(study, script):
     given, ignored = parse_flags(training[1:], "main_train.py", "")
     config = resolve_config(given)
     assert not ignored
-    assert (config.precision, config.tf32, config.eval_batch_size) == (
-        "auto",
-        True,
-        64,
-    )
+    assert (config.precision, config.tf32, config.eval_batch_size) == ("auto", True, 64)
     # Sec. 4.2 of the paper; what the user gave comes last and wins.
     assert (config.batch_size, config.lr_ve, config.lr_ed, config.weight_decay) == (16, 1e-4, 1e-4, 5e-5)
     assert (config.lr_scheduler, config.gamma, config.alpha) == ("ReduceLROnPlateau", 0.1, 0.01)
