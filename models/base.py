@@ -38,6 +38,11 @@ class BackboneSettings:
             check_value(item.name, getattr(self, item.name), item.metadata)
 
     @property
+    def idle_options(self) -> dict[str, tuple[str, ...]]:
+        """Settings without effect beside the others, by the reason why."""
+        return {}
+
+    @property
     def reads_reference_labels(self) -> bool:
         """Whether reports are generated from labels of the reference reports, which leak them."""
         return False
@@ -226,6 +231,14 @@ class Backbone(nn.Module):
         Each has a method ``weights`` with the arguments of ``forward``, which returns its weights (B, heads, T, S).
         """
         return []
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers that hold most of the weights and compute one after another: they are shared out one by one."""
+        return []
+
+    def recompute_activations(self) -> None:
+        """Have layers compute again in the backward pass what they would keep. ValueError where none can."""
+        raise ValueError("it has no layers that can compute again what they did not keep")
 
     def adopt(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The entries to load (of any shape, by name), given those of a file; a backbone may replace some."""

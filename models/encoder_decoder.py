@@ -125,6 +125,15 @@ class Settings(BackboneSettings):
         0.0, "encoder-decoder", "dropout of what the adapters read", low=0.0, high=0.999, train_only=True
     )
 
+    @property
+    def idle_options(self) -> dict[str, tuple[str, ...]]:
+        idle: dict[str, tuple[str, ...]] = {}
+        if self.decoder or self.decoder_config:
+            idle["the decoder has its own sizes"] = ("d_model", "d_ff", "num_heads", "num_layers", "dropout")
+        if not self.lora_rank:
+            idle["without --lora_rank there are no adapters"] = ("lora_targets", "lora_alpha", "lora_dropout")
+        return idle
+
 
 class EncoderDecoder(Backbone):
     """A visual extractor, a projection and a language model; ``num_ids`` tokens, of which 0 is begin and end.
@@ -200,6 +209,12 @@ class EncoderDecoder(Backbone):
 
     def cross_attention(self) -> list[nn.Module]:
         return list(self.decoder.looks)
+
+    def blocks(self) -> list[nn.Module]:
+        return self.decoder.layers()
+
+    def recompute_activations(self) -> None:
+        self.decoder.recompute_activations()
 
     def ended_beams(self, decoding: DecodingOptions) -> str:
         """As in transformers; diverse groups use the R2Gen family's."""

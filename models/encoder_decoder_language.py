@@ -153,6 +153,19 @@ class LanguageDecoder(nn.Module):
             new = any(part in name for part in (*self.language.fresh, ADAPTER))
             parameter.requires_grad_(new or any(parameter is own for own in drawn))
 
+    def layers(self) -> list[nn.Module]:
+        """Its layers, in order."""
+        lists = (module for module in self.body.modules() if isinstance(module, nn.ModuleList))
+        largest: Any = max(lists, key=lambda module: sum(value.numel() for value in module.parameters()))
+        return list(largest)
+
+    def recompute_activations(self) -> None:
+        """Have every layer compute again in the backward pass what it would keep."""
+        enable = (
+            getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+
     def embedding_name(self) -> str:
         """State-dict entry, in this module, of the token embeddings."""
         wanted = self.body.get_input_embeddings().weight
@@ -176,8 +189,8 @@ class LanguageDecoder(nn.Module):
 
         ``visual`` (B, S, D) are the visual tokens, ``keep`` (B, S) bool which of them are there, None = all.
         """
-        # Without a cache transformers looks for packed texts in the positions, and a GPU would be waited for.
-        cache = self.new_cache() if cache is None and ids.is_cuda else cache
+        # Without a cache transformers looks for packed texts in the positions, and another device would be waited for.
+        cache = self.new_cache() if cache is None and not ids.is_cpu else cache
         options = {"use_cache": cache is not None, "return_dict": True, self.cache_name: cache}
         if not self.language.prefix:
             mask = None if keep is None else keep.long()
@@ -221,9 +234,9 @@ def _weighted(language: Language, config: Any, folder: Path | None, *, resized: 
     import transformers
 
     model_class = getattr(transformers, language.name)
+    transformers.logging.set_verbosity_error()
     if folder is None:
         return model_class(config)
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     require_regular_folder(folder, "--decoder")
     try:

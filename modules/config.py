@@ -205,6 +205,20 @@ class Config(
     sync_bn: bool = setting(
         False, "run", "batch normalisation with the statistics of all processes' samples", train_only=True
     )
+    shard_parameters: bool = setting(
+        False,
+        "run",
+        "with several processes: share weights, gradients and optimiser state out over them (torch's fully_shard), for "
+        "decoders that do not fit on one card (docs/CLUSTER.md)",
+        train_only=True,
+    )
+    activation_checkpointing: bool = setting(
+        False,
+        "run",
+        "with --model_name hf: the decoder's layers compute again in the backward pass what they would keep",
+        train_only=True,
+        effect=False,
+    )
     device: str = setting("auto", "run", "auto, cpu, cuda or cuda:N", effect=False)
     precision: str = setting(
         "float32",
@@ -299,6 +313,9 @@ def _check_together(config: Config) -> None:
 
 
 def _check_network(config: Config) -> None:
+    for name in ("compile", "self_critical", "sync_bn"):
+        if config.shard_parameters and getattr(config, name):
+            raise InputError(f"--shard_parameters true: does not go with --{name}; leave one of them out")
     if config.unfreeze and not re.fullmatch(r"(last|lora):[1-9]\d{0,3}|norm|bias", config.unfreeze):
         raise InputError(f"--unfreeze {config.unfreeze}: must be last:N (as last:1), lora:RANK, norm or bias")
     if config.unfreeze and config.freeze_visual_extractor:

@@ -421,6 +421,7 @@ def flags_in_effect(
         f"--model_name {name} needs no labels": labels,
         "only an hf: visual extractor has one": () if config.visual_extractor.startswith("hf:") else _DESCRIBED,
         **ithn.idle_options,
+        **own.idle_options,
         "only --tokenizer subword depends on it": () if config.tokenizer == "subword" else ("subword_vocabulary",),
         "labels are predicted from the image": LABEL_FILES if testing and not own.reads_reference_labels else (),
     }

@@ -317,7 +317,7 @@ class Objective(nn.Module):
 
     def _contrastive_terms(self, batch: Any, features: list[Tensor], hardness: Any) -> dict[str, Tensor]:
         """L_CP (Eq. 12), L_CS (Eq. 1) and what shows whether they work, over the samples with a hard negative."""
-        scale = self.temp_1.clamp(max=self.variant.max_log_scale).exp()
+        scale = self.temp_1.reshape(()).clamp(max=self.variant.max_log_scale).exp()
         if not self.uses_negatives:
             z, u = features
             terms = alignment(z, u)
@@ -338,7 +338,7 @@ class Objective(nn.Module):
             columns = FurtherColumns(clip_scores(z, harder, scale), clip_scores(u, negative_z, scale), rows)
             terms["contrastive"] = self._contrastive(batch, clip_scores(z, u, scale), scale, further=columns)
         else:
-            harder_scale = self.temp_3.exp() if self.variant.own_harder_scale else None
+            harder_scale = self.temp_3.reshape(()).exp() if self.variant.own_harder_scale else None
             scores = modified_scores(
                 z, u, negative_z, negative_u, harder, scale, harder_scale, self.variant.keep_off_diagonal
             )
@@ -385,7 +385,7 @@ class Objective(nn.Module):
             targets=self._targets(batch.positive),
             scale=scale,
             options=FormOptions(
-                getattr(self, "contrastive_bias", 0.0),
+                self.contrastive_bias.reshape(()) if hasattr(self, "contrastive_bias") else 0.0,
                 settings.positive_prior,
                 settings.hardness_beta,
                 settings.triplet_margin,

@@ -18,7 +18,11 @@ TRAINING_STATE = ("previous.", "queue.")
 
 def published_state(objective: Any) -> dict[str, Tensor]:
     """The state dict under the published names."""
-    state = objective.state_dict()
+    return published_names(objective.state_dict())
+
+
+def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of an objective's ``state``, of any shape, that are not for training alone, by published names."""
     return {key.removeprefix("backbone."): state[key] for key in state if not key.startswith(TRAINING_STATE)}
 
 

@@ -136,16 +136,28 @@ def build_objective(
         with distributed.main_process_first():
             extractor = build_extractor(config, device, pretrained=pretrained)
     backbone = build_backbone(config, extractor, data.tokenizer, pretrained=pretrained)
+    if config.activation_checkpointing:
+        try:
+            backbone.recompute_activations()
+        except ValueError as error:
+            raise InputError(f"--activation_checkpointing true: --model_name {config.model_name}: {error}") from error
     samples = len(list_samples(data.annotation.splits["train"], config.views))
     more = (
         {"idf": document_frequencies(data)} if settings.contrastive_targets == "text" and data.strategy != OFF else {}
     )
-    objective = make(backbone, settings, n_samples=samples, **more).to(device)
+    objective = make(backbone, settings, n_samples=samples, **more)
+    # What is shared out later may be larger than the device.
+    (extractor if shares_parameters(config) else objective).to(device)
     if config.sync_bn:
         from modules.training.sync_norm import with_common_statistics
 
         return with_common_statistics(objective)
     return objective
+
+
+def shares_parameters(config: Config) -> bool:
+    """Whether --shard_parameters has an effect, as there are several processes."""
+    return config.shard_parameters and distributed.is_distributed()
 
 
 def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer, *, pretrained: bool) -> Backbone:

@@ -190,7 +190,7 @@ def restore(trainer: Trainer, objective: Objective, source: Source, config: Conf
     try:
         _require_alike(trainer.state_dict(), state, ("scheduler", "scaler", "position", "best", "guard"))
         state["position"] = _position(config, source, data, trainer.loader.batch_sampler.shards_sha256)
-        objective.load_state_dict(content["objective"])
+        trainer.load_weights(content["objective"])
         trainer.load_state_dict(state)
         _require_shapes(trainer)
         now, then = (

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,9 +17,17 @@ from modules.evaluation.tester import Tester
 from modules.flags import asks_for_ithn, flags_in_effect, idle_without_ithn, resolve_config, stage_settings
 from modules.ithn.objective import Objective
 from modules.ithn.synthesis import NEEDING_NEGATIVES
-from modules.ithn.weights import published_state
+from modules.ithn.weights import published_names
 from modules.pages.plots import training_curves
-from modules.run.build import StoredWeights, build_objective, build_tester, load_weights, prepare_device, with_precision
+from modules.run.build import (
+    StoredWeights,
+    build_objective,
+    build_tester,
+    load_weights,
+    prepare_device,
+    shares_parameters,
+    with_precision,
+)
 from modules.run.data import (
     Data,
     build_dataset,
@@ -60,6 +68,9 @@ from modules.training.checkpoint_folder import BEST, CheckpointFolder
 from modules.training.optimizers import learning_rate_factor, learning_rates
 from modules.training.settings import LoopSettings, OptimSettings
 from modules.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from modules.runtime.sharding import Shards
 
 logger = logging.getLogger("ithn")
 NEED_LESS_MEMORY = (
@@ -237,22 +248,28 @@ def _test_best(parts: Parts, trainer: Trainer, folder: Path) -> None:
         )
         return
     best = folder / BEST
-    if is_main_process():
-        load_weights(parts.objective, load_checkpoint(best)["state_dict"], str(best))
-    distributed.broadcast_weights(parts.objective)
-    test_and_write(
-        parts.config,
-        parts.data,
-        parts.objective,
-        parts.device,
-        tester=parts.tester,
-        loader=parts.loaders["test"],
-        scoring=parts.scoring,
-        folder=folder,
-        weights=best,
-        history=trainer.history,
-        best_epoch=trainer.best.epoch,
-    )
+    if trainer.shards is not None:
+        with distributed.main_process_first():  # which has written it
+            weights = load_checkpoint(best)["objective"]
+        trainer.load_weights(weights)
+    else:
+        if is_main_process():
+            load_weights(parts.objective, load_checkpoint(best)["state_dict"], str(best))
+        distributed.broadcast_weights(parts.objective)
+    with trainer.whole():
+        test_and_write(
+            parts.config,
+            parts.data,
+            parts.objective,
+            parts.device,
+            tester=parts.tester,
+            loader=parts.loaders["test"],
+            scoring=parts.scoring,
+            folder=folder,
+            weights=best,
+            history=trainer.history,
+            best_epoch=trainer.best.epoch,
+        )
 
 
 def _log_composition(config: Config, device: torch.device, data: Data, datasets: Mapping[str, Any]) -> None:
@@ -305,6 +322,7 @@ def _trainer(parts: Parts, folder: CheckpointFolder, shutdown: GracefulShutdown)
     config = parts.config
     if config.compile:
         parts.objective.compile()
+    shards = _shards(parts) if shares_parameters(config) else None
     writes, validated = is_main_process(), parts.loaders["val"]
     if config.eval_batches:
         validated = LimitedLoader(validated, min(config.eval_batches, len(validated)))
@@ -315,7 +333,7 @@ def _trainer(parts: Parts, folder: CheckpointFolder, shutdown: GracefulShutdown)
         loader=parts.loaders["train"],
         validate=lambda epoch: parts.tester.evaluate(validated, f"validation {epoch}")[0],
         likelihood=lambda epoch: parts.tester.likelihood(validated, f"validation {epoch}, nll alone"),
-        save=_saver(parts, folder) if writes else lambda trainer, improved: None,
+        save=_saver(parts, folder) if writes or shards else lambda trainer, improved: None,
         on_epoch=_epoch_writer(folder.path, tensorboard=config.tensorboard) if writes else lambda history: None,
         shutdown=shutdown,
         device=parts.device,
@@ -323,9 +341,18 @@ def _trainer(parts: Parts, folder: CheckpointFolder, shutdown: GracefulShutdown)
         seed=config.seed,
         score_tag=score_tag(config),
         cuda_graph=config.cuda_graph,
+        shards=shards,
     )
     _log_step_size(config, learning_rates(trainer.optimizer))
     return trainer
+
+
+def _shards(parts: Parts) -> "Shards":
+    """The objective, shared out over the processes; in half precision blocks are gathered in it."""
+    from modules.runtime.sharding import Shards
+
+    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(parts.config.precision, torch.float32)
+    return Shards(parts.objective, parts.objective.backbone.blocks(), device=parts.device, dtype=dtype)
 
 
 def _saver(parts: Parts, folder: CheckpointFolder) -> Callable[[Trainer, bool], None]:
@@ -334,15 +361,17 @@ def _saver(parts: Parts, folder: CheckpointFolder) -> Callable[[Trainer, bool], 
     made_by = provenance(str(parts.device))
 
     def save(trainer: Trainer, improved: bool) -> None:
-        position = trainer.position
+        position, weights, state = trainer.position, trainer.weights(), trainer.state_dict()
+        if not is_main_process():
+            return
         folder.save(
             {
                 "epoch": position.epoch if position.trained else position.epoch - 1,  # the last that was trained
-                "state_dict": published_state(trainer.objective),
+                "state_dict": published_names(weights),
                 # The same tensors under our names and whatever else the objective remembers; shared storage is saved
                 # once.
-                "objective": trainer.objective.state_dict(),
-                **trainer.state_dict(),
+                "objective": weights,
+                **state,
                 "monitor_best": trainer.best.score,
                 # Another machine chooses for itself what auto means.
                 "config": dataclasses.asdict(config) | {"precision": parts.asked_precision},

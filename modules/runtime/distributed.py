@@ -168,6 +168,21 @@ def broadcast_rows(rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return found.numpy()
 
 
+def is_shared(value: Any) -> bool:
+    """Whether processes share ``value``, a tensor of any shape or anything else."""
+    return hasattr(value, "full_tensor")
+
+
+def own_part(value: Any) -> Tensor:
+    """This process's rows of ``value`` (of any shape) where it is shared out, else itself."""
+    return value.to_local() if is_shared(value) else value
+
+
+def largest(number: int) -> int:
+    """The largest ``number`` of all processes."""
+    return int(gather(torch.tensor([number])).max())
+
+
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
     """A block that the other processes enter after the main process has left it, when its downloads are cached."""

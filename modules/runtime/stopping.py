@@ -71,6 +71,10 @@ class GracefulShutdown:
                 signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_TRY_AGAIN)
             raise Stopped(self.number)
 
+    def follow(self) -> None:
+        """Only record signals from now on: the processes stop together, as none can save without the others."""
+        self._leads = False
+
     def accept(self) -> None:
         """The run is already ending: do not raise Stopped again."""
         self._accepted = True

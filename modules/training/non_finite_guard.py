@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from modules.runtime.distributed import gather, own_part
 from modules.runtime.errors import InputError
 from modules.runtime.transfers import Download
 
@@ -30,7 +31,10 @@ def nan_unless_finite(loss: Tensor) -> Tensor:
 def are_finite(gradients: Sequence[Tensor]) -> Tensor:
     """Whether all values of ``gradients`` (any shapes) are finite, a bool scalar on their device."""
     # The largest absolute value is finite exactly if all are; a sum of squares could overflow.
-    return nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite()
+    parts = [own_part(gradient) for gradient in gradients]
+    largest = nn.utils.get_total_norm([part for part in parts if part.numel()], norm_type=math.inf)
+    shared = any(part is not gradient for part, gradient in zip(parts, gradients, strict=True))
+    return gather(largest.view(1)).isfinite().all() if shared else largest.isfinite()
 
 
 class NonFiniteGuard:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from modules.evaluation.metric_table import tagged
+from modules.runtime.distributed import is_shared
 from modules.training.settings import OptimSettings
 
 PLATEAU_METRICS = ("BLEU_3", "BLEU_4")  # the paper, Sec. 4.2
@@ -28,7 +29,8 @@ def build_optimizer(objective: nn.Module, settings: OptimSettings, processes: in
     groups: list[dict[str, Any]] = [{"params": visual, "lr": settings.lr_ve * factor}] if visual else []
     groups.append({"params": rest, "lr": settings.lr_ed * factor})
     if settings.optim == "SGD":
-        sgd = torch.optim.SGD(groups, momentum=0.9, weight_decay=settings.weight_decay, fused=True)
+        fused = not is_shared(rest[0])  # torch has no such kernel for what is shared out
+        sgd = torch.optim.SGD(groups, momentum=0.9, weight_decay=settings.weight_decay, fused=fused)
         for parameter in (*visual, *rest):
             # Where the first step is skipped, torch would use this memory uninitialised.
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from modules.training.non_finite_guard import NonFiniteGuard, are_finite, nan_un
 from modules.training.optimizers import build_optimizer, build_scheduler, learning_rates
 from modules.training.settings import LoopSettings, OptimSettings
 from modules.training.step_graphs import StepGraphs
+
+if TYPE_CHECKING:  # imported where several processes share parameters
+    from modules.runtime.sharding import Shards
 
 logger = logging.getLogger("ithn")
 
@@ -73,7 +76,8 @@ class Trainer:
     ``save(trainer, improved)`` writes a checkpoint, which needs ``state_dict()``; ``on_epoch(history)`` draws curves.
     Epochs count from 1. When ``shutdown`` raises Stopped, the state is saved and the exception propagates. Each of
     several processes draws its random numbers by ``seed``, step and rank, so that a checkpoint needs no generator's
-    state of any. ``cuda_graph`` replays whole steps on a GPU.
+    state of any. ``cuda_graph`` replays whole steps on a GPU. With ``shards`` of the objective every process saves, and
+    only the main one has something to write.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Trainer:
         seed: int = 0,
         score_tag: str = "",
         cuda_graph: bool = False,
+        shards: "Shards | None" = None,
     ):
         self.objective: Any = objective
         self.optim, self.loop, self.loader = optim, loop, loader
@@ -100,10 +105,11 @@ class Trainer:
         self.save, self.on_epoch, self.shutdown = save, on_epoch, shutdown
         self.device, self.precision, self.seed = device, precision, seed
         self.monitored = tagged(loop.monitor_metric, score_tag)
+        self.shards = shards
+        lean = device.type == "cuda" or precision != "float32"  # else there is nothing to gain
+        self.parallel: Any = shards or distributed.data_parallel(LeanPass(objective, precision) if lean else objective)
         self.optimizer = build_optimizer(objective, optim, distributed.world_size())
         self.scheduler = build_scheduler(self.optimizer, optim, score_tag)
-        lean = device.type == "cuda" or precision != "float32"  # else there is nothing to gain
-        self.parallel = distributed.data_parallel(LeanPass(objective, precision) if lean else objective)
         # Without float16 the scaler multiplies by 1: it then only keeps non-finite gradients out of the weights,
         # on the device, with no synchronisation.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if precision == "float16" else 1.0)
@@ -113,6 +119,8 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self._rng_before_validation: dict[str, Any] | None = None
         self._saved: Position | None = None
+        if shards is not None:
+            shutdown.follow()
 
     def _step_graphs(self) -> StepGraphs | None:
         """What replays steps; None, and a line in the log, where that cannot be."""
@@ -158,11 +166,13 @@ class Trainer:
         if (epoch := self.position.epoch) >= self._first_validated:
             # Sampling draws random numbers: a checkpoint made during validation must resume before them.
             self._rng_before_validation = rng_state()
-            scores = self.validate(epoch) if self._is_validated(epoch) else self.likelihood(epoch)
+            with self.whole():
+                scores = self.validate(epoch) if self._is_validated(epoch) else self.likelihood(epoch)
         with self.shutdown.deferred():
             self._rng_before_validation = None
             self._end_epoch(scores, before + time.monotonic() - started)
         self.on_epoch(self.history)
+        self._stop_together()
 
     @property
     def _first_validated(self) -> int:
@@ -186,6 +196,7 @@ class Trainer:
                     distributed.average_running_statistics(self.objective)
                     self._save(improved=False)
                 self._log_step(bar)
+            self._stop_together()
         with self.shutdown.deferred():
             self.guard.read()
             distributed.average_running_statistics(self.objective)
@@ -201,8 +212,14 @@ class Trainer:
             while group := list(itertools.islice(iterator, self.optim.grad_accumulation)):
                 yield group
         except InputError:
-            self._save_if_unsaved()
+            if self.shards is None:  # the other processes would have to take part
+                self._save_if_unsaved()
             raise
+
+    def _stop_together(self) -> None:
+        """Where parameters are shared out, end in every process after the same step when any has had a signal."""
+        if self.shards is not None and (number := distributed.largest(self.shutdown.number or 0)):
+            raise Stopped(number)
 
     # ---- One optimiser step
 
@@ -228,7 +245,8 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             # Only the last backward pass of a step adds up the processes' gradients.
             last = number == len(batches)
-            with contextlib.nullcontext() if last else distributed.no_gradient_sync(self.parallel):
+            add_up = last or self.shards is not None  # whole gradients would not fit
+            with contextlib.nullcontext() if add_up else distributed.no_gradient_sync(self.parallel):
                 terms.append(self._forward_backward(batch, epoch, token_count, share=1.0 / len(batches)))
         return terms, self._update()
 
@@ -322,11 +340,24 @@ class Trainer:
 
     # ---- Checkpoints
 
+    def whole(self) -> contextlib.AbstractContextManager:
+        """A block in which every process has all weights; what is written to shared ones is lost at its end."""
+        return contextlib.nullcontext() if self.shards is None else self.shards.whole()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The objective's state dict of tensors of any shape; where they are shared, in the main process alone."""
+        return self.objective.state_dict() if self.shards is None else self.shards.state_dict()
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Load ``weights``, of any shape; RuntimeError where they do not fit."""
+        (self.objective if self.shards is None else self.shards).load_state_dict(state)
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights that an exact resume needs."""
+        """Everything but the weights that an exact resume needs; of shared ones, whole in the main process alone."""
         self.guard.read()
+        shards, optimizer = self.shards, self.optimizer
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer.state_dict() if shards is None else shards.optimizer_state(optimizer),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": self._rng_before_validation or rng_state(),
@@ -339,7 +370,10 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a stored ``state_dict``."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.shards is None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            self.shards.load_optimizer(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.history, self.best = list(state["history"]), Best(**state["best"])

@@ -224,3 +224,14 @@ def test_feature_cache(tmp_path, monkeypatch, capsys):
     kinds = result["kinds"]
     assert [row["seen"] for rows in kinds.values() for row in rows] == [6, 6, 6]
     assert "equal to the bit" in capsys.readouterr().out
+
+
+def test_memory_of_large_decoders(run):
+    whole, adapted = run("large_decoders", "--decoders tiny --gpus 4 --batch_size 2 --lora_rank 2")["rows"]
+    assert whole["learning"] == whole["parameters"] < adapted["parameters"] and adapted["recomputed"] < adapted["kept"]
+    # Weights and, of what learns, gradients and two moments.
+    for row in (whole, adapted):
+        copied = 4 * (row["parameters"] + 3 * row["learning"]) / 2**30
+        assert row["gib"]["copied"] == pytest.approx(copied) == pytest.approx(4 * row["gib"]["shared out"])
+    # Queries and values of two layers of width 16, the latter with one of two heads; and the projection.
+    assert adapted["learning"] == 2 * 2 * (16 + 16 + 16 + 8) + (768 + 1) * 16 + 2 * 16

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from modules.config import EXPORTED
-from modules.flags import parse_flags
+from modules.flags import flags_in_effect, parse_flags, resolve_config
 from modules.inference.hub_format import write_hub_folder
 from modules.run.descriptions import with_descriptions
 from modules.run.predictor import load_predictor
@@ -135,6 +135,14 @@ def test_what_cannot_be_a_decoder_is_refused_in_a_line(tmp_path):
         with_descriptions(given | {"decoder": str(tmp_path)}, None)
     with pytest.raises(InputError, match="named by a checkpoint that lacks its description, decoder_config"):
         with_descriptions({}, given)
+
+
+def test_flags_that_a_decoder_makes_idle_are_named():
+    given = {"model_name": "hf", "d_model": 64, "dropout": 0.2, "lora_targets": "c_attn"}
+    for more, idle in (({}, ["lora_targets"]), ({"decoder_config": "{}"}, ["d_model", "dropout", "lora_targets"])):
+        left, lines = flags_in_effect(given | more, resolve_config(given | more))
+        assert set(given) - set(left) == set(idle)
+        assert all(any(f"--{name}" in line and "no effect here (" in line for line in lines) for name in idle)
 
 
 def test_a_configuration_alone(tmp_path):
