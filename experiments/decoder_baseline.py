@@ -64,6 +64,17 @@ class Captioner(nn.Module):
         return best[1] or beams[0][1][1:]
 
 
+def update(model, optimizer, patches, tokens):
+    """One step of training; returns the loss."""
+    logits = model(patches, tokens[:, :-1])
+    loss = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], ignore_index=PAD)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss
+
+
 @torch.no_grad()
 def patches_of(paths, size):
     """(N, S, 1280) float16 of the images at ``paths``, as main_train.py's frozen extractor gives them."""
@@ -107,13 +118,7 @@ def main():
     schedule, began = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), time.process_time()
     for epoch in range(flags.epochs):
         for rows in torch.randperm(len(pairs)).split(flags.batch_size):
-            given = tokens[rows]
-            logits = model(seen[images[rows]].float(), given[:, :-1])
-            loss = nn.functional.cross_entropy(logits.transpose(1, 2), given[:, 1:], ignore_index=PAD)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            loss = update(model, optimizer, seen[images[rows]].float(), tokens[rows])
             schedule.step()
         print(f"epoch {epoch + 1}: loss of the last batch {loss.item():.3f}", flush=True)
     per_step = (time.process_time() - began) / steps

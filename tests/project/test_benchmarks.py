@@ -127,6 +127,12 @@ def test_what_is_trained_of_the_extractor(run):
     assert set(found["seconds"]) == set(found["full_over"]) == {"all", "last:1", "last:1, stored"}
 
 
+def test_backbone_and_baseline(run):
+    sizes = "--batch_size 2 --regions 2 3 --max_seq_length 5 --vocab_size 20 --memory 4"
+    found = run("decoder_baseline", sizes)
+    assert set(found["ratios"]) == {"2", "3"} and len(found["seconds"]) == 4
+
+
 def test_start_up(run):
     found = run("startup", "--programs main_train.py --clock cpu")
     assert set(found["seconds"]) == {"main_train.py --help", "python alone", "import torch"}
