@@ -205,7 +205,7 @@ class EncoderDecoder(Backbone):
 
     def session(self, features: VisualFeatures, labels: Tensor | None, decoding: DecodingOptions) -> "Session":
         """A decoder of reports on studies with ``features`` (B, S, C), at its first step."""
-        return Session(self, features)
+        return Session(self, features, decoding)
 
     def cross_attention(self) -> list[nn.Module]:
         return list(self.decoder.looks)
@@ -239,33 +239,67 @@ def small_gpt2(settings: Settings, num_ids: int) -> str:
 class Session:
     """A batch of studies being decoded; rows of the cache are hypotheses, a study's next to each other."""
 
-    def __init__(self, model: EncoderDecoder, features: VisualFeatures):
-        self.model, self.keep_patches = model, features.patch_mask
+    def __init__(self, model: EncoderDecoder, features: VisualFeatures, decoding: DecodingOptions):
+        from models.encoder_decoder_cache import HypothesisCache
+
+        self.model, self.there = model, features.patch_mask
         self.visual = model.projection(features.patches)
-        self.cache = model.decoder.new_cache()
+        self.prefix = self.visual.size(1) if model.decoder.language.prefix else 0  # slots before the report's
+        self.num_slots = self.prefix + decoding.max_seq_length
+        self.cache = HypothesisCache(model.decoder.num_layers, self.num_slots, model.decoder.language.prefix)
+        self.num_hypotheses = decoding.num_hypotheses
         self.position, self.width = 0, 1
+        self.newest: Tensor | None = None  # (1,) the slot of the newest token, where it is fixed
 
     def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
         """Log-probabilities (B, K, V+1) after ``tokens`` (B, K), which continue hypotheses ``parents`` (B, K)."""
         batch, width = tokens.shape
-        if parents is not None:
+        if parents is not None and self.num_hypotheses > 1:
             studies = torch.arange(batch, device=tokens.device).unsqueeze(1)
-            self.cache.batch_select_indices((studies * self.width + parents).flatten())
+            rows = (studies * self.width + parents).flatten()
+            if width == self.width:
+                self.cache.reorder(rows)
+            else:
+                self._select(rows)
         self.width = width
         ids = self.model.own_ids(tokens, first=self.position == 0).view(-1, 1)
-        visual = self.visual.repeat_interleave(width, dim=0)
-        keep = None if self.keep_patches is None else self.keep_patches.repeat_interleave(width, dim=0)
-        hidden = self.model.decoder(ids, visual, keep, self.cache, past=self.position)
         self.position += 1
+        if self.newest is not None:
+            hidden = self._fixed_step(ids, self.newest)
+        else:
+            hidden = self.model.decoder(ids, self.visual, self.there, self.cache.given, past=self.position - 1)
         return self.model.log_probs(hidden).view(batch, width, -1)
+
+    def _fixed_step(self, ids: Tensor, newest: Tensor) -> Tensor:
+        newest += 1
+        seen = self.readable & (self.numbers <= newest)
+        looks = None if self.there is None or self.prefix else self.there[:, None, None, :]
+        position = self.begin + (newest - self.prefix)
+        return self.model.decoder.one_token(ids, self.visual, looks, self.cache.given, seen, position)
+
+    def _select(self, rows: Tensor) -> None:
+        self.cache.keep(rows)
+        self.visual = self.visual[rows]
+        self.there = None if self.there is None else self.there[rows]
 
     def keep(self, rows: Tensor) -> None:
         """Keep only the studies ``rows``, (b,) int64 indices."""
         hypotheses = torch.arange(self.width, device=rows.device)
-        self.cache.batch_select_indices((rows.unsqueeze(1) * self.width + hypotheses).flatten())
-        self.visual = self.visual[rows]
-        self.keep_patches = None if self.keep_patches is None else self.keep_patches[rows]
+        self._select((rows.unsqueeze(1) * self.width + hypotheses).flatten())
 
     def fix(self) -> bool:
         """As in DecodingSession."""
-        return False
+        if not self.model.decoder.can_be_fixed(self.num_slots):
+            return False
+        device, batch = self.visual.device, len(self.visual)
+        self._select(torch.arange(batch * self.num_hypotheses, device=device) // self.num_hypotheses)
+        self.width, rows = self.num_hypotheses, len(self.visual)
+        self.newest = torch.full((1,), self.prefix, device=device)
+        self.cache.fix(self.newest)
+        self.numbers = torch.arange(self.num_slots, device=device)
+        self.readable = torch.ones(rows, 1, 1, self.num_slots, dtype=torch.bool, device=device)
+        self.begin = torch.full((1, 1), self.prefix, device=device)  # the position of begin
+        if self.prefix and self.there is not None:  # absent views are not read and take no positions
+            self.readable[:, 0, 0, : self.prefix] = self.there
+            self.begin = self.there.sum(1, keepdim=True)
+        return True

@@ -30,6 +30,7 @@ class Language(NamedTuple):
     options: dict[str, Any] = {}
     fresh: tuple[str, ...] = ()  # parts that pretrained weights may lack
     adapted: tuple[str, ...] = ("q_proj", "v_proj")  # its layers of queries and values
+    masked: bool = False  # takes a mask of any token's past as it is
 
 
 _CROSS = {"add_cross_attention": True}
@@ -41,6 +42,7 @@ LANGUAGES = {
         options=_CROSS,
         fresh=("crossattention", "ln_cross_attn"),
         adapted=("c_attn",),
+        masked=True,
     ),
     "bert": Language(
         "BertLMHeadModel",
@@ -55,10 +57,10 @@ LANGUAGES = {
         "BartForConditionalGeneration", "model.decoder", positions="embed_positions", encoder="model.encoder"
     ),
     "t5": Language("T5ForConditionalGeneration", "decoder", encoder="encoder", adapted=("q", "v")),
-    "llama": Language("LlamaForCausalLM", "model", prefix=True),
-    "mistral": Language("MistralForCausalLM", "model", prefix=True),
-    "qwen2": Language("Qwen2ForCausalLM", "model", prefix=True),
-    "qwen3": Language("Qwen3ForCausalLM", "model", prefix=True),
+    "llama": Language("LlamaForCausalLM", "model", prefix=True, masked=True),
+    "mistral": Language("MistralForCausalLM", "model", prefix=True, masked=True),
+    "qwen2": Language("Qwen2ForCausalLM", "model", prefix=True, masked=True),
+    "qwen3": Language("Qwen3ForCausalLM", "model", prefix=True, masked=True),
 }
 
 
@@ -123,7 +125,7 @@ class LanguageDecoder(nn.Module):
         self.config, self.resized = config, num_ids is not None
         self.width: int = config.hidden_size
         sizes = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
-        layers = next(found for name in sizes if (found := getattr(config, name, None)) is not None)
+        layers = self.num_layers = next(found for name in sizes if (found := getattr(config, name, None)) is not None)
         self.looks = nn.ModuleList(Looks() for _ in range(0 if self.language.prefix else layers))
         given = inspect.signature(self.body.forward).parameters
         self.cache_name = "cache" if "cache" in given else "past_key_values"
@@ -177,6 +179,27 @@ class LanguageDecoder(nn.Module):
         if not table:
             return words + sinusoids(ids.size(1), self.width).to(words)
         return words + self.body.get_submodule(table).weight[: ids.size(1)]
+
+    def can_be_fixed(self, num_slots: int) -> bool:
+        """Whether ``one_token`` may take the place of ``forward``: not where a hook listens to attention."""
+        window = getattr(self.config, "sliding_window", None)
+        listens = any(look._forward_hooks for look in self.looks)
+        return self.language.masked and not listens and (window is None or num_slots <= window)
+
+    def one_token(
+        self, ids: Tensor, visual: Tensor, there: Tensor | None, cache: Any, seen: Tensor, position: Tensor
+    ) -> Tensor:
+        """Hidden states (R, 1, D) of ``ids`` (R, 1), which look at the slots ``seen`` (R, 1, 1, slots) of the cache.
+
+        ``position`` (R or 1, 1) int64 are their positions, ``visual`` (R, S, D) the visual tokens and ``there``
+        (R, 1, 1, S) which of them are there, None = all. No shape depends on the position.
+        """
+        options = {"use_cache": True, "return_dict": True, self.cache_name: cache}
+        options |= {"attention_mask": seen, "position_ids": position}
+        if self.language.prefix:
+            return self.body(inputs_embeds=self.body.get_input_embeddings()(ids), **options).last_hidden_state
+        options |= {"encoder_hidden_states": visual, "encoder_attention_mask": there}
+        return self.body(input_ids=ids, **options).last_hidden_state
 
     def new_cache(self) -> Any:
         """An empty cache of keys and values for ``forward``."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.decoding.options import DecodingOptions
+from modules.runtime.transfers import upload
 
 
 def study_seed(seed: int, study: str) -> int:
@@ -20,7 +21,7 @@ def study_seed(seed: int, study: str) -> int:
 def uniform_numbers(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
     """(B, *shape) numbers from [0, 1), a study's by its seed alone."""
     drawn = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(drawn).to(device)
+    return upload(torch.stack(drawn), device)
 
 
 def draw(log_probs: Tensor, options: DecodingOptions, uniform: Tensor | None) -> Tensor:

@@ -11,7 +11,9 @@ from torch import nn
 from models.base import VisualFeatures
 from models.encoder_decoder import EncoderDecoder, Settings
 from models.encoder_decoder_language import describe_language
+from modules.decoding.capture import FixedStep
 from modules.decoding.options import DecodingOptions
+from modules.decoding.search import Search
 from modules.inference.attention import recorded_attention
 from modules.layers.visual_extractor import VisualExtractor
 
@@ -221,6 +223,29 @@ def test_reports_under_rules_are_those_of_generate(tmp_path, kind, beams, rules)
     if rules != "short":
         unruled = generated(reference, backbone, inputs, end, num_beams=beams, length_penalty=0.0)
         assert not torch.equal(found, unruled)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "bert"])
+@torch.no_grad()
+def test_steps_of_one_shape_write_the_same(tmp_path, kind, masked, monkeypatch):
+    """As a CUDA graph needs them: every slot is seen through a mask. Types that take no such mask grow."""
+    _, backbone = build(tmp_path, kind)
+    features, made = features_of(3, masked), []
+    options = [DecodingOptions(max_seq_length=LENGTH, **how) for how in ({"beam_size": 3}, {"sample_method": "greedy"})]
+    wanted = [backbone.search(None, features=features, decoding=decoding) for decoding in options]
+
+    def fixed(search, session):
+        made.append(FixedStep.of(search, session, capture=lambda step: None))
+        return made[-1]
+
+    run = Search.run
+    monkeypatch.setattr(Search, "run", lambda self, session: run(self, session, fixed))
+    for decoding, grown in zip(options, wanted, strict=True):
+        found = backbone.search(None, features=features, decoding=decoding)
+        assert torch.equal(found.tokens, grown.tokens)
+        torch.testing.assert_close(found.log_probs, grown.log_probs, rtol=1e-4, atol=1e-4)
+    assert [step is not None for step in made] == [kind != "bert"] * 2
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "bart", "t5"])
