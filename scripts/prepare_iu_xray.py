@@ -15,13 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.annotations import SPLITS
-from modules.data.dataset_specs import write_description
 from modules.flags import Parser
 from modules.prepare.image_placing import WAYS, Placing, add_placing_flags, check_placing, keep_settings
 from modules.prepare.openi import OpeniStudy, annotation_record, order_of_views, place_images, read_openi
+from modules.prepare.prepared_folder import write_prepared
 from modules.prepare.splits import read_split, seeded_split
 from modules.runtime.errors import InputError, run_entry_point
-from modules.runtime.output_files import check_annotation, write_annotation
+from modules.runtime.output_files import check_annotation
 
 Studies = dict[str, list[tuple[str, OpeniStudy]]]  # (id, study) by split
 R2GEN = {"train": 2069, "val": 296, "test": 590}
@@ -157,14 +157,13 @@ def main() -> None:
     if arguments.images:
         chosen = without_missing_images(chosen, orders, arguments)
     annotation = records(chosen, orders)
-    done = write_annotation(path, annotation, HINT)
-    write_description(arguments.out, name="iu_xray", language="en", licence="CC BY-NC-ND 4.0")
+    facts = {"name": "iu_xray", "language": "en", "licence": "CC BY-NC-ND 4.0"}
+    images = arguments.out / "images" if arguments.images else None
+    closing = write_prepared(arguments.out, annotation, facts, image_dir=images, hint=HINT)
     print(f"{len(studies)} reports read from {arguments.reports}")
     for split in SPLITS:
         print(f"  {split:<6}{len(annotation[split]):>6} studies    (R2Gen: {R2GEN[split]})")
-    print(
-        f"{done}: {path}" + (f"; images: {arguments.out / 'images'}" if arguments.images else "; no images (--images)")
-    )
+    print(closing)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.annotations import SPLITS
-from modules.data.dataset_specs import write_description
 from modules.flags import Parser
 from modules.labels.tables import write_table
 from modules.prepare.image_placing import Placing, add_placing_flags, check_placing, place_images
@@ -31,9 +30,10 @@ from modules.prepare.mimic_cxr import (
     read_reports,
     read_sections,
 )
+from modules.prepare.prepared_folder import write_prepared
 from modules.prepare.priors import add_priors, moment
 from modules.runtime.errors import InputError, run_entry_point
-from modules.runtime.output_files import Output, check_annotation, check_outputs, contains, write_annotation
+from modules.runtime.output_files import Output, check_annotation, check_outputs, contains
 from modules.runtime.records import write_results
 
 SUMMARY = "summary.json"
@@ -237,9 +237,12 @@ def main() -> None:
         if not images:
             raise InputError(f"--images {arguments.images}: none of the images could be read")
     annotation = build_records(images, reports, named, arguments.records, ending)
-    done = write_annotation(path, annotation)
+    place = arguments.out / "images" if arguments.images else None
+    if arguments.place == "none" and not arguments.resize and arguments.images:
+        place = find_tree(arguments.images)
     views = {"views": 2} if arguments.records == "study" else {}  # a frontal and a lateral one; R2Gen reads one
-    write_description(arguments.out, name="mimic_cxr", language="en", **views, licence=LICENCE)
+    facts = {"name": "mimic_cxr", "language": "en", **views, "licence": LICENCE}
+    closing = write_prepared(arguments.out, annotation, facts, image_dir=place)
     if arguments.labels_out:
         write_table(arguments.labels_out, label_columns(), labels)
 
@@ -247,10 +250,7 @@ def main() -> None:
     counts["records written"] = Counter({split: len(records) for split, records in annotation.items()})
     show_counts(counts, arguments.records, arguments.section)
     write_summary(arguments, counts, undecidable)
-    place = arguments.out / "images"
-    if arguments.place == "none" and not arguments.resize and arguments.images:
-        place = find_tree(arguments.images)
-    print(f"{done}: {path}" + (f"; --image_dir {place}" if arguments.images else "; no images (--images)"))
+    print(closing)
 
 
 if __name__ == "__main__":

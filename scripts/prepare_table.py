@@ -14,13 +14,15 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.annotations import SPLITS
-from modules.data.dataset_specs import check_name, write_description
+from modules.data.dataset_specs import check_name
 from modules.flags import Parser
 from modules.prepare.image_placing import Placing, add_placing_flags, check_placing, place_images
+from modules.prepare.prepared_folder import write_prepared
 from modules.prepare.splits import read_split
 from modules.prepare.table_columns import (
     GUESSES,
@@ -34,7 +36,7 @@ from modules.prepare.table_columns import (
 from modules.prepare.table_records import Record, as_annotation, read_records, settle_splits
 from modules.prepare.user_tables import read_pairs, read_user_table
 from modules.runtime.errors import InputError, run_entry_point
-from modules.runtime.output_files import check_annotation, write_annotation
+from modules.runtime.output_files import check_annotation
 
 ROLES = {
     "id": "the record's id",
@@ -120,8 +122,8 @@ def _target(image: str, resize: int) -> str:
 
 def describe(
     arguments: argparse.Namespace, preset: Preset, columns: Columns, rows: list, records: list[Record]
-) -> None:
-    """Write dataset.json."""
+) -> dict[str, Any]:
+    """The content of dataset.json."""
     facts = {"name": arguments.name} | preset.data
     languages = {str(row.get(columns.roles["language"][0])) for row in rows} if "language" in columns.roles else set()
     if len(languages) == 1:
@@ -131,7 +133,7 @@ def describe(
     facts.setdefault("views", min(2, max(len(record.images) for record in records)))
     if arguments.licence:
         facts["licence"] = arguments.licence
-    write_description(arguments.out, **facts)
+    return facts
 
 
 def main() -> None:
@@ -158,14 +160,15 @@ def main() -> None:
         records = placed(arguments, records, read.counts)
     annotation, priors, unread = as_annotation(records)
     read.counts["dates that are not understood, whose studies have no prior (write them as 2024-01-31)"] = unread
-    done = write_annotation(path, annotation)
-    describe(arguments, preset, columns, rows, records)
+    here = arguments.place != "none" or arguments.resize
+    folder = arguments.out / "images" if arguments.images and here else arguments.images
+    facts = describe(arguments, preset, columns, rows, records)
+    closing = write_prepared(arguments.out, annotation, facts, image_dir=folder)
     for kind, count in read.counts.items():
         print(f"{kind}: {count:,}" if count else "", end="\n" if count else "")
     counts = ", ".join(f"{split} {len(annotation[split]):,}" for split in SPLITS)
     print(f"{len(records):,} records ({counts}; {how}), {priors:,} with a prior study")
-    here = arguments.images and (arguments.place != "none" or arguments.resize)
-    print(f"{done}: {path}; --image_dir {arguments.out / 'images' if here else arguments.images or 'FOLDER'}")
+    print(closing)
 
 
 if __name__ == "__main__":
