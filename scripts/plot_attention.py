@@ -93,12 +93,12 @@ def main() -> int:
     page, names = [], set()
     for batch in Bar(reader, "reports"):
         written = predictor.write(
-            [images for _, images in batch],
-            names=[study.name for study, _ in batch],
+            [images for _, images, _ in batch],
+            names=[study.name for study, _, _ in batch],
             attention=True,
             layer=arguments.layer,
         )
-        for (study, images), report in zip(batch, written, strict=True):
+        for (study, images, _), report in zip(batch, written, strict=True):
             page.append(PageStudy.of(study.name, images, report))
             if report.maps is None:
                 raise InputError(f"--load {arguments.load}: its visual tokens do not form a grid over the image")

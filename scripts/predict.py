@@ -3,6 +3,7 @@
   python scripts/predict.py --load results/iu_xray/model_best.pth chest.png
   python scripts/predict.py --load results/iu_xray/model_best.pth --group all frontal.dcm lateral.dcm
   python scripts/predict.py --load results/iu_xray/model_best.pth --group folder studies/ --csv reports.csv --quiet
+  python scripts/predict.py --load results/own/model_best.pth --ann_path new.csv --image_dir scans --json reports.json
   python scripts/predict.py --load results/iu_xray/model_best.pth --rexrank ReXRank_IUXray_test.json out.json images/
 
 Each sentence is printed after the mean log-probability of its words (0: certain). This is research software and no
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from modules.data.annotations import SPLITS, Annotation
 from modules.flags import Parser, add_flags, add_study_arguments, given_flags
 from modules.inference.rexrank import FLAG as REXRANK
 from modules.inference.rexrank import PREDICTION, read_rexrank, rexrank_files
@@ -53,6 +55,8 @@ DECODING = (
     "seed",
 )
 
+READING = (*DECODING, "follow_links")
+
 TITLE = "Generated reports"
 COLUMNS = ("id", "report", "log_prob", "sentence_mean_log_probs")
 
@@ -67,6 +71,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("IN.json", "OUT.json", "FOLDER"),
         help="read the studies of a file of ReXrank, whose images lie in FOLDER, and write it with model_prediction",
     )
+    described = parser.add_argument_group("studies with their context, in place of paths")
+    described.add_argument(
+        "--ann_path",
+        metavar="FILE",
+        help="annotation.json, a list of such records, or a table (CSV, ...) as prepare_table.py reads it; no record "
+        "needs a report, and context is read as in a test (docs/PREDICTION.md)",
+    )
+    described.add_argument("--image_dir", metavar="DIR", help="folder from which its image paths start")
+    described.add_argument("--split", choices=SPLITS, default="test", help="of what has splits (default: %(default)s)")
+    add_flags(described, ("follow_links",))
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--csv", metavar="FILE", help="also write a table: id, report, log-probabilities")
     parser.add_argument("--html", metavar="FILE", help="also write a page with the images, and where the model looked")
@@ -75,20 +89,44 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_studies(arguments: argparse.Namespace) -> tuple[list[StudyFiles], dict[str, Any] | None]:
-    """The studies to read, and with --rexrank its content, to which the reports are added.
+def read_studies(arguments: argparse.Namespace) -> tuple[list[StudyFiles], dict[str, Any] | None, Annotation | None]:
+    """The studies to read; with --rexrank its content, to which the reports are added; with --ann_path what it says,
+    all of whose images are one study here until the model is known.
 
     InputError where none or two sources are named.
     """
+    if (described := read_annotated(arguments)) is not None:
+        paths = [path for study in described.splits[arguments.split] for path in study.image_paths]
+        return [StudyFiles("", tuple(Path(arguments.image_dir, path) for path in paths))], None, described
     if not arguments.rexrank:
         if not arguments.paths:
-            raise InputError("no images: name files or folders, or give --rexrank IN.json OUT.json FOLDER")
-        return find_studies(arguments.paths, arguments.group), None
+            raise InputError(
+                "no images: name files or folders, or give --ann_path FILE --image_dir DIR, or --rexrank IN.json "
+                "OUT.json FOLDER"
+            )
+        return find_studies(arguments.paths, arguments.group), None, None
     if arguments.paths or arguments.group != "none":
         raise InputError("--rexrank names the images and their studies itself: leave out other paths and --group")
     source, _, root = arguments.rexrank
     content = read_rexrank(source)
-    return rexrank_files(source, content, root), content
+    return rexrank_files(source, content, root), content, None
+
+
+def read_annotated(arguments: argparse.Namespace) -> Annotation | None:
+    """What --ann_path describes, None without it; InputError where other studies are named beside it."""
+    if not arguments.ann_path:
+        if arguments.image_dir:
+            raise InputError("--image_dir goes with --ann_path FILE, which names the images")
+        return None
+    if arguments.paths or arguments.group != "none" or arguments.rexrank:
+        raise InputError(
+            f"--ann_path names the images and their studies itself: leave out paths, --group and {REXRANK}"
+        )
+    if not arguments.image_dir:
+        raise InputError("--ann_path needs --image_dir DIR, the folder from which its image paths start")
+    from modules.run.described_studies import read_described
+
+    return read_described(arguments.ann_path, arguments.image_dir, arguments.split)
 
 
 def check_files(arguments: argparse.Namespace, studies: list[StudyFiles]) -> None:
@@ -104,6 +142,7 @@ def check_files(arguments: argparse.Namespace, studies: list[StudyFiles]) -> Non
         ],
         [
             ("--load", arguments.load),
+            ("--ann_path", arguments.ann_path),
             (f"the first file of {REXRANK}", source),
             *(("an image", path) for study in studies for path in study.paths),
         ],
@@ -114,34 +153,36 @@ def main() -> int:
     """Read the images, write their reports; 2 where an image could not be read."""
     check_python()
     arguments = build_parser().parse_args()
-    studies, rexrank = read_studies(arguments)
+    studies, rexrank, described = read_studies(arguments)
     check_files(arguments, studies)
     require_model(arguments.load)
     from tqdm import tqdm
 
-    from modules.inference.prediction import WARNING
+    from modules.inference.prediction import ABSENT_CONTEXT, WARNING
     from modules.pages.prediction_page import PageStudy
-    from modules.run.predictor import StudyReader, load_predictor
+    from modules.run.predictor import StudyReader, load_with_settings
     from modules.runtime.run_log import Bar
 
     print(WARNING, file=sys.stderr)
-    predictor = load_predictor(arguments.load, given_flags(arguments, DECODING))
-    if predictor.backbone.study_context is not None:
-        print(
-            "note: the model was trained with --context, which images alone do not bring: masked as absent",
-            file=sys.stderr,
-        )
+    predictor, config = load_with_settings(arguments.load, given_flags(arguments, READING))
+    if described is not None:
+        from modules.run.described_studies import study_files
+
+        studies = study_files(described, arguments.image_dir, config, predictor.tokenizer)
+    elif predictor.backbone.study_context is not None:
+        print(f"{ABSENT_CONTEXT} (--ann_path brings it)", file=sys.stderr)
     if rexrank is not None:  # in the order in which a model with fewer views needs them
         studies = [StudyFiles(study.name, study.paths[: predictor.num_views]) for study in studies]
     reader = StudyReader(studies, predictor.num_views, arguments.batch_size, predictor.transform.draft)
     rows, page = [], []
     for batch in Bar(reader, "reports"):
         written = predictor.write(
-            [images for _, images in batch],
-            names=[study.name for study, _ in batch],
+            [images for _, images, _ in batch],
+            names=[study.name for study, _, _ in batch],
+            contexts=[context for _, _, context in batch],
             attention=bool(arguments.html) and predictor.shows_attention,
         )
-        for (study, images), report in zip(batch, written, strict=True):
+        for (study, images, _), report in zip(batch, written, strict=True):
             rows.append(describe(study.name, [str(path) for path in study.paths[: len(images)]], report))
             if not arguments.quiet:
                 tqdm.write(render(study.name, report), file=sys.stdout)

@@ -81,6 +81,21 @@ def read_annotation(
     )
 
 
+def read_unreported(path: str | Path, split: str, rows: list | None = None) -> Annotation:
+    """``split`` of an annotation, or of a JSON list of its records, or else ``rows`` of the file at ``path``: records
+    that need no report. InputError as in read_annotation, and where there is no record.
+    """
+    content, data = (b"", rows) if rows is not None else _read_json(path)
+    if isinstance(data, list):
+        data = {split: [{**row, "split": split} if isinstance(row, dict) else row for row in data]}
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds {_kind(data)}, expected an annotation, or a list of its records")
+    studies = _read_split(path, data, split, {}, raise_problem, needs_report=False)
+    if not studies:
+        raise InputError(f"{path}: split '{split}' is empty, it needs at least one record")
+    return Annotation(str(path), {split: studies}, hashlib.sha256(content).hexdigest(), "")
+
+
 def frontal_first(annotation: Annotation) -> Annotation:
     """The annotation with every study's frontal images before its others, as far as ``view`` tells; else in order."""
 
@@ -133,7 +148,9 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _read_split(path, data: dict, split: str, first_seen: dict[str, str], on_problem) -> tuple[Study, ...]:
+def _read_split(
+    path, data: dict, split: str, first_seen: dict[str, str], on_problem, *, needs_report: bool = True
+) -> tuple[Study, ...]:
     rows = data.get(split)
     if not isinstance(rows, list):
         problem = (
@@ -145,7 +162,7 @@ def _read_split(path, data: dict, split: str, first_seen: dict[str, str], on_pro
         return ()
     studies = []
     for row, item in enumerate(rows):
-        record = _Record(str(path), split, row, item, on_problem)
+        record = _Record(str(path), split, row, item, on_problem, needs_report=needs_report)
         study = _read_study(record) if isinstance(item, dict) else None
         if not isinstance(item, dict):
             record.refuse(
@@ -183,6 +200,7 @@ class _Record:
     on_problem: Callable[[Problem], None]
     id: str = ""
     sound: bool = True
+    needs_report: bool = True
 
     def refuse(self, field: str, kind: str, problem: str) -> None:
         self.sound = False
@@ -269,6 +287,8 @@ def _identifier(record: _Record, field: str) -> str:
 
 def _report(record: _Record) -> str:
     value = record.item.get("report")
+    if not record.needs_report and (value is None or (isinstance(value, str) and not value.strip())):
+        return ""
     if not isinstance(value, str) or not value.strip():
         absence = _absence(record.item, "report")
         record.refuse("report", f"report is {absence}", f"field 'report' is {absence}, expected a text")

@@ -173,11 +173,12 @@ def _stack(pairs: Sequence[SamplePair]) -> Pair:
         # By length, not by id > 0: begin and end are 0 as padding is, and count.
         token_mask=torch.arange(tokens.shape[1]) < lengths[:, None],
         labels=None if pairs[0].labels is None else torch.stack([pair.labels for pair in pairs]),
-        context=_stack_contexts([pair.context for pair in pairs]),
+        context=stack_contexts([pair.context for pair in pairs]),
     )
 
 
-def _stack_contexts(found: Sequence[tuple[list[int], list[int]] | None]) -> Context | None:
+def stack_contexts(found: Sequence[tuple[Sequence[int], Sequence[int]] | None]) -> Context | None:
+    """The texts of B studies, each ids and the kind of each, as one Context; None where the first is."""
     if found[0] is None:
         return None
     width = max(1, *(len(ids) for ids, _ in found))  # one at least, so that every batch trains what reads it

@@ -39,27 +39,31 @@ class ContextReader:
         return ids, kinds
 
 
+def sections_text(study: Study, which: str) -> str:
+    """The report that ``which`` of the sections make, "" where the study has none of them."""
+    found = [(name, study.sections[name]) for name in _named(which) if study.sections.get(name)]
+    return " ".join(f"{name.capitalize()}. {own}" if which == "both" else own for name, own in found)
+
+
+def _named(which: str) -> tuple[str, ...]:
+    return SECTIONS if which == "both" else (which,)
+
+
 def with_sections(annotation: Annotation, which: str) -> tuple[Annotation, int]:
     """The annotation with ``which`` of its sections ("findings", "impression", "both") as reports, and how many studies
     were left out because they have none of them.
 
     With "both" each is marked: its name, as a sentence, goes before it. InputError where a split has none left.
     """
-    names = SECTIONS if which == "both" else (which,)
-
-    def text(study: Study) -> str:
-        found = [(name, study.sections[name]) for name in names if study.sections.get(name)]
-        return " ".join(f"{name.capitalize()}. {own}" if which == "both" else own for name, own in found)
-
     splits = {
-        split: tuple(replace(study, report=found) for study in studies if (found := text(study)))
+        split: tuple(replace(study, report=found) for study in studies if (found := sections_text(study, which)))
         for split, studies in annotation.splits.items()
     }
     for split, studies in splits.items():
         if not studies:
             raise InputError(
                 f"--report_sections {which}: {annotation.path}: no record of split '{split}' has "
-                f"{' or '.join(names)} in its field 'sections'"
+                f"{' or '.join(_named(which))} in its field 'sections'"
             )
     lost = sum(map(len, annotation.splits.values())) - sum(map(len, splits.values()))
     return replace(annotation, splits=splits, train_sha256=train_sha256(splits["train"])), lost

@@ -6,7 +6,7 @@ Shapes: B studies, N views, L generated tokens, g x g patches of a view.
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from modules.data.batches import stack_contexts
 from modules.data.tokenizers import join_words
 from modules.data.transforms import Transform
 from modules.decoding.options import DecodingOptions
@@ -25,6 +26,7 @@ WARNING = (
     "Research software, not a medical device: these reports are written by a statistical model, may be wrong in "
     "any sentence, and must not be used for care."
 )
+ABSENT_CONTEXT = "note: the model was trained with --context, which images alone do not bring: absent, and masked"
 SENTENCE_ENDS = (".", "\u3002", "\u0964")  # the full stop, that of Chinese and Japanese, and the danda
 
 
@@ -73,11 +75,19 @@ class WrittenReport:
         ]
 
 
+@dataclass(frozen=True)
+class StudyContext:
+    """What is known of a study beside its images: images of the study before, and the ids of texts with their kinds."""
+
+    prior: Sequence[Image.Image] = ()
+    texts: tuple[Sequence[int], Sequence[int]] = ((), ())
+
+
 class Predictor:
     """Writes reports with a trained ``backbone`` in evaluation mode, from at most ``num_views`` images a study.
 
-    ``prior_views`` says that the backbone also has places for images of the study before, which stay empty here. What
-    is drawn at random for a study depends on ``seed`` and its name alone.
+    ``prior_views`` says that the backbone also has places for as many images of the study before. What is drawn at
+    random for a study depends on ``seed`` and its name alone.
     """
 
     def __init__(
@@ -109,16 +119,23 @@ class Predictor:
         studies: Sequence[Sequence[Image.Image]],
         *,
         names: Sequence[str] | None = None,
+        contexts: Sequence[StudyContext] | None = None,
         attention: bool = False,
         layer: int | None = -1,
     ) -> list[WrittenReport]:
-        """A report for each study of 1 to ``num_views`` images.
+        """A report for each study of 1 to ``num_views`` images; ``contexts`` are masked where they are not given.
 
         The words' log-probabilities, and with ``attention`` the maps of decoder ``layer`` (None: the mean of all),
         come from one more pass over the finished reports, so they do not depend on the search. InputError where the
         decoder has no such layer.
         """
-        images, view_mask = self._tensors(studies)
+        contexts = contexts or [StudyContext()] * len(studies)
+        images, view_mask = self._tensors(studies, [context.prior for context in contexts])
+        texts: dict[str, Any] = {}
+        if self.backbone.study_context is not None:
+            found = stack_contexts([context.texts for context in contexts])
+            assert found is not None
+            texts["context"] = replace(found, tokens=found.tokens.to(self.device), kinds=found.kinds.to(self.device))
         modules = self.backbone.cross_attention() if attention else []
         drawn = {}
         if self.decoding.sample_method == "sample":
@@ -126,7 +143,7 @@ class Predictor:
 
             drawn["seeds"] = [study_seed(self.seed, name) for name in names or [""] * len(studies)]
         with autocast(self.device, self.precision), recorded_attention(modules) as layers:
-            features = self.backbone.extract(images, view_mask)
+            features = self.backbone.extract(images, view_mask, **texts)
             tokens = self.backbone.generate(
                 None, view_mask=view_mask, features=features, decoding=self.decoding, **drawn
             )
@@ -162,13 +179,19 @@ class Predictor:
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def _tensors(self, studies: Sequence[Sequence[Image.Image]]) -> tuple[Tensor, Tensor]:
-        """Images (B, N, 3, H, W) on the device, normalised, absent views zero; and the view mask (B, N) on the CPU."""
+    def _tensors(
+        self, studies: Sequence[Sequence[Image.Image]], priors: Sequence[Sequence[Image.Image]] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Images (B, N, 3, H, W) on the device, normalised, absent views zero; and the view mask (B, N) on the CPU.
+
+        Those of the study before are the second half of the views.
+        """
         pixels = torch.stack([self.transform.blank(self.slots) for _ in studies])
         view_mask = torch.zeros(len(studies), self.slots, dtype=torch.bool)
         for row, images in enumerate(studies):
             assert 1 <= len(images) <= self.num_views
-            for view, image in enumerate(images):
+            prior = priors[row] if len(priors) and self.slots > self.num_views else ()
+            for view, image in (*enumerate(images), *enumerate(prior, start=self.num_views)):
                 pixels[row, view] = self.transform.pixels(image)
                 view_mask[row, view] = True
         return self.transform.normalise(pixels.to(self.device), view_mask.to(self.device)), view_mask

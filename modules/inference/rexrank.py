@@ -1,16 +1,15 @@
 """ReXrank's files: a JSON object of studies by id, to which each report is added as ``model_prediction``.
 
 Fields that are read: ``image_path`` (a list, below the image folder), ``key_image_path`` (the frontal image for models
-that read one) and ``frontal_lateral`` (Frontal or Lateral for each image). All fields are kept; models of this project
-read no ``context``.
+that read one) and ``frontal_lateral`` (Frontal or Lateral for each image). All fields are kept; ``context``, a text
+in no fixed form, is not read.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.inference.study_files import StudyFiles
+from modules.inference.study_files import StudyFiles, images_in
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import read_json
 
@@ -51,11 +50,8 @@ def rexrank_files(path: str, studies: Mapping[str, Any], root: str) -> list[Stud
         others = [image for image in images if image != key]
         same = [image for image in others if side.get(image) == side.get(key)]
         ordered = [key, *(image for image in others if image not in same), *same]
-        places = [Path(root, image.lstrip("/")) for image in ordered]
-        inside = os.path.join(os.path.realpath(root), "")
-        if wrong := next((place for place in places if not os.path.realpath(place).startswith(inside)), None):
-            raise InputError(f"{FLAG} {path}: study {name!r}: {wrong} is not in the folder of images {root}")
-        found.append(StudyFiles(name, tuple(places)))
+        places = images_in(root, [image.lstrip("/") for image in ordered], f"{FLAG} {path}: study {name!r}")
+        found.append(StudyFiles(name, places))
     return found
 
 

@@ -15,10 +15,14 @@ SETTINGS = "config.json"  # of a folder of scripts/export.py
 
 @dataclass(frozen=True)
 class StudyFiles:
-    """A study: its name (the file or folder as given) and its images in order."""
+    """A study: its name (the file or folder as given, or an id) and its images in order; of its context the images of
+    the study before, and the ids of its texts with the kind of each.
+    """
 
     name: str
     paths: tuple[Path, ...]
+    prior: tuple[Path, ...] = ()
+    texts: tuple[Sequence[int], Sequence[int]] = ((), ())
 
 
 def find_studies(paths: Sequence[str], group: str) -> list[StudyFiles]:
@@ -37,6 +41,17 @@ def find_studies(paths: Sequence[str], group: str) -> list[StudyFiles]:
     for file in files:
         folders.setdefault(file.parent, []).append(file)
     return [StudyFiles(str(folder), tuple(found)) for folder, found in folders.items()]
+
+
+def images_in(root: str, images: Sequence[str], where: str, follow_links: bool = False) -> tuple[Path, ...]:
+    """The paths of ``images`` in the folder ``root``; InputError, which begins with ``where``, for one that leaves it,
+    also by a link unless ``follow_links``.
+    """
+    inside, place = os.path.join(os.path.realpath(root), ""), os.path.normpath if follow_links else os.path.realpath
+    for image in images:
+        if not place(os.path.join(inside, image)).startswith(inside):
+            raise InputError(f"{where}: {Path(root, image)} is not in the folder of images {root}")
+    return tuple(Path(root, image) for image in images)
 
 
 def _images(path: Path) -> list[Path]:

@@ -78,9 +78,11 @@ def read_preset(name: str) -> Preset:
     return Preset(name=name, **content)
 
 
-def find_columns(rows: Sequence[Row], given: Mapping[str, Sequence[str]], preset: Preset) -> Columns:
+def find_columns(
+    rows: Sequence[Row], given: Mapping[str, Sequence[str]], preset: Preset, *, reports: bool = True
+) -> Columns:
     """The columns of ``rows``: those ``given`` by role, else the preset's, else guessed; InputError without images or
-    reports, and for a column that is not there.
+    (with ``reports``) reports, and for a column that is not there.
     """
     known = dict.fromkeys(name for row in rows[:1000] for name in row)
     plain = {_plain(name): name for name in reversed(known)}
@@ -101,7 +103,7 @@ def find_columns(rows: Sequence[Row], given: Mapping[str, Sequence[str]], preset
             roles[role], origin[role] = [found], "guessed"
     if "captions" in roles and "captions" not in given:
         roles.pop("report", None)
-    for role in ("image", "report"):
+    for role in ("image", "report") if reports else ("image",):
         if role not in roles and not (role == "report" and "captions" in roles):
             raise InputError(f"no column for --{role} was found among {_listed(known)}: name it")
     for column in roles["image"]:

@@ -55,17 +55,20 @@ class Record:
         return known | self.extra
 
 
-def read_records(rows: Sequence[Row], columns: Columns, *, by_image: bool, images: Path | None) -> "Read":
+def read_records(
+    rows: Sequence[Row], columns: Columns, *, by_image: bool, images: Path | None, reports: bool = True
+) -> "Read":
     """The records of ``rows``: rows of one study are one record, or with ``by_image`` each image is one.
 
-    ``images`` is the folder that paths start from. InputError for a volume, or a path outside the folder.
+    ``images`` is the folder that paths start from; without ``reports`` records need none. InputError for a volume, or a
+    path outside the folder.
     """
     found: dict[str, Record] = {}
     counts: Counter[str] = Counter()
     for row in rows:
         record = _record(row, columns, images)
         if by_image:
-            if _is_whole(record, counts, "rows"):
+            if _is_whole(record, counts, "rows", reports):
                 _add_images(found, record, counts)
         elif not (key := record.study or record.id):
             counts["rows without an id or an image"] += 1
@@ -74,15 +77,15 @@ def read_records(rows: Sequence[Row], columns: Columns, *, by_image: bool, image
     if not by_image:
         for key, record in found.items():
             record.id = key
-    kept = [record for record in found.values() if by_image or _is_whole(record, counts, "studies")]
+    kept = [record for record in found.values() if by_image or _is_whole(record, counts, "studies", reports)]
     return Read(kept, counts)
 
 
-def _is_whole(record: Record, counts: Counter[str], what: str) -> bool:
-    """Whether there are images and a report; counts what there is not, of ``what``."""
+def _is_whole(record: Record, counts: Counter[str], what: str, reports: bool) -> bool:
+    """Whether there are images and, with ``reports``, a report; counts what there is not, of ``what``."""
     if not record.images:
         counts[f"{what} without an image"] += 1
-    elif not (record.report or record.captions):
+    elif reports and not (record.report or record.captions):
         counts[f"{what} without a report"] += 1
     else:
         return True
@@ -169,7 +172,7 @@ def _path(path: str, images: Path | None) -> str:
 def _join(known: Record, other: Record, counts: Counter[str]) -> None:
     """Another row of the same study."""
     if not (known.report or known.captions):
-        known.report, known.captions, known.sections = other.report, other.captions, other.sections
+        known.report, known.captions, known.sections = other.report, other.captions, known.sections | other.sections
     elif (other.report or other.captions) and (other.report, other.captions) != (known.report, known.captions):
         counts["rows of a study whose report differs from its first row's, which is taken"] += 1
     for name in ("split", "patient", "date"):

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from models.base import Backbone
+from modules.config import Config
 from modules.data.dataset_specs import PRIOR_IMAGE
 from modules.data.images import Draft, open_image, refuse_blank
 from modules.flags import resolve_config
-from modules.inference.prediction import Predictor
+from modules.inference.prediction import Predictor, StudyContext
 from modules.inference.study_files import StudyFiles
 from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
@@ -37,7 +38,12 @@ UNUSED = {"feature_cache": "", "resume": "", **asdict(ITHNSettings(ithn="off"))}
 
 
 def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
-    """The model in ``path`` (modules.run.loading); the flags ``given`` override its settings.
+    """As ``load_with_settings``, without the settings."""
+    return load_with_settings(path, given)[0]
+
+
+def load_with_settings(path: str, given: Mapping[str, Any]) -> tuple[Predictor, Config]:
+    """The model in ``path`` (modules.run.loading); the flags ``given`` override its settings, the second result.
 
     InputError for a checkpoint without settings and vocabulary, or one whose model needs more than images."""
     content, _ = load_trained(path)
@@ -67,7 +73,7 @@ def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
     load_weights(objective, content["state_dict"], path)
     if config.guidance:
         backbone.mean_patches = _mean_patches(content.get("mean_patches"), backbone, config.guidance, path)
-    return Predictor(
+    predictor = Predictor(
         backbone,
         tokenizer=tokenizer,
         device=device,
@@ -78,6 +84,7 @@ def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
         prior_views=PRIOR_IMAGE in config.contexts,
         seed=config.seed,
     )
+    return predictor, config
 
 
 def _mean_patches(found: Any, backbone: Backbone, guidance: float, path: str) -> torch.Tensor:
@@ -105,25 +112,30 @@ class StudyReader:
     def __len__(self) -> int:
         return -(-len(self.studies) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[tuple[StudyFiles, list[Image.Image]]]]:
+    def __iter__(self) -> Iterator[list[tuple[StudyFiles, list[Image.Image], StudyContext]]]:
         for start in range(0, len(self.studies), self.batch_size):
             opened = [(study, self._open(study)) for study in self.studies[start : start + self.batch_size]]
-            if readable := [(study, images) for study, images in opened if images]:
+            if readable := [
+                (study, images, StudyContext(prior, study.texts)) for study, (images, prior) in opened if images
+            ]:
                 yield readable
 
-    def _open(self, study: StudyFiles) -> list[Image.Image]:
+    def _open(self, study: StudyFiles) -> tuple[list[Image.Image], list[Image.Image]]:
+        """Its images, and those of the study before; none where one of them could not be read."""
         if len(study.paths) > self.num_views:
             print(
                 f"{study.name}: {len(study.paths)} images, of which the model reads the first {self.num_views}",
                 file=sys.stderr,
             )
         try:
-            images = [open_image(path, draft=self.draft) for path in study.paths[: self.num_views]]
-            for path, image in zip(study.paths, images, strict=False):
+            paths = study.paths[: self.num_views] + study.prior
+            images = [open_image(path, draft=self.draft) for path in paths]
+            for path, image in zip(paths, images, strict=True):
                 if warning := refuse_blank(image, str(path)):
                     print(f"warning: {warning}", file=sys.stderr)
-            return images
+            own = len(images) - len(study.prior)
+            return images[:own], images[own:]
         except InputError as error:
             print(f"error: {error}; no report for {study.name}", file=sys.stderr)
             self.unreadable += 1
-            return []
+            return [], []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,11 +21,14 @@ def report_writer(path: str, given: Mapping[str, Any], index_path: str | None) -
     InputError as in load_predictor.
     """
     from modules.data.images import decode_image, refuse_blank
+    from modules.inference.prediction import ABSENT_CONTEXT
     from modules.inference.report_index import ReportIndex
     from modules.pages.prediction_page import PageStudy, render_studies
     from modules.run.predictor import load_predictor
 
     predictor = load_predictor(path, given)
+    if predictor.backbone.study_context is not None:
+        print(ABSENT_CONTEXT, file=sys.stderr, flush=True)
     index = None
     if index_path:
         index = ReportIndex.load(index_path)

@@ -14,6 +14,7 @@ from modules.config import EXPORTED, Config
 from modules.data.images import ImageFolder, open_image
 from modules.data.shards import Shard, ShardImages
 from modules.data.transforms import eval_transform, train_transform
+from modules.inference.study_files import StudyFiles
 from modules.run.data import image_folder, image_source, image_transform
 from modules.run.predictor import StudyReader, load_predictor
 from modules.runtime.errors import InputError
@@ -99,8 +100,8 @@ def test_every_source_of_a_run_takes_drafts(pictures):
     for source in (image_folder(config, transform), image_source(config, [], transform, negatives=False)):
         assert source("grey.jpg").size == (50, 50)
     assert image_folder(config)("grey.jpg").size == (WIDTH, HEIGHT)  # for people to look at
-    reader = StudyReader([SimpleNamespace(name="a", paths=(pictures / "grey.jpg",))], 1, 1, transform.draft)
-    [[(_, [image])]] = list(reader)
+    reader = StudyReader([StudyFiles("a", (pictures / "grey.jpg",))], 1, 1, transform.draft)
+    [[(_, [image], _)]] = list(reader)
     assert image.size == (50, 50)
 
 

@@ -1,7 +1,10 @@
 """Context beside the images: read and masked where it is, absent it changes nothing, and it teaches what it holds."""
 
+import csv
 import json
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,11 +17,14 @@ from modules.data.dataset_specs import parse_contexts
 from modules.data.study_context import ContextReader, with_sections
 from modules.data.tokenizers import Tokenizer
 from modules.flags import parse_flags
+from modules.inference.prediction import StudyContext
 from modules.labels.rules import CLASSES
+from modules.run.described_studies import read_described, study_files
 from modules.run.predictor import load_predictor
 from modules.run.testing import run_testing
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
+from scripts import predict
 
 torch.set_num_threads(1)
 WORDS = "effusion edema fracture nodule".split()
@@ -57,6 +63,20 @@ def toy(folder, kind, count=64):
         rows[split].append(row)
     (folder / "annotation.json").write_text(json.dumps(rows))
     return ["--ann_path", folder / "annotation.json", "--image_dir", folder / "images"]
+
+
+def predicted(folder, *flags):
+    """The reports that predict.py writes, by study."""
+    argv = ["predict.py", "--load", folder / "model_best.pth", *flags, "--quiet", "--json", folder / "predicted.json"]
+    with mock.patch("sys.argv", [*map(str, argv), "--device", "cpu"]):
+        assert predict.main() == 0
+    return {row["id"]: row["report"] for row in json.loads((folder / "predicted.json").read_text())["reports"]}
+
+
+def tested(folder):
+    """The reports of the run's own test, in its order."""
+    with open(folder / "res.csv", newline="") as file:
+        return [row[0] for row in csv.reader(file)]
 
 
 def losses(folder):
@@ -141,6 +161,21 @@ def test_what_only_the_context_says_is_learnt(kind, context, train, tmp_path):
     assert given[-1]["train_nll"] < plain[-1]["train_nll"] / 2
     assert given[-1]["val_nll"] < plain[-1]["val_nll"] / 2
 
+    # predict.py reads the same context, from the annotation and, without any report, from a table.
+    folder, images = tmp_path / "given", ("--image_dir", tmp_path / "data" / "images")
+    reports = predicted(folder, "--ann_path", flags[1], *images)
+    assert list(reports.values()) == tested(folder) and len(set(reports.values())) > 1
+    rows = json.loads(flags[1].read_text())["test"]
+    table = "\n".join(
+        f"{row['id']},{row['subject_id']},{row['image_path'][0]},{row.get('prior', '')},"
+        f"{row.get('sections', {}).get('indication', '')}"
+        for row in rows
+    )
+    (tmp_path / "new.csv").write_text(f"id,subject_id,image_path,prior,indication\n{table}\n")
+    assert predicted(folder, "--ann_path", tmp_path / "new.csv", *images) == reports
+    without = predicted(folder, *(images[1] / row["image_path"][0] for row in rows))
+    assert list(without.values()) != list(reports.values())
+
 
 BACKBONES = {
     "xpronet": "--num_cluster 14 --num_protype 2 --d_img_ebd 8 --d_txt_ebd 8 --init_protypes_path=".split(),
@@ -181,6 +216,9 @@ def test_every_backbone_trains_tests_and_predicts_with_context(backbone, train, 
     [report] = predictor.write(
         [[Image.open(tmp_path / "data" / "images" / "0.png")]], attention=predictor.shows_attention
     )
+    image = Image.open(tmp_path / "data" / "images" / "0.png")
+    [with_prior] = predictor.write([[image]], contexts=[StudyContext([image], ((1,), (1,)))])
+    assert with_prior.log_prob != report.log_prob
     assert report.log_probs or report.end_log_prob is not None
     assert report.maps is None or report.maps.shape[1] == predictor.num_views
 
@@ -203,6 +241,36 @@ def test_a_study_without_context_reads_as_if_there_were_none(train, tmp_path):
     there = backbone.extract(images, torch.ones(2, 2, dtype=torch.bool))
     assert torch.equal(there.pooled, features.pooled) or torch.allclose(there.pooled, features.pooled, atol=1e-5)
     assert not torch.equal(backbone(None, begin, features=there).log_probs, first)
+
+
+def test_studies_that_a_file_describes(tmp_path):
+    toy(tmp_path, "prior", 24)
+    images, config = str(tmp_path / "images"), Config(context="prior_report,prior_image", max_views=2)
+    tokenizer = Tokenizer.from_reports(["old film"], 1, "coco")
+    found = study_files(read_described(str(tmp_path / "annotation.json"), images, "val"), images, config, tokenizer)
+    assert [study.name for study in found][-2:] == ["o19", "s19"] and not found[-2].prior
+    assert found[-1].prior == (Path(images, "19_old.png"),) and found[-1].texts == (tokenizer.encode("old")[1:-1], [2])
+    separate = study_files(
+        read_described(str(tmp_path / "annotation.json"), images, "val"), images, Config(views="separate"), tokenizer
+    )
+    assert separate[-1].name == "s19#0" and not separate[-1].prior
+    # By date, in a table without reports; a list of records; an image outside the folder.
+    table = tmp_path / "new.csv"
+    table.write_text("id,patient,date,image,indication\na,p,2024-01-02,0.png,cough\nb,p,2024-01-01,1.png,\n")
+    [after, before] = study_files(read_described(str(table), images, "test"), images, config, tokenizer)
+    assert after.prior == before.paths == (Path(images, "1.png"),)
+    record = {"id": "a", "image_path": ["0.png"]}
+    (tmp_path / "list.json").write_text(json.dumps([record]))
+    [only] = study_files(read_described(str(tmp_path / "list.json"), images, "test"), images, config, tokenizer)
+    assert only.name == "a" and only.texts == ([], [])
+    for content, reason in (([], "split 'test' is empty"), ([record | {"image_path": "../x"}], "inside image_dir")):
+        (tmp_path / "list.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=reason):
+            read_described(str(tmp_path / "list.json"), images, "test")
+    (tmp_path / "images" / "out.png").symlink_to(table)
+    (tmp_path / "list.json").write_text(json.dumps([record | {"image_path": ["out.png"]}]))
+    with pytest.raises(InputError, match="study 'a': .*out.png is not in the folder of images"):
+        study_files(read_described(str(tmp_path / "list.json"), images, "test"), images, config, tokenizer)
 
 
 def test_off_is_as_before(demo, train, tmp_path):
