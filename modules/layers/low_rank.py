@@ -19,11 +19,19 @@ _LINEAR, _TORCH_ATTENTION = ("Linear", "Conv1D"), "MultiheadAttention"
 def add_adapters(model: nn.Module, layers: Collection[str], *, rank: int, alpha: int, dropout: float = 0.0) -> None:
     """Give the ``layers`` of ``model``, named in full, adapters, and freeze everything else."""
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(layers), bias="none")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # which way round GPT-2's weights are
         inject_adapter_in_model(config, model)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            # What adapters read keeps its dtype until autocast changes it, whatever dtype their weights have: dropout
+            # would round it otherwise.
+            module.cast_input_dtype_enabled = False
+            # Of torch's attention: the sum of weights and adapters is taken before autocast.
+            module.leaves_autocast = type(module.get_base_layer()).__name__ == _TORCH_ATTENTION
 
 
 def named_layers(model: Any, targets: Sequence[str], without: Collection[str] = ()) -> list[str]:

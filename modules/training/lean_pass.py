@@ -49,7 +49,7 @@ class LeanPass(nn.Module):
     """``objective`` with the same results, whose state stays its own; ``precision`` is that of the autocast around it.
 
     Autocast would cast each weight of a linear layer or a convolution by itself, and batch normalisation counts its
-    batches by itself. Modules that leave autocast have an attribute ``leaves_autocast`` and keep their weights.
+    batches by itself. Modules that leave autocast have a true attribute ``leaves_autocast`` and keep their weights.
     """
 
     def __init__(self, objective: nn.Module, precision: str):

@@ -39,6 +39,18 @@ OWN_FLAGS = {
     ],
 }
 
+# A decoder that reads the visual tokens before the text, the smallest.
+LLAMA = json.dumps(
+    {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
+)
+
 
 def build(demo: Path, index: Path, *flags: str):
     given, _ = parse_flags(
