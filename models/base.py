@@ -228,7 +228,8 @@ class Backbone(nn.Module):
     def cross_attention(self) -> list[nn.Module]:
         """The modules that attend to the visual tokens, first decoder layer first; empty where none can be shown.
 
-        Each has a method ``weights`` with the arguments of ``forward``, which returns its weights (B, heads, T, S).
+        Each has a method ``weights`` with the arguments of ``forward``, which returns its weights (B, heads, T, S); its
+        output, or the first of several, is what it read (B, T, D).
         """
         return []
 

@@ -25,6 +25,7 @@ class Language(NamedTuple):
     body: str
     head: str = "lm_head"
     prefix: bool = False  # without cross-attention
+    cross: str = ""  # in a layer, the module whose output is what cross-attention read
     encoder: str = ""  # its own encoder of texts, which is left out
     positions: str = ""  # the table of position embeddings in the body, where it has one
     options: dict[str, Any] = {}
@@ -38,6 +39,7 @@ LANGUAGES = {
     "gpt2": Language(
         "GPT2LMHeadModel",
         "transformer",
+        cross="crossattention",
         positions="wpe",
         options=_CROSS,
         fresh=("crossattention", "ln_cross_attn"),
@@ -48,15 +50,22 @@ LANGUAGES = {
         "BertLMHeadModel",
         "bert",
         "cls",
+        cross="crossattention.output.dense",
         positions="embeddings.position_embeddings",
         options=_CROSS | {"is_decoder": True},
         fresh=("crossattention",),
         adapted=("query", "value"),
     ),
     "bart": Language(
-        "BartForConditionalGeneration", "model.decoder", positions="embed_positions", encoder="model.encoder"
+        "BartForConditionalGeneration",
+        "model.decoder",
+        cross="encoder_attn",
+        positions="embed_positions",
+        encoder="model.encoder",
     ),
-    "t5": Language("T5ForConditionalGeneration", "decoder", encoder="encoder", adapted=("q", "v")),
+    "t5": Language(
+        "T5ForConditionalGeneration", "decoder", cross="EncDecAttention", encoder="encoder", adapted=("q", "v")
+    ),
     "llama": Language("LlamaForCausalLM", "model", prefix=True, masked=True),
     "mistral": Language("MistralForCausalLM", "model", prefix=True, masked=True),
     "qwen2": Language("Qwen2ForCausalLM", "model", prefix=True, masked=True),
@@ -94,15 +103,17 @@ def positions(config: Any) -> int | None:
 
 
 class Looks(nn.Module):
-    """Is called with the weights (B, heads, T, S) of one layer's cross-attention, where someone listens."""
+    """Is called with the weights (B, heads, T, S) of one layer's cross-attention and what it read (B, T, D), where
+    someone listens.
+    """
 
-    def weights(self, weights: Tensor) -> Tensor:
+    def weights(self, weights: Tensor, read: Tensor) -> Tensor:
         """``weights`` (B, heads, T, S) themselves: the method by which attention is recorded."""
         return weights
 
-    def forward(self, weights: Tensor) -> Tensor:
-        """``weights`` (B, heads, T, S), unchanged."""
-        return weights
+    def forward(self, weights: Tensor, read: Tensor) -> Tensor:
+        """``read`` (B, T, D), unchanged."""
+        return read
 
 
 class LanguageDecoder(nn.Module):
@@ -230,17 +241,25 @@ class LanguageDecoder(nn.Module):
         return hidden if past else hidden[:, visual.size(1) :]
 
     def _look(self, **inputs: Any) -> Tensor:
-        """Hidden states (B, T, D); a layer's weights go to ``looks`` where a hook listens, as they slow it down."""
+        """Hidden states (B, T, D); what a layer looks at goes to ``looks`` where a hook listens, as that is slow."""
         if not any(look._forward_hooks for look in self.looks):
             return self.body(**inputs).last_hidden_state
         before = self.body.config._attn_implementation
         self.body.set_attn_implementation("eager")  # the others do not keep weights
+        read: list[Any] = []
+        hooks = [
+            module.register_forward_hook(lambda module, given, output: read.append(output))
+            for name, module in self.body.named_modules()
+            if name.endswith(f".{self.language.cross}")
+        ]
         try:
             output = self.body(**inputs, output_attentions=True)
         finally:
             self.body.set_attn_implementation(before)
-        for look, weights in zip(self.looks, output.cross_attentions, strict=True):
-            look(weights)
+            for hook in hooks:
+                hook.remove()
+        for look, weights, found in zip(self.looks, output.cross_attentions, read, strict=True):
+            look(weights, found[0] if isinstance(found, tuple) else found)
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -63,7 +63,9 @@ def part_of_name(name: str) -> str:
         return "projections"
     if components[0] == "visual_extractor":
         return "extractor"
-    return "encoder" if ENCODING & set(components) else "decoder"
+    # The outermost decides: the layers of a BERT that decodes are called encoder.
+    outermost = next((part for part in components if part in ENCODING or part == "decoder"), "decoder")
+    return "encoder" if outermost in ENCODING else "decoder"
 
 
 def gradients(objective: "Objective", batch: Any, epoch: int, weights: dict[str, float]) -> "dict[str, Tensor]":

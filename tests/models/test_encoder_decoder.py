@@ -263,6 +263,20 @@ def test_attention_is_recorded_where_it_is_asked_for(tmp_path, kind):
     assert len(found) == 2
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "bart", "t5"])
+@torch.no_grad()
+def test_what_attention_reads_is_its_modules_output(tmp_path, kind):
+    _, backbone = build(tmp_path, kind)
+    features, tokens, read = features_of(2), torch.tensor([[0, 4, 5], [0, 6, 7]]), []
+    backbone.cross_attention()[-1].register_forward_hook(lambda module, given, output: read.append(output))
+    for _ in range(2):
+        backbone(None, tokens, features=features)
+        features.patches[0] *= -1
+    assert read[0].shape == (2, 3, backbone.report_dim)
+    torch.testing.assert_close(read[1][1], read[0][1])
+    assert not torch.allclose(read[1][0], read[0][0], atol=1e-3)
+
+
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_every_parameter_learns_but_those_of_a_frozen_decoder(frozen, own):

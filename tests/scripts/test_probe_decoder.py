@@ -14,8 +14,9 @@ def call(monkeypatch, *arguments):
     probe_decoder.main()
 
 
-def test_every_place_is_probed_under_one_text(train, demo_labels, monkeypatch, capsys):
-    checkpoint = train("--ithn", "off", "--views", "paired") / "model_best.pth"
+@pytest.mark.parametrize("backbone", ["r2gencmn", "hf"])
+def test_every_place_is_probed_under_one_text(backbone, train, demo_labels, monkeypatch, capsys):
+    checkpoint = train("--model_name", backbone, "--ithn", "off", "--views", "paired") / "model_best.pth"
     annotation, found = probe_decoder.features_of(str(checkpoint), {})
     assert tuple(found) == probe_decoder.PLACES
     for by_split in found.values():

@@ -23,6 +23,8 @@ def test_parts_of_the_backbones():
     assert part_of_name("backbone.encoder_decoder.att_embed.0.weight") == "encoder"
     assert part_of_name("backbone.encoder_decoder.model.decoder.norm.a_2") == "decoder"
     assert part_of_name("backbone.encoder_decoder.logit.weight") == "decoder"
+    assert part_of_name("backbone.projection.weight") == "encoder"
+    assert part_of_name("backbone.decoder.model.bert.encoder.layer.0.output.dense.weight") == "decoder"
     assert part_of_name("temp_1") == part_of_name("img_projection.head.weight") == "projections"
 
 
