@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer as Bpe
-
+from modules.data.subword_tokenizer import read_definition
 from modules.data.tokenizers import BOS, EOS, clean_report
 from modules.runtime.errors import InputError
 from modules.runtime.hub import download_model
@@ -40,18 +39,12 @@ class BpeTokenizer:
 
     def __init__(self, definition: str, cleaner: str, special: Sequence[str] = (BEGIN, END, PADDING)):
         clean_report("", cleaner)  # an unknown cleaner is refused here
-        try:
-            self._bpe = Bpe.from_str(definition)
-        except Exception as error:  # the Rust library raises plain Exceptions
-            raise InputError(f"BPE tokenizer: its definition cannot be read: {str(error)[:200]}") from error
+        self._bpe = read_definition(definition, "BPE tokenizer")
         self.special = tuple(special)
         begin, end, padding = (self._bpe.token_to_id(token) for token in self.special)
         if end is None:
             reason = ", so it is not GPT-2's" if self.special[1] == END else ""
             raise InputError(f"BPE tokenizer: its vocabulary lacks {self.special[1]}{reason}")
-        self._bpe.encode_special_tokens = True  # a report that spells out a special token means its letters
-        self._bpe.no_truncation()
-        self._bpe.no_padding()
         self.cleaner, self.definition = cleaner, definition
         self.special_ids = (end if begin is None else begin, end, end if padding is None else padding)
 

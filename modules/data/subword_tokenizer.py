@@ -15,6 +15,18 @@ _END = "<end>"  # id 0: begin, end and padding
 CLEANER = "any"
 
 
+def read_definition(definition: str, name: str) -> Library:
+    """The tokenizer with this ``definition``, which leaves texts whole. InputError, with its ``name``, for another."""
+    try:
+        found = Library.from_str(definition)
+    except Exception as error:  # the Rust library raises plain Exceptions
+        raise InputError(f"{name}: its definition cannot be read: {str(error)[:200]}") from error
+    found.encode_special_tokens = True  # a report that spells out a special token means its letters
+    found.no_truncation()
+    found.no_padding()
+    return found
+
+
 class SubwordTokenizer:
     """Maps reports to ids and back; ``definition`` is the JSON of a tokenizers.Tokenizer, which a checkpoint stores.
 
@@ -26,15 +38,9 @@ class SubwordTokenizer:
     cleaner = CLEANER
 
     def __init__(self, definition: str):
-        try:
-            self._bpe = Library.from_str(definition)
-        except Exception as error:  # the Rust library raises plain Exceptions
-            raise InputError(f"subword tokenizer: its definition cannot be read: {str(error)[:200]}") from error
+        self._bpe = read_definition(definition, "subword tokenizer")
         if self._bpe.token_to_id(_END) != EOS or self._bpe.token_to_id(UNKNOWN) is None:
             raise InputError(f"subword tokenizer: {_END} is not its id {EOS}, or {UNKNOWN} is missing")
-        self._bpe.no_truncation()
-        self._bpe.no_padding()
-        self._bpe.encode_special_tokens = True  # a report that spells out a special token means its letters
         self.definition = definition
         self._pieces = {index: piece for piece, index in self._bpe.get_vocab().items()}
 

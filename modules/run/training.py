@@ -323,6 +323,8 @@ def _trainer(parts: Parts, folder: CheckpointFolder, shutdown: GracefulShutdown)
     if config.compile:
         parts.objective.compile()
     shards = _shards(parts) if shares_parameters(config) else None
+    if config.shard_parameters and shards is None:
+        logger.info("no effect here (one process has all parameters): --shard_parameters")
     writes, validated = is_main_process(), parts.loaders["val"]
     if config.eval_batches:
         validated = LimitedLoader(validated, min(config.eval_batches, len(validated)))

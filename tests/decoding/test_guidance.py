@@ -20,7 +20,7 @@ from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint, write_checkpoint
 from scripts import export, predict
 from tests.decoding.test_search import Language, Session, plain_beam_search
-from tests.run.test_plugin import OWN_FLAGS, build
+from tests.run.test_plugin import LLAMA, OWN_FLAGS, build
 
 
 class Fixed:
@@ -97,6 +97,7 @@ def test_guided_beams_are_those_of_the_language_of_the_differences():
         *((name, []) for name in MODELS),
         ("xpronet", ["--xpronet_labels", "reference"]),
         ("visualgpt", ["--visualgpt_compat", "published"]),
+        ("hf", ["--decoder_config", LLAMA]),
     ],
 )
 def test_every_backbone_is_guided_by_its_mean_image(demo, demo_labels, demo_index, name, more):

@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modules.layers.hub_encoders import describe_encoder, find_encoder, read_description
 from modules.layers.visual_extractor import VisualExtractor
+from modules.layers.visual_extractor_weights import load_state
 from modules.runtime.hub import shared_name
 
 torch.set_num_threads(1)
@@ -100,6 +101,21 @@ def test_positions_are_interpolated_to_the_image(tmp_path, kind):
     with torch.no_grad():
         hidden = model(pixel_values=images, **options).last_hidden_state
     close(load(tmp_path, 48), images, hidden[:, prefix:])
+
+
+@pytest.mark.parametrize("size", [224, 518])
+def test_a_folder_of_rad_dinos_layout(tmp_path, size):
+    """DINOv2 for images of 518 pixels with the image processor that transformers saves beside it."""
+    model = save(tmp_path, "dinov2", image_size=518, patch_size=14)
+    look = {"image_mean": [0.53] * 3, "image_std": [0.26] * 3, "size": {"shortest_edge": 518}, "crop_size": 518}
+    transformers.BitImageProcessor(**look).save_pretrained(tmp_path)
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        hidden = model(pixel_values=images).last_hidden_state
+    extractor = load(tmp_path, size)
+    assert close(extractor, images, hidden[:, 1:]).shape[1] == (size // 14) ** 2
+    assert extractor.mean == (0.53,) * 3 and extractor.std == (0.26,) * 3
+    assert read_description(describe_encoder(tmp_path)).size == 518
 
 
 def test_the_tower_of_a_model_of_image_and_text(tmp_path):
@@ -220,6 +236,13 @@ def test_a_densenet_of_torchxrayvision(tmp_path):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.max().item())
     with pytest.raises(ValueError, match="give its weights as a file"):
         VisualExtractor("xrv:densenet121", pretrained=True)
+
+
+def test_weights_of_one_channel_give_the_same_for_grey_images():
+    source, own = (torch.nn.Sequential(torch.nn.Conv2d(n, 4, 3), torch.nn.Conv2d(4, 2, 3)) for n in (1, 3))
+    load_state(own, source.state_dict(), "file")
+    grey = torch.randn(1, 1, 8, 8)
+    torch.testing.assert_close(own(grey.expand(-1, 3, -1, -1)), source(grey), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_no_vision_model_is_refused_in_a_line(tmp_path):

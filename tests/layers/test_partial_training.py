@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from modules.config import Config
+from modules.layers.low_rank import merge_adapters
 from modules.layers.partial_training import Trunk
 from modules.layers.visual_extractor import VisualExtractor
 from modules.runtime.errors import InputError
@@ -138,3 +139,38 @@ def test_what_cannot_be_unfrozen_is_refused():
             Config(unfreeze=value)
     with pytest.raises(InputError, match="--unfreeze last:1: --freeze_visual_extractor true trains no part"):
         Config(unfreeze="last:1", freeze_visual_extractor=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("vit_tiny_patch16_224", {"attn.qkv", "attn.proj"}),
+        # Its queries, keys and values are read without calling their layer.
+        ("beit_base_patch16_224", {"attn.proj"}),
+    ],
+)
+def test_adapters_are_on_the_attention(name, layers):
+    with torch.device("meta"):
+        extractor = VisualExtractor(name, image_size=32, unfreeze="lora:2")
+    assert all("lora_" in key for key in trained(extractor))
+    assert {key.partition(".lora_")[0].partition("blocks.0.")[2] for key in trained(extractor)} - {""} == layers
+
+
+def test_adapters_can_be_merged():
+    torch.manual_seed(0)
+    extractor = VisualExtractor("vit_tiny_patch16_224", image_size=32, unfreeze="lora:2").eval()
+    images = torch.randn(1, 1, 3, 32, 32)
+    with torch.no_grad():
+        for key, value in extractor.named_parameters():
+            value.copy_(torch.randn_like(value) if "lora_B" in key else value)
+        before = extractor(images)[0]
+        merge_adapters(extractor)
+        torch.testing.assert_close(extractor(images)[0], before, rtol=1e-4, atol=1e-4)
+    with torch.device("meta"):
+        plain = VisualExtractor("vit_tiny_patch16_224", image_size=32)
+    assert extractor.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_what_has_no_attention_has_no_adapters():
+    with pytest.raises(ValueError, match="unfreeze lora:2: visual_extractor resnet18 has no attention"):
+        VisualExtractor("resnet18", unfreeze="lora:2")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from modules.run.testing import run_testing
 from modules.run.training import run_training
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
-from scripts import export
+from scripts import export, plot_attention, predict
+from scripts.research import probe_decoder, probe_gradients, probe_image_leakage
 from tests.gpt2_support import save_bpe, save_gpt2
 from tests.layers.test_hub_encoders import save
+from tests.run.test_plugin import LLAMA
 
 
 @pytest.fixture
@@ -66,8 +69,42 @@ def test_a_run_its_test_resumption_and_export_need_the_folder_once(train, gpt2, 
     load_predictor(str(tmp_path / "out"), {})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("described", ["", LLAMA])
+def test_every_program_takes_it(described, train, demo, demo_index, demo_labels, tmp_path, monkeypatch, capsys):
+    """Or says in a line what the decoder does not have: one that reads a prefix has no cross-attention."""
+    flags = ["--model_name", "hf", "--decoder_config", described, "--negative_index", demo_index, "--views", "paired"]
+    best = train(*flags, "--beam_size", 1) / "model_best.pth"
+    study = next(path for path in (demo / "images").iterdir() if path.is_dir())
+    views = sorted(study.glob("*.png"))
+    page = tmp_path / "page.html"
+
+    def call(program, *arguments):
+        monkeypatch.setattr(sys, "argv", ["program.py", *map(str, arguments)])
+        assert not program.main()
+        return capsys.readouterr().out
+
+    call(predict, "--load", best, "--html", page, "--group", "all", "--quiet", *views)
+    assert page.is_file()
+    call(export, best, "--program", tmp_path / "program")
+    assert str(best) in call(probe_gradients, "--load", best, "--batches", 1)
+    assert str(best) in call(probe_image_leakage, "--load", best)
+    monkeypatch.setattr("scripts.research.probe_images.NEEDED", {"train": 1, "val": 1, "test": 1})
+    for program, more in (
+        (plot_attention, ["--out", tmp_path / "maps", *views]),
+        (probe_decoder, ["--label_path", demo_labels]),
+    ):
+        if not described:
+            assert call(program, "--load", best, *more)
+        else:
+            with pytest.raises(InputError, match="attention|attend"):
+                call(program, "--load", best, *more)
+
+
 def test_a_prefix_decoder_with_two_views_and_guidance(train, llama):
-    folder = train(*flags_of(llama), "--guidance", 0.5, "--freeze_decoder", "true")
+    folder = train(*flags_of(llama), "--guidance", 0.5, "--freeze_decoder", "true", "--shard_parameters", "true")
+    line = "no effect here (one process has all parameters): --shard_parameters"
+    assert (folder / "train.log").read_text().count(line) == 1
     content = load_checkpoint(folder / "model_best.pth")
     assert content["vocabulary"]["special"] == ["<s>", "</s>", "<pad>"]
     first = LlamaForCausalLM.from_pretrained(llama).state_dict()

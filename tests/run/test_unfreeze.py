@@ -43,3 +43,17 @@ def test_the_last_stage_is_trained_on_stored_features_of_the_others(train, demo_
     for row, scores in with_cache["test"].items():
         numbers = {name: value for name, value in scores.items() if value is not None}
         assert {name: without["test"][row][name] for name in numbers} == pytest.approx(numbers, rel=1e-4), row
+
+
+def test_images_read_once_in_half_precision_and_resumed(train, tmp_path):
+    """The weights are those of one run that reads the files, to the bit."""
+    flags = ["--unfreeze", "last:1", "--precision", "bfloat16", "--lr_ve", 1e-2, "--ithn", "off", "--beam_size", 1]
+    folder = train(*flags, "--image_cache", tmp_path / "cache")
+    before = load_checkpoint(folder / "current_checkpoint.pth")["state_dict"]
+    argv = ["--save_dir", str(folder), "--resume", "auto", "--epochs", "2"]
+    run_training(*parse_flags(argv, "main_train.py", ""))
+    after = load_checkpoint(folder / "current_checkpoint.pth")["state_dict"]
+    changed = {name for name in before if not torch.equal(before[name], after[name]) and "visual_extractor" in name}
+    assert changed and all(name.startswith("visual_extractor.model.7.") for name in changed)
+    folder = train(*flags, "--epochs", 2, "--save_dir", tmp_path / "plain")
+    torch.testing.assert_close(load_checkpoint(folder / "current_checkpoint.pth")["state_dict"], after, rtol=0, atol=0)
