@@ -25,13 +25,13 @@ def add_adapters(model: nn.Module, layers: Collection[str], *, rank: int, alpha:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # which way round GPT-2's weights are
         inject_adapter_in_model(config, model)
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            # What adapters read keeps its dtype until autocast changes it, whatever dtype their weights have: dropout
-            # would round it otherwise.
-            module.cast_input_dtype_enabled = False
-            # Of torch's attention: the sum of weights and adapters is taken before autocast.
-            module.leaves_autocast = type(module.get_base_layer()).__name__ == _TORCH_ATTENTION
+    adapted: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in adapted:
+        # What adapters read keeps its dtype until autocast changes it, whatever dtype their weights have: dropout
+        # would round it otherwise.
+        layer.cast_input_dtype_enabled = False
+        # Of torch's attention: the sum of weights and adapters is taken before autocast.
+        layer.leaves_autocast = type(layer.get_base_layer()).__name__ == _TORCH_ATTENTION
 
 
 def named_layers(model: Any, targets: Sequence[str], without: Collection[str] = ()) -> list[str]:
