@@ -5,15 +5,15 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 data=data/demo out=results/demo studies=2000 epochs=10 every=3
-takes="some five minutes" note=() given=() previous=
+takes="some ten minutes" note=() given=() previous=
 for argument in "$@"; do
   case "$argument" in
   -h | --help)
-    echo "usage: bash run_demo.sh [--quick] [flags of main_train.py]    (after set-up some five minutes on two cores, --quick about" \
-      "one; writes results/demo/report.html; interrupted, the same command goes on)"
+    echo "usage: bash run_demo.sh [--quick] [flags of main_train.py]    (after set-up some ten minutes on two cores, --quick two or" \
+      "three; writes results/demo/report.html; interrupted, the same command goes on)"
     exit 0 ;;
   --quick)
-    data=data/demo_quick out=results/demo_quick studies=200 epochs=20 every=5 takes="about a minute"
+    data=data/demo_quick out=results/demo_quick studies=200 epochs=20 every=5 takes="two or three minutes"
     note=(--exp_name "Quick demo (a tenth of the data: its scores say little, run without --quick)") ;;
   *) given+=("$argument") ;;
   esac

@@ -177,7 +177,8 @@ def test_sizes_that_differ_from_the_flags_are_named(folder, bpe):
 
 def test_the_papers_settings():
     given, notes = parse_flags(["--backbone", "visualgpt"], "x", "")
-    assert "--gpt2_path gpt2" in notes[-1] and "--tau 0.2" in notes[-1]
+    told = "\n".join(notes)  # wrapped into lines
+    assert "--gpt2_path gpt2" in told and "--tau 0.2" in told
     settings = preset("visualgpt", "iu_xray")
     assert (settings["optim"], settings["lr_ed"], settings["clip_norm"], settings["beam_size"]) == ("AdamW", 1e-4, 1, 5)
     assert settings["batch_size"] * settings["grad_accumulation"] == 50
