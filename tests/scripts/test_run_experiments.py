@@ -211,7 +211,7 @@ def test_a_row_is_tested_on_the_models_of_another(files, stand_in, monkeypatch):
     (runs["base seed 2"].folder / "model_best.pth").write_bytes(b"trained again")
     assert by_name(planned(files))["guided seed 2"].state == UNTESTED
 
-    arguments = argparse.Namespace(rows=["guided"], redo_changed=False, jobs=1)
+    arguments = argparse.Namespace(rows=["guided"], redo_changed=False, jobs=1, by_seed=False, keep=None)
     with open(files / "out/.lock") as lock:
         failed = run_experiments.run_missing(
             arguments, lambda: planned(files), read_datasets(files / "datasets.json"), lock.fileno()
@@ -240,7 +240,7 @@ def test_a_row_starts_from_the_models_of_another(files, stand_in):
         .replace("folder = ", f"open({str(files / 'order')!r}, 'a').write(value('--save_dir') + chr(10)); folder = ", 1)
     )
     (files / "main_train.py").write_text(record + "(folder / 'model_best.pth').touch()\n")
-    arguments = argparse.Namespace(rows=[], redo_changed=False, jobs=1)
+    arguments = argparse.Namespace(rows=[], redo_changed=False, jobs=1, by_seed=False, keep=None)
     failed = run_experiments.run_missing(
         arguments,
         lambda: [run for run in planned(files) if run.name not in ("guided seed 2", "base seed 2")],
