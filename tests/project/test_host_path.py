@@ -72,7 +72,8 @@ def test_the_counts_are_of_real_work(counted):
         if kind == "replayed step":
             assert counts["graph_launches"] == 1 and counts["launches"] < 60 and not counts.get("captured")
             continue
-        assert counts["launches"] + counts.get("captured", 0) > 500 and counts["products"] > 50
+        # Of a search, the tokens after its recording are one launch each.
+        assert counts["launches"] + counts.get("captured", 0) > 500 and counts["products"] > 25
         assert counts.get("waits", 0) == {"named wait": 1, "search": 7}.get(kind, 0)
 
 
