@@ -73,7 +73,7 @@ def predicted(folder, *flags):
     return {row["id"]: row["report"] for row in json.loads((folder / "predicted.json").read_text())["reports"]}
 
 
-def tested(folder):
+def reports_of_the_test(folder):
     """The reports of the run's own test, in its order."""
     with open(folder / "res.csv", newline="") as file:
         return [row[0] for row in csv.reader(file)]
@@ -164,7 +164,7 @@ def test_what_only_the_context_says_is_learnt(kind, context, train, tmp_path):
     # predict.py reads the same context, from the annotation and, without any report, from a table.
     folder, images = tmp_path / "given", ("--image_dir", tmp_path / "data" / "images")
     reports = predicted(folder, "--ann_path", flags[1], *images)
-    assert list(reports.values()) == tested(folder) and len(set(reports.values())) > 1
+    assert list(reports.values()) == reports_of_the_test(folder) and len(set(reports.values())) > 1
     rows = json.loads(flags[1].read_text())["test"]
     table = "\n".join(
         f"{row['id']},{row['subject_id']},{row['image_path'][0]},{row.get('prior', '')},"
