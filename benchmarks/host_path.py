@@ -80,7 +80,7 @@ def total(counts: Mapping[str, int]) -> int:
 
 def measure(quick: bool = False) -> Iterator[tuple[str, str, str, Counter[str]]]:
     """Kind, backbone, case and counts of everything that is counted; on the null device only."""
-    from benchmarks.host_cases import NARROW, StepCase, Steps, graphs, search
+    from benchmarks.host_cases import NARROW, StepCase, Steps, graphs, recurrence, search
 
     null = null_device.prepare()
     deep, shallow = Steps(null, "resnet101"), Steps(null, "resnet18")
@@ -101,6 +101,7 @@ def measure(quick: bool = False) -> Iterator[tuple[str, str, str, Counter[str]]]
         if not quick:
             number, _ = graphs(name, STRATEGIES["ithn"], shallow.device)
             yield "graphs", name, "20 epochs", Counter(graphs=number)
+    yield "recurrence", "r2gen", "forward and backward", recurrence(null, shallow.device)
     many = shallow.take(StepCase("r2gencmn", STRATEGIES["ithn"]), steps=STEPS_TO_THE_GUARD)
     yield "step", "r2gencmn", f"{STEPS_TO_THE_GUARD} steps", many
     yield "named wait", "r2gencmn", "RAdam", shallow.take(StepCase("r2gencmn", optim={"optim": "RAdam"}))
@@ -126,6 +127,8 @@ def held_against(
             row(f"{name}: copies between host and device in a step, {case}", copies, budgets["copies of a step"])
         elif kind == "replayed step":
             row(f"{name}: launches of a step with --cuda_graph, {case}", total(counts), budgets["launches of a replay"])
+        elif kind == "recurrence":
+            row(f"{name}: launches of the recurrence in a step", total(counts), own["launches of the recurrence"])
         elif kind == "graphs":
             row(f"{name}: graphs of {case} with --compile and ITHN", counts["graphs"], own["graphs of 20 epochs"])
         elif kind == "search":

@@ -8,7 +8,8 @@ slots come first, (s, B, d): the slots of all rows are one matrix, followed by t
 The loop over tokens is sequential, so everything that can be computed outside it is: what depends on tokens alone is
 one product for all of them. The backward loop carries only the memory's gradient, and each weight's gradient is one
 product over all T * s * B rows after it. Autograd would accumulate it step by step: forward and backward took 0.60 s
-instead of 0.39 s for B = 16, T = 59, s = 3, d = 512 on one core (benchmarks/r2gen_step.py).
+instead of 0.39 s for B = 16, T = 59, s = 3, d = 512 on one core (benchmarks/r2gen_step.py). On a GPU, training
+takes the same steps by fused_recurrence.py.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from modules.layers.fused_recurrence import FusedRecurrence, is_possible
 
 aten = torch.ops.aten
 
@@ -303,12 +306,16 @@ class RelationalMemory(nn.Module):
         """The memory (B, T, s*d) after each of the tokens ``x`` (B, T, d), starting from the initial one."""
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.transpose(0, 1).to(self.U.weight.dtype)
+            dropout = self.dropout if self.training else 0.0
+            known = tokens, self.token_gates(tokens), self.initial(x), self.num_heads
+            if not torch.compiler.is_compiling() and is_possible(tokens, self.num_heads):
+                return FusedRecurrence.apply(*known, dropout, *self.weights())
             kept = None
-            if self.training and self.dropout:
+            if dropout:
                 slots = self.num_slots
                 kept = tokens.new_ones(len(tokens), slots, slots + 1, len(x), self.num_heads)
-                kept = F.dropout(kept, self.dropout)
-            given = tokens, self.token_gates(tokens), self.initial(x), self.num_heads, kept
+                kept = F.dropout(kept, dropout)
+            given = *known, kept
             if torch.compiler.is_dynamo_compiling():
                 return _recurrence(*given, list(self.weights()))[0]
             return Recurrence.apply(*given, *self.weights())
