@@ -6,8 +6,8 @@ the anchor image's number where the neighbour has one, else the neighbour's firs
 Left out as false negatives, unless a flag says otherwise: records of the same study or, where the annotation knows
 patients, of the same patient, and reports whose cleaned text is the same. RadBERT, the default encoder, is a masked-LM
 checkpoint without a trained pooler, so reports are embedded by the mean of the last hidden states over all tokens
-(--pooling mean) or by the first token's (--pooling first). The data flags of main_train.py are taken too; those that
-mining has no use for change nothing.
+(--pooling mean) or by the first token's (--pooling first). The data flags of main_train.py and --tokenizer are taken
+too; those that mining has no use for change nothing.
 
   python scripts/mine_hard_negatives.py --ann_path data/iu_xray/annotation.json --out data/iu_xray/negatives.safetensors
   python scripts/mine_hard_negatives.py ... --text_encoder tfidf          needs no weights and nothing downloaded
@@ -28,7 +28,6 @@ from modules.config import Config
 from modules.data.annotations import Annotation, read_annotation
 from modules.data.captions import split_captions
 from modules.data.dataset_specs import SECTIONS, DataSpec
-from modules.data.settings import DataSettings
 from modules.data.tokenizers import clean_report
 from modules.flags import Parser, add_flags, boolean, data_set, given_flags
 from modules.runtime.errors import InputError, one_line, run_entry_point
@@ -52,6 +51,7 @@ RECORDED = (
 )
 # Flags of main_train.py that decide which texts are identical, and what a record is.
 OF_THE_DATA = ("cleaner", "captions")
+OF_THE_VOCABULARY = ("tokenizer", "subword_vocabulary")
 SHOWN_LETTERS = 180
 ALIKE = 0.999
 
@@ -95,8 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_resources(parser)
     taken = {name.removeprefix("--") for name in parser._option_string_actions}
-    for item in dataclasses.fields(DataSettings):  # one variable of a shell script serves every program
-        if item.name not in taken:
+    for item in dataclasses.fields(Config):  # one variable of a shell script serves every program
+        if item.name not in taken and (item.metadata["group"] == "data" or item.name in OF_THE_VOCABULARY):
             add(f"--{item.name}", help=argparse.SUPPRESS)
     add(
         "--examples",

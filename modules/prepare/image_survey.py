@@ -74,7 +74,7 @@ def survey_images(folder: ImageFolder, paths: Sequence[str], *, workers: int, ha
             "where it ran out of memory, lower --num_workers"
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # waits: Python 3.11's exit trips over a pool that is still closing
 
 
 def _ignore_interrupt() -> None:

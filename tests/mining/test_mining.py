@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from modules.config import Config
 from modules.data.annotations import read_annotation
-from modules.data.settings import DataSettings
 from modules.flags import build_parser
 from modules.mining.index import HardNegativeIndex, group_ids, mine_neighbours
 from modules.runtime.errors import InputError
@@ -312,15 +312,17 @@ def test_neighbours_are_of_other_patients_unless_a_flag_says_otherwise(tmp_path,
 
 def test_every_data_flag_is_taken_by_the_programs_that_read_the_data(demo, tmp_path, monkeypatch, capsys):
     """One variable of a shell script holds them: main_train.py, check_data.py and mining parse each with its value."""
-    flags = []
-    for item in dataclasses.fields(DataSettings):
+    flags, items = [], [item for item in dataclasses.fields(Config) if item.metadata["group"] == "data"]
+    items += [item for item in dataclasses.fields(Config) if item.name in ("tokenizer", "subword_vocabulary")]
+    assert {"max_seq_length", "max_views", "threshold"} < {item.name for item in items}
+    for item in items:
         default = {bool: "true", int: "1", float: "1.5"}.get(item.type, "x")
         choices = [choice for choice in item.metadata["choices"] or () if choice]
         flags += [f"--{item.name}", str(choices[0]) if choices else "true" if item.name == "captions" else default]
     train = build_parser("main_train.py", "").parse_args(flags)
     check = check_data.build_arguments().parse_args(flags)
     mined = mine_hard_negatives.build_parser().parse_args([*flags, "--out", str(tmp_path / "x")])
-    for item in dataclasses.fields(DataSettings):
+    for item in items:
         assert getattr(train, item.name) == getattr(check, item.name) and hasattr(mined, item.name)
     # What decides the texts is followed, not only taken: another cleaner finds other texts identical.
     (tmp_path / "annotation.json").write_text(
