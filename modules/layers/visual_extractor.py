@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from modules.layers.batch_statistics import StatisticsOfFirst
 from modules.layers.hub_encoders import TimmTokens, build_encoder, is_hub_name, read_description
 from modules.layers.partial_training import Trunk, freeze_all_but
 from modules.layers.visual_extractor_weights import load_weights, no_pickles, not_fetched, packaged_weights
@@ -173,11 +174,24 @@ class VisualExtractor(nn.Module):
 
     def _present_views(self, images: Tensor, rows: list[Tensor]) -> Tensor:
         flat = images.flatten(0, 1)
-        # Without statistics of the batch, further images change nothing: their number then repeats from batch to batch.
-        multiple = 1 if self.model.training else COUNTED_BY.get(images.device.type, COUNTED_BY["cuda"])
-        grids = torch.cat([self._grid(flat[filled_up(index, multiple)])[: len(index)] for index in rows])
+        grids = torch.cat([self._filled_up(flat, index) for index in rows])
         patches = grids.new_zeros(len(flat), *grids.shape[1:])  # of (present views, S, C)
         return patches.index_copy(0, torch.cat(rows), grids).unflatten(0, images.shape[:2])
+
+    def _filled_up(self, images: Tensor, index: Tensor) -> Tensor:
+        """``_grid`` of the ``images`` (B * N, ...) in ``index`` (n,), whose number is filled up to a multiple."""
+        multiple = COUNTED_BY.get(images.device.type, COUNTED_BY["cuda"])
+        if not self.model.training:
+            return self._grid(images[filled_up(index, multiple)])[: len(index)]
+        # A batch's statistics leave out what it is filled up with, where they are its own.
+        if len(index) % multiple == 0 or len(index) == 1 or self._shares_statistics or torch.compiler.is_compiling():
+            return self._grid(images[index])
+        with StatisticsOfFirst(len(index)):
+            return self._grid(images[filled_up(index, multiple)])[: len(index)]
+
+    @property
+    def _shares_statistics(self) -> bool:
+        return any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules())
 
     def _grid(self, images: Tensor) -> Tensor:
         """(n, 3, H, W), or stored (n, rows, columns), -> (n, S, C), after the class token (n, 1 + S, C) where it is

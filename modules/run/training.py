@@ -193,8 +193,9 @@ def _compose(
     if data.strategy == "off" and (line := idle_without_ithn(given)):
         logger.warning("%s", line)
     check_images(config, data, ("train", "val", "test"))
-    # A frozen extractor's numbers of images are filled up: modules/layers/visual_extractor.py.
-    tune(config.freeze_visual_extractor or views_are_alike(config, data))
+    # Numbers of images are filled up, but in these two cases: modules/layers/visual_extractor.py.
+    differ = (config.sync_bn or config.compile) and not config.freeze_visual_extractor
+    tune(not differ or views_are_alike(config, data))
     make: Callable[..., Objective] = Objective
     if config.self_critical:
         from modules.run.self_critical import self_critical_objective

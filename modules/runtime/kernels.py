@@ -25,7 +25,7 @@ def choose_kernels(*, tf32: bool, deterministic: bool) -> None:
 def tune(wanted: bool) -> None:
     """Have cuDNN time its convolutions for every new number of images, unless only deterministic ones may be used.
 
-    It pays where the numbers repeat; where studies have one view or two, a training has a new one in every batch.
+    It pays where the numbers repeat, not where every batch of a training has one of its own.
     """
     torch.backends.cudnn.benchmark = wanted and not torch.are_deterministic_algorithms_enabled()
 

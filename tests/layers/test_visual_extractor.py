@@ -7,7 +7,6 @@ import pytest
 import torch
 import torchvision
 
-from modules.layers import visual_extractor
 from modules.layers.visual_extractor import IMAGENET_MEAN, VisualExtractor
 
 torch.set_num_threads(1)
@@ -181,42 +180,3 @@ def test_unknown_names_get_a_suggestion():
 def test_normalisation_of_torchvision_models():
     extractor = VisualExtractor("resnet18")
     assert extractor.mean == IMAGENET_MEAN and math.isclose(extractor.std[0], 0.229)
-
-
-class Sizes(torch.nn.Module):
-    """Notes the number of images of each call; batch normalisation makes them depend on one another in training."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 8, stride=8), torch.nn.BatchNorm2d(6))
-        self.seen = []
-
-    def forward(self, images):
-        self.seen.append(len(images))
-        return self.layers(images)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_numbers_of_images_repeat_where_no_statistic_sees_them(monkeypatch, training):
-    """An epoch of 30 batches of 16 studies with one view or two, as on a GPU and as on a CPU."""
-    torch.manual_seed(0)
-    extractor = VisualExtractor("resnet18", image_size=32)
-    extractor.model = Sizes()
-    extractor.train(training)
-    images, sizes, outputs = torch.randn(16, 2, 3, 32, 32), [], []
-    start = {name: value.clone() for name, value in extractor.state_dict().items()}
-    for multiple in (1, 8):
-        monkeypatch.setitem(visual_extractor.COUNTED_BY, "cpu", multiple)
-        extractor.load_state_dict(start)
-        extractor.model.seen.clear()
-        draw, found = torch.Generator().manual_seed(1), []
-        for _ in range(30):
-            there = torch.ones(16, 2, dtype=torch.bool)
-            there[:, 1] = torch.rand(16, generator=draw) < 0.6
-            found.append(extractor(images * there[..., None, None, None], there)[0].detach())
-        sizes.append(set(extractor.model.seen))
-        outputs.append((torch.stack(found), extractor.model.layers[1].running_mean))
-    assert len(sizes[0]) > 6
-    assert sizes[1] == sizes[0] if training else sizes[1] <= {16, 24, 32}
-    for plain, filled in zip(*outputs, strict=True):
-        torch.testing.assert_close(filled, plain)
