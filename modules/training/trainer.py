@@ -150,13 +150,20 @@ class Trainer:
             )
             raise
 
+    @property
+    def _has_ended(self) -> bool:
+        return self._is_exhausted or self.position.epoch > self.optim.epochs
+
+    @property
+    def _is_exhausted(self) -> bool:
+        return self.best.epochs_without > self.loop.early_stop
+
     def _finished(self) -> bool:
-        if self.best.epochs_without > self.loop.early_stop:
+        if self._is_exhausted:
             logger.info(
                 "val_%s has not improved for %d epochs: training stops", self.monitored, self.best.epochs_without
             )
-            return True
-        return self.position.epoch > self.optim.epochs
+        return self._has_ended
 
     def _epoch(self) -> None:
         started, before = time.monotonic(), self.position.seconds
@@ -313,11 +320,13 @@ class Trainer:
         self.scheduler.step(scores)
         self.history.append(row | {"seconds": seconds})
         self._log_epoch(self.history[-1], improved)
-        due = self._checkpoint_is_due()
+        # Where validation found nothing better, the checkpoint from before it has the same weights: a run that is
+        # killed before the next one validates again, to the same end.
+        due = self._checkpoint_is_due() and self._saved != position
         self.position = Position(epoch=position.epoch + 1, total_steps=position.total_steps)
         self.means = AverageMeter()
         self.guard.start_epoch()
-        if improved or due:
+        if improved or due or self._has_ended:
             self._save(improved)
 
     def _log_epoch(self, row: Mapping[str, Any], improved: bool) -> None:

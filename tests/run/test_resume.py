@@ -14,6 +14,7 @@ from modules.runtime.errors import InputError
 from modules.runtime.stopping import GracefulShutdown, Stopped
 from modules.training.checkpoint import load_checkpoint
 from modules.training.checkpoint_folder import BEST, CURRENT, PREVIOUS
+from modules.training.trainer import Best
 from tests.conftest import TINY
 from tests.data.test_shards import make
 
@@ -145,6 +146,26 @@ def test_a_float16_run_that_was_killed_goes_on_from_its_last_step(run, monkeypat
     one, other = load_checkpoint(whole / CURRENT), load_checkpoint(part / CURRENT)
     assert_same(one, other)
     assert one["scaler"]["scale"] < 65536 and any(row["train_skipped_steps"] for row in one["history"])
+
+
+def test_a_kill_after_a_validation_that_chose_nothing_loses_nothing(run, monkeypatch):
+    """Such an epoch's checkpoint is the one from before its validation, which is then repeated."""
+    update, flags = Best.update, ("--epochs", 3)
+    # The first epoch stays the best.
+    monkeypatch.setattr(Best, "update", lambda self, score, epoch, _: update(self, float(epoch), epoch, True))
+    whole = run("whole", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr("modules.training.trainer.Trainer._step", _killed_at_call(10))
+        with pytest.raises(RuntimeError, match="killed"):
+            run("part", *flags)
+    position = load_checkpoint(whole.with_name("part") / CURRENT)["position"]
+    assert (position["epoch"], position["trained"]) == (2, True)
+    part = run("part", *flags, "--resume", "auto")
+    assert "resumed in epoch 2 after 7 of its batches, before its validation" in (part / "train.log").read_text()
+    one, other = load_checkpoint(whole / CURRENT), load_checkpoint(part / CURRENT)
+    assert_same(one, other)
+    assert one["best"]["epoch"] == 1 and one["position"]["epoch"] == 4
+    assert_same(load_checkpoint(whole / BEST), load_checkpoint(part / BEST))
 
 
 def _killed_at_call(number):

@@ -136,12 +136,22 @@ def test_no_validation_before_its_first_epoch():
     assert "val_BLEU_4" not in one.history[0] and saved == [(1, False), (1, False), (2, True)]
 
 
-def test_an_epoch_without_validation_is_written_once():
-    """Nothing is decided after its training; a validated one is written before validation and after it."""
+def test_an_epoch_is_written_twice_only_where_validation_chose_it():
+    """Before its validation and after it; where nothing was decided, or nothing was better, once."""
     one, saved = trainer([batch([1.0])], scores=[0.1, 0.2, 0.3, 0.2, 0.5], eval_every=2)
     one.train()
     # Rows of the history at each write: epochs 1, 3 and 5 are validated.
     assert saved == [(0, False), (1, True), (2, False), (2, False), (3, True), (4, False), (4, False), (5, True)]
+    other, saved = trainer([batch([1.0])], scores=[0.4, 0.1, 0.2, 0.5, 0.3])
+    other.train()
+    # Epochs 2 and 3 are written before their validation; the last one also when training has ended.
+    assert saved == [(0, False), (1, True), (1, False), (2, False), (3, False), (4, True), (4, False), (5, False)]
+
+
+def test_training_that_ends_early_is_saved_as_ended():
+    one, saved = trainer([batch([1.0])], scores=[0.5, 0.1, 0.1, 0.1], early_stop=1, save_period=100)
+    one.train()
+    assert saved == [(1, True), (3, False)]
 
 
 def test_validation_every_few_epochs_and_in_the_last():
