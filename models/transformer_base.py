@@ -72,6 +72,18 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
+    def place(self, x: Tensor, features: VisualFeatures) -> Tensor:
+        """``x`` (B, S, d) of the visual tokens ``features`` with their positions, where the backbone has such.
+
+        Context follows the last view that is there: how many absent ones a batch holds must not move it.
+        """
+        position = None
+        if features.own is not None and features.patch_mask is not None:
+            position = (features.patch_mask.cumsum(dim=1) - 1).clamp(min=0)
+        for positions in self.src_embed:
+            x = positions(x, position)
+        return x
+
 
 class EncoderDecoder(nn.Module):
     """Patch features and tokens to hidden states.
@@ -99,7 +111,7 @@ class EncoderDecoder(nn.Module):
     def encode(self, features: VisualFeatures, memory: Any) -> tuple[Tensor, Tensor | None]:
         """Encoder output and what was read, (B, S, d) each: memory is read before positions are added."""
         x, response = self.read(self.att_embed(features.patches, features.patch_mask), memory, words=False)
-        return self.model.encoder(self.model.src_embed(x), features.attention_mask), response
+        return self.model.encoder(self.model.place(x, features), features.attention_mask), response
 
     def embed(self, tokens: Tensor, memory: Any, position: int | Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Decoder input and what was read, (B, T, d) each, for ``tokens`` (B, T); positions are added before reading.

@@ -332,9 +332,11 @@ class PositionalEncoding(nn.Module):
         self.register_buffer("pe", sinusoids(max_length, d_model).unsqueeze(0))
 
     def forward(self, x: Tensor, position: int | Tensor | None = None) -> Tensor:
-        """``x`` (B, T, d) holds positions 0..T-1, or T hypotheses that are all at ``position``, also as (1,) int64."""
+        """``x`` (B, T, d) holds positions 0..T-1, or T hypotheses that are all at ``position``, also as (1,) int64; or
+        what is at the positions (B, T) int64.
+        """
         if isinstance(position, Tensor):
-            table = self.pe.index_select(1, position)
+            table = self.pe.index_select(1, position) if position.dim() == 1 else F.embedding(position, self.pe[0])
         else:
             table = self.pe[:, : x.size(1)] if position is None else self.pe[:, position : position + 1]
         return F.dropout(x + table, self.dropout, self.training)

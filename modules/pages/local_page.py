@@ -55,13 +55,16 @@ class Refused(Exception):
 class LocalPage:
     """The application (ASGI) for a server that listens on LOOPBACK at ``port``; ``write`` serves one request at a time.
 
-    ``token`` is the secret of the page's address. Requests beyond MAX_WAITING or MAX_HELD are refused at once (503).
+    ``token`` is the secret of the address, ``note`` a line at the top. Requests beyond MAX_WAITING or MAX_HELD are
+    refused at once (503).
     """
 
-    def __init__(self, write: Write, *, token: str, port: int, checkpoint: str, beam_size: int, num_views: int):
+    def __init__(
+        self, write: Write, *, token: str, port: int, checkpoint: str, beam_size: int, num_views: int, note: str = ""
+    ):
         self._write, self._token = write, token
         self._hosts = {f"{LOOPBACK}:{port}", f"localhost:{port}"}
-        self._page, policy = _render(checkpoint=checkpoint, beam_size=beam_size, num_views=num_views)
+        self._page, policy = _render(checkpoint=checkpoint, beam_size=beam_size, num_views=num_views, note=note)
         self._headers = HEADERS | {"Content-Security-Policy": policy}
         self._held = self._waiting = 0
         self._turn = asyncio.Lock()
@@ -185,18 +188,15 @@ def shown_name(name: str) -> str:
     return "".join(character for character in last if character.isprintable())[:MAX_NAME] or "image"
 
 
-def _render(*, checkpoint: str, beam_size: int, num_views: int) -> tuple[str, str]:
-    """The page's text and its Content-Security-Policy."""
+def _render(**facts: Any) -> tuple[str, str]:
+    """The page's text, with the ``facts`` of its model, and its Content-Security-Policy."""
     styles, scripts = ("prediction.css", "local.css"), ("prediction.js", "local.js")
     template, parts, hashes = page_parts("local.html.j2", styles, scripts)
     policy = (
         f"default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; style-src {hashes['style']}; "
         f"script-src {hashes['script']}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    page = template.render(
-        **parts, checkpoint=checkpoint, beam_size=beam_size, num_views=num_views, warning=WARNING, max_files=MAX_FILES
-    )
-    return page, policy
+    return template.render(**parts, **facts, warning=WARNING, max_files=MAX_FILES), policy
 
 
 def listen(port: int) -> Any:

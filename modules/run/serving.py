@@ -14,7 +14,7 @@ SIMILAR = 3  # training reports shown below a report
 Write = Callable[[Mapping[str, Any], list[bytes]], dict[str, Any]]
 
 
-def report_writer(path: str, given: Mapping[str, Any], index_path: str | None) -> tuple[Write, dict[str, int]]:
+def report_writer(path: str, given: Mapping[str, Any], index_path: str | None) -> tuple[Write, dict[str, Any]]:
     """A function (request, files) -> {"html": ...} with the model in checkpoint ``path``, and what the page must know.
 
     A request has ``names`` of its files, ``together`` (they are views of one study) and ``beam_size``.
@@ -27,8 +27,9 @@ def report_writer(path: str, given: Mapping[str, Any], index_path: str | None) -
     from modules.run.predictor import load_predictor
 
     predictor = load_predictor(path, given)
-    if predictor.backbone.study_context is not None:
-        print(ABSENT_CONTEXT, file=sys.stderr, flush=True)
+    note = ABSENT_CONTEXT if predictor.backbone.study_context is not None else ""
+    if note:
+        print(note, file=sys.stderr, flush=True)
     index = None
     if index_path:
         index = ReportIndex.load(index_path)
@@ -57,4 +58,4 @@ def report_writer(path: str, given: Mapping[str, Any], index_path: str | None) -
             studies.append(PageStudy.of(name, images, report, similar))
         return {"html": render_studies(studies)}
 
-    return write, {"num_views": predictor.num_views, "beam_size": predictor.decoding.beam_size}
+    return write, {"num_views": predictor.num_views, "beam_size": predictor.decoding.beam_size, "note": note}

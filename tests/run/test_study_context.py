@@ -13,6 +13,7 @@ from PIL import Image
 
 from modules.config import Config
 from modules.data.annotations import Study, read_annotation
+from modules.data.batches import Context
 from modules.data.dataset_specs import parse_contexts
 from modules.data.study_context import ContextReader, with_sections
 from modules.data.tokenizers import Tokenizer
@@ -65,12 +66,12 @@ def toy(folder, kind, count=64):
     return ["--ann_path", folder / "annotation.json", "--image_dir", folder / "images"]
 
 
-def predicted(folder, *flags):
+def predicted(model, *flags):
     """The reports that predict.py writes, by study."""
-    argv = ["predict.py", "--load", folder / "model_best.pth", *flags, "--quiet", "--json", folder / "predicted.json"]
-    with mock.patch("sys.argv", [*map(str, argv), "--device", "cpu"]):
+    out = model.parent / f"predicted_{model.stem}.json"
+    with mock.patch("sys.argv", [*map(str, ["predict.py", "--load", model, *flags, "--quiet", "--json", out])]):
         assert predict.main() == 0
-    return {row["id"]: row["report"] for row in json.loads((folder / "predicted.json").read_text())["reports"]}
+    return {row["id"]: row["report"] for row in json.loads(out.read_text())["reports"]}
 
 
 def reports_of_the_test(folder):
@@ -160,7 +161,7 @@ def test_what_only_the_context_says_is_learnt(kind, context, train, tmp_path):
 
     # predict.py reads the same context, from the annotation and, without any report, from a table.
     folder, images = tmp_path / "given", ("--image_dir", tmp_path / "data" / "images")
-    reports = predicted(folder, "--ann_path", flags[1], *images)
+    reports = predicted(folder / "model_best.pth", "--ann_path", flags[1], *images)
     assert list(reports.values()) == reports_of_the_test(folder) and len(set(reports.values())) > 1
     rows = json.loads(flags[1].read_text())["test"]
     table = "\n".join(
@@ -169,8 +170,8 @@ def test_what_only_the_context_says_is_learnt(kind, context, train, tmp_path):
         for row in rows
     )
     (tmp_path / "new.csv").write_text(f"id,subject_id,image_path,prior,indication\n{table}\n")
-    assert predicted(folder, "--ann_path", tmp_path / "new.csv", *images) == reports
-    without = predicted(folder, *(images[1] / row["image_path"][0] for row in rows))
+    assert predicted(folder / "model_best.pth", "--ann_path", tmp_path / "new.csv", *images) == reports
+    without = predicted(folder / "model_best.pth", *(images[1] / row["image_path"][0] for row in rows))
     assert list(without.values()) != list(reports.values())
 
 
@@ -216,6 +217,20 @@ def test_every_backbone_trains_tests_and_predicts_with_context(backbone, train, 
     image = Image.open(tmp_path / "data" / "images" / "0.png")
     [with_prior] = predictor.write([[image]], contexts=[StudyContext([image], ((1,), (1,)))])
     assert with_prior.log_prob != report.log_prob
+    # Room for further views, which are absent, changes nothing.
+    own = predictor.transform.normalise(predictor.transform.pixels(image).expand(2, 2, -1, -1, -1))
+    text = Context(torch.tensor([[1, 2], [3, 0]]), torch.tensor([[1, 1], [2, 0]]))
+    wide, mask = own.new_zeros(2, 6, *own.shape[2:]), torch.zeros(2, 6, dtype=torch.bool)
+    wide[:, [0, 3]], mask[:, [0, 3]] = own, True
+    begin = torch.zeros(2, 1, dtype=torch.long)
+    with torch.no_grad():
+        found = [
+            predictor.backbone(
+                None, begin, features=predictor.backbone.extract(*given, context=text), view_mask=given[1]
+            )
+            for given in ((own, torch.ones(2, 2, dtype=torch.bool)), (wide, mask))
+        ]
+    torch.testing.assert_close(found[0].log_probs, found[1].log_probs, rtol=1e-5, atol=1e-5)
     assert report.log_probs or report.end_log_prob is not None
     assert report.maps is None or report.maps.shape[1] == predictor.num_views
 
