@@ -1,5 +1,6 @@
 """Every trainable parameter has a gradient after a backward pass, whatever is switched off: processes wait for it."""
 
+import functools
 import itertools
 
 import pytest
@@ -38,9 +39,11 @@ SWITCHES = {
         },
     )
 }
+SAMPLED = 23  # each of so many cases: two or three of a backbone, a dozen of XProNet's
 WEIGHTS = ({}, {"contrastive_weight": 0.0}, {"cosine_weight": 0.0})
 
 
+@functools.cache
 def extractor(frozen):
     own = VisualExtractor("resnet18", image_size=32, frozen=frozen)
     own.model = nn.Sequential(nn.Conv2d(3, 12, 16, stride=16), nn.BatchNorm2d(12)).requires_grad_(not frozen)
@@ -64,15 +67,16 @@ def objective(backbone, strategy, own, **switch):
     return Objective(model, ITHNSettings(**strategy, embedding_dim=4), n_samples=ROWS).train()
 
 
-def cases(backbone):
-    """An objective for every strategy, weight, frozen extractor and switch, and what it is."""
+def combinations(backbone):
+    """Every strategy by name, loss weight, whether the extractor is frozen, and the backbone's own switch."""
+    return list(itertools.product(STRATEGIES, WEIGHTS, (False, True), ({}, *SWITCHES.get(backbone, ()))))
+
+
+def cases(backbone, every=1):
+    """An objective for each of the ``combinations``, or for each ``every``-th of them, and what it is."""
     torch.manual_seed(0)
-    extractors = {frozen: extractor(frozen) for frozen in (False, True)}
-    switches = ({}, *SWITCHES.get(backbone, ()))
-    for (name, strategy), weights, frozen, switch in itertools.product(
-        STRATEGIES.items(), WEIGHTS, (False, True), switches
-    ):
-        own = objective(backbone, {**strategy, **weights}, extractors[frozen], **switch)
+    for name, weights, frozen, switch in combinations(backbone)[::every]:
+        own = objective(backbone, {**STRATEGIES[name], **weights}, extractor(frozen), **switch)
         yield f"{backbone} {name} {weights} frozen={frozen} {switch}", own
 
 
@@ -92,11 +96,11 @@ def test_no_trainable_parameter_is_without_a_gradient(backbone):
     assert idle == {}
 
 
-def two_steps_each() -> int:
+def two_steps_each(every: int) -> int:
     """Steps that this process has taken: the second of a case fails where a parameter had no gradient in the first."""
     given, taken = batch(), 0
     for backbone in MODELS:
-        for _, own in cases(backbone):
+        for _, own in cases(backbone, every):
             parallel = distributed.data_parallel(own)
             for _ in range(2):
                 parallel(given, 2)["loss"].backward()
@@ -104,7 +108,18 @@ def two_steps_each() -> int:
     return taken
 
 
+def test_two_processes_train_a_sample_of_them(tmp_path):
+    """Of each backbone; every strategy, weight and switch is in the sample of some backbone."""
+    sample = [combination for backbone in MODELS for combination in combinations(backbone)[::SAMPLED]]
+    for values, all_values in zip(
+        zip(*sample, strict=True), (STRATEGIES, WEIGHTS, (False, True), ({}, *SWITCHES["xpronet"])), strict=True
+    ):
+        assert all(value in values for value in all_values)
+    first, second = run_together(two_steps_each, 2, tmp_path, SAMPLED)
+    assert first == second == 2 * len(sample)
+
+
 @pytest.mark.slow
 def test_two_processes_train_all_of_them(tmp_path):
-    first, second = run_together(two_steps_each, 2, tmp_path)
+    first, second = run_together(two_steps_each, 2, tmp_path, 1)
     assert first == second == 2 * 9 * 3 * 2 * (len(MODELS) + 4)
