@@ -33,8 +33,8 @@ def normalise(x: Tensor) -> Tensor:
     """The rows of ``x`` (..., D) divided by their length, (..., D); rows shorter than 1e-6 stay as they are."""
     x = _at_least_float32(x)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    # The safe denominator is inside: a `where` on the quotient would leave 0/0 in the gradient.
-    return x / torch.where(length >= EPS, length, 1.0)
+    # The safe denominator is inside: a choice of quotients would leave 0/0 in the gradient.
+    return x / length.masked_fill(length < EPS, 1.0)
 
 
 def token_nll(log_probs: Tensor, targets: Tensor, mask: Tensor, token_count: Tensor | float | None = None) -> Tensor:
@@ -70,10 +70,10 @@ def cosine_loss(image: Tensor, negative_image: Tensor, rows: Tensor | None = Non
 
 
 def mean_over(values: Tensor, rows: Tensor | None) -> Tensor:
-    """Mean of ``values`` (B,) over ``rows`` (B,) bool, or over all; that of none is 0. A scalar."""
+    """Mean of ``values`` (..., B) over ``rows`` (B,) bool, or over all, (...); that of none is 0."""
     if rows is None:
-        return values.mean()
-    return torch.where(rows, values, 0.0).sum() / rows.sum().clamp(min=1)
+        return values.mean(-1)
+    return values.masked_fill(~rows, 0.0).sum(-1) / rows.sum().clamp(min=1)
 
 
 def clip_scores(image: Tensor, report: Tensor, scale: Tensor | float) -> Tensor:
@@ -89,8 +89,12 @@ def alignment(image: Tensor, report: Tensor, rows: Tensor | None = None, **other
     how often an image's nearest report of the batch is its own.
     """
     hits = clip_scores(image, report, 1.0).argmax(1) == torch.arange(len(image), device=image.device)
-    cosines = {name: cosine_loss(image, normalise(other), rows) for name, other in others.items()}
-    return {"cos_positive": cosine_loss(image, report, rows), **cosines, "retrieval_accuracy": hits.float().mean()}
+    named = {"cos_positive": report, **{name: normalise(other) for name, other in others.items()}}
+    cosines = (_at_least_float32(image) * torch.stack([_at_least_float32(other) for other in named.values()])).sum(
+        -1
+    )  # (others, B)
+    means = mean_over(cosines, rows)
+    return {**dict(zip(named, means.unbind(), strict=True)), "retrieval_accuracy": hits.float().mean()}
 
 
 def modified_scores(
