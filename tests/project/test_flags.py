@@ -55,13 +55,13 @@ def test_a_preset_gives_defaults():
     assert {name: getattr(config, name) for name in PRESETS["small"]} == PRESETS["small"] | {"epochs": 7}
     assert resolve_config({"preset": "small"}, {"batch_size": 4}).batch_size == 4  # of the checkpoint
     with_backbone = resolve("--preset", "small", "--backbone", "r2gen")
-    assert (with_backbone.model_name, with_backbone.d_model, with_backbone.beam_size) == ("r2gen", 192, 3)
+    assert (with_backbone.model_name, with_backbone.d_model, with_backbone.beam_size) == ("r2gen", 256, 3)
 
 
 def test_the_values_of_a_preset_are_told_in_short_lines():
     _, notes = parse_flags(["--preset", "small", "--d_ff", "64"], "main_train.py", "")
     assert notes[0].startswith("from --preset small: --visual_extractor tf_efficientnet_lite0  --")
-    assert "--lr_ed 0.001" in " ".join(notes) and "--d_ff" not in " ".join(notes) and max(map(len, notes)) <= 120
+    assert "--lr_ed 0.0015" in " ".join(notes) and "--d_ff" not in " ".join(notes) and max(map(len, notes)) <= 120
     assert parse_flags(["--d_ff", "64"], "main_train.py", "")[1] == []
 
 
