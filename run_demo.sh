@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 data=data/demo out=results/demo studies=2000 epochs=12 every=4
-takes="some ten minutes" note=() given=() previous=
+takes="five to ten minutes" note=() given=() previous=
 for argument in "$@"; do
   case "$argument" in
   -h | --help)
@@ -13,7 +13,7 @@ for argument in "$@"; do
       "three; writes results/demo/report.html; interrupted, the same command goes on)"
     exit 0 ;;
   --quick)
-    data=data/demo_quick out=results/demo_quick studies=200 epochs=30 every=10 takes="two or three minutes"
+    data=data/demo_quick out=results/demo_quick studies=200 epochs=20 every=10 takes="two or three minutes"
     note=(--exp_name "Quick demo (a tenth of the data: its scores say little, run without --quick)") ;;
   *) given+=("$argument") ;;
   esac
