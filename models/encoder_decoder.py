@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models.base import Backbone, BackboneSettings, Output, VisualFeatures
 from models.encoder_decoder_language import LanguageDecoder
 from modules.decoding.options import DecodingOptions
+from modules.layers.transformer import TorchLayerNorm
 from modules.runtime.settings import setting
 
 # The published run scripts. What they set and is not here: R2GenGPT's prompt around the image, and that it generates
@@ -172,7 +173,7 @@ class EncoderDecoder(Backbone):
         self.vocabulary_entry = f"decoder.{self.decoder.embedding_name()}"
         self.projection: nn.Module = nn.Linear(self.image_dim, self.report_dim)
         if self.decoder.language.prefix:
-            self.projection = nn.Sequential(self.projection, nn.LayerNorm(self.report_dim))
+            self.projection = nn.Sequential(self.projection, TorchLayerNorm(self.report_dim))
         if settings.lora_rank:
             self.decoder.adapt(
                 settings.lora_targets, rank=settings.lora_rank, alpha=settings.lora_alpha, dropout=settings.lora_dropout

@@ -17,7 +17,7 @@ from modules.layers.low_rank import ADAPTER, add_adapters, attention_layers
 from modules.layers.visual_extractor_weights import HEADS
 
 LORA = "lora:"  # and a rank
-DOMINANT = 0.8  # share of the parameters from which on a module is what its own children are stages of
+DOMINANT = 0.8  # share of the parameters from which on a module's own children are the stages
 
 
 def freeze_all_but(model: nn.Module, part: str, name: str, run: Callable[[], Any]) -> list[nn.Module]:
@@ -48,9 +48,14 @@ def stages(model: nn.Module) -> list[list[str]]:
     after: list[tuple[str, nn.Module]] = []
     whole = sum(value.numel() for value in model.parameters())
     while True:
-        children = [(key, child) for key, child in module.named_children() if any(True for _ in child.parameters())]
-        largest = max(children, key=lambda pair: _count(pair[1]), default=None)
-        if largest is None or _count(largest[1]) < DOMINANT * whole or not any(True for _ in largest[1].children()):
+        children = _children(module)
+        kinds = [type(child) for _, child in children]
+        # Blocks of one kind; in a small model what lies before them may be larger.
+        series = [pair for pair in children if kinds.count(type(pair[1])) == 1 and _is_series(pair[1])]
+        largest = series[0] if len(series) == 1 else max(children, key=lambda pair: _count(pair[1]), default=None)
+        if largest is None or isinstance(module, nn.ModuleList) or not any(True for _ in largest[1].children()):
+            break
+        if len(series) != 1 and _count(largest[1]) < DOMINANT * whole:
             break
         position = [key for key, _ in children].index(largest[0])
         after = [(prefix + key, child) for key, child in children[position + 1 :]] + after
@@ -59,6 +64,19 @@ def stages(model: nn.Module) -> list[list[str]]:
     for key, child in after:
         found[-1] += [f"{key}.{inner}" for inner, _ in child.named_parameters() if not key.startswith(HEADS)]
     return found
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(key, child) for key, child in module.named_children() if any(True for _ in child.parameters())]
+
+
+def _is_series(module: nn.Module) -> bool:
+    """Whether ``module`` is blocks of one kind that follow one another, or holds nothing but such."""
+    children = [child for _, child in _children(module)]
+    kinds = {type(child) for child in children}
+    if isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and len(children) > 1):
+        return len(kinds) == 1 and kinds != {nn.Sequential}
+    return len(children) == 1 and _is_series(children[0])
 
 
 def _count(module: nn.Module) -> int:

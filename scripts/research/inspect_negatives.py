@@ -21,21 +21,9 @@ from modules.runtime.errors import run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
 
 OVERRIDES = (
-    "ann_path",
-    "image_dir",
-    "negative_index",
-    "label_path",
-    "label_columns",
-    "feature_cache",
-    "shards",
-    "detection_features",
-    "follow_links",
-    "batch_size",
-    "num_workers",
-    "seed",
-    "device",
-    "n_gpu",
-)
+    "ann_path image_dir negative_index label_path label_columns feature_cache shards "
+    "detection_features follow_links batch_size num_workers seed device n_gpu"
+).split()
 GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 

@@ -30,16 +30,8 @@ if TYPE_CHECKING:  # --help does not wait for torch
     from modules.ithn.objective import Objective
 
 OVERRIDES = (
-    "ann_path",
-    "image_dir",
-    "negative_index",
-    "label_path",
-    "label_columns",
-    "feature_cache",
-    "batch_size",
-    "num_workers",
-    "device",
-)
+    "ann_path image_dir negative_index label_path label_columns feature_cache batch_size num_workers device"
+).split()
 PARTS = ("extractor", "encoder", "decoder", "projections")
 # Components of a parameter's name that place it before the decoder, in every backbone.
 ENCODING = {"encoder", "att_embed", "projection"}

@@ -29,18 +29,9 @@ from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
 
 OVERRIDES = (
-    "ann_path",
-    "image_dir",
-    "label_path",
-    "label_columns",
-    "feature_cache",
-    "shards",
-    "detection_features",
-    "follow_links",
-    "batch_size",
-    "num_workers",
-    "device",
-)
+    "ann_path image_dir label_path label_columns feature_cache "
+    "shards detection_features follow_links batch_size num_workers device"
+).split()
 # A run's settings that reading its reports must not follow.
 SETTINGS = {"load": "", "precision": "float32", "previous_epoch_start": False, "clamp_segment": False}
 HEAD = (

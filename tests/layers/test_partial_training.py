@@ -1,5 +1,7 @@
 """--unfreeze: what is trained, and that it is trained as if the other parameters' gradients were masked."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from modules.layers.low_rank import merge_adapters
 from modules.layers.partial_training import Trunk
 from modules.layers.visual_extractor import VisualExtractor
 from modules.runtime.errors import InputError
+from tests.layers.test_hub_encoders import MODELS, load, save
 
 torch.set_num_threads(1)
 
@@ -37,6 +40,24 @@ def test_the_last_stages_and_what_follows_them(name, size, part, first):
         extractor = VisualExtractor(name, image_size=size, unfreeze=part)
     every = {key.removeprefix("model.") for key, _ in extractor.named_parameters()}
     assert trained(extractor) == {key for key in every if key.startswith(first)} != set()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_last_block_of_a_small_model_of_transformers(tmp_path, kind):
+    """Where embeddings are as large as all blocks, and where there is only one block."""
+    save(tmp_path, kind)
+    for number in (1, 2):
+        extractor = load(tmp_path, unfreeze=f"last:{number}")
+        blocks = {re.search(r"(?:layers?|stages)\.\d+", key) for key in trained(extractor)} - {None}
+        assert len({found[0] for found in blocks}) == number
+        with torch.no_grad():
+            images = torch.randn(3, 1, 3, 32, 32)
+            patches, _, _ = extractor(images)
+            stored, _, _ = extractor.cut()(images)
+            torch.testing.assert_close(extractor(stored.unsqueeze(1))[0], patches, rtol=1e-5, atol=1e-5)
+    if kind == "vit":
+        save(tmp_path, kind, num_hidden_layers=1)
+        assert {key.split(".")[1] for key in trained(load(tmp_path, unfreeze="last:1"))} == {"layers", "layernorm"}
 
 
 def test_norms_and_biases():

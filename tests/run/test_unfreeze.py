@@ -1,6 +1,7 @@
 """--unfreeze in a run: the frozen stages stay as they were, also after a resumption."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from modules.run.testing import run_testing
 from modules.run.training import run_training
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import load_checkpoint
+from tests.conftest import TINY
+from tests.gloo_support import run_together
+from tests.layers.test_hub_encoders import save
 
 
 def test_a_resumed_run_goes_on_with_the_same_part(train):
@@ -57,3 +61,32 @@ def test_images_read_once_in_half_precision_and_resumed(train, tmp_path):
     assert changed and all(name.startswith("visual_extractor.model.7.") for name in changed)
     folder = train(*flags, "--epochs", 2, "--save_dir", tmp_path / "plain")
     torch.testing.assert_close(load_checkpoint(folder / "current_checkpoint.pth")["state_dict"], after, rtol=0, atol=0)
+
+
+def trained_weights(argv):
+    """The weights at the end of a training with the flags ``argv``, of this process."""
+    run_training(*parse_flags(argv, "main_train.py", ""))
+    content = load_checkpoint(Path(argv[argv.index("--save_dir") + 1]) / "current_checkpoint.pth")
+    return {name: value for name, value in content["state_dict"].items() if value.is_floating_point()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["last:1", "lora:2"])
+def test_two_processes_train_as_one(demo, demo_index, tmp_path, part):
+    """Stages on stored features, and adapters on encoder and decoder."""
+    (tmp_path / "vit").mkdir()
+    save(tmp_path / "vit", "vit", image_size=32)
+    data = ["--ann_path", demo / "annotation.json", "--image_dir", demo / "images", "--negative_index", demo_index]
+    same = "--optim SGD --dropout 0 --lr_ve 1e-2 --beam_size 1 --epochs 2 --model_name hf --device cpu".split()
+    model = ["--visual_extractor", f"hf:{tmp_path / 'vit'}", "--unfreeze", part]
+    found = {}
+    for world in (1, 2):
+        own = {"last:1": ["--feature_cache", tmp_path / f"cache{world}"], "lora:2": ["--lora_rank", 2]}[part]
+        places = ["--save_dir", tmp_path / f"run{world}", "--record_dir", tmp_path / "records"]
+        argv = [*data, *TINY, *same, *model, *own, *places, "--batch_size", 8 // world]
+        argv = [str(word) for word in argv]
+        found[world] = run_together(trained_weights, 2, tmp_path, argv)[0] if world == 2 else trained_weights(argv)
+    torch.testing.assert_close(found[2], found[1], rtol=1e-5, atol=1e-5)
+    if part == "last:1":
+        [one], [two] = ((tmp_path / f"cache{world}").iterdir() for world in (1, 2))
+        assert one.read_bytes() == two.read_bytes()

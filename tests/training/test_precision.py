@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import MODELS
 from modules.runtime.environment import autocast
-from tests.run.test_plugin import OWN_FLAGS, build
+from tests.run.test_plugin import LLAMA, OWN_FLAGS, build
 
 # Batch normalisation and flash attention read and write half precision and compute in float32.
 IN_FLOAT32 = (
@@ -22,6 +22,9 @@ IN_FLOAT32 = (
     "binary_cross_entropy",
     "rsqrt",
 )
+
+ADAPTED = "adapters"
+ADAPTERS = ["--model_name", "hf", "--lora_rank", "2", "--decoder_config", LLAMA]
 
 
 class HalfPrecisionSeen(TorchDispatchMode):
@@ -42,9 +45,10 @@ class HalfPrecisionSeen(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-@pytest.mark.parametrize("backbone", MODELS)
+@pytest.mark.parametrize("backbone", [*MODELS, ADAPTED])
 def test_what_needs_float32_is_given_float32(demo, demo_index, demo_labels, backbone, precision):
-    *_, objective, loader = build(demo, demo_index, "--model_name", backbone, *OWN_FLAGS[backbone])
+    flags = ADAPTERS if backbone == ADAPTED else ["--model_name", backbone, *OWN_FLAGS[backbone]]
+    *_, objective, loader = build(demo, demo_index, *flags)
     batch = next(iter(loader)).to("cpu")
     objective.train()
     torch.manual_seed(0)
