@@ -16,8 +16,11 @@ from modules.evaluation.metric_table import (
     smaller_is_better,
 )
 
-_CLINICAL_HEADLINE = CLINICAL_F1.format("micro") + FULL
-_HEADLINES = (*(metric.headline.name for metric in SENTENCE_METRICS), _CLINICAL_HEADLINE)
+_CLINICAL_HEADLINES = {
+    CLINICAL_F1.format("micro") + FULL: "Clinical F1 (rules)",
+    CLINICAL_F1.format("macro") + FULL: "Clinical F1, macro (rules)",
+}
+_HEADLINES = (*(metric.headline.name for metric in SENTENCE_METRICS), *_CLINICAL_HEADLINES)
 _EXAMPLE_F1 = CLINICAL_F1.format("example") + FULL
 # What the page says of single reports; corpus scores of several words in a row are zero for most of them.
 OWN_SCORES = (*(metric.headline.name for metric in SENTENCE_METRICS if metric.name != "BLEU"), _EXAMPLE_F1)
@@ -64,7 +67,7 @@ def score_tiles(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
     baselines = [row for row in rows if row.is_baseline and row.split == model.split]
     tiles = []
     for name in _HEADLINES:
-        if name == _CLINICAL_HEADLINE and name not in model.scores:
+        if name in _CLINICAL_HEADLINES and name not in model.scores:
             continue
         best = _best_baseline(name, baselines)
         tiles.append(
@@ -194,8 +197,9 @@ def _interval(row: ScoreRow, name: str) -> str:
 def shown_name(name: str) -> str:
     """How a score is called on the page; with or without _full."""
     name = name.removesuffix(FULL)
-    if name in (_CLINICAL_HEADLINE.removesuffix(FULL), _EXAMPLE_F1.removesuffix(FULL)):
-        return "Clinical F1 (rules)"
+    clinical = {**_CLINICAL_HEADLINES, _EXAMPLE_F1: "Clinical F1 (rules)"}
+    if f"{name}{FULL}" in clinical:
+        return clinical[f"{name}{FULL}"]
     known = known_score(name)
     if known is None:
         return name.replace("BERTScore_", "BERTScore ")
