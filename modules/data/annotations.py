@@ -240,6 +240,8 @@ def _read_study(record: _Record) -> Study | None:
     subject_id, prior = (
         _identifier(record, name) if item.get(name) is not None else "" for name in ("subject_id", "prior")
     )
+    if prior and prior == record.id:
+        record.refuse("prior", "record is its own prior", "field 'prior' names the record itself, not an earlier one")
     if not record.sound:
         return None
     return Study(

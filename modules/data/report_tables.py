@@ -146,7 +146,7 @@ def _separator(path: str, text: str, known: Collection[str]) -> str:
     for separator, sign in _SEPARATORS.items():
         first = next(_parse(path, start, separator, strict=False), [])
         if not set(known).isdisjoint(map(_plain, first)):
-            if separator != ",":
+            if separator != "," and not path.lower().endswith(".tsv"):
                 _say(f"{path}: its columns are separated by {sign}, not by commas, and are read so")
             return separator
     for separator in (";", "\t"):

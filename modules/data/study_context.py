@@ -21,9 +21,12 @@ class ContextReader:
         self.texts = any(name in wanted for name in TEXTS)
 
     def prior(self, study: Study) -> Study | None:
-        """The study before, None where there is none, or where it is another patient's."""
+        """The study before, None where there is none, or where it is another patient's or the same study."""
         found = self._by_id.get(study.prior) if study.prior else None
-        return found if found is not None and found.subject_id == study.subject_id else None
+        # Another image of the study has its report.
+        if found is None or found.subject_id != study.subject_id or found.study_id == study.study_id:
+            return None
+        return found
 
     def tokens(self, study: Study) -> tuple[list[int], list[int]]:
         """Ids of the texts, without begin and end, and the kind of each."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.prepare.user_tables import FILE, FILE_SPLIT, Row, cell
+from modules.prepare.user_tables import FILE_SPLIT, Row, cell
 from modules.runtime.errors import InputError, did_you_mean
 
 PRESETS = Path(__file__).parent / "presets"
@@ -16,7 +16,8 @@ PRESETS = Path(__file__).parent / "presets"
 GUESSES: dict[str, tuple[str, ...]] = {
     "id": ("id", "imageid", "dicomid", "recordid", "uid", "key"),
     "study": ("studyid", "study", "studyinstanceuid", "accession", "accessionnumber", "caseid"),
-    "patient": ("patientid", "patient", "subjectid", "subject", "deidpatientid", "pid"),
+    "patient": ("patientid", "patient", "subjectid", "subject", "deidpatientid", "pid", "mrn",
+                "patientmrn", "medicalrecordnumber"),
     "split": ("split", "subset", "partition", "fold"),
     "image": ("imagepath", "image", "images", "imagepaths", "path", "pathtoimage", "filename", "filepath", "imagefile",
               "imagename", "file", "imageid", "dicomid"),
@@ -143,7 +144,7 @@ def _require(rows: Sequence[Row], known: Collection[str], columns: Sequence[str]
 
 
 def _listed(known: Collection[str]) -> str:
-    return ", ".join(repr(name) for name in known if name not in (FILE, FILE_SPLIT))
+    return ", ".join(repr(name) for name in known if name != FILE_SPLIT)
 
 
 def template_columns(column: str) -> list[str]:

@@ -217,7 +217,8 @@ def settle_splits(
         drawn = seeded_split([record.owner for record in records], seed)
         for record, split in zip(records, drawn, strict=True):
             record.split = split
-        how = f"7:1:2 by patient, --seed {seed}{_fill_splits(records, seed)}"
+        whole = "patient" if any(record.patient for record in records) else "study, no patients being named"
+        how = f"7:1:2 by {whole}, --seed {seed}{_fill_splits(records, seed)}"
     else:
         how = "the table's"
         for record in records:

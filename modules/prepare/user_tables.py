@@ -18,7 +18,7 @@ SPLIT_WORDS = {
 }
 _SPLITS = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 _TOKEN = re.compile(r"(.+?)#\d+\t(.*)")  # Flickr's: image#number, a tab, the caption
-FILE, FILE_SPLIT = "file", "file_split"  # columns that every row has: its table's name, and the split word in it
+FILE_SPLIT = "file_split"  # a column that every row has: the word for a split in its table's name
 
 Row = dict[str, Any]
 
@@ -32,7 +32,7 @@ def read_user_table(path: Path, rows_at: str = "", names: Collection[str] = ()) 
     """The rows of one table, each a mapping from column to cell; InputError where it cannot be read.
 
     ``rows_at`` is the key of a JSON object under which its rows lie; a first line of a CSV file with one of ``names``
-    is its header. Every row has the columns ``file`` and ``file_split`` ("valid" for valid_captions.csv) too.
+    is its header. Every row has the column ``file_split`` ("valid" for valid_captions.csv) too.
     """
     suffix = path.suffix.lower()
     if remedy := _NOT_READ.get(suffix):
@@ -49,7 +49,7 @@ def read_user_table(path: Path, rows_at: str = "", names: Collection[str] = ()) 
     if not rows:
         raise InputError(f"{path}: has no rows")
     words = re.split(r"[^A-Za-z]+", path.name.lower())
-    about = {FILE: path.name, FILE_SPLIT: next((word for word in words if split_of(word)), "")}
+    about = {FILE_SPLIT: next((word for word in words if split_of(word)), "")}
     return [about | row for row in rows]
 
 
@@ -91,7 +91,7 @@ def read_pairs(paths: Iterable[Path]) -> list[Row]:
         names = list(found)
         for cells in zip(*found.values(), strict=True):
             row = dict(zip(names, cells, strict=True))
-            rows.append({FILE: f"{word}.tok", FILE_SPLIT: word} | row)
+            rows.append({FILE_SPLIT: word} | row)
     return rows
 
 

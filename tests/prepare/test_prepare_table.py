@@ -312,6 +312,17 @@ def own(folder, **changes):
     return write_csv(folder / "own.tsv", rows, "\t")
 
 
+def test_patients_are_found_by_other_names_and_a_tables_own_name_is_no_image(prepare, tmp_path, capsys):
+    rows = [{"image_file": f"{n}.png", "MRN": f"p{n // 3}", "text": report(n)} for n in range(COUNT)]
+    prepare([write_csv(tmp_path / "own.tsv", rows, "\t")])
+    shown = capsys.readouterr()
+    assert "patient    MRN  (guessed)" in shown.out and "separated" not in shown.err + shown.out
+    prepare([write_csv(tmp_path / "bare.csv", [{k: v for k, v in row.items() if k != "MRN"} for row in rows])], out="b")
+    assert "7:1:2 by study, no patients being named, --seed 0" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no column for --image was found among 'scan', 'text': name it"):
+        prepare([write_csv(tmp_path / "odd.csv", [{"scan": "0.png", "text": "clear"}])], out="c")
+
+
 def test_columns_are_guessed_and_told(prepare, tmp_path, capsys):
     out = prepare([own(tmp_path)])
     shown = capsys.readouterr().out

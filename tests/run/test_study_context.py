@@ -100,6 +100,7 @@ def test_priors_are_the_patients_own_and_texts_have_their_kind():
     assert kinds == [1, 1, 2, 2] and tokenizer.decode(ids) == "cough now old film"
     assert reader.prior(studies[1]) is studies[0] and reader.texts and not reader.prior_images
     assert reader.prior(studies[2]) is None and reader.prior(studies[3]) is None  # another patient's; not there
+    assert reader.prior(replace(studies[1], study_id="a")) is None  # another image of the same study
     assert ContextReader(studies, tokenizer, ("indication",), 1).tokens(studies[1])[1] == [1]
 
 
@@ -137,6 +138,10 @@ def test_wrong_values_are_one_line(tmp_path):
             Config(**flags)
     toy(tmp_path, "indication", 24)
     content = json.loads((tmp_path / "annotation.json").read_text())
+    content["train"][1]["prior"] = content["train"][1]["id"]
+    (tmp_path / "annotation.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="id 's1': field 'prior' names the record itself"):
+        read_annotation(tmp_path / "annotation.json")
     content["train"][0]["sections"] = ["cough"]
     (tmp_path / "annotation.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="id 's0': field 'sections' must be an object of texts"):
