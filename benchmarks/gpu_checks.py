@@ -14,6 +14,7 @@ from benchmarks import gpu_cases as cases
 from benchmarks.host_cases import NARROW, GivenFeatures, build_backbone, make_batch
 from benchmarks.measurement import operations, product_rate
 from benchmarks.null_device import is_loaded, waits_by_line
+from modules.layers import batch_statistics, relational_memory
 from modules.runtime.cores import usable_cores
 from modules.runtime.kernels import choose_kernels
 
@@ -95,6 +96,14 @@ def values(run: Run) -> Found:
             alike = int((mine == theirs).all(-1).sum()) if mine.shape == theirs.shape else 0
             shown = ", ".join(f"{flag} {value}" for flag, value in decoding.items())
             yield f"{name}: reports, {shown}", f"{alike} of {len(theirs)} equal", alike == len(theirs), {"equal": alike}
+
+
+def fused_kernels(run: Run) -> Found:
+    """What training checks before it uses them, for R2Gen with the sizes of its memory as published."""
+    for check, sizes in ((relational_memory.KERNELS, (3, 8, 512)), (batch_statistics.KERNELS, ())):
+        worst = check.worst(run.device, *sizes)
+        value = f"{worst.value:.1e}, at most {worst.most:.0e}"
+        yield f"{check.path}: against the plain one", value, worst.is_rounding(), {"difference": worst.value}
 
 
 def waits(run: Run) -> Found:
@@ -225,6 +234,7 @@ def determinism(run: Run) -> Found:
 SECTIONS: dict[str, Callable[[Run], Found]] = {
     "machine": machine,
     "GPU against CPU": values,
+    "fused kernels": fused_kernels,
     "waits": waits,
     "training step": steps,
     "decoding": decoding,

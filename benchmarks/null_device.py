@@ -167,7 +167,10 @@ def prepare() -> NullDevice:
     """Make torch usable on the null device, which must be loaded; returns its counters."""
     import torch
 
+    from modules.layers.device_check import pass_unchecked
+
     device = NullDevice()
+    pass_unchecked()  # the path that a GPU takes is the one to count
     torch.backends.cudnn.enabled = False
     _replace_convolutions(device)
     torch.zeros(1, device="cuda")  # creates the context

@@ -1,8 +1,9 @@
 """Everything that only a GPU can show, in one table and in less than six minutes; nothing is downloaded.
 
-Values against the CPU's, places at which a step waits for the GPU, milliseconds of a training step by precision, memory
-layout, batch, --compile and CUDA graph with their share of the best product of matrices, decoding, reading images,
-memory, determinism. Weights and images are random. Exit status: 0; 1 where a line says BAD; 2 without a GPU.
+Values against the CPU's, fused kernels against the plain computation, places at which a step waits for the GPU,
+milliseconds of a training step by precision, memory layout, batch, --compile and CUDA graph with their share of the
+best product of matrices, decoding, reading images, memory, determinism. Weights and images are random. Exit status: 0;
+1 where a line says BAD; 2 without a GPU.
 
   python scripts/gpu_check.py --out benchmarks/results/gpu_check.json
   python benchmarks/tables.py benchmarks/results --readme benchmarks/README.md      # puts the table there

@@ -5,7 +5,8 @@ By the kernels of torch.nn.SyncBatchNorm, which take a batch's statistics and ap
 Shapes: x (n, C, ...), of which the first ``count`` rows are the batch.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+
+from modules.layers.device_check import DeviceCheck, Difference, difference
 
 statistics = torch.batch_norm_stats
 apply_statistics = torch.batch_norm_elemt
@@ -113,3 +116,35 @@ def _dense(x: Tensor) -> Tensor:
     """``x`` (n, C, ...) in one of the two layouts that the kernels take."""
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if last else x.contiguous()
+
+
+ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+LAYOUTS = torch.contiguous_format, torch.channels_last
+
+
+def _differences(device: torch.device) -> Iterator[Difference]:
+    """From torch's batch normalisation of the batch alone, for each precision and layout of images and gradients."""
+    draw, count = torch.Generator().manual_seed(0), 5
+    images, noise = (torch.randn(8, 16, 28, 28, generator=draw) for _ in range(2))  # (n, C, H, W)
+    direction = noise + images + 1  # with all of the sums that a gradient of the images has
+    affine = [(torch.randn(16, generator=draw) + 2).to(device).requires_grad_() for _ in range(2)]
+    for (dtype, most), layout, of_grad in itertools.product(ROUNDING.items(), LAYOUTS, LAYOUTS):
+        x = (images + 1).to(device, dtype).to(memory_format=layout)
+        grad = direction.to(device, dtype).to(memory_format=of_grad)
+        with StatisticsOfFirst(count):
+            y, d_x, *rest = _step(x, affine, grad)
+        found = [y[:count], d_x, *rest]
+        y, d_x, *rest = _step(x[:count].float(), affine, grad[:count].float())
+        yield difference(found, [y, torch.cat([d_x, torch.zeros_like(x[count:])]), *rest], most)
+
+
+def _step(x: Tensor, affine: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """Output, gradients of ``x`` and of weight and bias ``affine``, running mean and variance."""
+    x = x.detach().requires_grad_()
+    weight, bias = affine
+    mean, variance = torch.zeros_like(weight), torch.ones_like(weight)
+    y = F.batch_norm(x, mean, variance, weight, bias, training=True)
+    return [y.detach(), *torch.autograd.grad(y, (x, weight, bias), grad), mean, variance]
+
+
+KERNELS = DeviceCheck("batch normalisation of the present images", _differences)

@@ -9,9 +9,10 @@ The loop over tokens is sequential, so everything that can be computed outside i
 one product for all of them. The backward loop carries only the memory's gradient, and each weight's gradient is one
 product over all T * s * B rows after it. Autograd would accumulate it step by step: forward and backward took 0.60 s
 instead of 0.39 s for B = 16, T = 59, s = 3, d = 512 on one core (benchmarks/r2gen_step.py). On a GPU, training
-takes the same steps by fused_recurrence.py.
+takes the same steps by fused_recurrence.py, where its kernels pass a check.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from modules.layers.device_check import DeviceCheck, Difference, difference, seed
 from modules.layers.fused_recurrence import FusedRecurrence, is_possible
 
 aten = torch.ops.aten
@@ -249,6 +251,43 @@ def _recurrence_gradients(ctx, grads):
 _recurrence.register_autograd(_recurrence_gradients, setup_context=_keep)
 
 
+def _differences(device: torch.device, slots: int, num_heads: int, width: int) -> Iterator[Difference]:
+    """Of ``FusedRecurrence`` from ``Recurrence``; with dropout, of its gradient from its own values' differences."""
+    draw, length, batch = torch.Generator().manual_seed(0), 3, 2
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).to(device)
+
+    tokens, memory = normal(length, batch, width), normal(slots, batch, width)
+    direction = normal(batch, length, slots * width)
+    qkv, output, gates = (normal(rows * width, width) * width**-0.5 for rows in (3, 1, 2))
+    # Sums before a ReLU stay away from 0, where rounding would decide about a gradient.
+    mlp_in, mlp_out = (normal(width, width) * 0.05 * width**-0.5 for _ in range(2))
+    biases = normal(3 * width), normal(width), normal(width).sign(), normal(width).sign()
+    given = tokens, normal(length, batch, 2 * width), *Weights(qkv, output, mlp_in, mlp_out, gates, *biases)
+    for x in given:
+        x.requires_grad_()
+
+    def fused(tokens: Tensor, dropout: float) -> Tensor:
+        seed(device)
+        return FusedRecurrence.apply(tokens, given[1], memory, num_heads, dropout, *given[2:])
+
+    def found(values: Tensor) -> list[Tensor]:
+        return [values.detach(), *torch.autograd.grad(values, given, direction)]
+
+    plain = Recurrence.apply(*given[:2], memory, num_heads, None, *given[2:])
+    yield difference(found(fused(tokens, 0.0)), found(plain), 1e-3)
+    # Tokens come in through the attention alone, so that their gradient depends on what is dropped.
+    (grad,) = torch.autograd.grad(fused(tokens, 0.5), tokens, direction)
+    with torch.no_grad():
+        ahead, behind = (fused(tokens + sign * 0.1 * grad / grad.norm(), 0.5) for sign in (1, -1))
+    slope = ((ahead - behind) * direction).sum() / 0.2
+    yield difference([grad.norm()], [slope], 2e-2)
+
+
+KERNELS = DeviceCheck("R2Gen's relational memory", _differences)
+
+
 class SlotAttention(nn.Module):
     """``linears`` 0..3 = query, key, value, output."""
 
@@ -308,7 +347,7 @@ class RelationalMemory(nn.Module):
             tokens = x.transpose(0, 1).to(self.U.weight.dtype)
             dropout = self.dropout if self.training else 0.0
             known = tokens, self.token_gates(tokens), self.initial(x), self.num_heads
-            if not torch.compiler.is_compiling() and is_possible(tokens, self.num_heads):
+            if not torch.compiler.is_compiling() and self._may_fuse(tokens):
                 return FusedRecurrence.apply(*known, dropout, *self.weights())
             kept = None
             if dropout:
@@ -319,6 +358,10 @@ class RelationalMemory(nn.Module):
             if torch.compiler.is_dynamo_compiling():
                 return _recurrence(*given, list(self.weights()))[0]
             return Recurrence.apply(*given, *self.weights())
+
+    def _may_fuse(self, tokens: Tensor) -> bool:
+        sizes = self.num_slots, self.num_heads, tokens.size(-1)
+        return is_possible(tokens, self.num_heads) and KERNELS.passes(tokens.device, *sizes)
 
     def step(self, x: Tensor, memory: Tensor | None, weights: Weights) -> Tensor:
         """The memory (B, s*d) after one token ``x`` (B, d) each, without a gradient.

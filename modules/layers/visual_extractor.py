@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from modules.layers.batch_statistics import StatisticsOfFirst
+from modules.layers.batch_statistics import KERNELS, StatisticsOfFirst
 from modules.layers.hub_encoders import TimmTokens, build_encoder, is_hub_name, read_description
 from modules.layers.partial_training import Trunk, freeze_all_but
 from modules.layers.visual_extractor_weights import load_weights, no_pickles, not_fetched, packaged_weights
@@ -185,6 +185,8 @@ class VisualExtractor(nn.Module):
             return self._grid(images[filled_up(index, multiple)])[: len(index)]
         # A batch's statistics leave out what it is filled up with, where they are its own.
         if len(index) % multiple == 0 or len(index) == 1 or self._shares_statistics or torch.compiler.is_compiling():
+            return self._grid(images[index])
+        if not KERNELS.passes(images.device):
             return self._grid(images[index])
         with StatisticsOfFirst(len(index)):
             return self._grid(images[filled_up(index, multiple)])[: len(index)]

@@ -15,25 +15,29 @@ def _shaped(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.dim() - 2))
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _sum(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1).sum(1)
 
 
 def statistics(x: Tensor, eps: float):
     """torch.batch_norm_stats: mean and 1 / standard deviation, (C,) each."""
-    values = x.transpose(0, 1).flatten(1)
+    values = _at_least_float32(x).transpose(0, 1).flatten(1)
     return values.mean(1), (values.var(1, correction=0) + eps).rsqrt()
 
 
 def apply_statistics(x, weight, bias, mean, inverse, eps):
     """torch.batch_norm_elemt."""
     normalised = (x - _shaped(mean, x)) * _shaped(inverse, x)
-    return normalised if weight is None else normalised * _shaped(weight, x) + _shaped(bias, x)
+    return (normalised if weight is None else normalised * _shaped(weight, x) + _shaped(bias, x)).to(x.dtype)
 
 
 def backward_reduce(grad, x, mean, inverse, weight, of_input, of_weight, of_bias):
     """torch.batch_norm_backward_reduce: sums of grad and of grad (x - mean), gradients of weight and bias."""
-    of_grad, product = _sum(grad), _sum(grad * (x - _shaped(mean, x)))
+    of_grad, product = _sum(_at_least_float32(grad)), _sum(grad * (x - _shaped(mean, x)))
     return of_grad, product, product * inverse if of_weight else None, of_grad if of_bias else None
 
 
@@ -42,13 +46,14 @@ def backward_apply(grad, x, mean, inverse, weight, of_grad, product, values):
     assert values.dtype == torch.int32
     centred = (x - _shaped(mean, x)) * _shaped(inverse**2 * product / values, x)
     scale = inverse if weight is None else inverse * weight
-    return (grad - _shaped(of_grad / values, x) - centred) * _shaped(scale, x)
+    return ((grad - _shaped(of_grad / values, x) - centred) * _shaped(scale, x)).to(x.dtype)
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     for replacement in (statistics, apply_statistics, backward_reduce, backward_apply):
         monkeypatch.setattr(batch_statistics, replacement.__name__, replacement)
+    monkeypatch.setattr(batch_statistics.KERNELS, "passed", {})
 
 
 def trained(extractor: VisualExtractor, images: Tensor, present: Tensor) -> dict[str, Tensor]:
