@@ -3,12 +3,14 @@
 Free of torch until processes are started, so that flags are read and mistakes found in a moment.
 """
 
+import dataclasses
 import logging
 import os
 import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from modules.runtime.cores import share_threads
 from modules.runtime.errors import InputError
@@ -85,6 +87,9 @@ def _run(count: int, command: list[str]) -> tuple[int, str | None]:
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a page about every failure: the processes say enough
+    # Releases without the setting wait 30 seconds too.
+    has_timeout = "shutdown_timeout" in {field.name for field in dataclasses.fields(LaunchConfig)}
+    patience: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS} if has_timeout else {}
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -93,7 +98,7 @@ def _run(count: int, command: list[str]) -> tuple[int, str | None]:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        shutdown_timeout=SHUTDOWN_SECONDS,
+        **patience,
     )
     try:
         elastic_launch(settings, sys.executable)(*command)
