@@ -1,6 +1,5 @@
 """Every trainable parameter has a gradient after a backward pass, whatever is switched off: processes wait for it."""
 
-import functools
 import itertools
 
 import pytest
@@ -43,8 +42,8 @@ SAMPLED = 23  # each of so many cases: two or three of a backbone, a dozen of XP
 WEIGHTS = ({}, {"contrastive_weight": 0.0}, {"cosine_weight": 0.0})
 
 
-@functools.cache
 def extractor(frozen):
+    """A new one at every call, because its caller trains it: gradients and statistics would reach the next test."""
     own = VisualExtractor("resnet18", image_size=32, frozen=frozen)
     own.model = nn.Sequential(nn.Conv2d(3, 12, 16, stride=16), nn.BatchNorm2d(12)).requires_grad_(not frozen)
     own.width = 12
@@ -75,8 +74,9 @@ def combinations(backbone):
 def cases(backbone, every=1):
     """An objective for each of the ``combinations``, or for each ``every``-th of them, and what it is."""
     torch.manual_seed(0)
+    extractors = {frozen: extractor(frozen) for frozen in (False, True)}  # most of an objective's time
     for name, weights, frozen, switch in combinations(backbone)[::every]:
-        own = objective(backbone, {**STRATEGIES[name], **weights}, extractor(frozen), **switch)
+        own = objective(backbone, {**STRATEGIES[name], **weights}, extractors[frozen], **switch)
         yield f"{backbone} {name} {weights} frozen={frozen} {switch}", own
 
 
