@@ -9,11 +9,11 @@ takes="five to ten minutes" note=() given=() previous=
 for argument in "$@"; do
   case "$argument" in
   -h | --help)
-    echo "usage: bash run_demo.sh [--quick] [flags of main_train.py]    (after set-up five to ten minutes on two cores, --quick one or" \
-      "two; writes results/demo/report.html; interrupted, the same command goes on)"
+    echo "usage: bash run_demo.sh [--quick] [flags of main_train.py]    (after set-up five to ten minutes on two cores, --quick a minute" \
+      "or two; writes results/demo/report.html; interrupted, the same command goes on)"
     exit 0 ;;
   --quick)
-    data=data/demo_quick out=results/demo_quick studies=200 epochs=20 every=10 takes="one or two minutes"
+    data=data/demo_quick out=results/demo_quick studies=200 epochs=20 every=10 takes="a minute or two"
     # A model that has learnt this little repeats sentences.
     note=(--exp_name "Quick demo (a tenth of the data: its scores say little, run without --quick)" --no_repeat_ngram_size 5) ;;
   *) given+=("$argument") ;;

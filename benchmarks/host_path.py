@@ -10,7 +10,6 @@ time. Needs gcc and the CUDA build of torch.
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import null_device
 from modules.flags import Parser
-from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.errors import run_entry_point
 
 BUDGETS = Path(__file__).with_name("host_budgets.json")
 MICROSECONDS = 7  # of host time for a launch in eager mode: an assumption
@@ -148,13 +147,7 @@ def held_against(
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    if not null_device.is_loaded():
-        try:
-            library = null_device.build()
-        except null_device.Unavailable as reason:
-            raise InputError(f"the null device cannot be built: {reason}") from reason
-        environment = null_device.environment(library)
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    null_device.start_on_it()
     measured = list(measure(arguments.quick))
     rows = held_against(json.loads(BUDGETS.read_text(encoding="utf-8")), measured)
     print("counts on a null device, whose kernels do nothing; seconds are estimates")

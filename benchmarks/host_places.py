@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import null_device
 from benchmarks.host_path import STRATEGIES, total
 from modules.flags import Parser
-from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.errors import run_entry_point
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = tuple(f"{ROOT / room}{os.sep}" for room in ("modules", "models"))
@@ -79,12 +79,7 @@ def count(null: null_device.NullDevice, arguments: argparse.Namespace) -> Counte
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    if not null_device.is_loaded():
-        try:
-            library = null_device.build()
-        except null_device.Unavailable as reason:
-            raise InputError(f"the null device cannot be built: {reason}") from reason
-        os.execve(sys.executable, [sys.executable, *sys.argv], null_device.environment(library))
+    null_device.start_on_it()
     found = count(null_device.prepare(), arguments)
     table: dict[str, Counter[str]] = {}
     for (place, direction), number in found.items():

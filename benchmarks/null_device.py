@@ -25,6 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from modules.runtime.errors import InputError
+
 SOURCE = Path(__file__).with_suffix(".c")
 ROOT = SOURCE.parent.parent
 # Names of CUDA and cuBLAS that torch's libraries look for. cuDNN and other libraries stay as they are.
@@ -103,6 +105,17 @@ def environment(library: Path, capabilities: Sequence[int] = (80,)) -> dict[str,
 def is_loaded() -> bool:
     """Whether this process runs on the null device."""
     return "NULL_DEVICE" in os.environ
+
+
+def start_on_it() -> None:
+    """Start this program anew on the null device unless it is there; InputError where the device cannot be built."""
+    if is_loaded():
+        return
+    try:
+        library = build()
+    except Unavailable as reason:
+        raise InputError(f"the null device cannot be built: {reason}") from reason
+    os.execve(sys.executable, [sys.executable, *sys.argv], environment(library))
 
 
 class NullDevice:

@@ -22,6 +22,7 @@ _CLINICAL_HEADLINES = {
 }
 _HEADLINES = (*(metric.headline.name for metric in SENTENCE_METRICS), *_CLINICAL_HEADLINES)
 _EXAMPLE_F1 = CLINICAL_F1.format("example") + FULL
+_CLINICAL_NAMES = {**_CLINICAL_HEADLINES, _EXAMPLE_F1: "Clinical F1 (rules)"}
 # What the page says of single reports; corpus scores of several words in a row are zero for most of them.
 OWN_SCORES = (*(metric.headline.name for metric in SENTENCE_METRICS if metric.name != "BLEU"), _EXAMPLE_F1)
 REPORTS = {
@@ -197,9 +198,8 @@ def _interval(row: ScoreRow, name: str) -> str:
 def shown_name(name: str) -> str:
     """How a score is called on the page; with or without _full."""
     name = name.removesuffix(FULL)
-    clinical = {**_CLINICAL_HEADLINES, _EXAMPLE_F1: "Clinical F1 (rules)"}
-    if f"{name}{FULL}" in clinical:
-        return clinical[f"{name}{FULL}"]
+    if f"{name}{FULL}" in _CLINICAL_NAMES:
+        return _CLINICAL_NAMES[f"{name}{FULL}"]
     known = known_score(name)
     if known is None:
         return name.replace("BERTScore_", "BERTScore ")
