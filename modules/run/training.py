@@ -54,6 +54,7 @@ from modules.run.resuming import (
 )
 from modules.run.scoring import Scoring
 from modules.runtime import distributed
+from modules.runtime.allocator import freed_memory_kept
 from modules.runtime.distributed import is_main_process
 from modules.runtime.environment import provenance
 from modules.runtime.errors import InputError
@@ -119,7 +120,8 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], shutdown: Gra
         try:
             if source is not None:
                 _log_resumed(trainer, source, folder)
-            trainer.train()
+            with freed_memory_kept() if parts.device.type == "cpu" else contextlib.nullcontext():
+                trainer.train()
             _test_best(parts, trainer, folder.path)
         except Stopped as stopped:
             logger.info("ended by %s; continue with --resume auto --save_dir %s", stopped.name, folder.path)

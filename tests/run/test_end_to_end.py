@@ -1,5 +1,6 @@
 """The main job on a tiny synthetic data set: mine, train with ITHN, test, read the results, resume, fail politely."""
 
+import contextlib
 import csv
 import json
 import os
@@ -23,6 +24,25 @@ def main_test(*argv):
 
     given, ignored = parse_flags([str(part) for part in argv], "main_test.py", "")
     run_testing(given, ignored)
+
+
+def test_a_training_on_the_cpu_keeps_what_it_frees(train, monkeypatch):
+    from modules.run import training
+    from modules.training.trainer import Trainer
+
+    told = []
+
+    @contextlib.contextmanager
+    def kept():
+        told.append("kept")
+        yield
+        told.append("given back")
+
+    step = Trainer._step
+    monkeypatch.setattr(training, "freed_memory_kept", kept)
+    monkeypatch.setattr(Trainer, "_step", lambda self, batches: (told.append("step"), step(self, batches)))
+    train("--ithn", "off")
+    assert len(told) > 2 and told == ["kept", *["step"] * (len(told) - 2), "given back"]
 
 
 def test_main_job(train, demo_index, tmp_path):
