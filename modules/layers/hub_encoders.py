@@ -98,9 +98,7 @@ def find_encoder(name: str) -> Path:
         return Path(where)
     if not where or where.startswith((".", "/", "~")) or where.count("/") != 1:
         raise ValueError(f"visual_extractor {name}: no such folder, nor a hub id (hf:OWNER/NAME)")
-    return download_model(
-        where, flag="--visual_extractor", otherwise="a folder is given as hf:DIR", needs_vocabulary=False
-    )
+    return download_model(where, flag="--visual_extractor", prefix=MODEL, needs_vocabulary=False)
 
 
 def describe_encoder(folder: Path) -> str:

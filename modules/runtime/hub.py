@@ -49,46 +49,49 @@ def cached_model(name: str, *, needs_vocabulary: bool = True) -> Path | None:
     return folder if _complete([path.name for path in folder.iterdir()], needs_vocabulary) else None
 
 
-def download_model(name: str, *, flag: str, otherwise: str, needs_vocabulary: bool = True) -> Path:
+def download_model(
+    name: str, *, flag: str, otherwise: str = "", prefix: str = "", needs_vocabulary: bool = True
+) -> Path:
     """Folder with the files of hub model ``name``: from the local hub cache, or else downloaded into it.
 
     Safetensors are taken where the model has them, PyTorch's files otherwise; code files never. InputError where the
-    hub cannot be reached or does not have (or give out) the model: it names the ``flag`` and what can be done
-    ``otherwise``.
+    hub cannot be reached or does not have (or give out) the model: it names the ``flag``, whose values are written
+    after ``prefix``, and what can be done ``otherwise``.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    named = f"{flag} {prefix}{name}"
     try:
         folder = cached_model(name, needs_vocabulary=needs_vocabulary)
         if folder is not None:
             return folder
     except HFValidationError as error:
-        raise InputError(f"{flag} {name}: neither a folder nor the id of a hub model (owner/name)") from error
+        raise InputError(f"{named}: neither a folder nor the id of a hub model (owner/name)") from error
     if is_local_only(name):
         raise InputError(
-            f"{flag} {name}: named by a checkpoint and not on this machine; nothing is downloaded on a file's word: "
-            f"give {flag} {name} to have it fetched, or a folder"
+            f"{named}: named by a checkpoint and not on this machine; nothing is downloaded on a file's word: "
+            f"give {named} to have it fetched, or a folder"
         )
     try:
         files = [entry.rfilename for entry in HfApi().model_info(name, timeout=10).siblings]
         weights = _weights(files)
         if not weights:
-            raise InputError(f"{flag} {name}: the hub model has no safetensors and no PyTorch weights")
+            raise InputError(f"{named}: the hub model has no safetensors and no PyTorch weights")
         return Path(snapshot_download(name, allow_patterns=[*_CONFIGURATION, *weights]))
     except GatedRepoError as error:
         raise InputError(
-            f"{flag} {name}: its owner asks for consent on the hub page; then log in with: hf auth login"
+            f"{named}: its owner asks for consent on the hub page; then log in with: hf auth login"
         ) from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"{flag} {name}: no such model on the hub, nor a folder of that name") from error
+        raise InputError(f"{named}: no such model on the hub, nor a folder of that name") from error
     except InputError:
         raise
     except Exception as error:  # connection, proxy, certificate, disk: the client raises many kinds
         raise InputError(
-            f"{flag} {name}: the weights are not on this machine and cannot be downloaded "
+            f"{named}: the weights are not on this machine and cannot be downloaded "
             f"({type(error).__name__}); where there is a network, run 'hf download {name} --local-dir DIR' and give "
-            f"'{flag} DIR'; {otherwise}"
+            f"'{flag} {prefix}DIR'" + (f"; {otherwise}" if otherwise else "")
         ) from error
 
 

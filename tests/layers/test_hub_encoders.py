@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -256,6 +257,17 @@ def test_what_is_no_vision_model_is_refused_in_a_line(tmp_path):
     for text in ("", "[]", '{"library": "os"}', '{"mean": 1, "std": 1, "size": 1, "library": "timm"}'):
         with pytest.raises(ValueError, match="visual_extractor_config: not the description"):
             VisualExtractor("hf:x", description=text)
+
+
+def absent():
+    raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
+
+
+def test_a_hub_that_cannot_be_reached_says_how_its_folder_is_given(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: absent())
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: absent())
+    with pytest.raises(ValueError, match="--visual_extractor hf:owner/name: .*'--visual_extractor hf:DIR'$"):
+        find_encoder("hf:owner/name")
 
 
 def test_an_image_that_patches_do_not_tile_is_refused(tmp_path):
