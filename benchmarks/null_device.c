@@ -184,15 +184,28 @@ static enum cudaStreamCaptureStatus status_of(cudaStream_t stream) {
 EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
   return *status = status_of(stream), cudaSuccess;
 }
-EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status,
-    unsigned long long *id, cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges,
-    size_t *number) {
+static void tell_capture(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+    cudaGraph_t *graph, const cudaGraphNode_t **nodes, size_t *number) {
   if (status) *status = status_of(stream);
   if (id) *id = captures;
   if (graph) *graph = (cudaGraph_t)capturing;
   if (nodes) *nodes = 0;
   if (number) *number = 0;
-  return cudaSuccess;
+}
+#if CUDART_VERSION < 13000
+#undef cudaStreamGetCaptureInfo /* CUDA 12's header makes this name one of its second version */
+EXPORT cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t stream, enum cudaStreamCaptureStatus *status,
+    unsigned long long *id, cudaGraph_t *graph, const cudaGraphNode_t **nodes, size_t *number) {
+  return tell_capture(stream, status, id, graph, nodes, number), cudaSuccess;
+}
+#define CAPTURE_INFO cudaStreamGetCaptureInfo_v3
+#else
+#define CAPTURE_INFO cudaStreamGetCaptureInfo
+#endif
+EXPORT cudaError_t CAPTURE_INFO(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+    cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges, size_t *number) {
+  if (edges) *edges = 0;
+  return tell_capture(stream, status, id, graph, nodes, number), cudaSuccess;
 }
 EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
   if (!stream || capturing) return cudaErrorStreamCaptureUnsupported;

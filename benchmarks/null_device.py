@@ -68,28 +68,31 @@ def build(folder: Path | None = None) -> Path:
 
 
 def _compile(library: Path, libraries: list[Path], headers: Path) -> None:
-    wanted = set()
-    for needed in libraries:
-        listed = subprocess.run(["nm", "-D", "--undefined-only", needed], capture_output=True, text=True).stdout
-        wanted |= {name for name in re.findall(r" U ([\w]+)", listed) if _NAMES.fullmatch(name)}
-    written = set(re.findall(r"^EXPORT .*?(\w+)\(", SOURCE.read_text(encoding="utf-8"), re.MULTILINE))
-    rest = [
-        f"int {name}(void) {{ {'null_product(); ' if _PRODUCTS.search(name) else ''}return 0; }}"
-        for name in sorted(wanted - written)
-    ]
+    wanted = {name for needed in libraries for name in _symbols("--undefined-only", needed) if _NAMES.fullmatch(name)}
     # The name of the driver's library: whoever opens that one by name gets this one, which is loaded already.
     name = "-Wl,-soname,libcuda.so.1"
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        others, made = Path(scratch) / "others.c", Path(scratch) / "made.so"
+        own, others, made = Path(scratch) / "own.o", Path(scratch) / "others.c", Path(scratch) / "made.so"
+        _gcc("-c", f"-I{headers}", SOURCE, "-o", own)
+        rest = [
+            f"int {name}(void) {{ {'null_product(); ' if _PRODUCTS.search(name) else ''}return 0; }}"
+            for name in sorted(wanted.difference(_symbols("--defined-only", own)))
+        ]
         others.write_text("void null_product(void);\n" + "\n".join(rest) + "\n", encoding="utf-8")
-        done = subprocess.run(
-            ["gcc", "-shared", "-fPIC", "-O1", name, f"-I{headers}", SOURCE, others, "-o", made],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise Unavailable(f"gcc: {' '.join(done.stderr.split())[:300]}")
+        _gcc("-shared", name, own, others, "-o", made)
         made.rename(library)
+
+
+def _symbols(kind: str, file: Path) -> list[str]:
+    dynamic = ["-D"] if file.suffix == ".so" else []
+    listed = subprocess.run(["nm", *dynamic, "--format=posix", kind, file], capture_output=True, text=True).stdout
+    return [line.split()[0].split("@")[0] for line in listed.splitlines() if line]
+
+
+def _gcc(*arguments: str | Path) -> None:
+    done = subprocess.run(["gcc", "-fPIC", "-O1", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise Unavailable(f"gcc: {' '.join(done.stderr.split())[:300]}")
 
 
 def environment(library: Path, capabilities: Sequence[int] = (80,)) -> dict[str, str]:
