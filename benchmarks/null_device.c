@@ -283,12 +283,12 @@ EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n
 
 /* ---- Functions of the driver and of cuBLAS that must answer with more than 0 */
 
-static int context_is_active(int device, unsigned *flags, int *active) { return *flags = 0, *active = 1, 0; }
+EXPORT int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { return *flags = 0, *active = 1, 0; }
 static int nothing(void) { return 0; }
 
 EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
     unsigned long long flags, enum cudaDriverEntryPointQueryResult *found) {
-  *function = !strcmp(name, "cuDevicePrimaryCtxGetState") ? (void *)context_is_active : (void *)nothing;
+  *function = !strcmp(name, "cuDevicePrimaryCtxGetState") ? (void *)cuDevicePrimaryCtxGetState : (void *)nothing;
   if (found) *found = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }

@@ -271,5 +271,5 @@ def own_columns(tokens: Tensor) -> Tensor:
     negatives adds.
     """
     has_word = (tokens > 0).any(dim=0)
-    has_word[0] = True
+    has_word[:1].fill_(True)  # of a number, an assignment is an upload in torch 2.10
     return has_word.flip(0).cummax(dim=0).values.flip(0).unsqueeze(0)

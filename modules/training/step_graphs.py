@@ -106,6 +106,7 @@ class StepGraphs:
         except RuntimeError as error:
             self.possible = False
             self.failed()
+            _renew_generator(self.device)
             self._tell(f"from here on: this one cannot be recorded ({str(error).splitlines()[0]})")
             return False
         self.graphs[shapes] = recorded, held
@@ -130,3 +131,10 @@ class StepGraphs:
         if reason not in self.told:
             self.told.add(reason)
             logger.info("--cuda_graph: steps are computed without a graph %s", reason)
+
+
+def _renew_generator(device: torch.device) -> None:
+    """Random numbers outside of a graph again: where recording fails, torch 2.10 leaves the generator recording."""
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+        generator.graphsafe_set_state(generator.clone_state())
