@@ -2,7 +2,7 @@
 
 "mapped" is how it was made at first: images decoded where the network runs, the file mapped into memory, and the
 network's activations handed back to the system after every layer. "appended" is build_feature_cache: rows appended,
-freed memory kept (modules/runtime/allocator.py), images decoded by --workers processes, which are counted too. Each
+freed memory kept (modules/runtime/memory.py), images decoded by --workers processes, which are counted too. Each
 is a process of its own, and they take turns. Then one is killed half-way and made again. Images are synthetic
 radiographs, or those of a folder.
 

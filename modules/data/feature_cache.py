@@ -20,9 +20,9 @@ from modules.data.images import ImageFolder
 from modules.data.loaders import GuardedLoader
 from modules.data.transforms import Transform
 from modules.runtime import distributed
-from modules.runtime.allocator import freed_memory_kept
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import MAX_MAPPED, require_regular
+from modules.runtime.memory import freed_memory_kept
 
 
 @dataclass

@@ -24,9 +24,9 @@ from modules.run.vocabulary import tokenizer_from_state
 from modules.runtime.distributed import is_main_process
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import read_json
+from modules.runtime.memory import explain_out_of_memory
 from modules.runtime.records import private_folder
 from modules.runtime.run_log import log_to, start_log
-from modules.runtime.shortages import explain_out_of_memory
 from modules.training.checkpoint import FORMAT
 
 

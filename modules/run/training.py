@@ -54,15 +54,14 @@ from modules.run.resuming import (
 )
 from modules.run.scoring import Scoring
 from modules.runtime import distributed
-from modules.runtime.allocator import freed_memory_kept
 from modules.runtime.distributed import is_main_process
 from modules.runtime.environment import provenance
 from modules.runtime.errors import InputError
 from modules.runtime.kernels import tune
+from modules.runtime.memory import explain_out_of_memory, freed_memory_kept
 from modules.runtime.records import private_folder, write_private, write_results
 from modules.runtime.run_log import log_to, start_log
 from modules.runtime.settings import part_of
-from modules.runtime.shortages import explain_out_of_memory
 from modules.runtime.stopping import GracefulShutdown, Stopped
 from modules.training.checkpoint import load_checkpoint
 from modules.training.checkpoint_folder import BEST, CheckpointFolder

@@ -169,7 +169,7 @@ def adapt(arguments: argparse.Namespace, annotation: Annotation) -> None:
 
 def main() -> None:
     """Check, read, adapt."""
-    from modules.runtime.shortages import explain_out_of_memory
+    from modules.runtime.memory import explain_out_of_memory
 
     arguments = build_parser().parse_args()
     check(arguments)

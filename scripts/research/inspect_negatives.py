@@ -90,8 +90,8 @@ def main() -> None:
     check(arguments)
 
     from modules.runtime.environment import file_sha256, provenance
+    from modules.runtime.memory import explain_out_of_memory
     from modules.runtime.records import private_folder, write_private, write_results
-    from modules.runtime.shortages import explain_out_of_memory
     from scripts.research.negative_bank import Inspection
     from scripts.research.negative_tables import figure, to_markdown
 

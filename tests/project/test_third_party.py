@@ -2,6 +2,7 @@
 
 import re
 from email.message import Message
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def test_everything_that_is_locked_has_its_row():
     assert names - ELSEWHERE - ROWS.keys() == set(), "run scripts/third_party.py"
 
 
+@pytest.mark.skipif(version("torch").startswith("2.10."), reason="the page has the packages of the newest torch")
 def test_rows_are_what_the_packages_state():
     found = third_party.installed((*third_party.DEFAULT, *third_party.EXTRAS))
     assert len(found) > 50

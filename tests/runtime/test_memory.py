@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modules.runtime.errors import InputError
-from modules.runtime.shortages import explain_out_of_memory
+from modules.runtime.memory import explain_out_of_memory
 from modules.training.checkpoint import load_checkpoint
 from modules.training.trainer import Trainer
 

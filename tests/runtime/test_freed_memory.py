@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modules.runtime.allocator import freed_memory_kept
+from modules.runtime.memory import freed_memory_kept
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reaso
 # A process of its own: what other tests have freed would be taken first.
 FAULTS = r"""
 import resource
-from modules.runtime.allocator import freed_memory_kept
+from modules.runtime.memory import freed_memory_kept
 
 def faults(blocks):
     "Page faults of filling that many blocks of 40 MiB, one after the other."
