@@ -55,7 +55,7 @@ def freed_memory_kept() -> Iterator[None]:
     """Within the context, blocks of any size are taken from memory that earlier ones left, if the C library is glibc.
 
     Large activations are otherwise handed back to the system after every layer, and each page of the next is faulted
-    in anew: in a convolutional network on a CPU that is half of the time.
+    in anew: in the forward pass of a convolutional network on a CPU that is half of the time, in its training less.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):  # another C library
