@@ -29,11 +29,18 @@ EXPORT long null_count(int i) { return counts[i]; }
 static _Atomic(cudaStream_t) capturing;
 static _Atomic long captures, captured_before;
 static _Atomic int spoilt;
+static __thread enum cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
 
 static void count(int what) { counts[capturing ? captured : what]++; }
 static cudaError_t waited(void) {
   if (capturing) return spoilt = 1, cudaErrorStreamCaptureUnsupported;
   return counts[waits]++, cudaSuccess;
+}
+/* Meanwhile another stream may be waited for by whoever says that the recording does not need it. */
+static int is_apart(cudaStream_t stream) { return mode == cudaStreamCaptureModeRelaxed && stream != capturing; }
+EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *other) {
+  enum cudaStreamCaptureMode before = mode;
+  return mode = *other, *other = before, cudaSuccess;
 }
 EXPORT void null_launch(void) { count(launches); }
 EXPORT void null_product(void) { count(products); }
@@ -155,7 +162,9 @@ EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found,
 
 /* ---- Waits */
 
-EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return waited(); }
+EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return is_apart(stream) ? counts[waits]++, cudaSuccess : waited();
+}
 EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) { return waited(); }
 EXPORT cudaError_t cudaDeviceSynchronize(void) { return waited(); }
 
@@ -207,7 +216,7 @@ EXPORT cudaError_t CAPTURE_INFO(cudaStream_t stream, enum cudaStreamCaptureStatu
   if (edges) *edges = 0;
   return tell_capture(stream, status, id, graph, nodes, number), cudaSuccess;
 }
-EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
+EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode unused) {
   if (!stream || capturing) return cudaErrorStreamCaptureUnsupported;
   captures++, captured_before = counts[captured], spoilt = 0;
   return capturing = stream, cudaSuccess;
