@@ -4,9 +4,11 @@ Shapes: S patches of an image, C their width. Each image is seen once, as in eva
 """
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ from modules.runtime import distributed
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import MAX_MAPPED, require_regular
 from modules.runtime.memory import freed_memory_kept
+
+logger = logging.getLogger("ithn")
 
 
 @dataclass
@@ -74,8 +78,8 @@ def build_feature_cache(
 
     The file's name is a hash of the extractor's weights and grid, the transform, the type, and the images' paths,
     sizes and times: a change of any of them leads to another file. An interrupted one is continued. S * C numbers of
-    ``dtype`` per image; images are decoded by ``workers`` processes. InputError for an unreadable image, a full disk,
-    and a damaged file.
+    ``dtype`` per image; images are decoded by ``workers`` processes. Of several programs that need the same file one
+    makes it and the others wait. InputError for an unreadable image, a full disk, and a damaged file.
     """
     kind = np.dtype(dtype)
     key = _key(images, paths, extractor, transform, kind)
@@ -95,8 +99,8 @@ def build_feature_cache(
                 _compute(
                     target, own, pixels, len(paths) - done, shape, extractor, transform, device, batch_size, progress
                 )
-            if target is not None:
-                os.replace(target.path, file)
+                if target is not None:
+                    target.publish()
         except OSError as error:
             raise InputError(
                 f"--feature_cache {folder}: {error.strerror or error}; {len(paths)} images need "
@@ -151,19 +155,24 @@ def _key(images: ImageFolder, paths: Sequence[str], extractor: nn.Module, transf
 
 class _Partial:
     """A feature file that is being written, row by row, in the order of the images: what is there need not be made
-    again. Rows are appended rather than mapped, whose pages would be faulted in one by one.
+    again. Rows are appended rather than mapped, whose pages would be faulted in one by one. One program writes at a
+    time; the next one finds the rows, or the finished ``file``.
     """
 
     def __init__(self, file: Path, shape: tuple[int, int, int], kind: np.dtype):
-        self.path, self._kind = file.with_name(f".{file.name}.partial"), kind
+        self.path, self.file, self._kind = file.with_name(f".{file.name}.partial"), file, kind
         header = io.BytesIO()
         description = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(header, description)
         self._header, self._row = header.getvalue(), kind.itemsize * shape[1] * shape[2]
-        self.rows = 0
+        self._count, self.rows = shape[0], 0
 
     def __enter__(self) -> "_Partial":
         self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+        self._wait_for_others()
+        if self.file.is_file():  # whose writer was waited for
+            self.rows = self._count
+            return self
         if self._file.read(len(self._header)) == self._header:
             self.rows = (self._file.seek(0, os.SEEK_END) - len(self._header)) // self._row
         else:
@@ -173,11 +182,30 @@ class _Partial:
         self._file.seek(0, os.SEEK_END)
         return self
 
+    def _wait_for_others(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("--feature_cache: another training computes these features; this one waits for them")
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # cluster file systems may have no locks: there one training at a time may begin
+
     def append(self, features: Tensor) -> None:
         """Features (n, S, C) of the next n images."""
         self._file.write(features.numpy().astype(self._kind).tobytes())
 
+    def publish(self) -> None:
+        """Give the finished file its name, unless another program made it."""
+        self._file.flush()
+        if self.file.is_file():
+            self.path.unlink(missing_ok=True)
+        else:
+            os.replace(self.path, self.file)
+
     def __exit__(self, *_) -> None:
+        with contextlib.suppress(OSError):  # processes that decode images have the file too
+            fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
 

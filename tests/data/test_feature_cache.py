@@ -1,7 +1,11 @@
 """Stored features of a frozen extractor: the same numbers, computed once, found again, and never for other weights."""
 
 import json
+import logging
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -181,6 +185,36 @@ def test_an_interrupted_file_is_continued(demo, tmp_path, extractor):
     again = build(demo, folder, rest)
     assert rest.seen == 1 and again.file.read_bytes() == whole.file.read_bytes()
     assert [path.name for path in folder.iterdir()] == [again.file.name]
+
+
+class Held(Interrupted):
+    """An extractor that stops before its first batch until ``go`` is set."""
+
+    def __init__(self, inner):
+        super().__init__(inner, 9)
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def forward(self, images):
+        self.begun.set()
+        assert self.go.wait(60)
+        return super().forward(images)
+
+
+def test_a_second_training_waits_for_the_first_ones_features(demo, tmp_path, extractor, caplog):
+    caplog.set_level(logging.INFO, logger="ithn")
+    folder, first, second = private_folder(tmp_path / "shared"), Held(extractor), Interrupted(extractor, 0)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(build, demo, folder, first)
+        assert first.begun.wait(60)
+        two = pool.submit(build, demo, folder, second)
+        end = time.monotonic() + 60
+        while "waits for them" not in caplog.text and not two.done() and time.monotonic() < end:
+            time.sleep(0.01)
+        first.go.set()
+        files = {one.result(60).file, two.result(60).file}
+    assert "waits for them" in caplog.text and first.seen == 5 and second.seen == 0
+    assert list(folder.iterdir()) == list(files)
+    assert files.pop().read_bytes() == build(demo, private_folder(tmp_path / "own"), extractor).file.read_bytes()
 
 
 def test_workers_decode_and_halves_are_stored(demo, tmp_path, extractor):
