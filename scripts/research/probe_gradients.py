@@ -23,12 +23,14 @@ from modules.flags import Parser, add_flags, given_flags
 from modules.inference.study_files import require_checkpoint
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
+from scripts.research.probe_numbers import Row, check_numbers, keep_numbers
 
 if TYPE_CHECKING:  # --help does not wait for torch
     from torch import Tensor
 
     from modules.ithn.objective import Objective
 
+PROBE = Path(__file__).stem
 OVERRIDES = (
     "ann_path image_dir negative_index label_path label_columns feature_cache batch_size num_workers device"
 ).split()
@@ -36,6 +38,7 @@ PARTS = ("extractor", "encoder", "decoder", "projections")
 # Components of a parameter's name that place it before the decoder, in every backbone.
 ENCODING = {"encoder", "att_embed", "projection"}
 TERMS = {"contrastive": "L_CP", "cosine": "L_CS"}
+VALUES = ("share", "ratio", "cosine")
 HEAD = ("checkpoint", "epoch", "term", "part", "share of its squared norm", "norm over cross entropy's", "cosine to it")
 
 
@@ -44,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     parser.add_argument("--load", required=True, nargs="+", metavar="PTH", help="checkpoints of main_train.py")
     parser.add_argument("--batches", type=int, default=8, metavar="N", help="training batches; default %(default)s")
+    parser.add_argument("--numbers", type=Path, metavar="JSON", help="also keep the numbers, for draw_mechanism.py")
     add_flags(parser.add_argument_group("in place of what the checkpoints were trained with"), OVERRIDES)
     return parser
 
@@ -110,8 +114,8 @@ def means(found: Iterable[dict[tuple[str, str], tuple[float, float, float]]]) ->
     }
 
 
-def rows_of(path: str, given: dict[str, Any], count: int) -> list[tuple[str, ...]]:
-    """The table's rows of one checkpoint; InputError for one that was trained without contrastive terms."""
+def rows_of(path: str, given: dict[str, Any], count: int) -> list[Row]:
+    """What is found for one checkpoint, by term and part; InputError for one trained without contrastive terms."""
     from modules.flags import resolve_config
     from modules.run.build import build_objective, load_weights, prepare_device
     from modules.run.data import build_dataset, build_split_loader, cache_features, read_data
@@ -135,7 +139,7 @@ def rows_of(path: str, given: dict[str, Any], count: int) -> list[tuple[str, ...
     batches = itertools.islice(build_split_loader(config, dataset, device, shuffle=True), count)
     found = means(compared(objective, batch.to(device), epoch) for batch in Bar(batches, "gradients"))
     return [
-        (path, str(epoch), TERMS[term], part, *(f"{value:.3f}" for value in values))
+        {"checkpoint": path, "epoch": epoch, "term": TERMS[term], "part": part} | dict(zip(VALUES, values, strict=True))
         for (term, part), values in found.items()
     ]
 
@@ -148,9 +152,16 @@ def main() -> None:
         raise InputError(f"--batches {arguments.batches}: must be 1 or more")
     for path in arguments.load:
         require_checkpoint(path)
-    lines = [HEAD, ("---",) * len(HEAD)]
-    for path in arguments.load:
-        lines += rows_of(path, given_flags(arguments, OVERRIDES), arguments.batches)
+    check_numbers(arguments.numbers, PROBE)
+    given = given_flags(arguments, OVERRIDES)
+    found = [row for path in arguments.load for row in rows_of(path, given, arguments.batches)]
+    if arguments.numbers:
+        keep_numbers(arguments.numbers, PROBE, found)
+    cells = [
+        (row["checkpoint"], str(row["epoch"]), row["term"], row["part"], *(f"{row[name]:.3f}" for name in VALUES))
+        for row in found
+    ]
+    lines = [HEAD, ("---",) * len(HEAD), *cells]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 

@@ -12,7 +12,7 @@ report says is nearer to z_i. As controls, the retrieval accuracy within batches
 
 and a grid of --grid reports read under --grid images, of which the variance of the hidden states is split into shares
 of the image, the report and their interaction. The last is also given for checkpoints without a joint embedding
-(--ithn off), as the plain backbone's reference.
+(--ithn off), as the plain backbone's reference. Of an image with several captions the first is read.
 """
 
 import argparse
@@ -27,7 +27,9 @@ from modules.flags import Parser, add_flags, given_flags
 from modules.inference.study_files import require_checkpoint
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
+from scripts.research.probe_numbers import Row, check_numbers, keep_numbers
 
+PROBE = Path(__file__).stem
 OVERRIDES = (
     "ann_path image_dir label_path label_columns feature_cache "
     "shards detection_features follow_links batch_size num_workers device"
@@ -59,16 +61,17 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="reports and images of the grid, of one batch at most; default %(default)s",
     )
+    parser.add_argument("--numbers", type=Path, metavar="JSON", help="also keep the numbers, for draw_mechanism.py")
     add_flags(parser.add_argument_group("in place of what the checkpoints were trained with"), OVERRIDES)
     return parser
 
 
-def rows(path: str, given: dict[str, Any], grid: int) -> list[tuple[str, ...]]:
-    """The table's rows of one checkpoint, for train and test."""
+def rows(path: str, given: dict[str, Any], grid: int) -> list[Row]:
+    """What is found for one checkpoint, for train and test."""
     from modules.evaluation.tester import mean_patches
     from modules.flags import resolve_config
     from modules.run.build import build_objective, load_weights, prepare_device
-    from modules.run.data import build_dataset, build_split_loader, cache_features, read_data
+    from modules.run.data import build_dataset, build_split_loader, cache_features, one_per_image, read_data
     from modules.run.resuming import own_settings
     from modules.run.vocabulary import tokenizer_from_state
     from modules.runtime.run_log import Bar
@@ -83,6 +86,8 @@ def rows(path: str, given: dict[str, Any], grid: int) -> list[tuple[str, ...]]:
         config = dataclasses.replace(config, ithn="on", strategy="contrastive")
     device = prepare_device(config)
     data = read_data(config, tokenizer=tokenizer_from_state(content["vocabulary"]))
+    splits = {name: one_per_image(config, studies) for name, studies in data.annotation.splits.items()}
+    data.annotation = dataclasses.replace(data.annotation, splits=splits)
     objective = build_objective(config, data, device, pretrained=False).eval()
     extractor = objective.backbone.visual_extractor
     load_weights(objective, content["state_dict"], path)
@@ -93,7 +98,7 @@ def rows(path: str, given: dict[str, Any], grid: int) -> list[tuple[str, ...]]:
         loader = build_split_loader(config, dataset, device, shuffle=False)
         studies = leakage.study_groups(dataset.studies)
         groups = [studies[row] for row, _ in dataset.samples]
-        values: dict[str, float] = {}
+        row: Row = {"checkpoint": path, "epoch": content["epoch"], "split": split}
         if joint:
             if split == "train":
                 objective.backbone.mean_patches = mean_patches(
@@ -101,12 +106,17 @@ def rows(path: str, given: dict[str, Any], grid: int) -> list[tuple[str, ...]]:
                 )
             batches = Bar(loader, f"{split} reports under other images")
             readings[split] = leakage.read_batches(objective, batches, groups, device)
-            values = leakage.follow(readings[split])
-            values["text_only"] = leakage.text_only_retrieval(readings["train"], readings[split])
-        shares = leakage.variance_shares(leakage.grid_features(objective, loader, groups, grid, device))
-        cells = [f"{values[name]:.3f}" if name in values else "–" for name in COLUMNS]
-        found.append((path, split, *cells, " / ".join(f"{share:.2f}" for share in shares.values())))
+            row |= leakage.follow(readings[split])
+            row["text_only"] = leakage.text_only_retrieval(readings["train"], readings[split])
+        row["variance"] = leakage.variance_shares(leakage.grid_features(objective, loader, groups, grid, device))
+        found.append(row)
     return found
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """The table's line."""
+    values = [f"{row[name]:.3f}" if name in row else "–" for name in COLUMNS]
+    return row["checkpoint"], row["split"], *values, " / ".join(f"{share:.2f}" for share in row["variance"].values())
 
 
 def main() -> None:
@@ -117,9 +127,11 @@ def main() -> None:
         raise InputError(f"--grid {arguments.grid}: must be 2 or more")
     for path in arguments.load:
         require_checkpoint(path)
-    lines = [HEAD, ("---",) * len(HEAD)]
-    for path in arguments.load:
-        lines += rows(path, given_flags(arguments, OVERRIDES), arguments.grid)
+    check_numbers(arguments.numbers, PROBE)
+    found = [row for path in arguments.load for row in rows(path, given_flags(arguments, OVERRIDES), arguments.grid)]
+    if arguments.numbers:
+        keep_numbers(arguments.numbers, PROBE, found)
+    lines = [HEAD, ("---",) * len(HEAD), *map(cells, found)]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 

@@ -8,7 +8,8 @@ import torch
 from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
 from scripts.research import probe_gradients
-from scripts.research.probe_gradients import compared, part_of_name
+from scripts.research.probe_gradients import VALUES, compared, part_of_name
+from scripts.research.probe_numbers import read_numbers
 from tests.tiny_backbone import TinyBackbone, tiny_batch
 
 
@@ -68,12 +69,16 @@ def test_features_of_the_encoder_train_no_decoder():
     assert own["contrastive", "decoder"][0] < published["contrastive", "decoder"][0]
 
 
-def test_the_script(train, demo_index, monkeypatch, capsys):
+def test_the_script(train, demo_index, tmp_path, monkeypatch, capsys):
     folder = train("--negative_index", demo_index)
     capsys.readouterr()
-    argv = ["probe_gradients.py", "--load", str(folder / "model_best.pth"), "--batches", "2"]
+    numbers = tmp_path / "numbers.json"
+    argv = ["probe_gradients.py", "--load", str(folder / "model_best.pth"), "--batches", "2", "--numbers", str(numbers)]
     monkeypatch.setattr(sys, "argv", argv)
     probe_gradients.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 2 * len(probe_gradients.PARTS)
     assert lines[2].split(" | ")[2:4] == ["L_CP", "extractor"]
+    kept = read_numbers(numbers, "probe_gradients")
+    assert [row["part"] for row in kept] == 2 * list(probe_gradients.PARTS)
+    assert lines[2].strip("| ").split(" | ")[4:] == [f"{kept[0][name]:.3f}" for name in VALUES]

@@ -23,6 +23,7 @@ from scripts.research.image_leakage import (
     variance_shares,
 )
 from scripts.research.probe_image_leakage import main
+from scripts.research.probe_numbers import read_numbers
 from tests.tiny_backbone import TinyBackbone, tiny_batch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,12 +126,17 @@ def test_text_alone_retrieves_what_the_words_tell():
 def test_the_table_has_plain_and_joint_checkpoints(trained, train, tmp_path, monkeypatch, capsys):
     joint = train("--ithn", "on", "--strategy", "contrastive", "--save_dir", tmp_path / "joint")
     paths = [str(folder / "model_best.pth") for folder in (joint, trained)]
-    monkeypatch.setattr(sys, "argv", ["probe_image_leakage.py", "--load", *paths, "--device", "cpu", "--grid", "3"])
+    numbers = tmp_path / "numbers.json"
+    argv = ["probe_image_leakage.py", "--load", *paths, "--device", "cpu", "--grid", "3", "--numbers", str(numbers)]
+    monkeypatch.setattr(sys, "argv", argv)
     capsys.readouterr()
     main()
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert [len(line) for line in lines] == [9] * 6 and [line[1] for line in lines[2:]] == ["train", "test"] * 2
     assert all("–" not in line for line in lines[2:4]) and all(line[2:8] == ["–"] * 6 for line in lines[4:])
+    kept = read_numbers(numbers, "probe_image_leakage")
+    assert [row["checkpoint"] for row in kept] == [path for path in paths for _ in range(2)]
+    assert f"{kept[1]['retrieval']:.3f}" == lines[3][2] and "retrieval" not in kept[3]
     for line in lines[2:]:
         assert sum(map(float, line[8].split(" / "))) == pytest.approx(1, abs=0.02)
 
