@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Sets the project up and runs the tests; arguments go to pytest: bash run_tests.sh -m slow, -k mining, -n 0, ...
+# Sets the project up and runs the quick tests; arguments go to pytest: -m thorough, -k mining, -n 0, ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 case "${1:-}" in -h | --help)
-  echo "usage: bash run_tests.sh [arguments of pytest]    (all but the slow tests; -m slow: those; -k NAME: some)"
+  echo "usage: bash run_tests.sh [arguments of pytest]    (without any, the quick tests; -m thorough: those that take"
+  echo "       some seconds each; -m slow: those that take up to minutes; -k NAME: some)"
   exit 0 ;;
 esac
 bash setup.sh --dev
@@ -14,4 +15,4 @@ workers=$((cores < 8 ? cores : 8))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 # No test may reach for a model hub.
 export HF_HUB_OFFLINE=1
-exec .venv/bin/python -m pytest -n "$workers" --verbosity=-1 "$@"
+exec .venv/bin/python -m pytest -n "$workers" --verbosity=-1 -m "not slow and not thorough" "$@"

@@ -414,10 +414,11 @@ def flags_in_effect(
     stored = stored | settings_with("vocabulary") if own_vocabulary else stored - settings_with("vocabulary")
     ithn = part_of(config, ITHNSettings)
     labels = () if backbone_class(name).needs_labels or ithn.needs_labels else (*LABEL_FILES, "cluster_order")
+    read = {backbone_class(name).tokenizer_files} if config.tokenizer == "bpe" else set()
     reasons: dict[str, Collection[str]] = {
         "only training depends on them": TRAIN_ONLY if testing else (),
         "stored in the checkpoint": stored if loaded else (),
-        f"not settings of --model_name {name}": settings_of(*BACKBONE_SETTINGS) - settings_of(own),
+        f"not settings of --model_name {name}": settings_of(*BACKBONE_SETTINGS) - settings_of(own) - read,
         f"--model_name {name} needs no labels": labels,
         "only an hf: visual extractor has one": () if config.visual_extractor.startswith("hf:") else _DESCRIBED,
         **ithn.idle_options,

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
-from modules.runtime.output_files import Output, check_outputs
+from modules.runtime.output_files import Output, check_outputs, contains
 from scripts.research.probe_numbers import Row, read_numbers
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def main() -> None:
     """Read, draw."""
     arguments = build_parser().parse_args()
     check_outputs(
-        [Output("--out", arguments.out, "a PNG file", lambda path: path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n")],
+        [Output("--out", arguments.out, "a PNG file", contains("PNG\r\n\x1a\n", "IHDR"))],
         [("a file of numbers", arguments.leakage), ("a file of numbers", arguments.gradients)],
     )
     leakage = read_numbers(arguments.leakage, "probe_image_leakage")

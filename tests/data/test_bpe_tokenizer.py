@@ -12,7 +12,7 @@ from modules.config import Config
 from modules.data.bpe_tokenizer import BpeTokenizer, find_gpt2, read_gpt2
 from modules.data.detection_features import DetectionExtractor
 from modules.data.tokenizers import Tokenizer, clean_report
-from modules.flags import parse_flags, preset
+from modules.flags import flags_in_effect, parse_flags, preset
 from modules.run.build import gpt2_options
 from modules.run.testing import run_testing
 from modules.run.vocabulary import build_tokenizer, tokenizer_from_state
@@ -184,10 +184,20 @@ def test_the_papers_settings():
     assert settings["batch_size"] * settings["grad_accumulation"] == 50
 
 
+@pytest.mark.parametrize("backbone", ["r2gen", "r2gencmn", "xpronet", "visualgpt"])
+def test_the_folder_of_the_byte_pairs_is_a_flag_of_every_backbone(backbone):
+    given = {"model_name": backbone, "gpt2_path": "folder"}
+    with_bpe, lines = flags_in_effect(given | {"tokenizer": "bpe"}, Config(**given, tokenizer="bpe"))
+    assert with_bpe["gpt2_path"] == "folder" and lines == []
+    _, lines = flags_in_effect(given, Config(**given))
+    assert bool(lines) == (backbone != "visualgpt") and all("--gpt2_path" in line for line in lines)
+
+
 # ---- through the programs
 
 
-@pytest.mark.parametrize("backbone", ["visualgpt", pytest.param("r2gencmn", marks=pytest.mark.slow)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("backbone", ["visualgpt", "r2gencmn"])
 def test_a_run_with_bpe_is_tested_without_the_folder(train, folder, tmp_path, demo_index, backbone):
     """Weights and tokeniser travel with the checkpoint."""
     copy = shutil.copytree(folder, tmp_path / "gpt2")

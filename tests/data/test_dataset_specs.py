@@ -120,6 +120,7 @@ def test_frontal_images_come_first_and_keep_their_views(ward):
     assert first.image_paths == (study.image_paths[1], study.image_paths[2], study.image_paths[0])
 
 
+@pytest.mark.thorough
 def test_title_records_results_and_card_have_the_name(ward, train, tmp_path):
     described(ward, name="ward7", views=3, licence="CC0 of nobody")
     folder = train("--ann_path", ward / "annotation.json")
@@ -137,6 +138,7 @@ def test_title_records_results_and_card_have_the_name(ward, train, tmp_path):
     assert (tmp_path / "again" / "res.csv").read_text() == (folder / "res.csv").read_text()
 
 
+@pytest.mark.thorough
 def test_the_third_image_counts_where_three_are_read(ward, train, capsys):
     def losses(*flags):
         folder = train("--ann_path", ward / "annotation.json", *flags)
@@ -159,6 +161,7 @@ def test_the_third_image_counts_where_three_are_read(ward, train, capsys):
     assert losses("--max_views", 3)["train_nll"] != three["train_nll"] and three["train_nll"] != two["train_nll"]
 
 
+@pytest.mark.thorough
 def test_two_views_are_read_as_before_they_could_be_counted(demo, train):
     states = [
         load_checkpoint(train("--save_dir", demo.parent / f"views{n}", *flags) / "model_best.pth")["state_dict"]

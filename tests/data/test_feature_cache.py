@@ -58,6 +58,7 @@ def made_together(images, folder):
     return torch.frombuffer(bytearray(build(images, folder, extractor).file.read_bytes()), dtype=torch.uint8)
 
 
+@pytest.mark.thorough
 def test_processes_make_the_file_together(demo, tmp_path):
     alone = made_together(demo, private_folder(tmp_path / "alone"))
     for result in run_together(made_together, 3, tmp_path, demo, private_folder(tmp_path / "together")):
@@ -83,6 +84,7 @@ def test_the_file_is_found_again_and_belongs_to_weights_and_images(demo, tmp_pat
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+@pytest.mark.thorough
 def test_training_on_stored_features(train, demo_index, tmp_path):
     """Scores with and without the store are those of one and the same model; its loader processes read the file too."""
     frozen = ["--freeze_visual_extractor", "true", "--negative_index", demo_index, "--num_workers", 1]
@@ -101,6 +103,7 @@ def test_training_on_stored_features(train, demo_index, tmp_path):
         assert {name: without["test"][row][name] for name in numbers} == pytest.approx(numbers, rel=1e-4), row
 
 
+@pytest.mark.thorough
 def test_an_averaged_grid_is_the_same_with_and_without_the_store(train, tmp_path):
     from modules.flags import parse_flags
     from modules.run.predictor import load_predictor
@@ -128,6 +131,7 @@ def test_only_a_frozen_extractor_is_stored(train, tmp_path):
         train("--feature_cache", tmp_path)
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_goes_on_with_the_features_that_it_began_with(train, demo_index, tmp_path):
     """The extractor's weights come from a file that a resume does not read again: they are the checkpoint's."""
     torch.manual_seed(5)

@@ -226,6 +226,7 @@ def test_of_several_processes_one_decodes(pictures, tmp_path):
         worker.join()
 
 
+@pytest.mark.thorough
 def test_a_run_has_the_same_losses_and_scores_with_it(train, demo_index, tmp_path):
     settings = ["--negative_index", demo_index, "--views", "separate", "--clinical", "false", "--floors", "false"]
     plain = train(*settings, "--save_dir", tmp_path / "plain")

@@ -146,6 +146,7 @@ def test_a_broken_file_is_named(pictures, tmp_path):
         open_image(tmp_path / "cut.jpg", draft=lambda width, height: (50, 60))
 
 
+@pytest.mark.thorough
 def test_a_run_names_it_and_its_checkpoint_keeps_it(train, tmp_path):
     """And with --precision auto, which each machine that loads the checkpoint decides for itself."""
     folder = train("--jpeg_draft", "true", "--precision", "auto", "--clinical", "false", "--floors", "false")

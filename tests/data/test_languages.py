@@ -167,6 +167,7 @@ def foreign(tmp_path):
     return make
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "language, tokenizer", [("Chinese", "subword"), ("Spanish", "character"), ("French", "subword")]
 )

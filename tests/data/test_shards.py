@@ -75,6 +75,7 @@ def test_every_image_is_the_files_own(shards, demo, demo_index):
         assert images.locate(paths[0]).startswith("train-")
 
 
+@pytest.mark.thorough
 def test_training_is_that_from_files_but_for_the_order(shards, demo_index, train, tmp_path, monkeypatch):
     """With the sampler's order held the same, losses and reports are equal to the last bit."""
     monkeypatch.setattr("modules.run.data.ReportDataset.shards", lambda _: None)
@@ -86,6 +87,7 @@ def test_training_is_that_from_files_but_for_the_order(shards, demo_index, train
     assert runs[0] == runs[1]
 
 
+@pytest.mark.thorough
 def test_training_reads_every_shard_once_an_epoch(shards, demo, demo_index, train, monkeypatch):
     read = []
 

@@ -232,6 +232,7 @@ def predicted(monkeypatch, checkpoint: Path, demo: Path, folder: Path) -> list[s
     return [reports[study["id"]] for study in studies]
 
 
+@pytest.mark.thorough
 def test_from_training_to_a_report_for_a_loose_image(demo, train, tmp_path, monkeypatch):
     """The checkpoint holds the mean image that it was tested with, and the shared folder does too."""
     folder = train("--guidance", "1.5", "--save_dir", tmp_path / "guided")
@@ -287,6 +288,7 @@ def test_a_damaged_mean_image_is_told(tmp_path, damage):
         load_checkpoint(tmp_path / "damaged.pth")
 
 
+@pytest.mark.thorough
 def test_only_a_validated_epoch_keeps_its_mean_image(train, tmp_path):
     """The checkpoints within the second epoch and before its validation have weights that no mean was made with."""
     folder = train("--guidance", "1", "--epochs", "2", "--keep_epochs", "true", "--save_dir", tmp_path / "kept")

@@ -79,6 +79,7 @@ def coco_evaluation(captions, generated, tmp_path, monkeypatch, left_out=("SPICE
     return {name.replace("Bleu", "BLEU"): float(value) for name, value in official.eval.items() if name not in left_out}
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("java") is None, reason="pycocoevalcap asks for a java on the PATH")
 def test_scores_are_those_of_cocos_evaluation(tmp_path, monkeypatch):
     expected = coco_evaluation(CAPTIONS, GENERATED, tmp_path, monkeypatch)

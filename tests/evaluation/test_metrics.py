@@ -183,6 +183,7 @@ def test_an_empty_split_is_the_users_mistake():
         metrics.compute([], [])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("body", "reason", "timeout"),
     [

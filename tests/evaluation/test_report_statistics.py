@@ -54,6 +54,7 @@ def statistics_of(metrics, references, hypotheses):
     return scores, ReportStatistics(tables, "cut", "whole")
 
 
+@pytest.mark.thorough
 def test_sums_give_every_score_exactly(metrics):
     scores, statistics = statistics_of(metrics, REFERENCES, HYPOTHESES)
     assert statistics.scores() == pytest.approx(scores, abs=1e-15)

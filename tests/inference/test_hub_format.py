@@ -60,6 +60,7 @@ def trained(demo, demo_index, tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_to_the_hubs_layout_and_back(trained, tmp_path, monkeypatch, demo):
     flags = ("--licence", "mit", "--dataset", "Own & Sons", "--language", "de")
     run(export, monkeypatch, trained / "model_best.pth", "--out", tmp_path / "shared", *flags)
@@ -189,6 +190,7 @@ def test_a_wrong_folder_is_refused(trained, tmp_path, monkeypatch):
     assert {"save_dir", "gpt2_path"}.isdisjoint(read_hub_folder(tmp_path / "shared", EXPORTED)["config"])
 
 
+@pytest.mark.thorough
 def test_to_a_published_checkpoint_and_back(trained, tmp_path, monkeypatch, demo):
     best = trained / "model_best.pth"
     run(convert_checkpoint, monkeypatch, best, "--to", "published", "--out", tmp_path / "r2gencmn.pth")

@@ -296,6 +296,7 @@ def test_flags_of_decoding_go_before_the_checkpoints(trained):
     assert load_predictor(str(trained / "model_best.pth"), {}).decoding.beam_size == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("by", ["sentence", "word"])
 def test_attention_is_plotted(demo, trained, tmp_path, monkeypatch, by):
     folders = sorted(path for path in (demo / "images").iterdir() if path.is_dir())[:2]

@@ -19,6 +19,7 @@ def write(path, content):
     return path
 
 
+@pytest.mark.thorough
 def test_all_fields_stay_in_order_and_reports_are_those_of_predict(trained, demo, tmp_path, monkeypatch):  # noqa: F811
     folders = sorted(folder.name for folder in (demo / "images").iterdir())[:2]
     content = {

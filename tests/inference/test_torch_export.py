@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", ["r2gencmn", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "r2gencmn")]
 )
@@ -59,6 +60,7 @@ def run(monkeypatch, module, *arguments):
     return module.main()
 
 
+@pytest.mark.thorough
 def test_the_documented_loop_writes_what_predict_writes(demo, trained, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "programs"
     run(monkeypatch, export, trained / "model_best.pth", "--program", folder)

@@ -81,6 +81,7 @@ def test_the_memory_of_the_previous_epoch_changes_no_compiled_gradient():
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("strategy", ["ithn", "mochi"])
 def test_one_graph_serves_all_epochs_and_lengths_and_computes_the_same(strategy):
     """Hardness changes every epoch, lengths every batch; the last batch and the last accumulated step are smaller."""

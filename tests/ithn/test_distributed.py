@@ -159,6 +159,7 @@ def travelled() -> dict:
     }
 
 
+@pytest.mark.thorough
 def test_what_travels_arrives_in_order(tmp_path):
     alone = travelled()
     assert alone["ids"] == ["é0", "é1", "é2", "é3", "é4"] and alone["rows"] == [0, 0, 1, 1, 2, 2, 3, 3, 4]

@@ -121,6 +121,7 @@ def test_unknown_and_impossible_choices_are_refused():
     assert not Objective(TinyBackbone(), ITHNSettings(strategy="off", contrastive_features="encoder")).on_encoder
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_with_the_features_it_began_with(train):
     folder = train("--strategy", "contrastive", "--contrastive_features", "encoder")
     with pytest.raises(InputError, match="--contrastive_features extractor: the run of --resume .* began with encoder"):

@@ -140,6 +140,7 @@ def test_a_single_process_checkpoint_is_read_too(encoder, checkpoint, tmp_path):
     assert np.array_equal(Chexbert(tmp_path / "plain.pth", encoder).label(REPORTS), expected, equal_nan=True)
 
 
+@pytest.mark.thorough
 def test_script_labels_a_file_with_it(encoder, checkpoint, tmp_path):
     (tmp_path / "in.csv").write_text("id,report\na,the heart is normal .\nb,mild edema\n")
     script = Path(__file__).resolve().parents[2] / "scripts" / "label_reports.py"

@@ -156,6 +156,7 @@ def encoded(folder, cache):
     return torch.from_numpy(encoder(folder).encode(TEXTS, cache_dir=cache))
 
 
+@pytest.mark.thorough
 def test_processes_share_the_batches_and_the_first_keeps_the_cache(folder, tmp_path):
     expected = encoded(folder, tmp_path / "cache")
     (file,) = (tmp_path / "cache").iterdir()

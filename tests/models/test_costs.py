@@ -182,6 +182,7 @@ def test_a_step_waits_for_the_device_never(strategy):
     assert waits.isdisjoint(watch.names)
 
 
+@pytest.mark.thorough
 def test_a_whole_run_starts_java_once(train, tmp_path, monkeypatch):
     """Validation of every epoch, then the test of the model and of both baselines, against both forms of references."""
     java, log = tmp_path / "bin" / "java", tmp_path / "starts"

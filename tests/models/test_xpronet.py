@@ -304,6 +304,7 @@ def run(train, demo_labels, demo_index):
     return with_flags
 
 
+@pytest.mark.thorough
 def test_run_with_predicted_labels(run, tmp_path, monkeypatch):
     from modules.data.batches import Batch
 
@@ -320,6 +321,7 @@ def test_run_with_predicted_labels(run, tmp_path, monkeypatch):
     assert math.isfinite(results["test"]["model"]["nll"])
 
 
+@pytest.mark.thorough
 def test_run_with_reference_labels(run, monkeypatch):
     from modules.training.optimizers import PlateauOnAny
 

@@ -114,6 +114,7 @@ def require_harmless(text, plain):
     )
 
 
+@pytest.mark.thorough
 def test_report_page(tmp_path):
     plain = page(tmp_path / "plain.html", "plain", history=[])
     assert plain.structure

@@ -217,6 +217,7 @@ def test_nothing_was_looked_up_or_written(server, views):
     assert list(server.temporary.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_a_kill_leaves_no_file_and_no_process(trained, views, tmp_path):
     def shared():
         return set(Path("/dev/shm").iterdir()) if Path("/dev/shm").is_dir() else set()
@@ -251,6 +252,7 @@ def echo():
     return answer, {"ready": 1}
 
 
+@pytest.mark.thorough
 def test_a_request_that_takes_too_long_or_kills_its_process_is_given_up():
     answering = AnsweringProcess(echo, timeout=60.0)
     try:

@@ -265,6 +265,7 @@ def test_a_layout_is_read_checked_and_repeated(name, prepare, tmp_path, capsys):
     assert (out / "annotation.json").read_bytes() == first and "unchanged" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
 )

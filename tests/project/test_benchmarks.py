@@ -39,6 +39,7 @@ def run(tmp_path, monkeypatch):
     return measured
 
 
+@pytest.mark.thorough
 def test_training_step(run, capsys):
     plain, ithn = run("train_step", STEP + " --clock cpu")["results"]
     assert set(plain["seconds"]) == {"step", "forward", "backward", "optimiser", "visual extractor alone"}
@@ -64,6 +65,7 @@ def test_a_file_of_another_kind_stays(tmp_path, monkeypatch, name):
     assert out.read_text() == '{"train": []}'
 
 
+@pytest.mark.thorough
 def test_memory_and_scaling(run, capsys):
     found = run("cluster", STEP.replace("--batch_size 2", "--batch_size 6") + " --gpus 1 8 64 --views 1")
     one, eight, many = found["scaling"]
@@ -89,6 +91,7 @@ def test_step_in_two_processes(run, capsys):
     assert "2 processes: all-reduce alone" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_training_step_in_all_combinations(run):
     found = run("train_step", GIVEN + " --strategy off contrastive --batch_size 1 --max_seq_length 5 9")["results"]
     sizes = [(one["max_seq_length"], one["strategy"]) for one in found]
@@ -96,6 +99,7 @@ def test_training_step_in_all_combinations(run):
     assert found[0]["flops"] < found[2]["flops"] and found[1]["flops"] < found[3]["flops"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model", ["r2gen", "r2gencmn"])
 def test_generation(run, model):
     (found,) = run("generate", f"{SEARCH} --model_name {model} --beam_size 2 --max_seq_length 7")["results"]
@@ -122,6 +126,7 @@ def test_two_backbones(run):
     assert {"r2gen step", "r2gencmn generation", "memory by hand step"} <= set(found["seconds"])
 
 
+@pytest.mark.thorough
 def test_what_is_trained_of_the_extractor(run):
     found = run("unfreeze", f"{STEP} --views 1")
     assert set(found["seconds"]) == set(found["full_over"]) == {"all", "last:1", "last:1, stored"}
@@ -133,6 +138,7 @@ def test_backbone_and_baseline(run):
     assert set(found["ratios"]) == {"2", "3"} and len(found["seconds"]) == 4
 
 
+@pytest.mark.thorough
 def test_start_up(run):
     found = run("startup", "--programs main_train.py --clock cpu")
     assert set(found["seconds"]) == {"main_train.py --help", "python alone", "import torch"}

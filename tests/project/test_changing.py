@@ -79,6 +79,7 @@ def project(tmp_path):
     return Project(tmp_path / "project")
 
 
+@pytest.mark.thorough
 def test_a_text_encoder(project, demo):
     """One entry: known to the flags, and mined with."""
     project.insert(
@@ -97,6 +98,7 @@ def test_a_text_encoder(project, demo):
     assert one.metadata["flags"]["text_encoder"] == "unlike" and (one.neighbours == other.neighbours).all()
 
 
+@pytest.mark.thorough
 def test_a_data_set(project, demo):
     """One entry: known to the flags, checked, mined, trained on and scored, and named by the page and the record."""
     project.insert(
@@ -135,6 +137,7 @@ def per_report(references, hypotheses):
 '''
 
 
+@pytest.mark.thorough
 def test_a_sentence_metric(project, demo):
     """A file and an entry: scored with its interval, monitored, on the page, plotted, recorded, tabled."""
     (project.root / "modules" / "evaluation" / "words.py").write_text(WORDS)
@@ -165,6 +168,7 @@ def test_a_sentence_metric(project, demo):
     assert float(line["test_words"]) == pytest.approx(scores["words"])
 
 
+@pytest.mark.thorough
 def test_a_backbone_with_its_own_setting(project, demo):
     """Its file and the table: its flag, default, preset and shape are known to all programs."""
     own = (
@@ -221,6 +225,7 @@ UNIFORMITY_WEIGHT = """    uniformity_weight: float = setting(0.0, "ITHN", "weig
 """
 
 
+@pytest.mark.thorough
 def test_a_weighted_loss_term(project, demo, demo_index):
     """Settings, losses and objective: in the help text, the loss, the log and the history; unused it is found."""
     project.insert(
@@ -262,6 +267,7 @@ MIDPOINT = '''def midpoint(image: Tensor, report: Tensor, negative: Tensor, hard
 '''
 
 
+@pytest.mark.thorough
 def test_a_synthesis_strategy(project, demo, demo_index):
     """A function and a line of the table, in one file: --strategy, its help text and the probes know it."""
     path = project.root / "modules" / "ithn" / "synthesis.py"

@@ -10,7 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("tool", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
+TOOLS = (
+    ["ruff", "check"],
+    ["ruff", "format", "--check"],
+    pytest.param(["mypy"], marks=pytest.mark.thorough, id="mypy"),
+)
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=" ".join)
 def test_code_passes(tool):
     """pyproject.toml holds the settings: what is formatted how, and which rooms have checked types."""
     if tool == ["mypy"] and version("torch").startswith("2.10."):

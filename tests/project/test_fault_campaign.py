@@ -16,6 +16,7 @@ from benchmarks.fault_trials import Trial
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.thorough
 def test_a_small_campaign(tmp_path):
     out = tmp_path / "faults.json"
     done = subprocess.run(

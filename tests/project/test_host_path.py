@@ -120,6 +120,7 @@ def test_decoding_does_not_use_cudnn_attention(library, capability):
     assert (CUDNN in before or not TAKES_CUDNN) and CUDNN not in after
 
 
+@pytest.mark.thorough
 def test_steps_go_on_where_one_cannot_be_recorded(library):
     """A wait spoils the recording; torch 2.10 then leaves the generator of random numbers recording."""
     program = [sys.executable, "-c", WAITING]

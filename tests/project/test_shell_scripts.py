@@ -173,6 +173,7 @@ def project(tmp_path):
     return run
 
 
+@pytest.mark.thorough
 def test_setup_from_nothing_to_repair(project):
     said, installed = project()
     assert "making .venv" in said and "ready" in said
@@ -217,6 +218,7 @@ def test_setup_pins_torch_where_the_gpu_needs_it(project, output, pinned):
     assert ("requirements/constraints-v100.txt applies" in said) is pinned
 
 
+@pytest.mark.thorough
 def test_setup_from_the_lock(project):
     said, installed = project("--locked")
     assert installed.strip().endswith(f"--require-hashes -r {project.folder}/requirements/lock.txt") and "ready" in said

@@ -83,6 +83,7 @@ def rows(path):
         return list(csv.reader(file))
 
 
+@pytest.mark.thorough
 def test_captions_are_samples_and_references(train, coco, tmp_path, monkeypatch):
     folder = train(
         "--negative_index", coco / "index.safetensors", "--mask_identical", "true", "--monitor_metric", "CIDEr"
@@ -126,6 +127,7 @@ def _check_files(folder, model, tmp_path, monkeypatch):
     assert not any(caption in log for record in truth for caption in record["captions"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("model", "strategy"), [("r2gencmn", "ithn"), ("r2gen", "off"), ("xpronet", "ithn"), ("visualgpt", "mochi")]
 )

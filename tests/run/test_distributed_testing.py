@@ -65,6 +65,7 @@ def evaluated(demo, method: str, views: str, guidance: float) -> dict:
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("method", "views", "guidance"), [("beam_search", "paired", 0.0), ("sample", "separate", 2.0)])
 def test_scores_of_one_two_and_three_processes_are_equal(demo, tmp_path, method, views, guidance):
     alone = evaluated(demo, method, views, guidance)

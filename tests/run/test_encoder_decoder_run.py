@@ -54,6 +54,7 @@ def flags_of(folder):
     return ["--model_name", "hf", "--decoder", str(folder), "--ithn", "off"]
 
 
+@pytest.mark.thorough
 def test_a_run_its_test_resumption_and_export_need_the_folder_once(train, gpt2, tmp_path):
     folder = train(*flags_of(gpt2))
     shutil.rmtree(gpt2)
@@ -101,6 +102,7 @@ def test_every_program_takes_it(described, train, demo, demo_index, demo_labels,
                 call(program, "--load", best, *more)
 
 
+@pytest.mark.thorough
 def test_a_prefix_decoder_with_two_views_and_guidance(train, llama):
     folder = train(*flags_of(llama), "--guidance", 0.5, "--freeze_decoder", "true", "--shard_parameters", "true")
     line = "no effect here (one process has all parameters): --shard_parameters"

@@ -26,6 +26,7 @@ def main_test(*argv):
     run_testing(given, ignored)
 
 
+@pytest.mark.thorough
 def test_a_training_on_the_cpu_keeps_what_it_frees(train, monkeypatch):
     from modules.run import training
     from modules.training.trainer import Trainer
@@ -140,6 +141,7 @@ def _check_test_repeats(folder, results, tmp_path):
     assert (moved / "model_best.pth").is_file() and (moved / "exports").is_dir()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "extra", [[], ["--previous_epoch_start", "true", "--lr_scheduler", "ReduceLROnPlateau", "--plateau_patience", "0"]]
 )
@@ -169,6 +171,7 @@ def test_resume_is_exact(train, demo_index, tmp_path, extra):
         assert all(torch.equal(state[key], other[key]) for key in state)
 
 
+@pytest.mark.thorough
 def test_a_run_that_goes_on_elsewhere_takes_its_best_model_along(train, tmp_path):
     first = train("--epochs", 2, "--lr_scheduler", "CosineAnnealingLR", "--monitor_metric", "nll")
     resume = [
@@ -195,6 +198,7 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_model_along(train, tmp_path
             train(*resume, flag, value)
 
 
+@pytest.mark.thorough
 def test_a_best_model_that_was_left_behind_is_chosen_anew(train, tmp_path):
     content = load_checkpoint(train("--epochs", 2, "--monitor_metric", "nll") / "current_checkpoint.pth")
     content["best"] = {"score": 0.0, "epoch": 1, "epochs_without": 1}  # better than any to come
@@ -213,6 +217,7 @@ def test_one_of_several_answers_is_kept(train, flags):
         assert len(list(csv.reader(generated))) == 4
 
 
+@pytest.mark.thorough
 def test_plain_backbone_needs_no_negatives(train):
     folder = train("--alpha", 0.5, "--ce_weight", 1)
     assert load_checkpoint(folder / "model_best.pth")["strategy"] == "off"
@@ -231,6 +236,7 @@ def test_the_contrastive_strategy_needs_no_negatives(train):
     assert json.loads((folder / "history.json").read_text())[0]["train_contrastive"] > 0
 
 
+@pytest.mark.thorough
 def test_test_labels_do_not_choose_the_model(train, demo, tmp_path):
     flags = ["--epochs", 3, "--lr_ed", "1e-2"]
     first = load_checkpoint(train(*flags) / "model_best.pth")
@@ -312,6 +318,7 @@ def test_more_than_one_percent_of_replaced_images_stops(train, demo, tmp_path):
         train("--image_dir", _break_image(demo, tmp_path, b""), "--on_bad_image", "skip")
 
 
+@pytest.mark.thorough
 def test_a_replaced_test_image_is_counted_and_not_shown(train, demo, tmp_path):
     annotation = json.loads((demo / "annotation.json").read_text())
     annotation["test"] = [study | {"id": f"{study['id']}_{copy}"} for copy in range(26) for study in annotation["test"]]

@@ -43,6 +43,7 @@ def test_a_mistyped_input_leaves_a_finished_run_where_it_is(train, finished, tmp
     assert content(finished) == before
 
 
+@pytest.mark.thorough
 def test_the_corrected_command_continues_the_run(train, finished, tmp_path):
     with pytest.raises(InputError):
         train("--ann_path", tmp_path / "nowhere", "--epochs", 2)

@@ -34,6 +34,7 @@ def command(demo, tmp_path, *flags):
     return [str(part) for part in (sys.executable, "main_train.py", *paths, *TINY, "--device", "cpu", *flags)]
 
 
+@pytest.mark.thorough
 def test_the_whole_job_in_two_processes(demo, demo_index, tmp_path):
     """Training and test in two processes; one process gives the best model the same scores."""
     flags = [

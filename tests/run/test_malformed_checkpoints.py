@@ -146,6 +146,7 @@ HARMLESS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", BOTH + RESUME_ONLY, ids=lambda path: "/".join(map(str, path)))
 def test_an_edited_entry_is_one_line(trained, used, tmp_path, path):
     for value in JUNK:

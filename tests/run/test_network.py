@@ -105,6 +105,7 @@ def hostile(trained, tmp_path_factory):
     return paths
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("name", "program"),
@@ -133,6 +134,7 @@ def test_a_checkpoints_settings_ask_for_nothing(name, program, hostile, seen, tm
         assert "named by a checkpoint" in said
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(120)
 def test_no_other_program_asks_either(hostile, demo, seen, tmp_path, monkeypatch, capsys):
     Image.effect_noise((64, 64), 60).save(tmp_path / "a.png")

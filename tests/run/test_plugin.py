@@ -145,12 +145,14 @@ def test_adapters_learn_with_every_strategy(demo, demo_index, strategy):
     assert all(value.grad is not None for name, value in objective.named_parameters() if "backbone.decoder" not in name)
 
 
+@pytest.mark.thorough
 def test_a_backbone_of_ones_own_gets_labels(train, demo_index, demo_labels, monkeypatch):
     monkeypatch.setitem(MODELS, "labelled", "tests.bag_of_patches.LabelledPatches")
     folder = train("--model_name", "labelled", "--negative_index", demo_index, "--label_path", demo_labels)
     assert json.loads((folder / "history.json").read_text())[0]["train_shown"] > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("strategy", ["ithn", "mochi"])
 def test_a_backbone_of_ones_own_gets_ithn(train, demo_index, monkeypatch, strategy):
     monkeypatch.setitem(MODELS, "bag", "tests.bag_of_patches.BagOfPatches")

@@ -5,6 +5,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -36,6 +37,7 @@ def test_hash_of_a_file(tmp_path):
     assert file_sha256(tmp_path) == file_sha256("") == file_sha256(tmp_path / "none") == ""
 
 
+@pytest.mark.thorough
 def test_training_and_test(train, demo, demo_index, tmp_path, monkeypatch, capsys):
     flags = ("--negative_index", demo_index, "--seed", 11, "--floors", "false", "--report_samples", 0)
     folder = train(*flags)

@@ -132,6 +132,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run):
     assert_same(*history)
 
 
+@pytest.mark.thorough
 def test_a_float16_run_that_was_killed_goes_on_from_its_last_step(run, monkeypatch):
     """The scaler's state too; and a kill leaves what --checkpoint_steps had saved."""
     whole = run("whole", "--precision", "float16")
@@ -246,6 +247,7 @@ def test_another_batch_size_goes_on_behind_the_samples_that_were_seen(run):
         run("like", "--length_bucketing", "true", "--resume", "auto", "--batch_size", 1)
 
 
+@pytest.mark.thorough
 def test_shards_are_read_on_at_the_right_sample(run, demo, demo_index, tmp_path):
     """The order depends on what each of them holds, not on where they lie."""
     for name, size in (("shards", 0.02), ("others", 0.05)):

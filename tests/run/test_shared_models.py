@@ -33,6 +33,7 @@ def served(model, images):
 POOLED = ("--image_size", 96, "--feature_grid", 2, "--lr_ed", 1e-2)
 
 
+@pytest.mark.thorough
 def test_a_pooled_grid_is_exported_and_served(demo, train, tmp_path):
     folder = train(*POOLED)
     best, data = folder / "model_best.pth", ("--ann_path", demo / "annotation.json", "--image_dir", demo / "images")
@@ -55,6 +56,7 @@ def test_a_pooled_grid_becomes_programs(train, tmp_path, capsys):
     assert json.loads((tmp_path / "program" / "program.json").read_text())["image_size"] == 96
 
 
+@pytest.mark.thorough
 def test_context_is_exported_and_said_to_be_absent_where_images_are_served_alone(train, tmp_path, capsys):
     flags = toy(tmp_path / "data", "indication", 24)
     folder = train(*flags, *POOLED, "--context", "indication,prior_image", "--threshold", 1)

@@ -228,6 +228,7 @@ def test_a_second_sigint_in_a_save_leaves_the_last_checkpoint(training, monkeypa
     assert not list(training.folder.glob(".*.tmp")) and folder.newest_valid()[0].name == CURRENT
 
 
+@pytest.mark.thorough
 def test_the_program_itself_stops_and_goes_on(demo, tmp_path):
     """As a cluster does it: SIGTERM for every process of the group."""
     command = [

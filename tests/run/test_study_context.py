@@ -151,6 +151,7 @@ def test_wrong_values_are_one_line(tmp_path):
 # ---- what it teaches
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "kind, context", [("indication", "indication"), pytest.param("prior", "prior_image", marks=pytest.mark.slow)]
 )
@@ -194,6 +195,7 @@ BACKBONES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_trains_tests_and_predicts_with_context(backbone, train, tmp_path):
     flags = toy(tmp_path / "data", "prior", 24)

@@ -16,6 +16,7 @@ from tests.gloo_support import run_together
 from tests.layers.test_hub_encoders import save
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_goes_on_with_the_same_part(train):
     folder = train("--unfreeze", "last:1", "--ithn", "off", "--lr_ve", 1e-2)
     before = load_checkpoint(folder / "current_checkpoint.pth")["state_dict"]
@@ -28,6 +29,7 @@ def test_a_resumed_run_goes_on_with_the_same_part(train):
     assert changed and all(name.startswith("visual_extractor.model.7.") for name in changed)
 
 
+@pytest.mark.thorough
 def test_the_last_stage_is_trained_on_stored_features_of_the_others(train, demo_index, tmp_path):
     """A resumption finds the file again, although trained weights have changed; scores are those without it."""
     cache = tmp_path / "cache"
@@ -49,6 +51,7 @@ def test_the_last_stage_is_trained_on_stored_features_of_the_others(train, demo_
         assert {name: without["test"][row][name] for name in numbers} == pytest.approx(numbers, rel=1e-4), row
 
 
+@pytest.mark.thorough
 def test_images_read_once_in_half_precision_and_resumed(train, tmp_path):
     """The weights are those of one run that reads the files, to the bit."""
     flags = ["--unfreeze", "last:1", "--precision", "bfloat16", "--lr_ve", 1e-2, "--ithn", "off", "--beam_size", 1]

@@ -34,6 +34,7 @@ def test_an_epoch_that_writes_unknown_words_is_judged_without_their_hits(caplog)
     assert "selection" not in validated(["the heart .", "lungs ."])
 
 
+@pytest.mark.thorough
 def test_from_training_to_the_page_and_without_them(train, demo, tmp_path):
     # So high a threshold leaves hardly another word.
     folder = train("--threshold", 40, "--suppress_unk", "false", "--lr_ed", 3e-2, "--lr_ve", 0, "--epochs", 3)

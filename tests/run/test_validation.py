@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 
+
+@pytest.mark.thorough
 def test_validation_on_the_first_batches_of_every_second_epoch(train, capsys):
     folder = train("--epochs", 3, "--eval_every", 2, "--eval_batches", 1, "--batch_size", 1)
     rows = json.loads((folder / "history.json").read_text())

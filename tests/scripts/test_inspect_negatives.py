@@ -203,6 +203,7 @@ def run(demo, demo_index, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.thorough
 def test_script_writes_numbers_for_every_epoch_and_hardness(run, demo, tmp_path):
     done = inspect(
         "--load", run / "epoch_0002.pth", run / "epoch_0001.pth", "--out", tmp_path / "out", "--lambdas", 0, 1
@@ -259,6 +260,7 @@ def test_chosen_records_bring_their_negatives():
     assert sizes == {2, 3, 4}
 
 
+@pytest.mark.thorough
 def test_wrong_checkpoints_are_named_in_a_line(run, tmp_path):
     from modules.runtime.errors import InputError
     from scripts.research.negative_bank import Inspection

@@ -14,6 +14,7 @@ def call(monkeypatch, *arguments):
     probe_decoder.main()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("backbone", ["r2gencmn", "hf"])
 def test_every_place_is_probed_under_one_text(backbone, train, demo_labels, monkeypatch, capsys):
     checkpoint = train("--model_name", backbone, "--ithn", "off", "--views", "paired") / "model_best.pth"
@@ -31,6 +32,7 @@ def test_every_place_is_probed_under_one_text(backbone, train, demo_labels, monk
     assert lines[0] == "| class | patches | encoder | cross-attention | decoder |" and len(lines) == 2 + 14
 
 
+@pytest.mark.thorough
 def test_what_has_no_cross_attention_is_refused(train, demo_labels, monkeypatch):
     from models import MODELS
 

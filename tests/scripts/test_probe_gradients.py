@@ -69,6 +69,7 @@ def test_features_of_the_encoder_train_no_decoder():
     assert own["contrastive", "decoder"][0] < published["contrastive", "decoder"][0]
 
 
+@pytest.mark.thorough
 def test_the_script(train, demo_index, tmp_path, monkeypatch, capsys):
     folder = train("--negative_index", demo_index)
     capsys.readouterr()

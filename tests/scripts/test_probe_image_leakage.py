@@ -123,6 +123,7 @@ def test_text_alone_retrieves_what_the_words_tell():
     assert text_only_retrieval(blind, blind) < 0.5
 
 
+@pytest.mark.thorough
 def test_the_table_has_plain_and_joint_checkpoints(trained, train, tmp_path, monkeypatch, capsys):
     joint = train("--ithn", "on", "--strategy", "contrastive", "--save_dir", tmp_path / "joint")
     paths = [str(folder / "model_best.pth") for folder in (joint, trained)]

@@ -86,6 +86,7 @@ def killed_at(number: int, work) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.thorough
 def test_a_kill_at_any_call_of_a_save_leaves_everything_whole(tmp_path):
     number, seen = 0, set()
     while True:

@@ -108,6 +108,7 @@ def two_steps_each(every: int) -> int:
     return taken
 
 
+@pytest.mark.thorough
 def test_two_processes_train_a_sample_of_them(tmp_path):
     """Of each backbone; every strategy, weight and switch is in the sample of some backbone."""
     sample = [combination for backbone in MODELS for combination in combinations(backbone)[::SAMPLED]]

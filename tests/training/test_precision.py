@@ -44,6 +44,7 @@ class HalfPrecisionSeen(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("backbone", [*MODELS, ADAPTED])
 def test_what_needs_float32_is_given_float32(demo, demo_index, demo_labels, backbone, precision):

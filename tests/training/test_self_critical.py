@@ -272,6 +272,7 @@ def test_every_backbone_takes_a_step(demo, demo_index, demo_labels, tmp_path, ba
 # ---- main_train.py
 
 
+@pytest.mark.thorough
 def test_a_stage_of_its_own(train, tmp_path):
     first = train("--seed", 5)
     weights = load_checkpoint(first / "model_best.pth")["state_dict"]

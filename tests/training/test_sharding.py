@@ -134,6 +134,7 @@ def all_of_it(optim: str, options: dict) -> dict:
     return trained(optim, options) | {"stopped": stopped(), "bad": bad_step()}
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("optim", "options"), [("AdamW", {}), pytest.param("SGD", {"lora_rank": 2}, marks=pytest.mark.slow)]
