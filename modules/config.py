@@ -11,7 +11,7 @@ from typing import Any
 
 from models import MODELS, location
 from models.settings import declared_presets, declared_settings
-from modules.data.dataset_specs import DATASETS, ENGLISH, OTHER, PRIOR_IMAGE, DataSpec, check_name, parse_contexts
+from modules.data.dataset_specs import DATASETS, OTHER, PRIOR_IMAGE, DataSpec, check_name, is_english, parse_contexts
 from modules.data.settings import DataSettings
 from modules.decoding.options import DecodingOptions
 from modules.evaluation.metric_table import NEED_JAVA, XPRONET_SUM
@@ -280,7 +280,7 @@ class Config(
             cleaner=self.cleaner or spec.cleaner,
             max_views=self.max_views or spec.max_views,
             captions=spec.captions if self.captions is None else self.captions,
-            clinical=spec.clinical and self.language == ENGLISH,
+            clinical=spec.clinical and is_english(self.language),
         )
 
     @property

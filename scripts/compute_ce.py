@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from modules.data.report_files import ReportFile
 from modules.data.report_tables import Table, match_rows
 from modules.flags import Parser
 from modules.labels.tables import class_columns, parse_labels, read_table, report_column
@@ -52,15 +53,20 @@ def main() -> None:
     from modules.evaluation.bootstrap import intervals
     from modules.evaluation.clinical_scores import class_table, clinical_scores
     from modules.evaluation.report_statistics import ReportStatistics, clinical_tables
+    from modules.evaluation.system_scorer import units_of
 
     references = read_table(arguments.gts)
     hypotheses = match_rows(references, read_table(arguments.res))
     labeler = choose_labeler(references, hypotheses, arguments.labeler)
     truth, claim = labels_of(references), labels_of(hypotheses)
     scores = clinical_scores(truth, claim, labeler)
-    limits = intervals(ReportStatistics(clinical_tables(truth, claim, labeler), "", ""))
+    rows = ReportFile(references, [[""]] * len(truth))
+    studies, patients = units_of(rows.studies, rows.subjects)
+    statistics = ReportStatistics(clinical_tables(truth, claim, labeler), "", "", studies=studies, patients=patients)
+    limits = intervals(statistics)
     table = class_table(truth, claim, arguments.uncertain)
-    print(render_scores(scores, limits), render_classes(table, labeler, arguments.uncertain), sep="\n\n")
+    print(render_scores(scores, limits), f"Intervals are a bootstrap over {statistics.units[0]}.", sep="\n\n")
+    print("", render_classes(table, labeler, arguments.uncertain), sep="\n")
     if arguments.out:
         from modules.runtime.environment import file_sha256, provenance
 
@@ -68,6 +74,7 @@ def main() -> None:
             "reports": len(truth),
             "scores": scores,
             "intervals": limits,
+            "intervals_over": statistics.units[0],
             "uncertain": arguments.uncertain,
             "classes": table,
             "labeler": labeler,

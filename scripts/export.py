@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.config import EXPORTED
-from modules.data.dataset_specs import ENGLISH, data_title
+from modules.data.dataset_specs import ENGLISH, data_title, is_english
 from modules.flags import Parser
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
@@ -246,7 +246,7 @@ def facts_of(content: dict, results: dict, given: argparse.Namespace) -> "CardFa
 
 def _foreign(config: dict) -> str:
     """The language that the data set's description says, where it is not the default."""
-    return config["language"] if config.get("language", ENGLISH) != ENGLISH else ""
+    return "" if is_english(config.get("language", ENGLISH)) else config["language"]
 
 
 def results_of(content: dict, folder: Path) -> dict:

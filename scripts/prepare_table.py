@@ -11,6 +11,7 @@ Where the table has no split, 7:1:2 are drawn by --seed; no patient is in two sp
 """
 
 import argparse
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.annotations import SPLITS
-from modules.data.dataset_specs import check_name
+from modules.data.dataset_specs import check_name, is_english
 from modules.flags import Parser
 from modules.prepare.image_placing import Placing, add_placing_flags, check_placing, place_images
 from modules.prepare.prepared_folder import write_prepared
@@ -32,6 +33,7 @@ from modules.prepare.table_columns import (
     header_names,
     preset_names,
     read_preset,
+    texts,
 )
 from modules.prepare.table_records import Record, as_annotation, read_records, settle_splits
 from modules.prepare.user_tables import read_pairs, read_user_table
@@ -120,14 +122,28 @@ def _target(image: str, resize: int) -> str:
     return image if not resize or image.lower().endswith((".png", ".jpg", ".jpeg")) else f"{image}.png"
 
 
+def language_of(rows: list, columns: Columns) -> str:
+    """The code of the language that all rows name, "" without one; InputError for a text that is no code."""
+    named = columns.roles.get("language", ())
+    found = {"en" if is_english(text) else text.lower() for row in rows for text in texts(row, named)}
+    for text in sorted(found):
+        if not re.fullmatch(r"[a-z]{2,3}([-_][a-z0-9]+)*", text):
+            raise InputError(
+                f"--language {' '.join(named)}: {text[:40]!r} is no language code such as en, es or zh; write codes "
+                "there, or name another column"
+            )
+    if len(found) > 1:
+        print(f"languages {', '.join(sorted(found)[:8])}: dataset.json names none of them, and main_train.py takes en")
+    return found.pop() if len(found) == 1 else ""
+
+
 def describe(
     arguments: argparse.Namespace, preset: Preset, columns: Columns, rows: list, records: list[Record]
 ) -> dict[str, Any]:
     """The content of dataset.json."""
     facts = {"name": arguments.name} | preset.data
-    languages = {str(row.get(columns.roles["language"][0])) for row in rows} if "language" in columns.roles else set()
-    if len(languages) == 1:
-        facts["language"] = languages.pop().lower()
+    if language := language_of(rows, columns):
+        facts["language"] = language
     if any(record.captions for record in records):
         facts["captions"] = True
     facts.setdefault("views", min(2, max(len(record.images) for record in records)))
@@ -152,8 +168,8 @@ def main() -> None:
     read = read_records(rows, columns, by_image=by_image, images=arguments.images)
     if not read.records:
         raise InputError(f"{arguments.tables[0]}: no study has both an image and a report")
-    named = read_split(arguments.split_file) if arguments.split_file else None
-    records, how = settle_splits(read.records, seed=arguments.seed, named=named, new=arguments.new_split)
+    named = read_split(arguments.split_file, "--split_file") if arguments.split_file else None
+    records, how = settle_splits(read, seed=arguments.seed, named=named, new=arguments.new_split)
     path = arguments.out / "annotation.json"
     check_annotation(path, as_annotation(records)[0])
     if arguments.images:

@@ -191,6 +191,8 @@ def render_scores(scored: "Scored", systems: Mapping[str, Sequence[str]], shown:
 
 def render_tests(tests: Sequence["SystemTest"]) -> str:
     """A line for each test of a system against the first."""
+    from modules.evaluation.bootstrap import p_text
+
     kind = "randomisation" if tests[0].change.p_seeds is None else "seeds"
     lines = [
         f"| against the first | score | difference | 95 % interval | p {kind} | p Holm |",
@@ -200,8 +202,8 @@ def render_tests(tests: Sequence["SystemTest"]) -> str:
         change = test.change
         interval = "–" if change.low is None else f"[{change.low:+.4f}, {change.high:+.4f}]"
         lines.append(
-            f"| {test.system} | {_marked(test.score)} | {change.difference:+.4f} | {interval} | {change.p:.4f} | "
-            f"{test.p_holm:.4f} |"
+            f"| {test.system} | {_marked(test.score)} | {change.difference:+.4f} | {interval} | "
+            f"{p_text(change.p)} | {p_text(test.p_holm)} |"
         )
     return "\n".join(lines)
 

@@ -114,9 +114,14 @@ def read_description(ann_path: str | Path) -> dict[str, Any]:
         if type(value) is not kind:
             raise InputError(f"{path}: {key} is {str(value)[:40]!r}, expected a {_KINDS[kind]}")
         found[flag] = value
-    if found.get("language", ENGLISH) != ENGLISH and found["dataset_name"] not in DATASETS:
+    if not is_english(found.get("language", ENGLISH)) and found["dataset_name"] not in DATASETS:
         found.setdefault("cleaner", "any")
     return found
+
+
+def is_english(language: str) -> bool:
+    """Whether a code, a tag such as "en-US", or a name means English."""
+    return re.split(r"[-_]", language.strip().lower())[0] in (ENGLISH, "eng", "english")
 
 
 _KINDS = {str: "string", int: "whole number", bool: "boolean (true or false)"}

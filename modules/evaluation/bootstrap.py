@@ -9,6 +9,7 @@ Shapes: U units, R resamples, S runs (seeds) of a system, K columns of all table
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,15 +27,16 @@ _BLOCK = 200  # resamples at a time: U * 200 float64 numbers
 class Difference:
     """First minus second: the difference of a score, its interval, and the two-sided p values of three paired tests.
 
-    ``low`` and ``high`` are None where no interval can be trusted, ``p_seeds`` where a system has a single seed.
-    ``error`` is the standard error over reports and seeds, ``freedom`` the degrees of freedom of its t distribution.
+    ``low`` and ``high`` are None where no interval can be trusted, ``p_seeds`` where a system has a single seed, and
+    all of them, with ``error`` NaN, where there is one unit. ``error`` is the standard error over reports and seeds,
+    ``freedom`` the degrees of freedom of its t distribution.
     """
 
     difference: float
     low: float | None
     high: float | None
-    p_bootstrap: float
-    p_randomisation: float
+    p_bootstrap: float | None
+    p_randomisation: float | None
     p_seeds: float | None = None
     error: float = 0.0
     freedom: float = np.inf
@@ -47,7 +49,7 @@ class Difference:
         return self.difference - margin, self.difference + margin
 
     @property
-    def p(self) -> float:
+    def p(self) -> float | None:
         """The p value to report: p_seeds where there are several seeds, else approximate randomisation's."""
         return self.p_randomisation if self.p_seeds is None else self.p_seeds
 
@@ -68,9 +70,12 @@ def intervals(
 
     It covers the choice of the test patients or studies, not of the training seed. Of several runs (seeds) on the same
     test reports it is the interval of their mean score. Macro averages over rare classes have none: see
-    ReportStatistics.without_interval. InputError where the runs are not about the same reports.
+    ReportStatistics.without_interval; with one unit no score has one. InputError where the runs are not about the same
+    reports.
     """
     sums = _Sums(runs, _comparable(runs), _units(runs))
+    if sums.units < 2:
+        return {}
     left_out = runs[0].without_interval()
     drawn = _Resampled(resamples, level)
     for counts in _resamples(sums.units, resamples, seed):
@@ -95,9 +100,9 @@ def compare(
       each system's mean over its S seeds, and the difference is referred to Student's t with the degrees of freedom of
       Welch (1947) and Satterthwaite. Resampling the few seeds themselves finds too much: docs/EVALUATION.md.
 
-    Each p counts the observation itself, so none is below 1 / (R + 1). Scores on cut references are left out where the
-    runs cut differently (another vocabulary or --max_seq_length). InputError where the runs are not about the same
-    test reports, or not equally many.
+    Each p counts the observation itself, so none is below 1 / (R + 1); of one unit nothing can be tested. Scores on cut
+    references are left out where the runs cut differently (another vocabulary or --max_seq_length). InputError where
+    the runs are not about the same test reports, or not equally many.
     """
     names = _comparable([*first, *second])
     if len(first) != len(second):
@@ -107,6 +112,9 @@ def compare(
     count = sides[0].units
     by_seed = [side.scores(np.ones((1, count))) for side in sides]  # (S, 1)
     observed = _subtract(*map(_mean, by_seed))
+    if count < 2:
+        untested = (None, None, None, None, None, np.nan)
+        return {name: Difference(float(value), *untested) for name, [value] in observed.items()}
     bootstrap = _Resampled(resamples, level, {name: float(value) for name, [value] in observed.items()})
     for counts in _resamples(count, resamples, seed):
         bootstrap.add(_subtract(*(_mean(side.scores(counts)) for side in sides)))
@@ -130,13 +138,19 @@ def compare(
     return found
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's (1979) correction: adjusted p values of tests that are made together, by the same names."""
+def holm(p_values: Mapping[Any, float | None]) -> dict[Any, float | None]:
+    """Holm's (1979) correction: adjusted p values of tests that are made together, by the same names; None stays."""
+    made = {name: p for name, p in p_values.items() if p is not None}
     adjusted, largest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+    for rank, name in enumerate(sorted(made, key=made.__getitem__)):
+        largest = max(largest, min(1.0, (len(made) - rank) * made[name]))
         adjusted[name] = largest
-    return {name: adjusted[name] for name in p_values}
+    return {name: adjusted.get(name) for name in p_values}
+
+
+def p_text(p: float | None) -> str:
+    """A p value as tables show it."""
+    return "–" if p is None else f"{p:.4f}"
 
 
 def over_seeds(runs: Sequence[Mapping[str, float | None]]) -> dict[str, Spread]:

@@ -98,15 +98,29 @@ def clinical_scores(references: np.ndarray, hypotheses: np.ndarray, labeler: str
             )
             for name, value in scores_of(chosen).items():
                 scores[f"ce_{labeler}_{name}_{class_set}_uncertain_{uncertain}"] = value
-        counts = np.stack([result.true_positive, result.false_positive, result.false_negative], axis=1)  # (N, 3, C)
-        if (frequent := frequent_classes(counts)).any():
-            f1 = ratios(*counts[:, :, frequent].sum(axis=0))["f1"]
+        frequent = frequent_classes(_counts(outcomes(references, hypotheses, counted_as(uncertain))))
+        if frequent.any():
+            f1 = ratios(*_counts(result)[:, :, frequent].sum(axis=0))["f1"]
             scores[f"ce_{labeler}_f1_macro_{FREQUENT}_uncertain_{uncertain}"] = float(f1.mean())
     return scores
 
 
+def _counts(result: Outcomes) -> np.ndarray:
+    return np.stack([result.true_positive, result.false_positive, result.false_negative], axis=1)  # (N, 3, C)
+
+
+def counted_as(uncertain: str) -> str:
+    """The policy that tells how many reference positives there are for the scores of ``uncertain``: "ignored" leaves
+    out what a system was uncertain about, so that two systems would be averaged over different classes.
+    """
+    return "negative" if uncertain == "ignored" else uncertain
+
+
 def frequent_classes(counts: np.ndarray) -> np.ndarray:
-    """(C,) bool: the classes with at least MIN_POSITIVES reference positives in outcomes (N, 3, C)."""
+    """(C,) bool: the classes with at least MIN_POSITIVES reference positives in outcomes (N, 3, C).
+
+    The outcomes are those of ``counted_as`` a score's policy.
+    """
     return (counts[:, 0] + counts[:, 2]).sum(axis=0) >= MIN_POSITIVES
 
 

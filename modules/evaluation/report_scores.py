@@ -51,7 +51,7 @@ def score(
     _check(references, systems, cleaner, training, max_seq_length, threshold)
     train = [] if cleaner == COCO else list(training)
     clean = _cleaning(cleaner)
-    studies, patients = units_of(study_ids, subject_ids or [""] * len(study_ids)) if study_ids else (None, None)
+    studies, patients = units_of(study_ids, subject_ids)
     keys = list(ids) if ids else [str(number) for number, _ in enumerate(references, start=1)]
     if cleaner == COCO:
         split_words, words = _tokenised(references, systems)

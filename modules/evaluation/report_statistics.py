@@ -23,6 +23,7 @@ from modules.evaluation.clinical_scores import (
     RATIOS,
     UNCERTAIN_POLICIES,
     averages,
+    counted_as,
     frequent_classes,
     outcomes,
     ratios,
@@ -82,7 +83,7 @@ class ReportStatistics:
                 continue
             columns[name] = _with_example_ratios(table)
             counts = table.reshape(len(table), 3, len(CLASSES))
-            if (frequent := frequent_classes(counts)).any():
+            if (frequent := self._frequent(name)).any():
                 columns[name.replace("_uncertain_", f"_{FREQUENT}_uncertain_")] = (
                     counts[:, :, frequent].reshape(len(table), -1).astype(np.float64)
                 )
@@ -95,10 +96,10 @@ class ReportStatistics:
         a resample, where its F1 is then 0 (docs/EVALUATION.md has the simulation).
         """
         found = set()
-        for name, table in self.tables.items():
+        for name in self.tables:
             if not _is_clinical(name):
                 continue
-            frequent = frequent_classes(table.reshape(len(table), 3, len(CLASSES)))
+            frequent = self._frequent(name)
             base, suffix = (name.removesuffix(FULL), FULL) if name.endswith(FULL) else (name, "")
             start, _, policy = base.partition("_uncertain_")
             for class_set, names in CLASS_SETS.items():
@@ -107,6 +108,13 @@ class ReportStatistics:
                         score = f"{start}_{ratio}_macro_{class_set}_uncertain_{policy}{suffix}"
                         found.add(tagged(score, self.tag))
         return frozenset(found)
+
+    def _frequent(self, name: str) -> np.ndarray:
+        """(C,) bool: the classes with MIN_POSITIVES reference positives for the clinical table ``name``."""
+        start, mark, rest = name.partition("_uncertain_")
+        policy = rest.removesuffix(FULL)
+        counted = self.tables.get(f"{start}{mark}{counted_as(policy)}{rest.removeprefix(policy)}", self.tables[name])
+        return frequent_classes(counted.reshape(len(counted), 3, len(CLASSES)))
 
     def scores(self, rows: np.ndarray | None = None) -> dict[str, float]:
         """The scores of the split, or of those reports that ``rows``, (N,) bool or (n,) indices, selects.

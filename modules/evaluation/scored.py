@@ -16,6 +16,7 @@ from modules.evaluation.diversity import collapse_statistics, collapse_warning, 
 from modules.evaluation.metric_table import FULL, METRIC_NAMES, untagged
 from modules.evaluation.report_statistics import ReportStatistics
 
+FEW_UNITS = 10  # over fewer a bootstrap interval is told to be too narrow
 CLINICAL_RECORDED = "_14_uncertain_negative"  # of the clinical scores, those that logs and records keep
 
 
@@ -56,6 +57,13 @@ class Scored:
         ]
         if len(set(self.references)) == 1 or (studies is not None and len(set(studies.tolist())) == 1):
             lines.append("CIDEr is 0 whatever is generated: with one study, or equal references, no n-gram is rare")
+        units, numbers = self.statistics[system].units
+        if (count := len(set(numbers.tolist()))) < FEW_UNITS:
+            lines.append(
+                f"there are {count} {units}: intervals over so few are too narrow"
+                if count > 1
+                else f"all reports are of one of the {units}: no interval can be given"
+            )
         return [line for line in lines if line]
 
     @functools.cached_property

@@ -180,12 +180,19 @@ class SystemScorer:
         return found
 
 
-def units_of(study_ids: Sequence[str], subject_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Numbers (N,) of the reports' studies, and of their patients: None where no subject is known."""
-    if not any(subject_ids):
-        return numbered(study_ids), None
-    pairs = zip(study_ids, subject_ids, strict=True)
-    return numbered(study_ids), numbered([f"p{subject}" if subject else f"s{study}" for study, subject in pairs])
+def units_of(
+    study_ids: Sequence[str] | None, subject_ids: Sequence[str] | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Numbers (N,) of the reports' studies, and of their patients: None where they are not known.
+
+    A report without a subject is its study's, and without a study its own.
+    """
+    studies = numbered(study_ids) if study_ids else None
+    if not subject_ids or not any(subject_ids):
+        return studies, None
+    own = study_ids or [str(number) for number in range(len(subject_ids))]
+    pairs = zip(own, subject_ids, strict=True)
+    return studies, numbered([f"p{subject}" if subject else f"s{study}" for study, subject in pairs])
 
 
 def seen_in_training(references: Sequence[str], training: Collection[str]) -> np.ndarray | None:

@@ -20,7 +20,7 @@ class SystemTest:
     first: float
     value: float
     change: Difference
-    p_holm: float
+    p_holm: float | None
 
 
 def paired_tests(

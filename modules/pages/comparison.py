@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modules.evaluation.bootstrap import TEST_RESAMPLES, Difference
+from modules.evaluation.bootstrap import TEST_RESAMPLES, Difference, p_text
 from modules.evaluation.metric_table import smaller_is_better, untagged
 from modules.evaluation.report_statistics import ReportStatistics, scores_of_sums
 from modules.pages.rendering import page_parts
@@ -33,7 +33,7 @@ class ScoreLine:
     first: float
     second: float
     change: Difference
-    p_holm: float  # corrected for the scores that are shown
+    p_holm: float | None  # corrected for the scores that are shown
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,7 @@ def _score_cells(line: ScoreLine) -> tuple[str, ...]:
         f"{line.second:.4f}",
         f"{change.difference:+.4f}",
         "–" if change.low is None else f"[{change.low:+.4f}, {change.high:+.4f}]",
-        f"{change.p_bootstrap:.4f}",
-        f"{change.p_randomisation:.4f}",
-        f"{line.p_holm:.4f}",
+        *map(p_text, (change.p_bootstrap, change.p_randomisation, line.p_holm)),
     )
 
 

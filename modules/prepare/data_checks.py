@@ -67,10 +67,7 @@ def check_annotation(path: str, max_views: int, findings: Findings) -> Annotatio
     }
     findings.add_shared("image is in two splits", "image_path", in_several_splits(images), path)
     for name in ("study_id", "subject_id"):
-        keys = {
-            split: [getattr(study, name) for study in studies if getattr(study, name) not in ("", study.id)]
-            for split, studies in splits.items()
-        }
+        keys = {split: [key for study in studies if (key := getattr(study, name))] for split, studies in splits.items()}
         findings.add_shared(f"{name} is in two splits", name, in_several_splits(keys), path)
     for study in (study for studies in splits.values() for study in studies):
         for image, times in Counter(map(normal, study.image_paths)).items():

@@ -35,45 +35,46 @@ def seeded_split(patients: Sequence[str], seed: int) -> list[str]:
     return [chosen[patient] for patient in patients]
 
 
-def read_split(path: Path) -> dict[str, str]:
+def read_split(path: Path, flag: str = "--split") -> dict[str, str]:
     """Study id -> split, in the file's order, from an annotation.json, a JSON object of id lists, or a CSV (id, split).
 
-    Only ids are read from an annotation. InputError for any other file, and for one that names an id twice.
+    Only ids are read from an annotation. InputError, which calls the file ``flag``, for any other file, and for one
+    that names an id twice.
     """
     try:
         text = read_text(path, MAX_ANNOTATION)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--split {path}: cannot be read: {error}") from error
-    pairs = _csv_pairs(path, text) if path.suffix.lower() == ".csv" else _json_pairs(path, text)
+        raise InputError(f"{flag} {path}: cannot be read: {error}") from error
+    pairs = _csv_pairs(path, text, flag) if path.suffix.lower() == ".csv" else _json_pairs(path, text, flag)
     found: dict[str, str] = {}
     for identity, split in pairs:
         if not isinstance(identity, str) or not identity:
-            raise InputError(f"--split {path}: split '{split}' has an entry without an id")
+            raise InputError(f"{flag} {path}: split '{split}' has an entry without an id")
         if identity in found:
-            raise InputError(f"--split {path}: id {identity[:80]!r} is listed twice")
+            raise InputError(f"{flag} {path}: id {identity[:80]!r} is listed twice")
         found[identity] = split
     if not found:
-        raise InputError(f"--split {path}: names no study")
+        raise InputError(f"{flag} {path}: names no study")
     return found
 
 
-def _json_pairs(path: Path, text: str) -> list[tuple[object, str]]:
+def _json_pairs(path: Path, text: str, flag: str) -> list[tuple[object, str]]:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"--split {path}: not valid JSON: {error}") from error
+        raise InputError(f"{flag} {path}: not valid JSON: {error}") from error
     if not isinstance(data, dict) or not all(isinstance(data.get(split), list) for split in SPLITS):
-        raise InputError(f"--split {path}: expected an object with lists under {', '.join(SPLITS)}")
+        raise InputError(f"{flag} {path}: expected an object with lists under {', '.join(SPLITS)}")
     return [(item.get("id") if isinstance(item, dict) else item, split) for split in SPLITS for item in data[split]]
 
 
-def _csv_pairs(path: Path, text: str) -> list[tuple[object, str]]:
+def _csv_pairs(path: Path, text: str, flag: str) -> list[tuple[object, str]]:
     rows = list(csv.DictReader(text.splitlines()))
     pairs = [(row.get("id"), row.get("split")) for row in rows]
     wrong = next((split for _, split in pairs if split not in SPLITS), None)
     if not rows or wrong is not None or any(split is None for _, split in pairs):
         raise InputError(
-            f"--split {path}: expected the columns id and split, and {', '.join(SPLITS)} in the latter"
+            f"{flag} {path}: expected the columns id and split, and {', '.join(SPLITS)} in the latter"
             + (f", not {wrong[:40]!r}" if wrong is not None else "")
         )
     return pairs

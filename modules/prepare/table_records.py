@@ -65,11 +65,14 @@ def read_records(
     """
     found: dict[str, Record] = {}
     counts: Counter[str] = Counter()
+    taken: dict[str, Record] = {}  # with ``by_image``, by image
     for row in rows:
         record = _record(row, columns, images)
+        if not record.id and record.images:
+            record.id = _id_of_image(record.images[0], found)
         if by_image:
             if _is_whole(record, counts, "rows", reports):
-                _add_images(found, record, counts)
+                _add_images(found, taken, record, counts)
         elif not (key := record.study or record.id):
             counts["rows without an id or an image"] += 1
         elif (known := found.setdefault(key, record)) is not record:
@@ -108,7 +111,7 @@ def _record(row: Row, columns: Columns, images: Path | None) -> Record:
     views = _listed(texts(row, columns.roles.get("view", ())))
     sections = {name: " ".join(texts(row, own)) for name, own in columns.sections.items()}
     return Record(
-        id=first("id") or first("study") or (PurePosixPath(paths[0]).stem if paths else ""),
+        id=first("id") or first("study"),
         study=first("study"),
         patient=first("patient"),
         split=first("split") or ("" if "split" in columns.roles else str(row.get(FILE_SPLIT, ""))),
@@ -120,6 +123,13 @@ def _record(row: Row, columns: Columns, images: Path | None) -> Record:
         sections={name: " ".join(text.split()) for name, text in sections.items() if text},
         extra={name: row[name] for name in columns.extra if name in row},
     )
+
+
+def _id_of_image(image: str, found: Mapping[str, Record]) -> str:
+    """The id of a record that has none: its first image's path without the suffix, or whole where another image has
+    the same."""
+    plain = str(PurePosixPath(image).with_suffix(""))
+    return image if plain in found and image not in found[plain].images else plain
 
 
 def _fitting(views: list[str], count: int) -> list[str]:
@@ -188,31 +198,30 @@ def _join(known: Record, other: Record, counts: Counter[str]) -> None:
             known.views.append(view)
 
 
-def _add_images(found: dict[str, Record], record: Record, counts: Counter[str]) -> None:
+def _add_images(found: dict[str, Record], taken: dict[str, Record], record: Record, counts: Counter[str]) -> None:
+    """Add a record for each image of ``record`` that is in no other row."""
     for image, view in zip(record.images, record.views, strict=True):
+        if (other := taken.get(image)) is not None:
+            same = (other.report, other.captions) == (record.report, record.captions)
+            report = "" if same else " with the first row's report, which differs"
+            counts[f"images listed twice, taken once{report}"] += 1
+            continue
         identity = record.id if len(record.images) == 1 else PurePosixPath(image).stem
         if identity in found:
             identity = image
-        if identity in found:
-            counts["images listed twice, taken once"] += 1
-            continue
         known = {**vars(record), "id": identity, "images": [image], "views": [view]}
-        found[identity] = Record(**known)
+        found[identity] = taken[image] = Record(**known)
 
 
-def settle_splits(
-    records: Sequence[Record], *, seed: int, named: Mapping[str, str] | None, new: bool
-) -> tuple[list[Record], str]:
+def settle_splits(read: Read, *, seed: int, named: Mapping[str, str] | None, new: bool) -> tuple[list[Record], str]:
     """Give every record a split, and say how: as ``named`` by id, the table's unless ``new``, or 7:1:2 by seed.
 
-    Splits that a table lacks are taken from its training patients. Records that ``named`` leaves out are left out.
-    InputError for an unknown word, and for a patient in two splits.
+    Splits that a table lacks are taken from its training patients. Records that ``named`` leaves out are left out, and
+    counted. InputError for an unknown word, for a patient in two splits, and where ``named`` names no record.
     """
-    how = "as named by --split_file"
+    how, records = "as named by --split_file", list(read.records)
     if named is not None:
-        records = [record for record in records if record.id in named or record.study in named]
-        for record in records:
-            record.split = named[record.id if record.id in named else record.study]
+        records = _named(read, named)
     elif new or not any(record.split for record in records):
         drawn = seeded_split([record.owner for record in records], seed)
         for record, split in zip(records, drawn, strict=True):
@@ -228,7 +237,10 @@ def settle_splits(
                 raise InputError(f"record {record.id!r}: split {word!r} is none of {known}; --new_split draws a split")
         how += _fill_splits(records, seed)
     homes: dict[str, str] = {}
+    shown: dict[str, set[str]] = {}
     for record in records:
+        for image in record.images:
+            shown.setdefault(image, set()).add(record.split)
         if homes.setdefault(record.owner, record.split) != record.split:
             raise InputError(
                 f"patient {record.owner!r} is in the splits {homes[record.owner]} and {record.split}; "
@@ -239,7 +251,24 @@ def settle_splits(
             f"no record is in split {missing[0]}: {len(homes)} patients are too few, or none is in train (--new_split "
             "draws a split)"
         )
-    return list(records), how
+    read.counts["images that are in two splits (name a column of patients or studies)"] = sum(
+        len(splits) > 1 for splits in shown.values()
+    )
+    return records, how
+
+
+def _named(read: Read, named: Mapping[str, str]) -> list[Record]:
+    """The records whose id or study ``named`` has, in its splits; counts the others on both sides."""
+    records = [record for record in read.records if record.id in named or record.study in named]
+    for record in records:
+        record.split = named[record.id if record.id in named else record.study]
+    unused = set(named).difference(*({record.id, record.study} for record in records))
+    example = min(unused, default="")[:60]
+    if not records:
+        raise InputError(f"--split_file: none of its ids, e.g. {example!r}, is an id or a study of the table")
+    read.counts["records that --split_file does not name, left out"] = len(read.records) - len(records)
+    read.counts[f"ids of --split_file that the table lacks, e.g. {example!r}"] = len(unused)
+    return records
 
 
 def _fill_splits(records: Sequence[Record], seed: int) -> str:

@@ -1,6 +1,7 @@
 """Studies that an annotation or a table describes, with their context, for scripts/predict.py."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def read_described(path: str, image_dir: str, split: str) -> Annotation:
     for row in rows:
         row["prior"] = "".join(texts(row, ["prior"])[:1]) or None
     columns = dataclasses.replace(find_columns(rows, {}, Preset(), reports=False), extra=("prior",))
-    records = read_records(rows, columns, by_image=False, images=Path(image_dir), reports=False).records
+    read = read_records(rows, columns, by_image=False, images=Path(image_dir), reports=False)
+    records = read.records
+    for kind, count in read.counts.items():
+        print(f"--ann_path {path}: {kind}: {count}", file=sys.stderr)
     if any(record.split for record in records):
         records = [record for record in records if split_of(record.split) == split]
     if not records:

@@ -169,7 +169,7 @@ def _with_holm(rows: Sequence[TableRow], shown: Collection[str]) -> list[TableRo
     from modules.evaluation.bootstrap import holm
 
     tests = {(i, key): row.cells[key].p for i, row in enumerate(rows) for key in shown if key in row.cells}
-    corrected = holm({place: p for place, p in tests.items() if p is not None})
+    corrected = holm(tests)
     return [
         replace(row, cells={key: replace(cell, p_holm=corrected.get((i, key))) for key, cell in row.cells.items()})
         for i, row in enumerate(rows)

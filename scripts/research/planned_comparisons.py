@@ -116,14 +116,14 @@ def compared(pair: str, runs: Mapping[str, Mapping[int, Path]], planned: int, sc
 
 def table_of(comparisons: Sequence[Comparison], margin: float) -> list[str]:
     """The table in Markdown."""
-    from modules.evaluation.bootstrap import holm
+    from modules.evaluation.bootstrap import holm, p_text
 
-    corrected = holm({one.pair: one.p for one in comparisons if one.p is not None})
+    corrected = holm({one.pair: one.p for one in comparisons})
     rows = [HEAD, ("---",) * len(HEAD)]
     for one in comparisons:
         p_holm = corrected.get(one.pair)
         numbers = (f"{one.first:.3f}", f"{one.second:.3f}", f"{one.difference:+.3f}")
-        texts = ["–" if value is None else f"{value:.4f}" for value in (one.p, p_holm)]
+        texts = [p_text(value) for value in (one.p, p_holm)]
         interval = f"{one.interval[0]:+.3f} to {one.interval[1]:+.3f}"
         label = one.pair.replace(":", " - ")
         rows.append((label, f"{one.seeds} of {one.planned}", *numbers, interval, *texts, one.outcome(p_holm, margin)))

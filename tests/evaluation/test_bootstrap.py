@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from modules.evaluation.bootstrap import Spread, _Resampled, compare, holm, intervals, over_seeds
+from modules.evaluation.clinical_scores import clinical_scores
 from modules.evaluation.metric_table import FULL
-from modules.evaluation.report_statistics import ReportStatistics
+from modules.evaluation.report_statistics import ReportStatistics, clinical_tables
 from modules.runtime.errors import InputError
 
 
@@ -226,3 +227,41 @@ def test_memory_does_not_grow_with_the_number_of_resamples():
         peaks[resamples] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peaks[8000] < 1.1 * peaks[400]
+
+
+def clinical(references, generated):
+    truth, claim = np.array(references, dtype=float), np.array(generated, dtype=float)
+    return ReportStatistics(clinical_tables(truth, claim, "rule"), "", "")
+
+
+def test_systems_are_averaged_over_the_same_classes_whatever_they_are_uncertain_about():
+    """Class 3 has five reference positives; a system that is uncertain about one of them is still averaged over it."""
+    truth = np.zeros((12, 14))
+    truth[:5, 3] = truth[:6, 5] = 1
+    sure, unsure, half = truth.copy(), truth.copy(), truth.copy()
+    unsure[0, 3] = -1
+    half[:3, 5] = 0
+    name = "ce_rule_f1_macro_min5_uncertain_ignored"
+    assert clinical_scores(truth, unsure)[name] == clinical(truth, unsure).scores()[name] == 1.0
+    found = compare([clinical(truth, sure)], [clinical(truth, unsure)])
+    assert found[name].difference == 0 and name in clinical(truth, unsure).scores()
+    seeds = compare([clinical(truth, unsure), clinical(truth, sure)], [clinical(truth, half)] * 2)
+    single = compare([clinical(truth, sure)], [clinical(truth, half)])
+    for score in ("ce_rule_f1_macro_min5_uncertain_positive", name):
+        assert seeds[score].difference == pytest.approx(single[score].difference) != 0
+    assert unsure_intervals(truth, unsure) == unsure_intervals(truth, sure)
+
+
+def unsure_intervals(truth, claim):
+    return set(intervals(clinical(truth, claim), resamples=50))
+
+
+def test_one_patient_has_neither_an_interval_nor_a_test():
+    one, other = (means([value] * 3, patients=np.zeros(3, dtype=int)) for value in (0.4, 0.5))
+    assert intervals(one) == {}
+    for seeds in (1, 2):
+        found = compare([one] * seeds, [other] * seeds)["ROUGE_L"]
+        assert found.difference == pytest.approx(-0.1) and found.p is None
+        assert (found.low, found.high, found.p_bootstrap, found.p_randomisation, found.p_seeds) == (None,) * 5
+        assert all(map(np.isnan, found.over_seeds(0.9)))
+    assert holm({"a": 0.02, "b": None, "c": 0.03}) == {"a": 0.04, "b": None, "c": 0.04}

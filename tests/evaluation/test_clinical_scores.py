@@ -207,3 +207,18 @@ def test_compute_ce_errors(tmp_path, gts, res, flags, message):
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "ce.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "units"),
+    [("subject_id", "patients"), ("patient_id", "patients"), ("study_id", "studies"), ("", "reports")],
+)
+def test_compute_ce_resamples_whole_patients(tmp_path, column, units):
+    texts = ["Lungs are clear.", "There is a large pleural effusion."]
+    head, groups = ["report", *([column] if column else [])], [[str(n // 4)] if column else [] for n in range(16)]
+    gts = write(tmp_path / "gts.csv", [head, *([texts[n // 4 % 2], *own] for n, own in enumerate(groups))])
+    res = write(tmp_path / "res.csv", [["report"], *([texts[n // 8 % 2]] for n in range(16))])
+    done = run_script("--gts", str(gts), "--res", str(res), "--out", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    assert f"Intervals are a bootstrap over {units}." in done.stdout
+    assert json.loads((tmp_path / "out.json").read_text())["intervals_over"] == units

@@ -131,6 +131,11 @@ def same_study(field):
     return annotation(change)
 
 
+def study_named_by_an_id(content):
+    """As prepare_table.py writes it, whose first record of a study has the study's name and no study_id."""
+    content["test"][0]["study_id"] = content["train"][0]["id"]
+
+
 def nearly_white():
     image = Image.new("L", (64, 64), 255)
     image.paste(90, (0, 0, 64, 5))
@@ -178,6 +183,7 @@ DAMAGE = {
     "half a negative": (record(neg_report="Clear."), "half a negative"),
     "same image path": (annotation(same_path), "image is in two splits"),
     "same study": (same_study("study_id"), "study_id is in two splits"),
+    "study named by an id": (annotation(study_named_by_an_id), "study_id is in two splits"),
     "same patient": (same_study("subject_id"), "subject_id is in two splits"),
     "no image folder": (lambda data: (data / "images").rename(data / "gone"), "image_dir cannot be read"),
     "missing image": (image(os.unlink), "image is missing"),

@@ -89,3 +89,69 @@ def test_dates_of_one_column_are_read_together():
         assert moments(ambiguous) == [None, None]
     assert moments(["3", "20", "nan"]) == [3.0, 20.0, None]
     assert moments(["3", "2020-01-31"])[0] is None  # a running number says nothing beside dates
+
+
+def records_of(out) -> dict[str, dict]:
+    return {
+        record["id"]: record for own in json.loads((out / "annotation.json").read_text()).values() for record in own
+    }
+
+
+def test_images_of_one_name_in_several_folders_are_several_records(prepare, tmp_path, capsys):
+    """Without a column of ids: CheXpert's p00/view1.png and p01/view1.png are two patients'."""
+    rows = [{"image": f"p{n:02}/view{n % 4}.png", "report": "No acute disease."} for n in range(12)]
+    rows += [{"image": "p00/view0.jpg", "report": report(1)}]
+    found = records_of(prepare([write_csv(tmp_path / "rows.csv", rows)]))
+    assert len(found) == 13 and all(len(record["image_path"]) == 1 for record in found.values())
+    assert {"p00/view0", "p00/view0.jpg", "p11/view3"} <= set(found)
+
+
+def test_an_image_listed_twice_is_one_record_where_each_image_is_one(prepare, tmp_path, capsys):
+    rows = [{"image": f"{n}.png", "report": report(n)} for n in range(COUNT)]
+    again = [{"image": "0.png", "report": report(0)}, {"image": "1.png", "report": "Another text."}]
+    found = records_of(prepare([write_csv(tmp_path / "rows.csv", [*rows, *again])], "--records", "image"))
+    said = capsys.readouterr().out
+    assert len(found) == COUNT and found["1"]["report"] == report(1)
+    assert "images listed twice, taken once: 1\n" in said
+    assert "images listed twice, taken once with the first row's report, which differs: 1\n" in said
+
+
+def test_images_in_two_splits_are_counted(prepare, tmp_path, capsys):
+    splits = ["train"] * 8 + ["val", "test"] * 2
+    rows = [{"id": f"s{n}", "image": f"{n % 11}.png", "report": report(n), "split": splits[n]} for n in range(12)]
+    prepare([write_csv(tmp_path / "rows.csv", rows)])
+    assert "images that are in two splits (name a column of patients or studies): 1\n" in capsys.readouterr().out
+
+
+def test_a_split_file_that_names_other_records_is_told(prepare, tmp_path, capsys):
+    rows = [{"id": f"s{n}", "image": f"{n}.png", "report": report(n)} for n in range(COUNT)]
+    table, file = write_csv(tmp_path / "rows.csv", rows), tmp_path / "split.json"
+    file.write_text(json.dumps({"train": ["s0", "s1"], "val": ["s2"], "test": ["s3", "S4", "S5"]}))
+    assert set(records_of(prepare([table], "--split_file", file))) == {"s0", "s1", "s2", "s3"}
+    said = capsys.readouterr().out
+    assert f"records that --split_file does not name, left out: {COUNT - 4}\n" in said
+    assert "ids of --split_file that the table lacks, e.g. 'S4': 2\n" in said
+    file.write_text(json.dumps({"train": ["S0"], "val": ["S2"], "test": ["S3"]}))
+    with pytest.raises(InputError, match="--split_file: none of its ids, e.g. 'S0', is an id or a study of the table"):
+        prepare([table], "--split_file", file)
+
+
+@pytest.mark.parametrize(
+    ("cells", "language"),
+    [(["en"], "en"), (["English", "EN-us", "eng"], "en"), (["es"], "es"), (["pt-BR"], "pt-br"), (["en", "es"], None)],
+)
+def test_languages_are_codes(prepare, tmp_path, capsys, cells, language):
+    rows = [
+        {"image": f"{n}.png", "report": report(n), "meta": json.dumps({"lang": cells[n % len(cells)]})}
+        for n in range(COUNT)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps([row | {"meta": json.loads(row["meta"])} for row in rows]))
+    out = prepare([tmp_path / "rows.json"], "--language", "meta.lang")
+    assert json.loads((out / "dataset.json").read_text()).get("language") == language
+    assert ("languages en, es" in capsys.readouterr().out) == (language is None)
+
+
+def test_a_language_that_is_no_code_is_refused(prepare, tmp_path):
+    rows = [{"image": f"{n}.png", "report": report(n), "language": "Spanish"} for n in range(COUNT)]
+    with pytest.raises(InputError, match="--language language: 'spanish' is no language code such as en"):
+        prepare([write_csv(tmp_path / "rows.csv", rows)])

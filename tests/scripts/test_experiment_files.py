@@ -37,7 +37,12 @@ def test_tables_of_the_evidence_can_be_planned(path, tmp_path):
     table = read_table(path)
     datasets = read_datasets(ROOT / "experiments" / "datasets.json") | read_datasets(path.with_name("datasets.json"))
     # The tables of a plan: one seed to tune with, six that count.
-    assert len(table.seeds) == {"flickr8k": 6, "flickr8k_tuning": 1, "flickr8k_captioners": 1}.get(path.stem, 3)
+    assert len(table.seeds) == {
+        "flickr8k": 6,
+        "flickr8k_tuning": 1,
+        "flickr8k_captioners": 1,
+        "flickr8k_defaults": 1,
+    }.get(path.stem, 3)
     runs = plan(table, datasets, tmp_path)
     assert len(runs) == len(table.seeds) * len(table.rows) and {run.state for run in runs} == {MISSING}
 
