@@ -17,8 +17,8 @@ def main() -> int:
     """Read the flags, then compose and run, or start the processes that do."""
     check_python()
     given, ignored = parse_flags(sys.argv[1:], "main_train.py", __doc__.split(":")[0])
-    if not given.get("resume"):
-        # Mistakes are found before torch is imported, which takes seconds.
+    if not (given.get("resume") or given.get("load")):
+        # Mistakes are found before torch is imported, which takes seconds; a checkpoint's settings are defaults.
         resolve_config(given)
     device, count, restarts = given.get("device", "auto"), given.get("n_gpu", 1), given.get("max_restarts", 0)
     if restarts and given.get("resume") != "auto":

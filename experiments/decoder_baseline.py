@@ -61,7 +61,7 @@ class Captioner(nn.Module):
                     beams.append((value, ids))
             if not beams:
                 break
-        return best[1] or beams[0][1][1:]
+        return best[1] if best[0] > -math.inf else beams[0][1][1:]
 
 
 def update(model, optimizer, patches, tokens):

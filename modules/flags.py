@@ -22,7 +22,7 @@ from modules.config import (
     settings_of,
     settings_with,
 )
-from modules.data.dataset_specs import FACTS, DataSpec, read_description, require_known
+from modules.data.dataset_specs import DATASETS, FACTS, OTHER, DataSpec, read_description, require_known
 from modules.ithn.settings import ITHNSettings
 from modules.runtime.errors import InputError, did_you_mean
 from modules.runtime.run_log import in_lines
@@ -30,32 +30,12 @@ from modules.runtime.settings import note_origin, part_of
 
 # Flags of R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN that had no effect on results there, or are decided
 # in another way here. The number of values that each takes: 0 (a switch) or 1.
-IGNORED = {
-    "logit_layers": 1,
-    "bos_idx": 1,
-    "eos_idx": 1,
-    "pad_idx": 1,
-    "output_logsoftmax": 1,
-    "decoding_constraint": 1,
-    "noamopt_warmup": 1,
-    "noamopt_factor": 1,
-    "d_vf": 1,
-    "sample": 1,
-    "local_rank": 1,
-    "img_num_protype": 1,
-    "text_num_protype": 1,
-    "gbl_num_protype": 1,
-    "weight_img_bce_loss": 1,
-    "weight_txt_bce_loss": 1,
-    "img_init_protypes_path": 1,
-    "text_init_protypes_path": 1,
-    "trained_model_path": 1,
-    "output": 1,
-    "test_after": 0,
-    "split_train_data": 0,
-    "log_file": 1,
-    "logs_folder": 1,
-}
+_WITH_A_VALUE = (
+    "logit_layers bos_idx eos_idx pad_idx output_logsoftmax decoding_constraint noamopt_warmup noamopt_factor d_vf "
+    "sample local_rank img_num_protype text_num_protype gbl_num_protype weight_img_bce_loss weight_txt_bce_loss "
+    "img_init_protypes_path text_init_protypes_path trained_model_path output log_file logs_folder"
+)
+IGNORED = dict.fromkeys(_WITH_A_VALUE.split(), 1) | {"test_after": 0, "split_train_data": 0}
 WHY_IGNORED = {"d_vf": "inferred from the visual extractor"}
 # VisualGPT's names for settings that have another name here.
 ALIASES = {
@@ -319,11 +299,11 @@ def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Config:
+def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None, *, note: bool = True) -> Config:
     """Config from the flags ``given``, else those ``saved`` in a checkpoint, else presets', else defaults.
 
-    A program that is named by a file is not run, and what a file names is not downloaded.
-    InputError where they are invalid.
+    A program that is named by a file is not run, and what a file names is not downloaded; without ``note``, of a
+    Config to compare with, nothing is remembered of that. InputError where they are invalid.
     """
     names = {item.name for item in dataclasses.fields(Config)}
     values = {name: value for name, value in (saved or {}).items() if name in names - TYPED_ONLY}
@@ -332,14 +312,17 @@ def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = N
         values["adam_betas"] = tuple(values["adam_betas"])
     given = dict(given)
     backbone, name = given.pop("backbone", None), given.pop("preset", None)
-    if "dataset_name" not in values:
+    trained_on = values.get("dataset_name")
+    if trained_on is None:
         values = _description(given) | values
     elif "ann_path" in given or "dataset_name" in given:
         # A model is given images and texts as in its training; what data they are is a matter of the data.
         values |= {name: value for name, value in _description(given, saved).items() if name in FACTS}
     dataset_name = (values | given).get("dataset_name", Config.dataset_name)
+    if trained_on not in (None, dataset_name) and not values.get("max_views"):
+        values["max_views"] = DATASETS.get(trained_on, OTHER).max_views
     config = Config(**(preset(backbone, dataset_name, name) | values | given))
-    for flag in REMOTE:
+    for flag in REMOTE if note else ():
         note_origin(getattr(config, flag), typed=not saved or flag in given)
     return config
 

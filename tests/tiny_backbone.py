@@ -85,6 +85,7 @@ def tiny_batch(
         torch.arange(rows),
         [""] * rows,
         [""] * rows,
+        negative_key=torch.arange(rows, 2 * rows) if has_negatives else None,
     )
 
 
@@ -103,6 +104,7 @@ def rows_of(batch: Batch, rows: slice | list[int]) -> Batch:
         batch.report_key[rows],
         [""] * count,
         [""] * count,
+        negative_key=None if batch.negative_key is None else batch.negative_key[rows],
     )
 
 

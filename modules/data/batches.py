@@ -58,6 +58,7 @@ class Batch:
     reports: list[str]  # as in the annotation
     replaced: int = 0  # samples of this batch that replace unreadable ones
     transform: Transform | None = None  # the images', for their normalisation
+    negative_key: Tensor | None = None  # (B,) int64, the hard negatives' report_key
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """The batch on ``device``, where images are normalised if they are uint8 still.
@@ -145,6 +146,7 @@ class Sample:
     report: str
     transform: Transform
     replaced: bool = False
+    negative_key: int = 0  # of the sample itself, where it has no negative
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -160,6 +162,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         reports=[sample.report for sample in samples],
         replaced=sum(sample.replaced for sample in samples),
         transform=samples[0].transform,
+        negative_key=torch.tensor([sample.negative_key for sample in samples]) if has_negatives else None,
     )
 
 

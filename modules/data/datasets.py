@@ -90,6 +90,10 @@ class ReportDataset(Dataset):
         self.num_views = 1 if self.separate else min(max_views, most)
         self.samples = list_samples(studies, views)
         self.report_keys = _report_keys(studies, tokenizer.cleaner)
+        self.text_keys: dict[str, int] = {}
+        if annotation_negatives:
+            texts = (clean_report(study.report, tokenizer.cleaner) for study in studies)
+            self.text_keys = dict(zip(texts, self.report_keys, strict=True))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -143,11 +147,12 @@ class ReportDataset(Dataset):
         row, view = self.samples[index]
         study = self.studies[row]
         positive = self._pair(study, row, view, (epoch, AUGMENT_POSITIVE, index), row)
-        negative = self._negative(epoch, index) if self.has_negatives else None
+        negative, negative_key = self._negative(epoch, index) if self.has_negatives else (None, 0)
         return Sample(
             positive=positive,
             negative=positive if self.has_negatives and negative is None else negative,
             has_negative=negative is not None,
+            negative_key=negative_key if negative is not None else self.report_keys[row],
             sample_index=index,
             report_key=self.report_keys[row],
             id=self.sample_id(index),
@@ -155,21 +160,23 @@ class ReportDataset(Dataset):
             transform=self.transform,
         )
 
-    def _negative(self, epoch: int, index: int) -> SamplePair | None:
+    def _negative(self, epoch: int, index: int) -> tuple[SamplePair | None, int]:
+        """The hard negative and its report key; of a text that no study has, a key of its own below 0."""
         anchor, view = self.samples[index]
         if self.annotation_negatives:
             row, study = anchor, self.studies[anchor]
             if study.negative_report is None or not study.negative_image_paths:
-                return None
+                return None, 0
+            key = self.text_keys.get(clean_report(study.negative_report, self.tokenizer.cleaner), -1 - row)
             study = replace(study, report=study.negative_report, image_paths=study.negative_image_paths)
         else:
             admissible = self.neighbours[anchor][self.neighbours[anchor] >= 0][: self.num_neighbours]
             if len(admissible) == 0:
-                return None
+                return None, 0
             rng = keyed_generator(self.seed, epoch, NEIGHBOUR, index)
             row = int(admissible[torch.randint(len(admissible), (), generator=rng)])
-            study = self.studies[row]
-        return self._pair(study, row, view, (epoch, AUGMENT_NEGATIVE, index), anchor)
+            study, key = self.studies[row], self.report_keys[row]
+        return self._pair(study, row, view, (epoch, AUGMENT_NEGATIVE, index), anchor), key
 
     def _pair(self, study: Study, row: int, view: int, key: tuple[int, int, int], anchor: int) -> SamplePair:
         """Images and report of ``study``; where every image is a sample, the one at ``view``, or the first.

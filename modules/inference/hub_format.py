@@ -22,7 +22,8 @@ WEIGHTS, VOCABULARY, CARD = "model.safetensors", "vocabulary.json", "README.md"
 ADAPTERS = "adapter"  # folder of low-rank adapters for peft; this project reads them in WEIGHTS
 FORMAT = "ithn-shared-1"
 MEAN = "mean_patches"  # mean training image of models that decode with guidance
-_OURS_ALONE = ("label_head.",)  # XProNet's labels predicted from the image
+# XProNet's labels predicted from the image; the bias of --contrastive_form sigmoid.
+_OURS_ALONE = ("label_head.", "contrastive_bias")
 _HEADS = ("temp_1", "temp_3", "img_projection.", "text_projection.")
 
 

@@ -194,9 +194,13 @@ def soft_targets(features: Tensor, temperature: float) -> Tensor:
     return (cosines.masked_fill(own, 1.0) / temperature).softmax(1)
 
 
-def equal_rows(features: Tensor) -> Tensor:
-    """(B, B) bool: which rows of ``features`` (B, F) are equal, each with itself left out."""
-    equal = (features.unsqueeze(0) == features.unsqueeze(1)).all(-1)
+def equal_rows(features: Tensor, others: Tensor | None = None) -> Tensor:
+    """(B, M) bool: which rows of ``features`` (B, F) equal which of ``others`` (M, F), or of themselves, each with
+    itself left out.
+    """
+    equal = (features.unsqueeze(1) == (features if others is None else others).unsqueeze(0)).all(-1)
+    if others is not None:
+        return equal
     return equal & ~torch.eye(len(features), dtype=torch.bool, device=features.device)
 
 

@@ -36,6 +36,7 @@ from modules.ithn.pairs import join_pairs, of_any_size, rolled_features, rolled_
 from modules.ithn.previous_epoch import PreviousEpoch
 from modules.ithn.settings import OFF, ITHNSettings
 from modules.ithn.synthesis import NEEDING_NEGATIVES, STRATEGIES
+from modules.labels.rules import CLASSES
 from modules.runtime import distributed
 from modules.runtime.transfers import upload
 
@@ -121,7 +122,8 @@ class Objective(nn.Module):
             assert n_samples
             self.previous = PreviousEpoch(n_samples, settings.embedding_dim)
         if row.has_queue:
-            self.queue = NegativeQueue(settings.queue_size, settings.queue_hardest, settings.embedding_dim)
+            labels = len(CLASSES) if settings.same_label_weight != 1 else 0
+            self.queue = NegativeQueue(settings.queue_size, settings.queue_hardest, settings.embedding_dim, labels)
 
     def hardness(self, epoch: int | Tensor) -> Any:
         """lambda = 1 - exp(-alpha * e) of the ``epoch`` as logged, from 1, a number or scalar: e = epoch - 1.
@@ -332,10 +334,17 @@ class Objective(nn.Module):
         terms["cosine"] = cosine_loss(z, negative_z, rows, self.variant.absolute_cosine)
         terms["hardness"] = torch.zeros_like(scale) + hardness
         if FORMS[self.settings.contrastive_form].of_anchor is None:
-            terms["contrastive"] = mean_over(paper_triplet(z, u, harder, self.settings.triplet_margin), rows)
+            excluded, _ = self._alike(batch, of_negatives=True)
+            own = rows if excluded is None else rows & ~excluded.diagonal()
+            terms["contrastive"] = mean_over(paper_triplet(z, u, harder, self.settings.triplet_margin), own)
         elif self.settings.has_columns:
             # A study without a negative is compared with the others' like all.
-            columns = FurtherColumns(clip_scores(z, harder, scale), clip_scores(u, negative_z, scale), rows)
+            excluded, log_weights = self._alike(batch, of_negatives=True)
+            count = rows if excluded is None else rows & ~excluded
+            added = 0.0 if log_weights is None else log_weights
+            columns = FurtherColumns(
+                clip_scores(z, harder, scale) + added, clip_scores(u, negative_z, scale) + added, count
+            )
             terms["contrastive"] = self._contrastive(batch, clip_scores(z, u, scale), scale, further=columns)
         else:
             harder_scale = self.temp_3.reshape(()).exp() if self.variant.own_harder_scale else None
@@ -349,11 +358,31 @@ class Objective(nn.Module):
         """Negatives of the queue, which takes this batch's samples in training; None without a queue."""
         if self.queue is None:
             return None
-        keys = distributed.gather(batch.report_key)
-        columns = self.queue.further(z, u, keys, scale)
+        keys, labels = distributed.gather(batch.report_key), None
+        if self.settings.same_label_weight != 1:
+            labels = distributed.gather(batch.positive.labels)
+        columns = self.queue.further(z, u, keys, scale, labels, self.settings.same_label_weight)
         if self.training:
-            self.queue.keep(z, u, keys)
+            self.queue.keep(z, u, keys, labels)
         return columns
+
+    def _alike(self, batch: Any, *, of_negatives: bool = False) -> tuple[Tensor | None, Tensor | None]:
+        """Which samples (B, B) are no negatives of an anchor, and log-weights (B, B) of those that count more or less;
+        None where neither was asked for. The samples are the batch's own, or their hard negatives.
+        """
+        settings, excluded, log_weights = self.settings, None, None
+        if settings.mask_identical:
+            key = distributed.gather(batch.report_key)
+            others = distributed.gather(batch.negative_key) if of_negatives else key
+            excluded = key.unsqueeze(1) == others.unsqueeze(0)
+        if settings.same_label_weight != 1:
+            labels = distributed.gather(batch.positive.labels)
+            alike = equal_rows(labels, distributed.gather(batch.negative.labels) if of_negatives else None)
+            if settings.same_label_weight:
+                log_weights = alike.to(self.temp_1.dtype) * math.log(settings.same_label_weight)
+            else:
+                excluded = alike if excluded is None else excluded | alike
+        return excluded, log_weights
 
     def _contrastive(
         self,
@@ -365,16 +394,8 @@ class Objective(nn.Module):
         further: FurtherColumns | None = None,
     ) -> Tensor:
         """L_CP of ``scores`` = S/tau (B, B) in the form, with the targets and without the pairs that were asked for."""
-        settings, excluded, log_weights = self.settings, None, None
-        if settings.mask_identical:
-            key = distributed.gather(batch.report_key)
-            excluded = key.unsqueeze(0) == key.unsqueeze(1)
-        if settings.same_label_weight != 1:
-            alike = equal_rows(distributed.gather(batch.positive.labels))
-            if settings.same_label_weight:
-                log_weights = alike.to(scores.dtype) * math.log(settings.same_label_weight)
-            else:
-                excluded = alike if excluded is None else excluded | alike
+        settings = self.settings
+        excluded, log_weights = self._alike(batch)
         return contrastive_loss(
             scores,
             settings.contrastive_form,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from modules.ithn.contrastive_forms import CONTRASTIVE_FORMS, FORMS, OPTIONS
-from modules.ithn.synthesis import DRAWING_NEIGHBOURS, STRATEGIES
+from modules.ithn.synthesis import DRAWING_NEIGHBOURS, STRATEGIES, SYNTHESISED
 from modules.ithn.variants import CONTRASTIVE_FEATURES, CONTRASTIVE_TARGETS, NEGATIVES_AS, VARIANTS, Variant
 from modules.runtime.errors import InputError
 from modules.runtime.settings import check_value, setting
@@ -55,7 +55,9 @@ class ITHNSettings:
         choices=CONTRASTIVE_FORMS,
     )
     detach_negative: bool | None = setting(
-        None, "ITHN", "hold the synthesised negative constant; default true (released: false)"
+        None,
+        "ITHN",
+        "hold the harder negative constant; default true (released variant, and mined reports as columns: false)",
     )
     renormalise_negative: bool | None = setting(
         None, "ITHN", "divide the synthesised negative by its norm; default true (released: false)"
@@ -169,7 +171,7 @@ class ITHNSettings:
     @property
     def has_columns(self) -> bool:
         """Whether hard negatives are columns of the softmax."""
-        return self.negatives_as == "columns" or STRATEGIES[self.strategy].as_columns
+        return self.strategy != OFF and (self.negatives_as == "columns" or STRATEGIES[self.strategy].as_columns)
 
     @property
     def needs_labels(self) -> bool:
@@ -195,9 +197,10 @@ class ITHNSettings:
     @property
     def variant(self) -> Variant:
         """The choices of --ithn_variant, with the settings that were given in their place."""
+        mined = self.has_columns and self.strategy not in SYNTHESISED  # NegCLIP and VSE++ train the negative report too
         given: dict[str, Any] = {
             "ce_weight": self.ce_weight,
-            "detach_negative": self.detach_negative,
+            "detach_negative": False if mined and self.detach_negative is None else self.detach_negative,
             "renormalise_negative": self.renormalise_negative,
         }
         return replace(

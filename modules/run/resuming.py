@@ -175,7 +175,7 @@ def _misfit(path: Path, error: Exception) -> InputError:
 
 def require_same_start(source: Source, config: Config, data: Data) -> None:
     """InputError for a changed flag that the checkpoint would overrule, or words that the annotation does not give."""
-    _require_unchanged(config, resolve_config({}, source.content["config"]), KEPT, source.path)
+    _require_unchanged(config, resolve_config({}, source.content["config"], note=False), KEPT, source.path)
     if source.content["vocabulary"] != data.tokenizer.state():
         raise InputError(
             f"--resume {source.path}: it was trained with another vocabulary than {config.ann_path} "
@@ -225,7 +225,7 @@ def _position(config: Config, source: Source, data: Data, shards_sha256: str | N
     position = dict(source.content["position"])
     if position["trained"] or not position["batches"]:
         return position
-    began = resolve_config({}, source.content["config"])
+    began = resolve_config({}, source.content["config"], note=False)
     _require_unchanged(config, began, KEPT_WITHIN_AN_EPOCH, source.path)
     if source.content["annotation_sha256"] != data.annotation.sha256:
         raise InputError(
@@ -282,6 +282,17 @@ def _require_shapes(trainer: Trainer) -> None:
                 )
 
 
+def _best_of(path: Path) -> tuple[int, float] | None:
+    """Epoch and score of the best model that ``path`` knows, in the main process; None where it cannot be read."""
+    if not distributed.is_main_process():
+        return None
+    try:
+        best = load_checkpoint(path)["best"]
+        return best["epoch"], best["score"]
+    except (InputError, KeyError, TypeError):
+        return None
+
+
 def bring_best(trainer: Trainer, source: Source, folder: CheckpointFolder) -> None:
     """Copy the best model so far into ``folder``: a run resumed elsewhere may never find a better one."""
     best, position = trainer.best, source.content["position"]
@@ -289,8 +300,15 @@ def bring_best(trainer: Trainer, source: Source, folder: CheckpointFolder) -> No
         return
     just_judged = best.epoch == position["epoch"] - 1 and not position["batches"] and not position["trained"]
     found = source.path if just_judged else source.path.with_name(BEST)
-    if not found.is_file():
-        logger.warning("no %s next to the checkpoint of --resume: later epochs choose a new best model", BEST)
+    problem = f"no {BEST} is" if not found.is_file() else None
+    if (
+        problem is None
+        and not just_judged
+        and distributed.broadcast_object(_best_of(found)) != (best.epoch, best.score)
+    ):
+        problem = f"the {BEST} is of another epoch than {best.epoch} or damaged"
+    if problem is not None:
+        logger.warning("%s next to the checkpoint of --resume: later epochs choose a new best model", problem)
         trainer.best = Best()
     elif distributed.is_main_process() and not ((folder.path / BEST).is_file() and found.samefile(folder.path / BEST)):
         folder.keep_as_best(found)

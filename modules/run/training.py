@@ -366,11 +366,12 @@ def _saver(parts: Parts, folder: CheckpointFolder) -> Callable[[Trainer, bool], 
 
     def save(trainer: Trainer, improved: bool) -> None:
         position, weights, state = trainer.position, trainer.weights(), trainer.state_dict()
+        epoch = position.epoch if position.trained else position.epoch - 1  # the last that was trained
         if not is_main_process():
             return
         folder.save(
             {
-                "epoch": position.epoch if position.trained else position.epoch - 1,  # the last that was trained
+                "epoch": epoch,
                 "state_dict": published_names(weights),
                 # The same tensors under our names and whatever else the objective remembers; shared storage is saved
                 # once.
@@ -391,8 +392,10 @@ def _saver(parts: Parts, folder: CheckpointFolder) -> Callable[[Trainer, bool], 
             },
             best=improved,
         )
-        if config.keep_epochs and position.trained:
-            folder.keep_epoch(position.epoch)
+        # An epoch that is not validated is saved when the next one begins.
+        between = epoch and not position.steps and not folder.has_epoch(epoch)
+        if config.keep_epochs and (position.trained or between):
+            folder.keep_epoch(epoch)
 
     return save
 

@@ -89,9 +89,10 @@ class PlateauOnAny:
     def step(self, scores: Mapping[str, float | None] | None) -> None:
         """Take one epoch's validation scores, None where there was no validation.
 
-        Scores that are missing or None do not count as improved.
+        An epoch without any of the metrics does not count, as one that was validated by its likelihood alone; a metric
+        that is None has not improved.
         """
-        if scores is None:
+        if scores is None or not any(name in scores for name in self.metrics):
             return
         improved = False
         for name in self.metrics:

@@ -38,13 +38,14 @@ class SelfCritical(Objective):
         settings: ITHNSettings | None = None,
         *,
         n_samples: int | None = None,
+        idf: Tensor | None = None,
         stage: SelfCriticalSettings,
         reward: Callable[[Sequence[int], list[str]], Sequence[float]],
         decode: Callable[[Tensor], list[str]],
         max_seq_length: int,
         labelled: bool,
     ):
-        super().__init__(backbone, settings, n_samples=n_samples)
+        super().__init__(backbone, settings, n_samples=n_samples, idf=idf)
         self.variant = dataclasses.replace(self.variant, ce_weight=stage.scst_ce_weight)
         self.samples, self.baseline = stage.scst_samples, stage.scst_baseline
         self.reward, self.decode, self.max_seq_length, self.labelled = reward, decode, max_seq_length, labelled

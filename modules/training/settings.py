@@ -90,7 +90,7 @@ class LoopSettings:
     keep_epochs: bool = setting(
         False,
         "training loop",
-        "keep the checkpoint of every epoch that is saved, as epoch_<n>.pth",
+        "keep the checkpoint of every epoch that is saved (--save_period), as epoch_<n>.pth",
         effect=False,
         train_only=True,
     )

@@ -384,7 +384,9 @@ class Trainer:
         else:
             self.shards.load_optimizer(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        # A run that went on in another precision finds its own loss scale; in all but float16 it is 1.
+        if (self.precision == "float16") == (state["scaler"].get("scale", 1.0) != 1.0):
+            self.scaler.load_state_dict(state["scaler"])
         self.history, self.best = list(state["history"]), Best(**state["best"])
         self.position = Position(**state["position"])
         self.means.load_state_dict(state["means"], self.device)

@@ -11,7 +11,7 @@ from typing import Any
 
 from modules.config import NO_EFFECT_ON_RESULTS, OLDER_VALUES, Config
 from modules.evaluation.settings import ScoringSettings
-from modules.flags import parse_flags, resolve_config, stage_settings
+from modules.flags import flags_in_effect, parse_flags, resolve_config, stage_settings
 from modules.ithn.synthesis import NEEDING_NEGATIVES
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
@@ -27,6 +27,9 @@ SCORING = frozenset(item.name for item in dataclasses.fields(ScoringSettings))
 FILES = "files_sha256"  # of what training starts from: their content counts, not their place
 INPUT_FILES = ("label_path", "init_protypes_path", "visual_extractor_weights")
 SHOWN_DIFFERENCES = 3
+# What the run itself decides, where a row leaves it open: the device's precision, the description and the image size of
+# a model of transformers.
+LEFT_OPEN = {"precision": "auto", "decoder_config": "", "visual_extractor_config": "", "image_size": 0}
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def plan(
             )
         dataset = datasets[row.dataset]
         saved = resolved.get(row.starts_from or row.trained_as, (None, None))[1]
-        model = _resolve(row, (*dataset.flags, *row.flags, *overrides), saved)[1].model_name
+        model = _resolve(row, (*dataset.flags, *row.flags, *overrides), saved, complete=False)[1].model_name
         flags = (*dataset.flags, *dataset.model_flags.get(model, ()), *row.flags, *overrides)
         given, config = _resolve(row, flags, saved)
         resolved[row.name] = flags, config
@@ -126,14 +129,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _resolve(row: Row, flags: tuple[str, ...], saved: Config | None) -> tuple[Mapping[str, Any], Config]:
-    """The flags given, and all settings; ``saved`` are those of the other row's model that is loaded."""
+def _resolve(
+    row: Row, flags: tuple[str, ...], saved: Config | None, *, complete: bool = True
+) -> tuple[Mapping[str, Any], Config]:
+    """The flags given that have an effect, unless they are not ``complete`` yet, and all settings; ``saved`` are those
+    of the other row's model that is loaded.
+    """
     for own in ("seed", "save_dir", "resume", "record_dir", *(["load"] if saved else [])):
         if any(word.split("=")[0] == f"--{own}" for word in flags):
             raise InputError(f"row {row.name}: --{own} is set for each run by this script; remove it from the flags")
     try:
         given, _ = parse_flags(flags, "main_train.py", "")
-        return given, resolve_config(given, stage_settings(given, dataclasses.asdict(saved)) if saved else None)
+        loaded = stage_settings(given, dataclasses.asdict(saved)) if saved else None
+        config = resolve_config(given, loaded)
+        if not complete:
+            return given, config
+        left, _ = flags_in_effect(given, config, loaded=saved is not None)
+        return left, resolve_config(left, loaded)
     except InputError as error:
         raise InputError(f"row {row.name}: {error}") from error
 
@@ -150,6 +162,8 @@ def _run(row: Row, seed: int, out: Path, flags: tuple[str, ...], config: Config,
     folder = out / row.name / f"seed{seed}"
     path = config.negative_index if index is None else str(index.path)
     settings = comparable_settings(dataclasses.asdict(config) | {"seed": seed, "negative_index": path})
+    if config.visual_extractor.startswith("hf:") and not any(word.split("=")[0] == "--image_size" for word in flags):
+        settings["image_size"] = LEFT_OPEN["image_size"]
     settings["annotation_sha256"] = file_sha256(config.ann_path)
     settings[FILES] = {name: digest for name in INPUT_FILES if (digest := file_sha256(getattr(config, name)))}
     weights, start = (out / name / f"seed{seed}" / BEST if name else None for name in (row.trained_as, row.starts_from))
@@ -212,6 +226,8 @@ def _differing(found: dict[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     differing = []
     for name in names:
         if name == "annotation_sha256" and not wanted[name]:  # it does not exist yet
+            continue
+        if name in LEFT_OPEN and wanted.get(name) == LEFT_OPEN[name]:
             continue
         known = all(name in own for own in hashes)
         pair = [own[name] for own in hashes] if known else [found.get(name), wanted.get(name)]

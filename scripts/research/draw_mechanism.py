@@ -33,7 +33,13 @@ READINGS = {
     "text_only": ("by the text alone", "|", "#555555"),
 }
 SOURCES = {"image": "#4c78a8", "both": "#b279a2", "report": "#e45756"}
-PARTS = {"extractor": "#4c78a8", "encoder": "#72b7b2", "decoder": "#e45756", "projections": "#bab0ac"}
+PARTS = {
+    "extractor": "#4c78a8",
+    "encoder": "#72b7b2",
+    "memory": "#eeca3b",
+    "decoder": "#e45756",
+    "projections": "#bab0ac",
+}
 TERM = "L_CP"
 
 

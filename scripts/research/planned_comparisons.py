@@ -118,10 +118,12 @@ def table_of(comparisons: Sequence[Comparison], margin: float) -> list[str]:
     """The table in Markdown."""
     from modules.evaluation.bootstrap import holm, p_text
 
-    corrected = holm({one.pair: one.p for one in comparisons})
+    # A comparison that is not finished counts as one that finds nothing: it can only be decided against later.
+    done = {one.pair for one in comparisons if one.seeds == one.planned and one.p is not None}
+    corrected = holm({one.pair: one.p if one.pair in done else 1.0 for one in comparisons})
     rows = [HEAD, ("---",) * len(HEAD)]
     for one in comparisons:
-        p_holm = corrected.get(one.pair)
+        p_holm = corrected[one.pair] if one.pair in done else None
         numbers = (f"{one.first:.3f}", f"{one.second:.3f}", f"{one.difference:+.3f}")
         texts = [p_text(value) for value in (one.p, p_holm)]
         interval = f"{one.interval[0]:+.3f} to {one.interval[1]:+.3f}"

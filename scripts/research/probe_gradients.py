@@ -34,9 +34,10 @@ PROBE = Path(__file__).stem
 OVERRIDES = (
     "ann_path image_dir negative_index label_path label_columns feature_cache batch_size num_workers device"
 ).split()
-PARTS = ("extractor", "encoder", "decoder", "projections")
+PARTS = ("extractor", "encoder", "memory", "decoder", "projections")
 # Components of a parameter's name that place it before the decoder, in every backbone.
-ENCODING = {"encoder", "att_embed", "projection"}
+ENCODING = {"encoder", "att_embed", "projection", "label_head", "study_context"}
+MEMORY = {"cmn", "memory_matrix", "protypes", "dim_reduction"}  # read by images and words alike
 TERMS = {"contrastive": "L_CP", "cosine": "L_CS"}
 VALUES = ("share", "ratio", "cosine")
 HEAD = ("checkpoint", "epoch", "term", "part", "share of its squared norm", "norm over cross entropy's", "cosine to it")
@@ -59,6 +60,10 @@ def part_of_name(name: str) -> str:
         return "projections"
     if components[0] == "visual_extractor":
         return "extractor"
+    if MEMORY.intersection(components):
+        return "memory"
+    if components[:2] == ["encoder_decoder", "fuse_feature"]:  # XProNet's, of images; that of words is the model's
+        return "encoder"
     # The outermost decides: the layers of a BERT that decodes are called encoder.
     outermost = next((part for part in components if part in ENCODING or part == "decoder"), "decoder")
     return "encoder" if outermost in ENCODING else "decoder"

@@ -53,6 +53,12 @@ def test_a_model_keeps_its_reading_and_the_data_their_name(tmp_path):
     tested = resolve_config(given, saved)
     assert (tested.dataset_name, tested.data_licence, tested.clinical) == ("ward7", "CC0", False)
     assert (tested.dataset.max_views, tested.dataset.cleaner) == (2, "iu_xray")
+    # A model of one view is given one of a study that has several, unless more are asked for.
+    for name, views in (("mimic_cxr", 1), ("iu_xray", 2)):
+        for other in ("mimic_cxr", "iu_xray", "coco"):
+            assert resolve_config({"dataset_name": other}, saved | {"dataset_name": name}).dataset.max_views == views
+    asked = {"dataset_name": "iu_xray", "max_views": 2}
+    assert resolve_config(asked, saved | {"dataset_name": "mimic_cxr"}).dataset.max_views == 2
     # Elsewhere the settings of the checkpoint say all that there is to know.
     trained = {
         name: getattr(resolve_config(given), name) for name in ("dataset_name", "cleaner", "max_views", "clinical")

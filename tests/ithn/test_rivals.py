@@ -27,6 +27,11 @@ RIVALS = {
     "equal labels count twice": {"strategy": "contrastive", "same_label_weight": 2.0},
     "equal labels are left out": {"strategy": "ithn", "same_label_weight": 0.0},
     "MoCHi as published": {"strategy": "mochi_queue", "queue_size": 9, "queue_hardest": 8},
+    "MoCHi as published, equal labels count twice": {
+        **{"strategy": "mochi_queue", "queue_size": 9, "queue_hardest": 8},
+        "same_label_weight": 2.0,
+    },
+    "equal labels and texts are no columns": {"strategy": "columns", "mask_identical": True, "same_label_weight": 0.0},
 }
 ON_ENCODER = [
     name for name, chosen in RIVALS.items() if name.endswith("columns") or chosen["strategy"] == "contrastive"
@@ -51,27 +56,145 @@ def batch():
     return labelled(tiny_batch(LENGTHS, NEGATIVE_LENGTHS))
 
 
-@pytest.mark.parametrize("strategy", ["columns", "ithn", "mochi"])
-def test_columns_by_hand(batch, strategy):
+def features_of(objective, batch):
+    pairs = [batch.positive, batch.negative]
+    return objective._features(pairs, objective._passes(pairs))
+
+
+def alike(batch, i, j, of_negatives, by_labels):
+    """Whether row j is no negative of anchor i: the same text or study, or, ``by_labels``, the same labels."""
+    if by_labels:
+        other = batch.negative.labels[j] if of_negatives else batch.positive.labels[j]
+        return bool((batch.positive.labels[i] == other).all())
+    return int(batch.report_key[i]) == int(batch.negative_key[j] if of_negatives else batch.report_key[j])
+
+
+def columns_by_hand(objective, batch, harder_of, left_out=lambda i, j, of_negatives: False, weight=lambda i, j, _: 1.0):
     """Each image against all reports and all harder negatives, each report against all images and mined ones."""
-    objective = build(strategy=strategy, negatives_as="columns")
-    loss = objective(batch, 4)
-    z, negative_z, u, negative_u = objective._features(
-        [batch.positive, batch.negative], objective._passes([batch.positive, batch.negative])
-    )
-    hardness = 1 - 2.718281828459045 ** (-0.5 * 3)
-    harder = STRATEGIES[strategy].synthesise(z, u, negative_u, hardness).detach()
+    z, negative_z, u, negative_u = features_of(objective, batch)
+    harder = harder_of(z, u, negative_u)
     harder = harder / harder.norm(dim=1, keepdim=True)
     total, scale = 0.0, objective.temp_1.exp()
     for anchors, partners, further in ((z, u, harder), (u, z, negative_z)):
         for i in range(6):
-            others = [partners[j] for j in range(6)] + [further[j] for j in range(6) if j != 4]
-            denominator = sum(torch.exp(scale * (anchors[i] @ other)) for other in others)
-            total = total - torch.log(torch.exp(scale * (anchors[i] @ partners[i])) / denominator)
-    expected = total / 12
-    torch.testing.assert_close(loss["contrastive"], expected.detach(), rtol=0, atol=1e-10)
-    weighted = loss["nll"] + 0.1 * expected + 0.2 * loss["cosine"]
-    torch.testing.assert_close(loss["loss"], weighted, rtol=0, atol=1e-10)
+            terms = [torch.exp(scale * (anchors[i] @ partners[i]))]
+            for j in range(6):
+                if j != i and not left_out(i, j, False):
+                    terms.append(weight(i, j, False) * torch.exp(scale * (anchors[i] @ partners[j])))
+                if j != 4 and not left_out(i, j, True):
+                    terms.append(weight(i, j, True) * torch.exp(scale * (anchors[i] @ further[j])))
+            total = total - torch.log(terms[0] / sum(terms))
+    return total / 12
+
+
+def require_equal(objective, batch, expected):
+    """The objective's loss, of the contrastive term alone, is ``expected`` in value and gradient."""
+    loss = objective(batch, 4)["loss"]
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
+    known = [value for name, value in objective.named_parameters() if value.requires_grad]
+    found, by_hand = (torch.autograd.grad(of, known, allow_unused=True) for of in (loss, expected))
+    for parameter, *pair in zip(known, found, by_hand, strict=True):
+        own, hand = (torch.zeros_like(parameter) if value is None else value for value in pair)
+        torch.testing.assert_close(own, hand, rtol=0, atol=1e-10)
+
+
+ALONE = {"contrastive_weight": 1.0, "cosine_weight": 0.0, "ce_weight": 0.0}
+
+
+@pytest.mark.parametrize("strategy", ["columns", "prior", "ithn", "mochi"])
+def test_columns_by_hand(batch, strategy):
+    """A mined report is trained as in NegCLIP and VSE++, a synthesised one is a constant."""
+    objective = build(strategy=strategy, negatives_as="columns", **ALONE)
+    hardness = 1 - 2.718281828459045 ** (-0.5 * 3)
+
+    def harder_of(z, u, negative_u):
+        made = STRATEGIES[strategy].synthesise(z, u, negative_u, hardness)
+        return made if strategy in ("columns", "prior") else made.detach()
+
+    require_equal(objective, batch, columns_by_hand(objective, batch, harder_of))
+    constant = build(strategy=strategy, negatives_as="columns", detach_negative=True, **ALONE)
+    require_equal(constant, batch, columns_by_hand(constant, batch, lambda *own: harder_of(*own).detach()))
+
+
+def restrained(batch):
+    """With texts and labels that anchors share with other studies' negatives."""
+    labels = torch.zeros_like(batch.negative.labels)
+    labels[[1, 3], 1] = 1  # those of studies 0 and 5
+    labels[0, 5] = 1
+    return replace(
+        batch,
+        report_key=torch.tensor([3, 1, 2, 3, 4, 5]),
+        negative_key=torch.tensor([9, 3, 1, 8, 7, 5]),
+        negative=replace(batch.negative, labels=labels),
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "by_labels", "weight"),
+    [
+        ({"mask_identical": True}, False, 0.0),
+        ({"same_label_weight": 0.0}, True, 0.0),
+        ({"same_label_weight": 2.5}, True, 2.5),
+    ],
+)
+def test_texts_and_labels_restrain_columns_too(batch, given, by_labels, weight):
+    batch = restrained(batch)
+    objective = build(strategy="columns", **given, **ALONE)
+
+    def same(i, j, of_negatives):
+        return alike(batch, i, j, of_negatives, by_labels)
+
+    expected = columns_by_hand(
+        objective,
+        batch,
+        lambda z, u, negative_u: negative_u,
+        left_out=lambda *pair: weight == 0 and same(*pair),
+        weight=lambda *pair: weight if same(*pair) else 1.0,
+    )
+    require_equal(objective, batch, expected)
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.5])
+def test_labels_restrain_the_queue_too(batch, weight):
+    """Without mixtures, which have no labels: the queue is left with one sample of another anchor's labels."""
+    first, second = rows_of(batch, [0, 1, 3]), rows_of(batch, [2, 4, 5])
+    objective = build(strategy="mochi_queue", queue_size=3, queue_hardest=1, same_label_weight=weight, **ALONE)
+    old = [value.detach() for value in objective._features([first.positive], objective._passes([first.positive]))]
+    objective(first, 4)
+    keys, labels = second.report_key, second.positive.labels
+    z, u = objective._features([second.positive], objective._passes([second.positive]))
+    found = objective.queue.further(z, u, keys, 1.0, labels, weight)
+    for i in range(3):
+        for column, held in enumerate(old[1]):
+            same = bool((labels[i] == first.positive.labels[column]).all())
+            assert bool(found.count[i, column]) == (weight != 0 or not same)
+            score = z[i] @ held + (torch.tensor(weight).log() if weight and same else 0.0)
+            torch.testing.assert_close(found.of_images[i, column], score, rtol=0, atol=1e-7)
+    assert {bool(value) for value in found.count[:, :3].flatten()} == ({True} if weight else {True, False})
+
+
+def test_a_study_whose_negative_says_the_same_has_no_triplet(batch):
+    batch = restrained(batch)
+    plain, masked = (
+        build(strategy="ithn", contrastive_form="paper_triplet", mask_identical=mask)(batch, 4)["contrastive"]
+        for mask in (False, True)
+    )
+    only = replace(batch, has_negative=batch.has_negative & (batch.report_key != batch.negative_key))
+    expected = build(strategy="ithn", contrastive_form="paper_triplet")(only, 4)["contrastive"]
+    torch.testing.assert_close(masked, expected, rtol=0, atol=1e-12)
+    assert float(plain) != float(masked)
+
+
+def test_a_study_that_is_not_finite_is_no_negative_of_later_steps(batch):
+    objective = build(**RIVALS["MoCHi as published"])
+    objective(batch, 4)
+    broken = replace(batch, positive=replace(batch.positive, images=batch.positive.images.clone()))
+    broken.positive.images[2] = torch.nan
+    assert not objective(broken, 4)["loss"].isfinite()
+    assert objective.queue.known.sum() == 8
+    loss = objective(batch, 4)["loss"]
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
 
 
 def test_the_papers_triplet_is_the_hinge_of_eq_4(batch):

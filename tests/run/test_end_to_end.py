@@ -210,6 +210,24 @@ def test_a_best_model_that_was_left_behind_is_chosen_anew(train, tmp_path):
     assert "choose a new best model" in (other / "train.log").read_text()
 
 
+@pytest.mark.thorough
+def test_a_best_model_of_another_epoch_is_not_taken_along(train, tmp_path):
+    """An older checkpoint was resumed: the model_best.pth beside it is of an epoch that it does not know."""
+    first = train("--epochs", 3, "--monitor_metric", "nll", "--lr_ed", 1e-2, "--keep_epochs", "true")
+    assert load_checkpoint(first / "model_best.pth")["epoch"] > 1
+    again = ("--monitor_metric", "nll", "--lr_ed", 1e-2, "--resume", first / "epoch_0001.pth", "--epochs", 2)
+    other = train(*again, "--save_dir", tmp_path / "other")
+    assert "the model_best.pth is of another epoch than 1 or damaged" in (other / "train.log").read_text()
+    assert load_checkpoint(other / "model_best.pth")["epoch"] == 2
+
+
+@pytest.mark.thorough
+def test_every_epoch_is_kept_although_only_the_last_is_validated(train):
+    folder = train("--epochs", 3, "--start_eval_epoch", 3, "--keep_epochs", "true")
+    for epoch in (1, 2, 3):
+        assert load_checkpoint(folder / f"epoch_000{epoch}.pth")["epoch"] == epoch
+
+
 @pytest.mark.parametrize("flags", [["--sample_method", "sample"], ["--beam_size", "4"]])
 def test_one_of_several_answers_is_kept(train, flags):
     folder = train(*flags, "--sample_n", 3)

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from modules.runtime.errors import InputError
-from scripts.research import draw_mechanism
+from scripts.research import draw_mechanism, probe_gradients
 from scripts.research.probe_numbers import check_numbers, keep_numbers, read_numbers
 
 VARIANCE = {"image": 0.5, "report": 0.3, "both": 0.2}
@@ -81,13 +81,14 @@ def test_the_figure_has_every_row_epoch_and_part(files, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
     monkeypatch.setattr(sys, "argv", ["draw_mechanism.py", str(leakage), str(gradients), "--out", str(out)])
     draw_mechanism.main()
+    assert tuple(draw_mechanism.PARTS) == probe_gradients.PARTS
     readings, variance, shares, cosines = drawn[0].axes
     assert [label.get_text() for label in readings.get_yticklabels()] == ["ithn", "plain"]
     points = [len(collection.get_offsets()) for collection in readings.collections]
     assert points == [2, 0] * 3  # both epochs of ithn on the test split; plain has no joint embedding
     assert [bar.get_width() for bar in variance.patches] == pytest.approx([0.5, 0.5, 0.2, 0.2, 0.3, 0.3])
-    assert [bar.get_width() for bar in shares.patches] == pytest.approx([0.25] * 4)
-    assert sum(len(collection.get_offsets()) for collection in cosines.collections) == 6
+    assert [bar.get_width() for bar in shares.patches] == pytest.approx([0.25] * 5)
+    assert sum(len(collection.get_offsets()) for collection in cosines.collections) == 8
 
 
 def test_rows_are_chosen_and_a_wrong_one_is_named(files, monkeypatch):

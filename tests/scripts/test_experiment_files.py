@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from modules.flags import parse_flags, preset, resolve_config
+from modules.flags import flags_in_effect, parse_flags, preset, resolve_config
 from modules.runtime.errors import InputError
+from modules.runtime.records import write_results
 from scripts.experiments.files import choose, read_datasets, read_table
 from scripts.experiments.plan import MISSING, plan
 
@@ -177,3 +178,23 @@ def test_data_sets_run_nothing_but_scripts_of_the_project(tmp_path):
         path.write_text(json.dumps({"d": {"prepare": [{"makes": "x", "run": command}]}}))
         with pytest.raises(InputError, match="is not a command of this project"):
             read_datasets(path)
+
+
+@pytest.mark.parametrize("path", [*TABLES, *sorted((ROOT / "experiments" / "evidence").glob("f*.json"))], ids=str)
+def test_a_run_with_the_flags_of_the_plan_is_done(path, tmp_path):
+    """What a run writes: the device's precision, and defaults for flags that its model does not have."""
+    table, datasets = read_table(path), read_datasets(ROOT / "experiments" / "datasets.json")
+    datasets |= read_datasets(ROOT / "experiments" / "evidence" / "datasets.json")
+    table = choose(table, seeds=table.seeds[:1])
+    for run in plan(table, datasets, tmp_path):
+        if run.weights or run.start:
+            continue
+        given, _ = parse_flags(run.flags, "main_train.py", "")
+        left, _ = flags_in_effect(given, resolve_config(given))
+        config = dataclasses.asdict(resolve_config(left))
+        if config["precision"] == "auto":
+            config["precision"] = "bfloat16"
+        made_from = {name: run.settings[name] for name in ("annotation_sha256", "files_sha256")}
+        write_results(run.folder / "results.json", {"config": config, "provenance": made_from})
+    found = [run for run in plan(table, datasets, tmp_path) if not (run.weights or run.start)]
+    assert {(run.state, run.reason) for run in found} == {("done", "")}

@@ -24,6 +24,11 @@ def test_parts_of_the_backbones():
     assert part_of_name("backbone.encoder_decoder.att_embed.0.weight") == "encoder"
     assert part_of_name("backbone.encoder_decoder.model.decoder.norm.a_2") == "decoder"
     assert part_of_name("backbone.encoder_decoder.logit.weight") == "decoder"
+    for name in ("memory_matrix", "cmn.linears.0.weight", "protypes", "dim_reduction.weight"):
+        assert part_of_name(f"backbone.encoder_decoder.{name}") == "memory"
+    assert part_of_name("backbone.encoder_decoder.fuse_feature.weight") == "encoder"
+    assert part_of_name("backbone.encoder_decoder.model.fuse_feature.weight") == "decoder"
+    assert part_of_name("backbone.label_head.weight") == "encoder"
     assert part_of_name("backbone.projection.weight") == "encoder"
     assert part_of_name("backbone.decoder.model.bert.encoder.layer.0.output.dense.weight") == "decoder"
     assert part_of_name("temp_1") == part_of_name("img_projection.head.weight") == "projections"

@@ -123,6 +123,7 @@ def batch_of(rows=4):
 def self_critical(backbone, reward, **options):
     return SelfCritical(
         backbone,
+        idf=None,
         stage=SelfCriticalSettings(self_critical=True, **{"scst_samples": 6, "scst_baseline": "mean"} | options),
         reward=reward,
         decode=lambda tokens: [" ".join(map(str, row)) for row in tokens.tolist()],

@@ -237,3 +237,16 @@ def test_the_history_shows_no_rate_of_an_extractor_that_is_not_trained():
         one.train()
     assert (trained.history[0]["lr_ve"], trained.history[0]["lr_ed"]) == (0.2, 0.1)
     assert "lr_ve" not in frozen.history[0] and frozen.history[0]["lr_ed"] == 0.1
+
+
+@pytest.mark.parametrize(("then", "now", "scale"), [("float16", "float16", 512.0), ("bfloat16", "float16", 2.0**16)])
+def test_another_precision_finds_its_own_loss_scale(then, now, scale):
+    before, _ = trainer([batch([1])], precision=then)
+    if then == "float16":
+        before.scaler.load_state_dict(before.scaler.state_dict() | {"scale": 512.0})
+    after, _ = trainer([batch([1])], precision=now)
+    after.load_state_dict(before.state_dict())
+    assert after.scaler.state_dict()["scale"] == scale
+    back, _ = trainer([batch([1])], precision="bfloat16")
+    back.load_state_dict(after.state_dict())
+    assert back.scaler.state_dict()["scale"] == 1.0
