@@ -36,10 +36,10 @@ from modules.ithn.pairs import join_pairs, of_any_size, rolled_features, rolled_
 from modules.ithn.previous_epoch import PreviousEpoch
 from modules.ithn.settings import OFF, ITHNSettings
 from modules.ithn.synthesis import NEEDING_NEGATIVES, STRATEGIES
-from modules.labels.rules import CLASSES
 from modules.runtime import distributed
 from modules.runtime.transfers import upload
 
+LABELS = 14  # of a study
 INITIAL_LOG_SCALE = math.log(1 / 0.07)  # t = log 1/tau, as CLIP starts
 INITIAL_BIAS = -10.0  # of --contrastive_form sigmoid, as SigLIP starts: nearly all pairs are negatives
 
@@ -122,7 +122,7 @@ class Objective(nn.Module):
             assert n_samples
             self.previous = PreviousEpoch(n_samples, settings.embedding_dim)
         if row.has_queue:
-            labels = len(CLASSES) if settings.same_label_weight != 1 else 0
+            labels = LABELS if settings.same_label_weight != 1 else 0
             self.queue = NegativeQueue(settings.queue_size, settings.queue_hardest, settings.embedding_dim, labels)
 
     def hardness(self, epoch: int | Tensor) -> Any:

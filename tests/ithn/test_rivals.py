@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from modules.ithn.objective import LABELS
 from modules.ithn.synthesis import STRATEGIES
+from modules.labels.rules import CLASSES
 from modules.runtime import distributed
 from tests.gloo_support import run_together
 from tests.tiny_backbone import make_objective, rows_of, tiny_batch
@@ -170,6 +172,7 @@ def test_labels_restrain_the_queue_too(batch, weight):
             assert bool(found.count[i, column]) == (weight != 0 or not same)
             score = z[i] @ held + (torch.tensor(weight).log() if weight and same else 0.0)
             torch.testing.assert_close(found.of_images[i, column], score, rtol=0, atol=1e-7)
+    assert objective.queue.labels.shape == (3, LABELS) and len(CLASSES) == LABELS
     assert {bool(value) for value in found.count[:, :3].flatten()} == ({True} if weight else {True, False})
 
 
