@@ -194,6 +194,7 @@ class Config(
         "Ignored under torchrun, which has its own number",
         low=0,
         high=1024,
+        typed_only=True,
     )
     max_restarts: int = setting(
         0,

@@ -78,6 +78,8 @@ class ReportStatistics:
         """
         columns = {}
         for name, table in self.tables.items():
+            if name == "diversity" and not table.sum(axis=0).all():
+                continue  # no report has four words
             if not _is_clinical(name):
                 columns[name] = table.astype(np.float64)
                 continue

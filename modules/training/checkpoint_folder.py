@@ -5,6 +5,7 @@ A kill at any moment leaves the two latest ones and the best one readable, each 
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import shutil
@@ -214,12 +215,12 @@ def _missing(path: Path) -> list[Path]:
 
 def set_aside(folder: Path, names: Iterable[str]) -> Path:
     """Move those of ``names`` that ``folder`` has into a new folder in it, earlier_1 or the next, and return that."""
-    number = 1
-    while (aside := folder / f"earlier_{number}").exists():
-        number += 1
-    aside.mkdir(mode=0o700)
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            (aside := folder / f"earlier_{number}").mkdir(mode=0o700)
+            break
     for name in names:
-        if (folder / name).exists():
+        with contextlib.suppress(FileNotFoundError):  # not there, or another program moved it meanwhile
             (folder / name).rename(aside / name)
     return aside
 

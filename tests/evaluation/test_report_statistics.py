@@ -148,3 +148,9 @@ def test_another_archive_is_refused(tmp_path):
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     with pytest.raises(InputError, match="not the statistics"):
         load_statistics(tmp_path / "other.npz")
+
+
+def test_reports_without_four_words_have_no_diversity():
+    for reports, known in ((["a b c", "a b"], False), (["a b c d", "a"], True)):
+        statistics = ReportStatistics({"diversity": ngram_counts(reports), "ROUGE_L": np.ones((2, 1))}, "", "")
+        assert ("diversity" in statistics.scores()) == known == (diversity(reports) is not None)
