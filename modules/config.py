@@ -350,6 +350,8 @@ def _check_inputs(config: Config) -> None:
     if config.detection_features and (config.feature_cache or config.image_cache):
         cache = "feature" if config.feature_cache else "image"
         raise InputError(f"--{cache}_cache: with --detection_features no image is read; leave one of them out")
+    if config.contexts and config.image_feature != "mean":
+        raise InputError(f"--image_feature {config.image_feature}: --context reads the mean of the patches; give mean")
     if config.contexts and (config.captioning or config.guidance):
         raise InputError(
             f"--context {config.context}: goes neither with captions of images nor with --guidance; leave it out"

@@ -144,6 +144,8 @@ def built(content: dict, path: Path) -> tuple["Config", Any]:
 
     tokenizer = tokenizer_from_state(content["vocabulary"])
     config = resolve_config({"device": "cpu"}, content["config"])
+    if config.detection_features:
+        raise InputError(f"{path}: its model reads --detection_features, whose width neither says; keep the checkpoint")
     device = prepare_device(config)
     require_fitting(config, tokenizer, StoredWeights(content["state_dict"], str(path)))
     extractor = build_extractor(config, device, pretrained=False)
@@ -172,6 +174,7 @@ def to_checkpoint(source: Path, out: Path) -> None:
     """Folder -> checkpoint; InputError where its weights do not fit its settings."""
     import dataclasses
 
+    from modules.config import Config
     from modules.inference.hub_format import read_hub_folder
     from modules.run.vocabulary import tokenizer_from_state
     from modules.training.checkpoint import FORMAT
@@ -184,7 +187,7 @@ def to_checkpoint(source: Path, out: Path) -> None:
         {
             **shared,
             "format": FORMAT,
-            "config": dataclasses.asdict(config),
+            "config": dataclasses.asdict(config) | {"device": Config.device},
             "history": [],
             "vocabulary_sha256": tokenizer_from_state(shared["vocabulary"]).sha256,
         },
@@ -250,11 +253,22 @@ def _foreign(config: dict) -> str:
 
 
 def results_of(content: dict, folder: Path) -> dict:
-    """The results.json next to a checkpoint; of another checkpoint only whether its data are synthetic."""
+    """The results.json next to a checkpoint; of other weights, data or decoding only whether data are synthetic."""
     results = read_results(folder)
-    if results.get("best_epoch") != content["epoch"]:
-        return {"synthetic": results.get("synthetic")}
-    return results
+    from dataclasses import fields
+
+    from modules.decoding.options import DecodingOptions
+
+    made_from, tested = results.get("provenance", {}), results.get("config", {})
+    same = results.get("best_epoch") == content["epoch"] and all(
+        name not in own or name not in other or own[name] == other[name]
+        for own, other, names in (
+            (made_from, content, ("annotation_sha256",)),
+            (tested, content["config"], (*(item.name for item in fields(DecodingOptions)), "dataset_name")),
+        )
+        for name in names
+    )
+    return results if same else {"synthetic": results.get("synthetic")}
 
 
 def read_results(folder: Path) -> dict:

@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="PX",
-        help="make the shorter side this long; 256 suits training at 224; 0: leave images as they are "
-        "(default: %(default)s)",
+        help="make the shorter side of training images this long; 256 suits training at 224; 0: leave images as they "
+        "are (default: %(default)s)",
     )
     parser.add_argument(
         "--shard_mb",
@@ -104,7 +104,7 @@ def main() -> None:
             )
         splits[split] = write_split(packing, split, studies, negatives, Bar)
     name = "annotation" if neighbours is None else neighbours_sha256(neighbours, arguments.num_neighbours)
-    manifest = Manifest(annotation.sha256, name, arguments.num_neighbours, splits)
+    manifest = Manifest(annotation.sha256, name, arguments.num_neighbours, splits, arguments.resize)
     write_private(out / MANIFEST, manifest.text())
     size = sum(shard.size for shards in splits.values() for shard in shards)
     print(f"{sum(map(len, splits.values()))} shards, {size / 2**20:.1f} MiB, in {out}")

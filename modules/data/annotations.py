@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -142,8 +143,8 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     # JSON readers keep the last of two equal keys: a second "train" would quietly replace the first.
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise ValueError(f"the key {_shown(twice)} occurs twice in one object")
     return found
 

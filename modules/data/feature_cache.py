@@ -10,11 +10,14 @@ import io
 import itertools
 import logging
 import os
+import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +30,9 @@ from modules.runtime.input_files import MAX_MAPPED, require_regular
 from modules.runtime.memory import freed_memory_kept
 
 logger = logging.getLogger("ithn")
+
+FORMAT = 2  # of what a file's name is made from
+SECONDS_BETWEEN_LOOKS = 1.0  # at whether another training is done
 
 
 @dataclass
@@ -92,7 +98,10 @@ def build_feature_cache(
                 target = None
                 if distributed.is_main_process():
                     target = opened.enter_context(_Partial(file, (len(paths), *shape), kind))
-                done = distributed.broadcast_object(target and target.rows)
+                # Together, as no process may wait for an answer of another as long as the features can take.
+                while distributed.broadcast_object(target and target.waits()):
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                done = distributed.broadcast_object(target and target.begin())
                 own = _batches(len(paths), done, batch_size)
                 pixels = _decoded([paths[row] for batch in own for row in batch], images, transform, workers)
                 opened.enter_context(freed_memory_kept())
@@ -137,7 +146,9 @@ def _require_whole(file: Path, shape: tuple[int, int, int], kind: np.dtype) -> N
 
 
 def _key(images: ImageFolder, paths: Sequence[str], extractor: nn.Module, transform: Transform, kind: np.dtype) -> str:
-    digest = hashlib.sha256(repr(transform).encode())
+    # An extractor's weights do not tell its activations; a function among them shows where it lies in memory.
+    layers = re.sub(r" at 0x[0-9a-f]+", "", repr(extractor))
+    digest = hashlib.sha256(f"{FORMAT}\0{PIL.__version__}\0{transform!r}\0{layers}".encode())
     if kind != np.float32:
         digest.update(kind.name.encode())
     if transform.jpeg_draft:
@@ -165,14 +176,30 @@ class _Partial:
         description = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(header, description)
         self._header, self._row = header.getvalue(), kind.itemsize * shape[1] * shape[2]
-        self._count, self.rows = shape[0], 0
+        self._count, self.rows, self._told = shape[0], 0, False
 
     def __enter__(self) -> "_Partial":
         self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
-        self._wait_for_others()
+        return self
+
+    def waits(self) -> bool:
+        """Whether another program writes; else nobody but this one does from now on."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not self._told:
+                logger.info("--feature_cache: another training computes these features; this one waits for them")
+            self._told = True
+            return True
+        except OSError:
+            pass  # cluster file systems may have no locks: there one training at a time may begin
+        return False
+
+    def begin(self) -> int:
+        """How many rows are there already; the next ones are appended behind them."""
         if self.file.is_file():  # whose writer was waited for
             self.rows = self._count
-            return self
+            return self.rows
         if self._file.read(len(self._header)) == self._header:
             self.rows = (self._file.seek(0, os.SEEK_END) - len(self._header)) // self._row
         else:
@@ -180,16 +207,7 @@ class _Partial:
             self._file.write(self._header)
         self._file.truncate(len(self._header) + self.rows * self._row)
         self._file.seek(0, os.SEEK_END)
-        return self
-
-    def _wait_for_others(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("--feature_cache: another training computes these features; this one waits for them")
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # cluster file systems may have no locks: there one training at a time may begin
+        return self.rows
 
     def append(self, features: Tensor) -> None:
         """Features (n, S, C) of the next n images."""

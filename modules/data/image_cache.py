@@ -116,7 +116,8 @@ def _alone(file: Path) -> Iterator[None]:
     """Wait until no other process makes ``file``; remove what a killed one left."""
     handle = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # cluster file systems may have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
         for left in file.parent.glob(f".{file.name}.*.tmp"):
             left.unlink(missing_ok=True)
         yield

@@ -82,6 +82,7 @@ class DataSettings:
         "data",
         "sections of the annotation that are the report; both: each after its name; default: the field report",
         choices=("", *SECTIONS, "both"),
+        exported=True,
     )
     context: str = setting(
         "",

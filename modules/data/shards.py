@@ -7,6 +7,7 @@ after another is enough. ``shards.json`` says which record is in which shard. Sh
 import importlib.util
 import io
 import json
+import logging
 import re
 import time
 from collections import OrderedDict
@@ -27,6 +28,8 @@ from modules.runtime.archive_files import tar_members
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import MAX_TEXT, open_regular, read_bytes
 from modules.runtime.records import write_private
+
+logger = logging.getLogger("ithn")
 
 FORMAT = "ithn-shards-1"
 MANIFEST = "shards.json"
@@ -57,6 +60,7 @@ class Manifest:
     negatives: str
     num_neighbours: int
     splits: Mapping[str, tuple[Shard, ...]]
+    resize: int | None = None  # shorter side of the training images, 0: as they were; None: an older program's, unknown
 
     def text(self) -> str:
         """As JSON."""
@@ -88,6 +92,8 @@ class Manifest:
             raise ValueError("its hashes are not texts")
         if type(manifest.num_neighbours) is not int or manifest.num_neighbours < 0:
             raise ValueError("num_neighbours is not a count")
+        if manifest.resize is not None and (type(manifest.resize) is not int or manifest.resize < 0):
+            raise ValueError("resize is not a number of pixels")
         for shard in (shard for shards in splits.values() for shard in shards):
             if not isinstance(shard.file, str) or not _FILE_NAME.fullmatch(shard.file):
                 raise ValueError(f"{shard.file!r} is not the name of a shard")
@@ -109,6 +115,20 @@ class Manifest:
                 f"--shards {root}: the images of these hard negatives are not in them (they hold those of "
                 f"{self.num_neighbours} neighbours); make them again with scripts/make_shards.py "
                 f"--negative_index FILE --num_neighbours {num_neighbours}"
+            )
+
+    def check_size(self, root: str, shorter_side: int) -> None:
+        """InputError where training images were made smaller than the ``shorter_side`` that they are trained at."""
+        if self.resize and self.resize < shorter_side:
+            raise InputError(
+                f"--shards {root}: made with --resize {self.resize}, and --image_size needs {shorter_side} pixels; "
+                f"make them again with --resize {shorter_side} or 0"
+            )
+        if self.resize is None:
+            logger.info(
+                "--shards %s: made before validation and test images stayed as they are; if with --resize, make them "
+                "again to have the scores of the files",
+                root,
             )
 
     def shards_of(self, root: str, split: str, count: int) -> tuple[Shard, ...]:
@@ -256,7 +276,10 @@ def _unpack(content: bytes, where: str) -> dict[tuple[int, str], bytes]:
 
 @dataclass(frozen=True)
 class Packing:
-    """How shards are made: of about ``shard_bytes`` each, images no larger than ``resize`` (0: as they are)."""
+    """How shards are made: of about ``shard_bytes`` each, training images no larger than ``resize`` (0: as they are).
+
+    Images of other splits stay as they are: a test resizes them in one step.
+    """
 
     folder: Path
     images: ImageFolder
@@ -313,7 +336,8 @@ def _sample(packing: Packing, row: int, study: Study, negatives: Sequence[str]) 
     files, names = {}, {}
     for path in dict.fromkeys((*study.image_paths, *negatives)):
         try:
-            suffix, content = packed_image(packing.images.locate(path), packing.resize)
+            resize = packing.resize if study.split == "train" else 0
+            suffix, content = packed_image(packing.images.locate(path), resize)
         except InputError as error:
             raise InputError(f"split '{study.split}', study {study.id!r}: {error}") from error
         name = f"{len(files)}.{suffix}"

@@ -46,6 +46,13 @@ def published_weights(state: Mapping[str, Tensor], *, heads: bool) -> dict[str, 
     )
 
 
+def _without_folder(name: str, value: Any) -> Any:
+    """A setting as others may see it: the folders that files lie in are this machine's matter."""
+    if name == "visual_extractor":
+        return shared_name(value)
+    return Path(value).name if name == "detection_features" else value
+
+
 def hub_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """A checkpoint's weights, and its mean training image where it has one."""
     mean = content.get(MEAN)
@@ -69,11 +76,7 @@ def write_hub_folder(folder: Path, content: Mapping[str, Any], card: str, names:
         "format": FORMAT,
         "strategy": content["strategy"],
         "epoch": content["epoch"],
-        **{
-            name: shared_name(value) if name == "visual_extractor" else value
-            for name, value in content["config"].items()
-            if name in names
-        },
+        **{name: _without_folder(name, value) for name, value in content["config"].items() if name in names},
     }
     write_private(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
     write_private(folder / VOCABULARY, json.dumps(content["vocabulary"], ensure_ascii=False) + "\n")

@@ -202,6 +202,8 @@ class Predictor:
         length = int(ended[0]) if len(ended) else len(tokens)
         values = log_probs.tolist()
         words = self.tokenizer.words(tokens[:length].tolist())  # a word of several pieces has their joint probability
+        if self.decoding.collapse_repeats:
+            words = _without_repeats(words)
         return WrittenReport(
             words=[word for word, _, _ in words],
             log_probs=[sum(values[start:stop]) for _, start, stop in words],
@@ -213,3 +215,14 @@ class Predictor:
             ),
             pooled=pooled,
         )
+
+
+def _without_repeats(words: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """Words and their positions, of those that immediately repeat themselves one over all their positions."""
+    found: list[tuple[str, int, int]] = []
+    for word, start, stop in words:
+        if found and found[-1][0] == word:
+            found[-1] = (word, found[-1][1], stop)
+        else:
+            found.append((word, start, stop))
+    return found

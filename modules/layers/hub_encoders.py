@@ -339,12 +339,19 @@ def _with_own_weights(model_class: Any, folder: Path, config: Any, name: str, un
     return model
 
 
+# What timm leaves of a head: forward_features does not use it.
+_BEHIND_FEATURES = ("head.", "fc_norm.", "conv_head.", "norm_head.")
+
+
 class TimmTokens(nn.Module):
     """A timm model's feature grid (n, C, h, w), or its tokens, of which ``num_prefix_tokens`` precede the patches."""
 
     def __init__(self, model: Any):
         super().__init__()
         model.reset_classifier(0, "")
+        for key, value in model.named_parameters():
+            if key.startswith(_BEHIND_FEATURES):  # several processes wait for the gradient of whatever is trained
+                value.requires_grad_(False)
         self.model: Any = model
         self.channels_are_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         self.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)

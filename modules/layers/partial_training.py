@@ -20,8 +20,17 @@ LORA = "lora:"  # and a rank
 DOMINANT = 0.8  # share of the parameters from which on a module's own children are the stages
 
 
-def freeze_all_but(model: nn.Module, part: str, name: str, run: Callable[[], Any]) -> list[nn.Module]:
-    """Freeze ``model`` except ``part`` (last:N, lora:RANK, norm, bias); returns what stays in evaluation mode.
+def resting(model: nn.Module) -> list[nn.Module]:
+    """The modules in ``model`` that nothing is trained of, which stay in evaluation mode."""
+    return [
+        module
+        for module in model.modules()
+        if not any(value.requires_grad for value in module.parameters()) and module is not model
+    ]
+
+
+def freeze_all_but(model: nn.Module, part: str, name: str, run: Callable[[], Any]) -> None:
+    """Freeze ``model`` except ``part`` (last:N, lora:RANK, norm, bias).
 
     ``run`` runs it once. ValueError, with the extractor's ``name``, for more stages than it has, or a part without
     parameters.
@@ -35,11 +44,6 @@ def freeze_all_but(model: nn.Module, part: str, name: str, run: Callable[[], Any
         raise ValueError(f"unfreeze {part}: visual_extractor {name} has no such parameters")
     for key, value in model.named_parameters():
         value.requires_grad_(key in chosen)
-    return [
-        module
-        for module in model.modules()
-        if not any(value.requires_grad for value in module.parameters()) and module is not model
-    ]
 
 
 def stages(model: nn.Module) -> list[list[str]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from modules.layers.batch_statistics import KERNELS, StatisticsOfFirst
 from modules.layers.hub_encoders import TimmTokens, build_encoder, is_hub_name, read_description
-from modules.layers.partial_training import Trunk, freeze_all_but
+from modules.layers.partial_training import Trunk, freeze_all_but, resting
 from modules.layers.visual_extractor_weights import load_weights, no_pickles, not_fetched, packaged_weights
 from modules.runtime.transfers import upload
 
@@ -100,16 +100,16 @@ class VisualExtractor(nn.Module):
             self.model.to(memory_format=torch.channels_last)
         self.name, self.image_size = name, image_size
         self.trunk: Trunk | None = None
-        self.resting: list[nn.Module] = []
+        self.unfreeze = unfreeze
         if unfreeze:
-            self.resting = freeze_all_but(self.model, unfreeze, name, lambda: self._measure(image_size))
+            freeze_all_but(self.model, unfreeze, name, lambda: self._measure(image_size))
         if frozen:
             self.requires_grad_(False)
             self.eval()
 
     def train(self, mode: bool = True) -> "VisualExtractor":
         super().train(mode and not self.frozen)
-        for module in self.resting:
+        for module in resting(self.model) if self.unfreeze else ():  # now: layers may have been replaced
             module.eval()
         return self
 
@@ -121,7 +121,7 @@ class VisualExtractor(nn.Module):
         training, device = self.training, next(self.parameters()).device
         example = torch.linspace(-1, 1, 6 * self.image_size**2, device=device).view(2, 3, *(self.image_size,) * 2)
         self.eval()
-        self.trunk = Trunk(self.model, self.resting, self.name, example.cos())
+        self.trunk = Trunk(self.model, resting(self.model), self.name, example.cos())
         self.train(training)
         return self.trunk
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -100,12 +101,24 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, *, opt
         (n.split(".")[-1], v.shape) for n, v in own.items()
     ]:
         fits, missing = dict(zip(own, state.values(), strict=True)), []
+    elif not missing and (deeper := _of_more_blocks(state, own)):
+        raise ValueError(
+            f"{where}: {len(deeper)} tensors have no place, the first is {deeper[0]}: it is of a deeper model than "
+            f"{type(model).__name__} here"
+        )
     if missing:
         raise ValueError(
             f"{where}: {len(missing)} of {len(own)} tensors are absent or of another shape, "
             f"the first is {missing[0]}; expected a state dict of {type(model).__name__}"
         )
     model.load_state_dict(fits, strict=False)
+
+
+def _of_more_blocks(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Names of ``state`` that the model lacks although it has such a tensor in another block."""
+    kinds = {re.sub(r"\d+", "#", name) for name in own if not name.startswith(HEADS)}
+    left = [name for name in state if name not in own and not name.startswith(HEADS)]
+    return [name for name in left if re.sub(r"\d+", "#", name) in kinds]
 
 
 def _for_three_channels(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

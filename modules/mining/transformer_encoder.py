@@ -40,8 +40,15 @@ class TransformerEncoder:
         self._pooling, self._device, self._batch_size = pooling, device, batch_size
 
     def describe(self) -> dict:
-        """Settings, for the metadata of the index and the key of the cache; weights by their SHA-256."""
-        return {"pooling": self._pooling, "max_length": self.max_length, "weights_sha256": weights_sha256(self._model)}
+        """Settings, for the metadata of the index and the key of the cache; weights and tokenizer by their SHA-256."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        rules = backend.to_str() if backend is not None else repr((self._tokenizer, self._tokenizer.get_vocab()))
+        return {
+            "pooling": self._pooling,
+            "max_length": self.max_length,
+            "weights_sha256": weights_sha256(self._model),
+            "tokenizer_sha256": hashlib.sha256(rules.encode()).hexdigest(),
+        }
 
     def encode(self, texts: Sequence[str], *, cache_dir: Path | None = None, progress: bool = False) -> np.ndarray:
         """(N, H) float32 rows of norm 1. With ``cache_dir``, batches done by an earlier, interrupted run are kept.

@@ -210,11 +210,30 @@ def listen(port: int) -> Any:
 
 
 def run_server(page: LocalPage, sockets: Sequence[Any]) -> None:
-    """Serve ``page`` until the process is interrupted; connections beyond MAX_CONNECTIONS are refused at once (503)."""
+    """Serve ``page`` until the process is interrupted.
+
+    Connections beyond MAX_CONNECTIONS are refused at once (503); those without a request in SECONDS_TO_SEND are closed.
+    """
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(SECONDS_TO_SEND, self.look)
+
+        def look(self) -> None:
+            """Close a connection on which no request is being answered; look again later at another."""
+            if self.transport.is_closing():
+                return
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.close()
+            else:
+                self.loop.call_later(SECONDS_TO_SEND, self.look)
 
     config = uvicorn.Config(
         page,
+        http=Impatient,
         log_level="warning",
         access_log=False,
         limit_concurrency=MAX_CONNECTIONS,

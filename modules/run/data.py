@@ -263,6 +263,8 @@ def shard_source(config: Config, data: Data, split: str, transform: Transform | 
         if data.index is not None:
             wanted = neighbours_sha256(data.index.neighbours, manifest.num_neighbours)
     manifest.check(config.shards, data.annotation.sha256, wanted, _drawn_neighbours(config, data))
+    if split == "train" and transform is not None:
+        manifest.check_size(config.shards, transform.resize or transform.size)
     paths = [study.image_paths for study in data.annotation.splits[split]]
     shards = manifest.shards_of(config.shards, split, len(paths))
     return ShardImages(config.shards, shards, paths, draft=transform and transform.draft)

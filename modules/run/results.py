@@ -1,5 +1,6 @@
 """Tests a model and the training-free baselines, and writes everything that a run leaves for reading."""
 
+import csv
 import dataclasses
 import json
 import logging
@@ -74,8 +75,11 @@ def test_and_write(
     _keep_others(folder, config, tested.provenance["checkpoint_sha256"])
     write_results(folder / "results.json", tested.as_json())
     _write_files(folder, tested)
-    _append_record(tested)
     write_page(folder / "report.html", tested, loader.dataset)
+    try:
+        _append_record(tested)
+    except (OSError, ValueError, csv.Error) as error:
+        logger.warning("--record_dir %s: this run is not recorded there: %s", config.record_dir, error)
     logger.info("results in %s: report.html, results.json, res.csv, gts.csv, statistics.npz, exports/", folder)
 
 

@@ -51,7 +51,7 @@ KEPT = (
     "lora_alpha",
 )
 # Flags that decide which samples remain in a partly trained epoch.
-KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing")
+KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing", "report_sections", "captions")
 
 
 @dataclass
@@ -239,6 +239,8 @@ def _position(config: Config, source: Source, data: Data, shards_sha256: str | N
         )
     if config.shards:  # batches come round-robin from the shards that are open
         _require_unchanged(config, began, ("batch_size",), source.path)
+    if config.length_bucketing:  # which sorts by the lengths that are left
+        _require_unchanged(config, began, ("max_seq_length",), source.path)
     # Batches of similar length are composed for all processes together.
     together = config.batch_size * distributed.world_size()
     then = began.batch_size * source.content.get("processes", 1)

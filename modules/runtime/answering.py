@@ -38,11 +38,15 @@ class AnsweringProcess:
 
     def wait_until_ready(self) -> dict[str, Any]:
         """The facts that the child sends once it is loaded; InputError with its reason where it cannot be."""
+        try:
+            return self._wait_for_facts()
+        except (EOFError, OSError) as error:
+            raise InputError("the process that writes reports died while it was starting") from error
+
+    def _wait_for_facts(self) -> dict[str, Any]:
+        """As ``wait_until_ready``, but EOFError or OSError from a child that died."""
         if self._facts is None:
-            try:
-                told = json.loads(self._pipe.recv_bytes())
-            except (EOFError, OSError) as error:
-                raise InputError("the process that writes reports died while it was starting") from error
+            told = json.loads(self._pipe.recv_bytes())
             if "refused" in told:
                 raise InputError(told["refused"])
             self._facts = told
@@ -51,7 +55,7 @@ class AnsweringProcess:
     def ask(self, request: dict[str, Any], files: Sequence[bytes]) -> dict[str, Any]:
         """The answer to one request; InputError where the child refuses it, AnswerFailed where none came in time."""
         try:
-            self.wait_until_ready()
+            self._wait_for_facts()
             self._pipe.send_bytes(json.dumps(request | {"number_of_files": len(files)}).encode())
             for content in files:
                 self._pipe.send_bytes(content)

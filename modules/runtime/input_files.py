@@ -8,8 +8,9 @@ import errno
 import json
 import os
 import stat
+import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -149,13 +150,36 @@ def require_plain_archive(path: str | Path, flag: str) -> None:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
             present = os.fstat(file.fileno()).st_size
+            has_one = _has_one_directory(file, present, members)
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return  # the reader itself says what is wrong with it
     if any(member.filename.endswith("/constants.pkl") for member in members):
         raise InputError(f"{flag} {path}: refused, a TorchScript archive, which holds code; weights alone are read")
+    if not has_one:
+        raise InputError(f"{flag} {path}: damaged, the directory of its archive is not where its end says")
     size = sum(member.file_size for member in members)
     if size > present:
         raise InputError(
             f"{flag} {path}: refused, an archive of {present} bytes that unpacks to {size}; torch.save "
             "writes no compressed ones"
         )
+
+
+def _has_one_directory(file: BinaryIO, size: int, members: Sequence[zipfile.ZipInfo]) -> bool:
+    """Whether every reader of a zip archive of ``size`` bytes finds the ``members`` that zipfile found.
+
+    zipfile takes the directory that lies before the end record, other readers the one where the record says. They are
+    one where nothing lies between the parts of an archive whose first member is at 0.
+    """
+    file.seek(max(0, size - 98))
+    end = file.read().rjust(
+        98
+    )  # of 64 bits: the end record of 56 bytes and its locator of 20; then the plain one of 22
+    if end[-22:-18] != b"PK\5\6" or end[-2:] != b"\0\0" or min((member.header_offset for member in members), default=0):
+        return False
+    plain = struct.unpack("<II", end[-10:-2])  # bytes of the directory, and where it starts
+    if end[:4] != b"PK\6\6" or end[56:60] != b"PK\6\7":
+        return sum(plain) + 22 == size
+    (place,), large = struct.unpack("<Q", end[64:72]), struct.unpack("<QQ", end[40:56])
+    agree = all(short in (0xFFFFFFFF, long) for short, long in zip(plain, large, strict=True))
+    return agree and sum(large) == place == size - 98

@@ -149,7 +149,8 @@ def append_record(
 @contextlib.contextmanager
 def _locked(path: Path):
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # cluster file systems may have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

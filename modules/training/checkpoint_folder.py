@@ -75,8 +75,9 @@ class CheckpointFolder:
             finally:
                 if made and [entry.name for entry in self.path.glob("*")] == [LOCK]:
                     (self.path / LOCK).unlink()
-                    for folder in made:
-                        folder.rmdir()
+                    with contextlib.suppress(OSError):  # a cache or another run is in there by now
+                        for folder in made:
+                            folder.rmdir()
 
     def sweep(self) -> None:
         """Remove what a killed run left half written; make each checksum file one line that is right."""

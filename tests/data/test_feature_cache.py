@@ -1,5 +1,6 @@
 """Stored features of a frozen extractor: the same numbers, computed once, found again, and never for other weights."""
 
+import copy
 import json
 import logging
 import os
@@ -72,10 +73,16 @@ def test_the_file_is_found_again_and_belongs_to_weights_and_images(demo, tmp_pat
         def state_dict(self):
             return extractor.state_dict()
 
+        def __repr__(self):
+            return repr(extractor)
+
     first = build(demo, tmp_path, extractor)
     assert build(demo, tmp_path, Unused()).file == first.file
     torch.manual_seed(1)
     assert build(demo, tmp_path, VisualExtractor("resnet18", image_size=32, frozen=True)).file != first.file
+    other = copy.deepcopy(extractor)
+    other.model[2] = torch.nn.GELU()  # the same weights
+    assert build(demo, tmp_path, other).file != first.file
     assert build(demo, tmp_path, extractor, transform=eval_transform(32, (0.5,) * 3, LOOK[1])).file != first.file
     image = demo / "images" / next(iter(first.rows))
     status = image.stat()
@@ -206,7 +213,8 @@ class Held(Interrupted):
 
 def test_a_second_training_waits_for_the_first_ones_features(demo, tmp_path, extractor, caplog):
     caplog.set_level(logging.INFO, logger="ithn")
-    folder, first, second = private_folder(tmp_path / "shared"), Held(extractor), Interrupted(extractor, 0)
+    folder, first, second = private_folder(tmp_path / "shared"), Held(extractor), Held(extractor)
+    second.go.set()
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(build, demo, folder, first)
         assert first.begun.wait(60)

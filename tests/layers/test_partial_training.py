@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from modules.config import Config
 from modules.layers.low_rank import merge_adapters
-from modules.layers.partial_training import Trunk
+from modules.layers.partial_training import Trunk, resting
 from modules.layers.visual_extractor import VisualExtractor
 from modules.runtime.errors import InputError
 from tests.layers.test_hub_encoders import MODELS, load, save
@@ -86,7 +87,7 @@ def test_steps_are_those_of_full_training_with_masked_gradients(name, part, stor
     own.train()
     full.train()
     trunk = own.cut() if stored else None
-    assert own.model.training and not own.resting[0].training
+    assert own.model.training and not any(part.training for part in resting(own.model))
     for module, twin in zip(own.modules(), full.modules(), strict=True):
         twin.training = module.training  # what is frozen computes as in evaluation
     chosen = trained(own)
@@ -195,3 +196,22 @@ def test_adapters_can_be_merged():
 def test_what_has_no_attention_has_no_adapters():
     with pytest.raises(ValueError, match="unfreeze lora:2: visual_extractor resnet18 has no attention"):
         VisualExtractor("resnet18", unfreeze="lora:2")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0"])
+def test_layers_that_were_replaced_rest_too(name):
+    """--sync_bn true replaces every normalisation after the extractor is built."""
+    own = VisualExtractor(name, image_size=64, pretrained=False, unfreeze="last:1")
+    nn.SyncBatchNorm.convert_sync_batchnorm(own).train()
+    norms = [module for module in own.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert norms and {module.training for module in norms if not module.weight.requires_grad} == {False}
+    assert any(module.training for module in norms)
+
+
+def test_weights_of_a_deeper_model_are_refused(tmp_path):
+    deep = VisualExtractor("resnet34", image_size=64, pretrained=False)
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "resnet34.pth")
+    with pytest.raises(ValueError, match="it is of a deeper model than"):
+        VisualExtractor("resnet18", image_size=64, weights=str(tmp_path / "resnet34.pth"))
+    VisualExtractor("resnet34", image_size=64, weights=str(tmp_path / "resnet34.pth"))
+    assert deep.width == 512

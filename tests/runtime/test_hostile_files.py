@@ -1,14 +1,21 @@
 """Malicious files, through the real entry points: nothing in them runs, and each ends in one line and exit code 2."""
 
+import io
 import json
 import os
 import pickle
 import shutil
+import struct
+import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
+from modules.runtime.errors import InputError
+from modules.runtime.input_files import load_tensors
+from modules.training.checkpoint import load_checkpoint
 from tests.hostile_support import HARMFUL, Touch, object_array, refused, run, training
 
 BERT = {
@@ -211,3 +218,35 @@ def test_links_and_pipes_in_the_place_of_files(demo, tmp_path, monkeypatch, caps
             refused(monkeypatch, capsys, "scripts.predict", "--load", demo / "annotation.json", path)
     (tmp_path / "shards.json").symlink_to("pipe")
     refused(monkeypatch, capsys, "main_train", *training(demo, tmp_path), "--shards", tmp_path)
+
+
+def with_two_directories(path):
+    """An archive that zipfile takes for one small member, and torch for compressed tensors of a thousand times its size."""
+    stored, packed = io.BytesIO(), io.BytesIO()
+    torch.save({"state_dict": {"a": torch.zeros(1_000_000)}}, stored)
+    with zipfile.ZipFile(stored) as source, zipfile.ZipFile(packed, "w") as target:
+        for member in source.infolist():
+            target.writestr(member.filename, source.read(member), compress_type=zipfile.ZIP_DEFLATED)
+    raw = packed.getvalue()
+    end = raw.rfind(b"PK\5\6")
+    size, start = struct.unpack_from("<II", raw, end + 12)
+    name, data = b"archive/version", b"3\n"
+    facts = (0, 0, 0, 0x21, zlib.crc32(data), len(data), len(data), len(name))
+    local = struct.pack("<4sHHHHHIIIHH", b"PK\3\4", 20, *facts, 0) + name + data
+    padding = size - 46 - len(name)
+    offset = start + size - (size + len(local))
+    directory = struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\1\2", 20, 20, *facts, 0, padding, 0, 0, 0, offset)
+    path.write_bytes(raw[: start + size] + local + directory + name + b" " * padding + raw[end:])
+
+
+def test_an_archive_with_two_directories_is_refused(tmp_path):
+    with_two_directories(path := tmp_path / "two.pth")
+    with zipfile.ZipFile(path) as archive:
+        assert [member.filename for member in archive.infolist()] == ["archive/version"]
+    for load in (load_checkpoint, lambda path: load_tensors(path, "--init_protypes_path")):
+        with pytest.raises(
+            InputError, match="two.pth: damaged, the directory of its archive is not where its end says"
+        ):
+            load(path)
+    torch.save({"a": torch.ones(3)}, tmp_path / "one.pt")
+    assert load_tensors(tmp_path / "one.pt", "--init_protypes_path")["a"].sum() == 3
