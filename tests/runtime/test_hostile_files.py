@@ -221,7 +221,7 @@ def test_links_and_pipes_in_the_place_of_files(demo, tmp_path, monkeypatch, caps
 
 
 def with_two_directories(path):
-    """An archive that zipfile takes for one small member, and torch for compressed tensors of a thousand times its size."""
+    """An archive that zipfile takes for one small member, and torch for compressed tensors of a thousand times that."""
     stored, packed = io.BytesIO(), io.BytesIO()
     torch.save({"state_dict": {"a": torch.zeros(1_000_000)}}, stored)
     with zipfile.ZipFile(stored) as source, zipfile.ZipFile(packed, "w") as target:
