@@ -70,7 +70,9 @@ def read_folder(path: Path) -> Folder:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give the --save_dir of a tested run")
     results = read_json(path / "results.json") if (path / "results.json").is_file() else {}
-    config = results.get("config", {})
+    config = results.get("config", {}) if isinstance(results, dict) else None
+    if not isinstance(config, dict):
+        raise InputError(f"{path / 'results.json'}: not the results of main_test.py: its config is no object")
     several = config.get("captions")  # a column each
     if several is None:
         several = DATASETS.get(str(config.get("dataset_name")), OTHER).captions

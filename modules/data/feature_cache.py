@@ -211,7 +211,12 @@ class _Partial:
 
     def append(self, features: Tensor) -> None:
         """Features (n, S, C) of the next n images."""
-        self._file.write(features.numpy().astype(self._kind).tobytes())
+        with np.errstate(over="ignore"):
+            values = features.numpy().astype(self._kind)
+        if self._kind == np.float16 and np.isinf(values).any():
+            largest = float(features.abs().max())
+            raise InputError(f"--feature_dtype float16: a feature of {largest:.4g} is beyond its range; give float32")
+        self._file.write(values.tobytes())
 
     def publish(self) -> None:
         """Give the finished file its name, unless another program made it."""

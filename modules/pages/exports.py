@@ -76,7 +76,8 @@ def write_caption_exports(
 
 
 def _coco_id(key: str) -> int | str:
-    return int(key) if key.isdecimal() else key
+    # COCO's own ids are numbers; "001" is another one than "1".
+    return int(key) if len(key) < 19 and key.isdecimal() and str(int(key)) == key else key
 
 
 def write_labelled(

@@ -257,11 +257,9 @@ def shard_source(config: Config, data: Data, split: str, transform: Transform | 
             "the flag again"
         )
     manifest = Manifest.load(config.shards)
-    wanted = None
-    if negatives:
-        wanted = "annotation"
-        if data.index is not None:
-            wanted = neighbours_sha256(data.index.neighbours, manifest.num_neighbours)
+    wanted = "annotation" if negatives else None
+    if negatives and data.index is not None:
+        wanted = neighbours_sha256(data.index.neighbours, manifest.num_neighbours)
     manifest.check(config.shards, data.annotation.sha256, wanted, _drawn_neighbours(config, data))
     if split == "train" and transform is not None:
         manifest.check_size(config.shards, transform.resize or transform.size)

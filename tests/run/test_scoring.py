@@ -41,7 +41,8 @@ def test_every_score_has_an_interval_and_statistics_that_repeat_it():
         measured = {name: value for name, value in scores.items() if value is not None}
         assert {name for name in scores if not name.startswith("METEOR")} == set(measured)
         again = scored.statistics[system].scores()
-        assert again == pytest.approx(measured | {"diversity": again["diversity"]}, abs=1e-12)
+        spread = {"diversity": again["diversity"]} if system == "model" else {}  # the floor's reports have three words
+        assert again == pytest.approx(measured | spread, abs=1e-12)
         macro = {name for name in again if "_macro_" in name}  # no class has five positives here
         assert set(scored.intervals[system]) == set(again) - macro
 
