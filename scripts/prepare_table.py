@@ -82,7 +82,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.images and not arguments.images.is_dir():
         raise InputError(f"--images {arguments.images}: no such folder")
     arguments.name = arguments.name or arguments.preset or arguments.out.absolute().name
-    check_name(arguments.name)
+    check_name(arguments.name, "name")
 
 
 def show_columns(columns: Columns, rows: int) -> None:

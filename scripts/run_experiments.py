@@ -157,7 +157,10 @@ def main() -> int:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder")
     datasets = read_datasets(arguments.datasets)
-    overrides = shlex.split(arguments.overrides)
+    try:
+        overrides = shlex.split(arguments.overrides)
+    except ValueError as error:
+        raise InputError(f"--overrides {arguments.overrides}: must be flags as on a command line ({error})") from error
 
     from scripts.experiments.kept import counted, pack_finished, restore
     from scripts.experiments.tables import check_columns, gather, write

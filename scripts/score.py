@@ -24,12 +24,16 @@ from modules.evaluation.published_scores import PUBLISHED
 from modules.evaluation.settings import ScoringSettings
 from modules.flags import Parser, add_flags
 from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.output_files import Output, check_outputs
 from modules.runtime.settings import check_value, part_of
 
 if TYPE_CHECKING:
     from modules.evaluation.scored import Scored
     from modules.evaluation.system_tests import SystemTest
-    from modules.run.file_scores import FileScores
+    from modules.run.file_scores import FileScores, Inputs
+
+
+OF_RUNS = ("model_best.pth", "history.json", "train.log", "test.log")  # what main_train.py and main_test.py leave
 
 
 def build_parser() -> Parser:
@@ -110,6 +114,7 @@ def main() -> None:
         generated_column=arguments.res_column,
     )
     folders = folders_of(arguments.out, list(inputs.runs)) if arguments.out else {}
+    check_folders(folders, inputs)
     found = score_files(inputs, part_of(arguments, ScoringSettings), arguments.device)
     if arguments.published:
         print(render_published(arguments.published, found), end="\n\n")
@@ -150,6 +155,19 @@ def folders_of(out: Path, runs: Sequence[str]) -> dict[str, Path]:
     if len(set(folders.values())) < len(runs):
         raise InputError(f"--out {out}: two systems would have one folder; give them names that differ in letters")
     return folders
+
+
+def check_folders(folders: Mapping[str, Path], inputs: "Inputs") -> None:
+    """InputError where a folder is a run's, or holds an input."""
+    from modules.data.report_files import file_in
+
+    read = [("--gts", file_in(inputs.references, "gts")), ("--train", inputs.training or None)]
+    read += [("--res", file_in(path, "res")) for path in inputs.runs.values()]
+    for folder in folders.values():
+        if found := [name for name in OF_RUNS if (folder / name).exists()]:
+            raise InputError(f"--out {folder}: is the folder of a run, which {found[0]} is of; name another")
+        files = ("results.json", "res.csv", "gts.csv", "statistics.npz", "report.html")
+        check_outputs([Output("--out", folder / name, "a result", lambda _: True) for name in files], read)
 
 
 def write(folders: Mapping[str, Path], found: "FileScores", samples: int) -> None:

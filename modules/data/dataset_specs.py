@@ -79,11 +79,11 @@ def data_title(dataset_name: str, ann_path: str, synthetic: bool) -> str:
     return spec.title if own_folder else ""
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, flag: str = "dataset_name") -> None:
     """InputError for a ``name`` that cannot be that of a records file."""
     if not _NAME.fullmatch(name):
         raise InputError(
-            f"--dataset_name {name[:60]!r}: must be at most 60 letters, digits, hyphens, dots and underscores, and "
+            f"--{flag} {name[:60]!r}: must be at most 60 letters, digits, hyphens, dots and underscores, and "
             "begin with a letter or digit"
         )
 

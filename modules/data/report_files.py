@@ -81,6 +81,12 @@ class ReportFile:
         return found if any(found) else None
 
 
+def file_in(path: str | Path, side: str) -> Path:
+    """The file of reports that ``path`` is, or that is in it where it is a run's folder."""
+    path = Path(path)
+    return path / _IN_FOLDER[side] if path.is_dir() else path
+
+
 def read_reports(
     path: str | Path, side: str, *, column: str = "", split: str = "test", captions: bool = False
 ) -> ReportFile:
@@ -90,9 +96,7 @@ def read_reports(
     several texts, and rows of one id are joined. InputError for a file that cannot be read, or whose field of texts
     cannot be told.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / _IN_FOLDER[side]
+    path = file_in(path, side)
     names = (column.strip().lower(),) if column else (*FIELDS[side], *_BOTH)
     if _is_json(path):
         found = _Records(str(path), names, split).read(read_text(path))

@@ -47,7 +47,8 @@ def read_split(path: Path, flag: str = "--split") -> dict[str, str]:
         raise InputError(f"{flag} {path}: cannot be read: {error}") from error
     pairs = _csv_pairs(path, text, flag) if path.suffix.lower() == ".csv" else _json_pairs(path, text, flag)
     found: dict[str, str] = {}
-    for identity, split in pairs:
+    for given, split in pairs:
+        identity = str(given) if type(given) is int else given
         if not isinstance(identity, str) or not identity:
             raise InputError(f"{flag} {path}: split '{split}' has an entry without an id")
         if identity in found:

@@ -160,8 +160,8 @@ def template_columns(column: str) -> list[str]:
         raise InputError(f"{column!r}: not a template of columns in braces: {error}") from error
 
 
-def texts(row: Row, columns: Sequence[str]) -> list[str]:
-    """The cells of ``columns`` as texts, lists taken apart; empty and missing ones are left out."""
+def texts(row: Row, columns: Sequence[str], *, keep_empty: bool = False) -> list[str]:
+    """The cells of ``columns`` as texts, lists taken apart; empty and missing ones are left out, or kept as ""."""
     found: list[str] = []
     for column in columns:
         if "{" in column:
@@ -171,7 +171,7 @@ def texts(row: Row, columns: Sequence[str]) -> list[str]:
             value = cell(row, column)
         for entry in value if isinstance(value, (list, tuple)) else [value]:
             text = _text(entry)
-            if text:
+            if text or keep_empty:
                 found.append(text)
     return found
 

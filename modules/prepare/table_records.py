@@ -104,22 +104,27 @@ class Read:
 
 
 def _record(row: Row, columns: Columns, images: Path | None) -> Record:
-    def first(role: str) -> str:
-        return next(iter(texts(row, columns.roles.get(role, ()))), "")
+    def joined(role: str, sign: str = "_") -> str:
+        parts = [next(iter(texts(row, [name])), "") for name in columns.roles.get(role, ())]
+        return sign.join(parts) if any(parts) else ""
 
-    paths = [_path(path, images) for path in _listed(texts(row, columns.roles["image"]))]
-    views = _listed(texts(row, columns.roles.get("view", ())))
+    cells, views = (_listed(texts(row, columns.roles.get(role, ()), keep_empty=True)) for role in ("image", "view"))
+    if len(views) == len(cells):  # a view without an image goes with it, and an image without a view keeps its place
+        views = [view for cell, view in zip(cells, views, strict=True) if cell]
+    else:
+        views = list(filter(None, views))
+    paths = [_path(cell, images) for cell in cells if cell]
     sections = {name: " ".join(texts(row, own)) for name, own in columns.sections.items()}
     return Record(
-        id=first("id") or first("study"),
-        study=first("study"),
-        patient=first("patient"),
-        split=first("split") or ("" if "split" in columns.roles else str(row.get(FILE_SPLIT, ""))),
+        id=joined("id") or joined("study"),
+        study=joined("study"),
+        patient=joined("patient"),
+        split=joined("split") or ("" if "split" in columns.roles else str(row.get(FILE_SPLIT, ""))),
         report=" ".join(" ".join(text.split()) for text in texts(row, columns.roles.get("report", ()))),
         captions=texts(row, columns.roles.get("captions", ())),
         images=paths,
         views=_fitting(views, len(paths)),
-        date=first("date"),
+        date=joined("date", " "),
         sections={name: " ".join(text.split()) for name, text in sections.items() if text},
         extra={name: row[name] for name in columns.extra if name in row},
     )
@@ -141,17 +146,17 @@ def _fitting(views: list[str], count: int) -> list[str]:
 
 def _listed(values: Sequence[str]) -> list[str]:
     """The entries of cells that may hold lists: as Python or JSON write them, or separated by ; or |, or by commas
-    where every part is a picture.
+    where every part is a picture; empty ones are kept.
     """
     found: list[str] = []
     for value in values:
         if (listed := _as_list(value)) is not None:
-            found += filter(None, (str(entry).strip() for entry in listed if entry is not None))
+            found += ["" if entry is None else str(entry).strip() for entry in listed]
             continue
         parts = [part.strip() for part in value.replace("|", ";").replace("\n", ";").split(";")]
         if len(parts) == 1 and all(part.strip().lower().endswith(PICTURES) for part in value.split(",")):
             parts = [part.strip() for part in value.split(",")]
-        found += filter(None, parts)
+        found += parts
     return found
 
 

@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +91,7 @@ def check_outside(out: Path, inputs: Iterable[tuple[str, str | Path | None]]) ->
 
 Annotation = Mapping[str, list[dict[str, Any]]]
 _IMAGES = ("image_path", "view")  # grow when an image that was missing has been found
+_DERIVED = ("prior",)  # depends on which other records are there
 
 
 def check_annotation(path: Path, annotation: Annotation, hint: str = "") -> None:
@@ -97,7 +99,7 @@ def check_annotation(path: Path, annotation: Annotation, hint: str = "") -> None
 
     Image paths are not compared: this is for a check before the images are placed.
     """
-    _check_kept(path, _read(path), annotation, _IMAGES, hint)
+    _check_kept(path, _read(path), annotation, (*_IMAGES, *_DERIVED), hint)
 
 
 def write_annotation(path: Path, annotation: Annotation, hint: str = "") -> str:
@@ -108,7 +110,7 @@ def write_annotation(path: Path, annotation: Annotation, hint: str = "") -> str:
     existing, new = _read(path), json.loads(json.dumps(annotation))
     if existing == new:
         return "unchanged"
-    _check_kept(path, existing, new, (), hint)
+    _check_kept(path, existing, new, _DERIVED, hint)
     write_private(path, json.dumps(annotation, ensure_ascii=False))
     return "written"
 
@@ -132,6 +134,18 @@ def _check_kept(path: Path, old: Any, new: Annotation, ignored: tuple[str, ...],
         )
 
 
+def _begins_alike(old: Any, new: Any) -> bool:
+    """Whether the images of the record ``old`` are those of ``new``, of which there may be more, in the same order and
+    with the same views.
+    """
+    pairs = [
+        list(zip_longest(record["image_path"], record.get("view", ()))) if "view" in old else record["image_path"]
+        for record in (old, new)
+    ]
+    later = iter(pairs[1])
+    return all(pair in later for pair in pairs[0])
+
+
 def _keeps(old: Any, new: Annotation, ignored: tuple[str, ...]) -> bool:
     """Whether ``new`` has every record of ``old`` in its split: unchanged, or with more images."""
     try:
@@ -140,7 +154,7 @@ def _keeps(old: Any, new: Annotation, ignored: tuple[str, ...]) -> bool:
             for record in records:
                 other = known[record["id"]]
                 for name in record.keys() - set(ignored):
-                    more = name in _IMAGES and set(record[name]) <= set(other[name])
+                    more = name in _IMAGES and _begins_alike(record, other)
                     if record[name] != other[name] and not more:
                         return False
     except (AttributeError, KeyError, TypeError):  # not an annotation, or one with other records

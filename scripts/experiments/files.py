@@ -190,7 +190,10 @@ def _heading(key: str) -> str:
 
 def _step(where: str, item: Any) -> Step:
     found = _entries(f"{where}, prepare", item, makes="", run="", model="")
-    script, *arguments = shlex.split(found["run"]) or [""]
+    try:
+        script, *arguments = shlex.split(found["run"]) or [""]
+    except ValueError as error:
+        raise InputError(f"{where}, prepare: run must be a command ({error})") from error
     # A table from elsewhere may run the project's own commands only.
     if not re.fullmatch(r"scripts/(\w+/)?\w+\.py", script) or not (ROOT / script).is_file():
         raise InputError(f"{where}, prepare: run {script!r} is not a command of this project, scripts/NAME.py")

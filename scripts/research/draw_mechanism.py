@@ -143,6 +143,8 @@ def draw(leakage: Sequence[Row], gradients: Sequence[Row], rows: Sequence[str], 
 def main() -> None:
     """Read, draw."""
     arguments = build_parser().parse_args()
+    if arguments.out.suffix != ".png":
+        raise InputError(f"--out {arguments.out}: must end in .png")
     check_outputs(
         [Output("--out", arguments.out, "a PNG file", contains("PNG\r\n\x1a\n", "IHDR"))],
         [("a file of numbers", arguments.leakage), ("a file of numbers", arguments.gradients)],

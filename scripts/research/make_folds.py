@@ -18,10 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from modules.data.annotations import SPLITS, Annotation, Study, read_annotation
+from modules.data.dataset_specs import DESCRIPTION
 from modules.flags import Parser
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
-from modules.runtime.input_files import MAX_ANNOTATION, read_json
+from modules.runtime.input_files import MAX_ANNOTATION, MAX_TEXT, read_bytes, read_json
 from modules.runtime.records import new_folder, require_empty, write_private, write_results
 
 RECORD = "folds.json"
@@ -155,9 +156,12 @@ def main() -> None:
     found = make(annotation, arguments.folds, arguments.val_share, arguments.seed)
     content = read_json(arguments.ann_path, MAX_ANNOTATION)
     records = [record for split in SPLITS for record in content.get(split, ())]
+    described = Path(arguments.ann_path).with_name(DESCRIPTION)
     with new_folder(arguments.out) as out:
         for number, splits in enumerate(found, start=1):
             _write(out / f"fold{number}" / "annotation.json", records, splits)
+            if described.is_file():  # without it a fold would have another data set's defaults
+                write_private(out / f"fold{number}" / DESCRIPTION, read_bytes(described, MAX_TEXT))
         write_results(
             out / RECORD,
             {

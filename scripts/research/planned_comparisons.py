@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
+from modules.runtime.output_files import Output, check_outputs, contains
 from scripts.experiments.files import Table, read_table
 
 HEAD = ("comparison", "seeds", "first", "second", "difference", "interval", "p", "p, Holm", "outcome")
@@ -177,7 +178,12 @@ def main() -> None:
         raise InputError(f"--level {arguments.level}: must lie between 0 and 1")
     if not arguments.margin > 0:
         raise InputError(f"--margin {arguments.margin}: must be above 0")
+    if arguments.figure and arguments.figure.suffix != ".png":
+        raise InputError(f"--figure {arguments.figure}: must end in .png")
+    check_outputs([Output("--figure", arguments.figure, "a PNG file", contains("PNG\r\n\x1a\n", "IHDR"))])
     table = read_table(arguments.table)
+    if not arguments.kept.is_dir():
+        raise InputError(f"--kept {arguments.kept}: no such folder; run_experiments.py --keep writes it")
     runs = kept_runs(table, arguments.kept)
     if arguments.validation:
         print("\n".join(validated(runs, arguments.score)))

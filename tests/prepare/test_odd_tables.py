@@ -155,3 +155,41 @@ def test_a_language_that_is_no_code_is_refused(prepare, tmp_path):
     rows = [{"image": f"{n}.png", "report": report(n), "language": "Spanish"} for n in range(COUNT)]
     with pytest.raises(InputError, match="--language language: 'spanish' is no language code such as en"):
         prepare([write_csv(tmp_path / "rows.csv", rows)])
+
+
+def test_several_columns_are_joined(prepare, tmp_path):
+    rows = [
+        {
+            **{"MRN": f"p{n // 2}", "visit": n % 2, "image": f"{n}.png", "report": report(n)},
+            **{"day": f"2024-01-{n + 1:02}", "time": "10:00"},
+        }
+        for n in range(COUNT)
+    ]
+    flags = ["--id", "MRN", "visit", "--patient", "MRN", "--date", "day", "time"]
+    found = records_of(prepare([write_csv(tmp_path / "rows.csv", rows)], *flags))
+    assert set(found) == {f"p{n // 2}_{n % 2}" for n in range(COUNT)}
+    assert found["p0_1"]["prior"] == "p0_0"
+
+
+def test_a_split_file_may_have_numbers_for_ids(prepare, tmp_path):
+    rows = [{"id": str(n), "image": f"{n}.png", "report": report(n)} for n in range(6)]
+    (tmp_path / "split.json").write_text(json.dumps({"train": [0, {"id": 1}, 2, 3], "val": [4], "test": [5]}))
+    found = records_of(prepare([write_csv(tmp_path / "rows.csv", rows)], "--split_file", tmp_path / "split.json"))
+    assert found["4"]["split"] == "val" and len(found) == 6
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_an_unknown_view_keeps_its_place(prepare, tmp_path, as_text):
+    views = [None, "PA", "LATERAL"]
+    rows = [
+        {
+            "image": [f"{n}a.png", f"{n}b.png", f"{n}c.png"],
+            "view": ";".join(view or "" for view in views) if as_text else views,
+            "report": report(n),
+            "id": str(n),
+        }
+        for n in range(COUNT)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = records_of(prepare([tmp_path / "rows.json"]))
+    assert found["0"]["view"] == ["", "PA", "LATERAL"]

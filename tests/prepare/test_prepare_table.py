@@ -360,7 +360,7 @@ def test_given_columns_are_joined_and_templates_filled(prepare, tmp_path):
         ({"Patient-ID": "one"}, [], "1 patients are too few"),
         ({}, ["--preset", "chexpert"], "did you mean chexpert_plus?"),
         ({}, ["--preset", "padchest"], "--preset padchest: its id column; give --id: there is no column 'ImageID'"),
-        ({}, ["--name", "a b"], "--dataset_name 'a b'"),
+        ({}, ["--name", "a b"], "--name 'a b'"),
         ({" Text": ""}, [], "two columns are called 'Text'"),
     ],
 )
