@@ -215,7 +215,7 @@ def test_a_best_model_of_another_epoch_is_not_taken_along(train, tmp_path):
     """An older checkpoint was resumed: the model_best.pth beside it is of an epoch that it does not know."""
     first = train("--epochs", 3, "--monitor_metric", "nll", "--lr_ed", 1e-2, "--keep_epochs", "true")
     assert load_checkpoint(first / "model_best.pth")["epoch"] > 1
-    again = ("--monitor_metric", "nll", "--lr_ed", 1e-2, "--resume", first / "epoch_0001.pth", "--epochs", 2)
+    again = ("--monitor_metric", "nll", "--lr_ed", 1e-2, "--resume", first / "epoch_0002.pth", "--epochs", 2)
     other = train(*again, "--save_dir", tmp_path / "other")
     assert "the model_best.pth is of another epoch than 1 or damaged" in (other / "train.log").read_text()
     assert load_checkpoint(other / "model_best.pth")["epoch"] == 2
