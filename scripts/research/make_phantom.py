@@ -86,6 +86,12 @@ def main() -> None:
         f"{len(studies)} studies, {coded} of them with MeSH coding; --seed "
         f"{arguments.seed}, {arguments.size} px.\n\n{describe_format()}",
         origin,
+        # Without them a patient's studies would come into several folds.
+        {
+            study.id: {"study_id": study.study_id} | ({"subject_id": study.subject_id} if study.subject_id else {})
+            for study in given
+            if study.subject_id or study.study_id != study.id
+        },
     )
     print(f"{len(studies)} phantom studies in {arguments.out}, {coded} of them with MeSH coding")
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,9 +159,15 @@ def _draw_study(job: tuple[str, tuple[Finding, ...], tuple[int, int], int, Varia
     return os.path.basename(folder)
 
 
-def write_tables(out: Path, studies: Iterable[SyntheticStudy], description: str, origin: str = _DEMO_ORIGIN) -> None:
+def write_tables(
+    out: Path,
+    studies: Iterable[SyntheticStudy],
+    description: str,
+    origin: str = _DEMO_ORIGIN,
+    owners: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
     """Write README.txt (``origin``, which begins with SIGNATURE, then ``description``), findings.csv, labels.csv and,
-    last, annotation.json."""
+    last, annotation.json; ``owners`` have the study_id and subject_id of records, by id, where these are known."""
     truth = {study.id: study.findings for study in studies}
     (out / "README.txt").write_text(f"{origin}\n\n{description}", encoding="utf-8")
     write_findings(out / "findings.csv", truth)
@@ -171,6 +177,7 @@ def write_tables(out: Path, studies: Iterable[SyntheticStudy], description: str,
         annotation[study.split].append(
             {
                 "id": study.id,
+                **(owners or {}).get(study.id, {}),
                 "report": study.report,
                 "image_path": [f"{study.id}/{name}" for name in _IMAGES],
                 "view": ["frontal", "lateral"],

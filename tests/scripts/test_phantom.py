@@ -185,3 +185,17 @@ def test_an_empty_annotation_is_refused_before_anything_is_written(tmp_path):
     refused = make_phantom(tmp_path / "empty.json", tmp_path / "none")
     assert refused.returncode == 2 and "empty.json: split train would be empty" in refused.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_patients_stay_known(demo, tmp_path):
+    """Folds of the phantom keep patients whole, as those of the annotation would."""
+    content = json.loads((demo / "annotation.json").read_text())
+    for records in content.values():
+        for number, record in enumerate(records):
+            record["subject_id"] = f"p{number // 2}-{record['split']}"
+    (tmp_path / "annotation.json").write_text(json.dumps(content))
+    done = make_phantom(tmp_path / "annotation.json", tmp_path / "phantom")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "phantom" / "annotation.json").read_text())
+    for split, records in content.items():
+        assert {r["id"]: r["subject_id"] for r in made[split]} == {r["id"]: r["subject_id"] for r in records}
