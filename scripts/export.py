@@ -254,11 +254,11 @@ def _foreign(config: dict) -> str:
 
 def results_of(content: dict, folder: Path) -> dict:
     """The results.json next to a checkpoint; of other weights, data or decoding only whether data are synthetic."""
-    results = read_results(folder)
     from dataclasses import fields
 
     from modules.decoding.options import DecodingOptions
 
+    results = read_results(folder)
     made_from, tested = results.get("provenance", {}), results.get("config", {})
     same = results.get("best_epoch") == content["epoch"] and all(
         name not in own or name not in other or own[name] == other[name]
