@@ -179,9 +179,9 @@ def main() -> int:
         failed = {} if arguments.table_only else run_missing(arguments, make_plan, datasets, lock)
         runs = make_plan()
         print(states(runs, failed))
+        paths = write(gather(table, datasets, runs, failed), out)
         if arguments.keep:
             pack_finished(runs, arguments.keep)
-        paths = write(gather(table, datasets, runs, failed), out)
     print(paths[0].read_text(encoding="utf-8"))
     print("table:", ", ".join(map(str, paths)))
     return 1 if failed else 0

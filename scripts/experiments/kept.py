@@ -18,7 +18,18 @@ from modules.evaluation.report_statistics import ReportStatistics, load_statisti
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import MAX_ANNOTATION, read_bytes, read_json
 from modules.runtime.records import private_folder, write_results
-from scripts.experiments.plan import DONE, FILES, MISSING, RESULTS, Run, comparable_settings
+from scripts.experiments.plan import (
+    CHANGED,
+    DONE,
+    FILES,
+    MISSING,
+    RESULTS,
+    Run,
+    comparable_settings,
+    differences,
+    settings_of,
+    shown,
+)
 from scripts.experiments.tables import STATISTICS
 
 HISTORY, GENERATED = "history.json", "res.csv"
@@ -27,30 +38,38 @@ UNITS = ("studies", "patients")
 PROVENANCE = ("annotation_sha256", FILES, "checkpoint_sha256", "git", "device_name")
 
 
-def kept_file(keep: Path, run: Run) -> Path:
-    """Where the numbers of ``run`` are kept."""
-    return keep / f"{run.row.name.replace('/', '_')}_{run.seed}.json"
+def kept_file(keep: Path, row: str, seed: int) -> Path:
+    """Where the numbers of a row's run are kept."""
+    return keep / f"{row.replace('/', '_')}_{seed}.json"
 
 
 def restore(runs: Sequence[Run], keep: Path) -> None:
-    """Unpack what is kept of runs without results; InputError for a file of another kind."""
+    """Unpack what is kept of runs that have not begun here; InputError for a file of another kind."""
     for run in runs:
-        if (path := kept_file(keep, run)).is_file() and not (run.folder / RESULTS).is_file():
+        if run.state == MISSING and (path := kept_file(keep, run.row.name, run.seed)).is_file():
             unpack(path, run.folder)
 
 
 def counted(runs: Sequence[Run], keep: Path) -> list[Run]:
-    """``runs``, of which those whose numbers are kept are done."""
-    return [
-        replace(run, state=DONE, reason="kept") if run.state == MISSING and kept_file(keep, run).is_file() else run
-        for run in runs
-    ]
+    """``runs``, of which those whose numbers are kept are done, or changed if they were made with other settings."""
+    return [_as_kept(run, keep) for run in runs]
+
+
+def _as_kept(run: Run, keep: Path) -> Run:
+    path = kept_file(keep, run.row.name, run.seed)
+    if run.state != MISSING or not path.is_file():
+        return run
+    content = read_kept(path)
+    found = settings_of(content["settings"], content["provenance"])
+    if differing := differences(found, run.settings):
+        return replace(run, state=CHANGED, reason=f"{path}: {shown(differing, found, run.settings)}")
+    return replace(run, state=DONE, reason="kept")
 
 
 def pack_finished(runs: Sequence[Run], keep: Path) -> None:
-    """Keep the numbers of finished runs that are not kept yet."""
+    """Keep the numbers of finished runs that are not kept yet, or only of other settings."""
     for run in runs:
-        if run.state == DONE and not kept_file(keep, run).is_file():
+        if run.state == DONE and _as_kept(replace(run, state=MISSING), keep).state != DONE:
             pack(run, keep)
 
 
@@ -58,7 +77,8 @@ def pack(run: Run, keep: Path) -> Path:
     """Write the numbers of a finished run below ``keep``; InputError where its folder lacks a file."""
     try:
         content = read_json(run.folder / RESULTS)
-        history = read_json(run.folder / HISTORY)
+        # A row that tests another row's models has no history of its own.
+        history = [] if run.weights else read_json(run.folder / HISTORY)
         texts = csv.reader(io.StringIO(read_bytes(run.folder / GENERATED, MAX_ANNOTATION).decode()))
     except (OSError, ValueError) as error:
         raise InputError(f"{run.name}: its numbers cannot be kept ({error})") from error
@@ -79,7 +99,7 @@ def pack(run: Run, keep: Path) -> Path:
         "statistics": {system: _columns(statistics) for system, statistics in systems.items()},
     }
     keep.mkdir(parents=True, exist_ok=True)
-    path = kept_file(keep, run)
+    path = kept_file(keep, run.row.name, run.seed)
     lines = (f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in packed.items())
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return path

@@ -198,9 +198,7 @@ def _state(folder: Path, wanted: Mapping[str, Any], weights: Path | None) -> tup
     if (folder / RESULTS).is_file():
         content = read_json(folder / RESULTS)
         made_from = content.get("provenance", {})
-        found = comparable_settings(content.get("config", {})) | {FILES: made_from.get(FILES, {})}
-        found["annotation_sha256"] = made_from.get("annotation_sha256", "")
-        state = DONE
+        found, state = settings_of(content.get("config", {}), made_from), DONE
         if weights and weights.is_file() and made_from.get("checkpoint_sha256") != _sha256(weights):
             state = UNTESTED  # they have been trained again since
     elif not (folder / CHECKPOINT).is_file():
@@ -209,17 +207,28 @@ def _state(folder: Path, wanted: Mapping[str, Any], weights: Path | None) -> tup
         return CHANGED, f"{CHECKPOINT} without {RECORD}: another program started it"
     else:
         found, state = dict(read_json(folder / RECORD).get("settings", {})), CUT
-    differing = _differing(found, wanted)
+    differing = differences(found, wanted)
     if not differing:
         return state, ""
     if SCORING.issuperset(differing) and (state == CUT or (weights or folder / BEST).is_file()):
         return (CUT if state == CUT else UNTESTED), ""
-    shown = [f"{name} {found.get(name)!s:.40}, now {wanted.get(name)!s:.40}" for name in differing[:SHOWN_DIFFERENCES]]
+    return CHANGED, shown(differing, found, wanted)
+
+
+def settings_of(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What finished results depend on, to be compared with a run's settings."""
+    inputs = {FILES: provenance.get(FILES, {}), "annotation_sha256": provenance.get("annotation_sha256", "")}
+    return comparable_settings(config) | inputs
+
+
+def shown(differing: Sequence[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first of the settings that differ, in words."""
+    first = [f"{name} {found.get(name)!s:.40}, now {wanted.get(name)!s:.40}" for name in differing[:SHOWN_DIFFERENCES]]
     more = f"; and {len(differing) - SHOWN_DIFFERENCES} more" if len(differing) > SHOWN_DIFFERENCES else ""
-    return CHANGED, "; ".join(shown) + more
+    return "; ".join(first) + more
 
 
-def _differing(found: dict[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def differences(found: dict[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Names of settings that differ; input files by content where both hashes are known, else by path."""
     hashes = [found.get(FILES, {}), wanted[FILES]]
     names = sorted({*found, *wanted} - {FILES})

@@ -98,7 +98,10 @@ def execute(runs: Sequence[Run], *, jobs: int, lock: int, keep: Path | None = No
                 elif keep is not None:
                     from scripts.experiments.kept import pack
 
-                    pack(run, keep)
+                    try:
+                        pack(run, keep)
+                    except InputError as error:
+                        failed[run.name] = str(error)
                 print(f"{run.name}: {'failed: ' + failed[run.name] if run.name in failed else 'done'}", flush=True)
             if active:
                 time.sleep(SECONDS_BETWEEN_LOOKS)

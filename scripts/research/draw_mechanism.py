@@ -61,10 +61,16 @@ def run_of(checkpoint: str) -> str:
 
 
 def by_run(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by run, each run's by epoch."""
+    """Rows by run, each run's by epoch; InputError for several seeds of a run."""
     found: dict[str, list[Row]] = {}
+    folders: dict[str, Path] = {}
     for row in sorted(rows, key=lambda row: row["epoch"]):
-        found.setdefault(run_of(row["checkpoint"]), []).append(row)
+        folder, run = Path(row["checkpoint"]).parent, run_of(row["checkpoint"])
+        if folders.setdefault(run, folder) != folder:
+            raise InputError(
+                f"row {run}: has checkpoints of {folders[run]} and {folder}; one seed of each row is drawn"
+            )
+        found.setdefault(run, []).append(row)
     return found
 
 

@@ -69,7 +69,9 @@ def read_batches(objective: Objective, batches: Iterable, groups: Sequence[int],
         pair = batch.to(device).positive
         features = objective.backbone.extract(pair.images, pair.view_mask)
         embedded = objective.embed(pair)  # as in training
-        mean = objective.read(pair, objective.backbone.mean_study(features))
+        # Labels say something about the study too: XProNet's, of the first one for all.
+        alike = pair.labels if pair.labels is None else pair.labels[:1].expand_as(pair.labels)
+        mean = objective.read(dataclasses.replace(pair, labels=alike), objective.backbone.mean_study(features))
         moved = objective.read(*under(pair, features, rows, partner[rows]))
         under_mean, moved = objective.text_projection(mean), objective.text_projection(moved)
         parts = (embedded.image, embedded.report, under_mean, moved, rows, partner[rows])

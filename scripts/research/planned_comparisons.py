@@ -15,20 +15,23 @@ lists the score of every run on the validation split instead, by which settings 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from modules.flags import Parser
+from modules.flags import Parser, parse_flags
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
 from scripts.experiments.files import Table, read_table
 
 HEAD = ("comparison", "seeds", "first", "second", "difference", "interval", "p", "p, Holm", "outcome")
 SIGNIFICANT = 0.05
+MACHINES = {"negative_index", "feature_cache"}  # paths, which differ from machine to machine
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,11 +76,28 @@ class Comparison:
 
 
 def kept_runs(table: Table, kept: Path) -> dict[str, dict[int, Path]]:
-    """Files of the table's finished runs, by row and seed."""
-    return {
-        row.name: {seed: path for seed in table.seeds if (path := kept / f"{row.name}_{seed}.json").is_file()}
-        for row in table.rows
-    }
+    """Files of the table's finished runs, by row and seed; InputError for one made with other flags than its row's."""
+    from scripts.experiments.kept import kept_file
+
+    found: dict[str, dict[int, Path]] = {}
+    for row in table.rows:
+        given = json.loads(json.dumps(parse_flags(row.flags, "main_train.py", "")[0]))  # tuples as the files have them
+        found[row.name] = {}
+        for seed in table.seeds:
+            if (path := kept_file(kept, row.name, seed)).is_file():
+                require_settings(path, given | {"seed": seed})
+                found[row.name][seed] = path
+    return found
+
+
+def require_settings(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Raise InputError unless the run of ``path`` was made with these settings, as far as it knows them."""
+    from scripts.experiments.kept import read_kept
+
+    settings = read_kept(path)["settings"]
+    for name in (wanted.keys() & settings.keys()) - MACHINES:
+        if settings[name] != wanted[name]:
+            raise InputError(f"{path}: made with --{name} {settings[name]}, where the table has {wanted[name]}")
 
 
 def validated(runs: Mapping[str, Mapping[int, Path]], score: str) -> list[str]:

@@ -6,7 +6,8 @@ For each checkpoint (main_train.py --keep_epochs true leaves one of every epoch)
 over --batches training batches: the share of the gradient's squared norm that the part receives, its norm over that of
 the cross entropy's gradient there, and the cosine of the two. Each term has the weight that it was trained with. With a
 cosine below 0 a step along one gradient raises the other loss; a ratio of 0 means that nothing arrives. Without
-dropout, so that all terms are of the same pass; the hardness is that of the checkpoint's epoch.
+dropout, so that all terms are of the same pass; the hardness is that of the checkpoint's epoch, and MoCHi's queue holds
+the samples that it held at its end. Harder negatives start at the mined one, with --previous_epoch_start too.
 """
 
 import argparse
@@ -137,6 +138,15 @@ def rows_of(path: str, given: dict[str, Any], count: int) -> list[Row]:
     data = read_data(config, tokenizer=tokenizer_from_state(content["vocabulary"]))
     objective = build_objective(config, data, device, pretrained=False)
     load_weights(objective, content["state_dict"], path)
+    if objective.queue is not None:
+        prefix = "queue."
+        objective.queue.load_state_dict(
+            {
+                name.removeprefix(prefix): value
+                for name, value in content["objective"].items()
+                if name.startswith(prefix)
+            }
+        )
     objective.eval()
     extractor, epoch = objective.backbone.visual_extractor, content["epoch"]
     cache_features(config, data, extractor, device)
@@ -159,9 +169,11 @@ def main() -> None:
         require_checkpoint(path)
     check_numbers(arguments.numbers, PROBE)
     given = given_flags(arguments, OVERRIDES)
-    found = [row for path in arguments.load for row in rows_of(path, given, arguments.batches)]
-    if arguments.numbers:
-        keep_numbers(arguments.numbers, PROBE, found)
+    found: list[Row] = []
+    for path in arguments.load:
+        found += rows_of(path, given, arguments.batches)
+        if arguments.numbers:
+            keep_numbers(arguments.numbers, PROBE, found)
     cells = [
         (row["checkpoint"], str(row["epoch"]), row["term"], row["part"], *(f"{row[name]:.3f}" for name in VALUES))
         for row in found

@@ -7,7 +7,8 @@ then compared with z_i, the image that it describes, and z_j, the one that the d
 report says is nearer to z_i. As controls, the retrieval accuracy within batches ("own report is the nearest") is given
 
 - as trained, each report read under its own image;
-- with every report read under the mean training image, which says nothing about the study;
+- with every report read under the mean training image, which says nothing about the study (XProNet, which chooses its
+  prototypes by labels, has the same labels for all reports of a batch then; otherwise labels go with the image);
 - by the text alone: a ridge regression from the report's tf-idf to z, which never sees an image;
 
 and a grid of --grid reports read under --grid images, of which the variance of the hidden states is split into shares
@@ -34,8 +35,16 @@ OVERRIDES = (
     "ann_path image_dir label_path label_columns feature_cache "
     "shards detection_features follow_links batch_size num_workers device"
 ).split()
-# A run's settings that reading its reports must not follow.
-SETTINGS = {"load": "", "precision": "float32", "previous_epoch_start": False, "clamp_segment": False}
+# A run's settings that reading its reports must not follow: all strategies and forms have the same projections.
+SETTINGS = {"load": "", "precision": "float32"}
+READING = {
+    "ithn": "on",
+    "strategy": "contrastive",
+    "contrastive_form": "standard",
+    "negatives_as": "average",
+    "previous_epoch_start": False,
+    "clamp_segment": False,
+}
 HEAD = (
     "checkpoint",
     "split",
@@ -79,11 +88,8 @@ def rows(path: str, given: dict[str, Any], grid: int) -> list[Row]:
     from scripts.research import image_leakage as leakage
 
     content = load_checkpoint(path)
-    settings = own_settings(content, path) | SETTINGS
-    config = resolve_config(given, settings)
     joint = content["strategy"] != "off"
-    if joint:  # all strategies have the same projections
-        config = dataclasses.replace(config, ithn="on", strategy="contrastive")
+    config = resolve_config(given, own_settings(content, path) | SETTINGS | (READING if joint else {}))
     device = prepare_device(config)
     data = read_data(config, tokenizer=tokenizer_from_state(content["vocabulary"]))
     splits = {name: one_per_image(config, studies) for name, studies in data.annotation.splits.items()}
@@ -128,9 +134,11 @@ def main() -> None:
     for path in arguments.load:
         require_checkpoint(path)
     check_numbers(arguments.numbers, PROBE)
-    found = [row for path in arguments.load for row in rows(path, given_flags(arguments, OVERRIDES), arguments.grid)]
-    if arguments.numbers:
-        keep_numbers(arguments.numbers, PROBE, found)
+    found: list[Row] = []
+    for path in arguments.load:
+        found += rows(path, given_flags(arguments, OVERRIDES), arguments.grid)
+        if arguments.numbers:
+            keep_numbers(arguments.numbers, PROBE, found)
     lines = [HEAD, ("---",) * len(HEAD), *map(cells, found)]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_tables_are_made_again_from_what_is_kept(files, tmp_path):
 def test_what_is_kept_are_numbers(files, tmp_path):
     keep = tmp_path / "kept"
     pack_finished(planned(files), keep)
-    path = kept_file(keep, by_name(planned(files))["base seed 1"])
+    path = kept_file(keep, "base", 1)
     text = path.read_text()
     assert path.name == "base_1.json" and "secret" not in text and str(files / "out") not in text
     content = json.loads(text)
@@ -133,3 +134,45 @@ def test_the_interval_over_seeds_agrees_with_its_test():
     assert min(abs(low), abs(high)) == pytest.approx(0, abs=1e-6) and low < found.difference < high
     narrow, wide = found.over_seeds(0.5), found.over_seeds(0.99)
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_what_was_kept_of_other_settings_does_not_count(files, monkeypatch, capsys):
+    keep = files / "kept"
+    pack_finished(planned(files), keep)
+    path = kept_file(keep, "ithn", 2)
+    content = json.loads(path.read_text())
+    content["settings"]["alpha"] += 1
+    path.write_text(json.dumps(content))
+    shutil.rmtree(files / "out")
+    states = {run.name: run for run in counted(planned(files), keep)}
+    assert states["ithn seed 1"].state == "done" and states["ithn seed 2"].state == "changed"
+    assert "ithn_2.json: alpha" in states["ithn seed 2"].reason
+    content["settings"]["seed"] = 3
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"ithn_2.json: made with --seed 3, where the table has 2"):
+        compare(files, monkeypatch, capsys, "--compare", "ithn:base")
+
+
+def test_a_run_that_has_begun_again_is_not_overwritten(files):
+    keep = files / "kept"
+    pack_finished(planned(files), keep)
+    [run] = [run for run in planned(files) if run.name == "ithn seed 2"]
+    (run.folder / "results.json").unlink()
+    (run.folder / "current_checkpoint.pth").write_bytes(b"begun")
+    restore(planned(files), keep)
+    assert not (run.folder / "results.json").is_file()
+
+
+def test_numbers_that_cannot_be_kept_end_their_own_run_only(files, monkeypatch):
+    from scripts.experiments import runs as running
+
+    made = list(planned(files))
+    (made[0].folder / "history.json").unlink()
+    monkeypatch.setattr(running, "command", lambda run: [sys.executable, "-c", ""])
+    with running.locked(files / "out") as lock:
+        failed = running.execute(made, jobs=1, lock=lock, keep=files / "kept")
+    assert list(failed) == [made[0].name] and "history.json" in failed[made[0].name]
+    assert len(list((files / "kept").iterdir())) == len(made) - 1
+    tested = replace(made[0], weights=made[1].folder / "model_best.pth")  # as a row with "trained_as"
+    pack_finished([tested], files / "kept")
+    assert json.loads(kept_file(files / "kept", tested.row.name, tested.seed).read_text())["history"] == []

@@ -7,6 +7,7 @@ import torch
 
 from modules.ithn.objective import Objective
 from modules.ithn.settings import ITHNSettings
+from modules.training.checkpoint import load_checkpoint
 from scripts.research import probe_gradients
 from scripts.research.probe_gradients import VALUES, compared, part_of_name
 from scripts.research.probe_numbers import read_numbers
@@ -88,3 +89,20 @@ def test_the_script(train, demo_index, tmp_path, monkeypatch, capsys):
     kept = read_numbers(numbers, "probe_gradients")
     assert [row["part"] for row in kept] == 2 * list(probe_gradients.PARTS)
     assert lines[2].strip("| ").split(" | ")[4:] == [f"{kept[0][name]:.3f}" for name in VALUES]
+
+
+@pytest.mark.thorough
+def test_the_queue_is_that_of_the_checkpoint(train, monkeypatch, capsys):
+    folder, known = train("--ithn", "on", "--strategy", "mochi_queue", "--queue_size", "16"), []
+    argv = ["probe_gradients.py", "--load", str(folder / "model_best.pth"), "--batches", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    measured = probe_gradients.compared
+
+    def spy(objective, batch, epoch):
+        known.append(int(objective.queue.known.sum()))
+        return measured(objective, batch, epoch)
+
+    monkeypatch.setattr(probe_gradients, "compared", spy)
+    probe_gradients.main()
+    content = load_checkpoint(folder / "model_best.pth")
+    assert known == [int(content["objective"]["queue.known"].sum())] != [0]

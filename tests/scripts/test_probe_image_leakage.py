@@ -124,8 +124,9 @@ def test_text_alone_retrieves_what_the_words_tell():
 
 
 @pytest.mark.thorough
-def test_the_table_has_plain_and_joint_checkpoints(trained, train, tmp_path, monkeypatch, capsys):
-    joint = train("--ithn", "on", "--strategy", "contrastive", "--save_dir", tmp_path / "joint")
+def test_the_table_has_plain_and_joint_checkpoints(trained, train, demo_index, tmp_path, monkeypatch, capsys):
+    columns = ("--strategy", "ithn", "--negatives_as", "columns", "--negative_index", demo_index)
+    joint = train("--ithn", "on", *columns, "--save_dir", tmp_path / "joint")
     paths = [str(folder / "model_best.pth") for folder in (joint, trained)]
     numbers = tmp_path / "numbers.json"
     argv = ["probe_image_leakage.py", "--load", *paths, "--device", "cpu", "--grid", "3", "--numbers", str(numbers)]
