@@ -153,10 +153,10 @@ class Backbone(nn.Module):
         """The ``sample_n`` best reports (B, n, L) of each study with their scores; ``generate`` takes the likeliest."""
         features = self.extract(images, view_mask, features)
         session = self.session(features, labels, decoding)
-        if decoding.guidance:
-            session = Guided(session, self.session(self.mean_study(features), labels, decoding), decoding.guidance)
         if decoding.suppress_unk and self.unk_id is not None:
             session = WithoutToken(session, self.unk_id)
+        if decoding.guidance:  # of what may be written: whether a word is plausible depends on the likeliest
+            session = Guided(session, self.session(self.mean_study(features), labels, decoding), decoding.guidance)
         rows, device = len(features.patches), features.patches.device
         return decode(session, rows, device, decoding, ended=self.ended_beams(decoding), seeds=seeds)
 

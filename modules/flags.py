@@ -23,10 +23,12 @@ from modules.config import (
     settings_with,
 )
 from modules.data.dataset_specs import DATASETS, FACTS, OTHER, DataSpec, read_description, require_known
+from modules.decoding.options import DecodingOptions
 from modules.ithn.settings import ITHNSettings
 from modules.runtime.errors import InputError, did_you_mean
 from modules.runtime.run_log import in_lines
 from modules.runtime.settings import note_origin, part_of
+from modules.training.settings import OptimSettings, SelfCriticalSettings
 
 # Flags of R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN that had no effect on results there, or are decided
 # in another way here. The number of values that each takes: 0 (a switch) or 1.
@@ -53,15 +55,24 @@ GROUPS = ("none", "folder", "all")  # how images on a command line make studies 
 SELF_CRITICAL = {"lr_ve": 1e-5, "lr_ed": 1e-5, "lr_scheduler": "constant", "monitor_metric": "CIDEr"}
 
 ASKING_FOR_ITHN = ("strategy", "ithn_variant")  # flags that ask for ITHN by being given, whatever their value
+KINDS_OF_ITHN = ("ithn_variant", "contrastive_features")  # that contradict --ithn off
 # Settings of ITHN that the plain backbone uses too, or that say whether ITHN is on.
 WITHOUT_ITHN = ("ithn", "ce_weight")
 _DESCRIBED = ("visual_extractor_config",)
 LABEL_FILES = ("label_path", "label_columns")
+_WITH_CHOICES = (OptimSettings, SelfCriticalSettings, DecodingOptions)
 
 
 def stage_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of the flags ``given``: the ``settings`` of the weights, and over them the self-critical stage's."""
-    return {**settings, **(SELF_CRITICAL if given.get("self_critical") else {})}
+    """Defaults of the flags ``given``: the ``settings`` of the weights, and over them the self-critical stage's.
+
+    Which way a metric should go is taken over together with the metric only.
+    """
+    stage = SELF_CRITICAL if given.get("self_critical") else {}
+    found = {**settings, **stage}
+    if "monitor_metric" in given or "monitor_metric" in stage:
+        found.pop("monitor_mode", None)
+    return found
 
 
 def boolean(text: str) -> bool:
@@ -280,7 +291,7 @@ def _preset_notes(given: Mapping[str, Any]) -> list[str]:
     added = {flag: value for flag, value in preset(backbone, dataset_name, name).items() if flag not in given}
     shown = [f"--{flag} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for flag, v in added.items()]
     notes = in_lines(f"from {' and '.join(sources)}: ", shown, indent=2) if added else []
-    stored = ["settings stored in the checkpoint override this preset"]
+    stored = ["settings stored in the checkpoint, if it has any, override this preset"]
     return notes + (stored if sources and (given.get("resume") or given.get("load")) else [])
 
 
@@ -295,7 +306,8 @@ def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:
             value = spelled[text.lower()] if target == "optim" else kinds[target](float(text))
         except (ValueError, KeyError, OverflowError) as error:
             raise InputError(f"--{alias} {text}: not a value for --{target}") from error
-        given.setdefault(target, value)
+        if given.setdefault(target, value) != value:
+            raise InputError(f"--{alias} {text} and --{target} {given[target]} disagree: give one of them")
     return given
 
 
@@ -321,9 +333,12 @@ def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = N
     dataset_name = (values | given).get("dataset_name", Config.dataset_name)
     if trained_on not in (None, dataset_name) and not values.get("max_views"):
         values["max_views"] = DATASETS.get(trained_on, OTHER).max_views
+    if given.get("ithn") == "off":  # what a checkpoint says of ITHN's kind is settled with it
+        values = {flag: value for flag, value in values.items() if flag not in KINDS_OF_ITHN}
     config = Config(**(preset(backbone, dataset_name, name) | values | given))
+    from_file = not SELF_CRITICAL.keys() >= (saved or {}).keys()
     for flag in REMOTE if note else ():
-        note_origin(getattr(config, flag), typed=not saved or flag in given)
+        note_origin(getattr(config, flag), typed=not from_file or flag in given)
     return config
 
 
@@ -406,6 +421,8 @@ def flags_in_effect(
         "only an hf: visual extractor has one": () if config.visual_extractor.startswith("hf:") else _DESCRIBED,
         **ithn.idle_options,
         **own.idle_options,
+        **dict(item for part in _WITH_CHOICES for item in part_of(config, part).idle_options.items()),
+        "the visual extractor is not trained": ("lr_ve",) if config.freeze_visual_extractor else (),
         "only --tokenizer subword depends on it": () if config.tokenizer == "subword" else ("subword_vocabulary",),
         "labels are predicted from the image": LABEL_FILES if testing and not own.reads_reference_labels else (),
     }

@@ -89,6 +89,8 @@ def to_published(source: str, heads: bool) -> dict:
     if content.get("format") != FORMAT:
         raise InputError(f"{source}: not a checkpoint of this project; convert it with --to ours")
     require_entries(content, source, TESTED)
+    if context := content["config"].get("context"):
+        raise InputError(f"{source}: trained with --context {context}, which the published codes do not know")
     return {"epoch": content["epoch"], "state_dict": published_weights(content["state_dict"], heads=heads)}
 
 

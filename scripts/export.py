@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.config import EXPORTED
 from modules.data.dataset_specs import ENGLISH, data_title, is_english
 from modules.flags import Parser
-from modules.runtime.environment import check_python
+from modules.runtime.environment import check_python, file_sha256
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.input_files import read_json
 
@@ -107,7 +107,7 @@ def to_folder(source: Path, out: Path, given: argparse.Namespace) -> None:
             f"{source}: not a checkpoint of this project; convert it with scripts/convert_checkpoint.py --to ours"
         )
     own_settings(content, str(source))
-    results = results_of(content, source.parent)
+    results = results_of(content, source)
     card = model_card(content, results, facts_of(content, results, given))
     backbone = built(content, source)[1] if has_adapters(content) else None
     if given.lora == "merged":
@@ -252,19 +252,20 @@ def _foreign(config: dict) -> str:
     return "" if is_english(config.get("language", ENGLISH)) else config["language"]
 
 
-def results_of(content: dict, folder: Path) -> dict:
-    """The results.json next to a checkpoint; of other weights, data or decoding only whether data are synthetic."""
-    from dataclasses import fields
+def results_of(content: dict, path: Path) -> dict:
+    """The results.json next to the checkpoint ``path``; of other weights, data or settings of a test only whether data
+    are synthetic.
+    """
+    from modules.config import NO_EFFECT_ON_RESULTS
 
-    from modules.decoding.options import DecodingOptions
-
-    results = read_results(folder)
+    results = read_results(path.parent)
     made_from, tested = results.get("provenance", {}), results.get("config", {})
+    known = content | {"checkpoint_sha256": file_sha256(path)}
     same = results.get("best_epoch") == content["epoch"] and all(
         name not in own or name not in other or own[name] == other[name]
         for own, other, names in (
-            (made_from, content, ("annotation_sha256",)),
-            (tested, content["config"], (*(item.name for item in fields(DecodingOptions)), "dataset_name")),
+            (made_from, known, ("annotation_sha256", "checkpoint_sha256")),
+            (tested, content["config"], EXPORTED - NO_EFFECT_ON_RESULTS),
         )
         for name in names
     )

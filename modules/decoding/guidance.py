@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modules.decoding.rules import UNRANKED_PENALTY
 from modules.decoding.search import DecodingSession
 
 PLAUSIBLE = 0.1  # share of the likeliest word's probability that a word needs to be ranked by guidance
-UNRANKED_PENALTY = 1000.0  # what other words lose: they rank below all guided ones, and stay finite
 LEAST_LOG_PROB = -100.0  # floor for words that the mean image rules out: a difference to -inf would be NaN
 
 
@@ -22,7 +22,8 @@ class Guided:
     Classifier-free guidance (Ho and Salimans, arXiv 2207.12598; for words Sanchez et al., arXiv 2306.17806) with the
     mean image of the training split in place of no condition, and without a training of its own. Only words with at
     least PLAUSIBLE times the likeliest one's p(w | image) are ranked so, as in contrastive decoding (Li et al., arXiv
-    2210.15097, Eq. 2). ``own`` and ``mean`` are sessions of the same studies; g is ``guidance``, above 0.
+    2210.15097, Eq. 2); others rank below, by p(w | image), where a rule leaves none of these. ``own`` and ``mean`` are
+    sessions of the same studies; g is ``guidance``, above 0.
     """
 
     def __init__(self, own: DecodingSession, mean: DecodingSession, guidance: float):

@@ -105,6 +105,15 @@ class DecodingOptions:
                 raise InputError(f"--sample_n {self.sample_n}: at most --beam_size {self.beam_size} in beam search")
 
     @property
+    def idle_options(self) -> dict[str, tuple[str, ...]]:
+        """Settings without effect, by the choice that does not read them."""
+        beams = self.sample_method == "beam_search"
+        return {
+            f"--sample_method {self.sample_method}": () if beams else ("beam_size", "diversity_lambda"),
+            "--group_size 1": ("diversity_lambda",) if self.group_size == 1 else (),
+        }
+
+    @property
     def has_rules(self) -> bool:
         """Whether words already written change the probabilities of the next."""
         trigrams = self.block_trigrams == EVERY_SEARCH or (self.block_trigrams and self.sample_method != "beam_search")

@@ -12,6 +12,8 @@ from torch import Tensor
 from modules.decoding.options import EVERY_SEARCH, DecodingOptions
 
 TRIGRAM_PENALTY = 2 * 0.693  # what a word loses for every time that it already ended this trigram
+# What words lose that guidance does not rank (modules.decoding.guidance): they come last, and stay finite.
+UNRANKED_PENALTY = 1000.0
 
 
 class Rules:
@@ -42,6 +44,9 @@ class Rules:
         if self.ban:
             nothing_left = log_probs.amax(dim=-1) == -torch.inf
             log_probs = log_probs.select_scatter(torch.where(nothing_left, given[..., 0], log_probs[..., 0]), -1, 0)
+            if options.guidance:  # only unranked words are left: compared with other hypotheses, they lose nothing
+                unranked = log_probs.amax(dim=-1, keepdim=True) < -UNRANKED_PENALTY / 2
+                log_probs = torch.where(unranked, log_probs + UNRANKED_PENALTY, log_probs)
         return log_probs
 
 

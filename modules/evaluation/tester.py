@@ -71,10 +71,7 @@ class Tester:
         was_training = self.objective.training
         self.objective.eval()
         if self.decoding.guidance:
-            studies = self.progress(self.training_studies, "mean training image")
-            self.objective.backbone.mean_patches = mean_patches(
-                self.objective.backbone, studies, self.device, self.precision
-            )
+            self.find_mean_image()
         texts, rows = [], []
         for batch in self.progress(loader, description):
             pair = batch.to(self.device).positive
@@ -103,6 +100,21 @@ class Tester:
         gathered = distributed.gather_batches(texts, rows)
         return None if gathered is None else _joined(*gathered)
 
+    @property
+    def lacks_mean_image(self) -> bool:
+        """Whether decoding needs the mean training image and none is known of the present weights."""
+        return bool(self.decoding.guidance) and self.objective.backbone.mean_patches is None
+
+    @torch.inference_mode()
+    def find_mean_image(self) -> None:
+        """Give the backbone the mean training image, as its present weights see it."""
+        was_training, studies = self.objective.training, self.progress(self.training_studies, "mean training image")
+        self.objective.eval()
+        self.objective.backbone.mean_patches = mean_patches(
+            self.objective.backbone, studies, self.device, self.precision
+        )
+        self.objective.train(was_training)
+
     def _texts(self, batch: Any, tokens: Tensor) -> dict[str, list[str]]:
         """The batch's texts; ``tokens`` (B, L) are each study's likeliest report."""
         generated = self.tokenizer.decode_batch(tokens.tolist())
@@ -123,6 +135,7 @@ class Tester:
         """The metric ``nll`` of a split alone, under the name that ``evaluate`` gives it: nothing is generated."""
         was_training = self.objective.training
         self.objective.eval()
+        self.objective.backbone.mean_patches = None  # that of other weights
         rows = []
         for batch in self.progress(loader, description):
             pair = batch.to(self.device).positive

@@ -49,6 +49,7 @@ KEPT = (
     "lora_rank",
     "lora_targets",
     "lora_alpha",
+    "self_critical",
 )
 # Flags that decide which samples remain in a partly trained epoch.
 KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing", "report_sections", "captions")
@@ -137,6 +138,7 @@ def require_same_network(given: Mapping[str, Any], saved: Mapping[str, Any], pat
     ]
     if any(str(part.get("unfreeze", "")).startswith("lora:") for part in (given, saved)):  # more weights
         named.append("unfreeze")
+    named.append("lora_alpha")  # changes no shape, but what the adapters add
     for name in named:
         if name in given and given[name] != saved.get(name, given[name]):
             held = {key: saved.get(key) for key in ("model_name", "d_model", name)}

@@ -105,6 +105,8 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], shutdown: Gra
     with contextlib.ExitStack() as opened:
         if is_main_process():
             opened.enter_context(folder.locked())
+        if given.get("load") and given.get("resume", "auto") != "auto":
+            raise InputError(f"--load {given['load']}: --resume {given['resume']} continues a run; give one of them")
         source = find_source(given["resume"], folder) if given.get("resume") else None
         start = find_start(given, folder) if given.get("load") and not source else None
         for line in ignored:
@@ -115,6 +117,7 @@ def run_training(given: Mapping[str, Any], ignored: Sequence[str], shutdown: Gra
         trainer = _trainer(parts, folder, shutdown)
         if source is not None:
             restore(trainer, parts.objective, source, parts.config, parts.data)
+        _log_step_size(parts.config, learning_rates(trainer.optimizer))
         _begin(config, folder, source)
         try:
             if source is not None:
@@ -138,9 +141,9 @@ def _settings(given: Mapping[str, Any], source: Source | None, start: Start | No
     """The flags ``given`` over the settings of the checkpoint that the run starts from, if any; and those in effect."""
     loaded = source or start
     saved = source.settings if source else stage_settings(given, start.settings if start else {})
+    given = with_descriptions(given, saved)
     if start is not None:
         require_same_network(given, start.settings, start.path)
-    given = with_descriptions(given, saved)
     own_vocabulary = loaded is not None and loaded.tokenizer is not None
     config = resolve_config(given, saved)
     given, idle = flags_in_effect(given, config, loaded=loaded is not None, own_vocabulary=own_vocabulary)
@@ -218,6 +221,12 @@ def _compose(
     for split, dataset in datasets.items():
         loaders[split] = build_split_loader(config, dataset, device, shuffle=split == "train")
         opened.callback(loaders[split].close)
+    if not len(loaders["train"]):
+        raise InputError(
+            f"--batch_size {config.batch_size}: the {len(datasets['train'])} training samples do not fill one batch of "
+            f"each of {distributed.world_size()} processes, and --drop_last leaves incomplete ones out; lower it, or "
+            "give --drop_last false"
+        )
     scoring = None
     if is_main_process():
         scoring = opened.enter_context(Scoring(config, device, (datasets["val"], datasets["test"])))
@@ -347,7 +356,6 @@ def _trainer(parts: Parts, folder: CheckpointFolder, shutdown: GracefulShutdown)
         cuda_graph=config.cuda_graph,
         shards=shards,
     )
-    _log_step_size(config, learning_rates(trainer.optimizer))
     return trainer
 
 
@@ -363,8 +371,12 @@ def _saver(parts: Parts, folder: CheckpointFolder) -> Callable[[Trainer, bool], 
     """Writes everything that a resume or a test needs; ``model_best.pth`` is the checkpoint of the best epoch."""
     config, data = parts.config, parts.data
     made_by = provenance(str(parts.device))
+    kept: set[int] = set()  # epochs; files of others may be of a run that this one leaves behind
 
     def save(trainer: Trainer, improved: bool) -> None:
+        if improved and parts.tester.lacks_mean_image:  # judged by its likelihood alone
+            with trainer.whole():
+                parts.tester.find_mean_image()
         position, weights, state = trainer.position, trainer.weights(), trainer.state_dict()
         epoch = position.epoch if position.trained else position.epoch - 1  # the last that was trained
         if not is_main_process():
@@ -393,9 +405,10 @@ def _saver(parts: Parts, folder: CheckpointFolder) -> Callable[[Trainer, bool], 
             best=improved,
         )
         # An epoch that is not validated is saved when the next one begins.
-        between = epoch and not position.steps and not folder.has_epoch(epoch)
+        between = epoch and not position.steps and epoch not in kept
         if config.keep_epochs and (position.trained or between):
             folder.keep_epoch(epoch)
+            kept.add(epoch)
 
     return save
 

@@ -140,10 +140,6 @@ class CheckpointFolder:
         _link(self.path / CURRENT, copy)
         self._put(copy, place, _checksum(self.path / CURRENT))
 
-    def has_epoch(self, epoch: int) -> bool:
-        """Whether ``keep_epoch`` was called for it."""
-        return (self.path / EPOCH.format(epoch)).is_file()
-
     def _put(self, new: Path, place: Path, digest: str, keep_as: Path | None = None) -> None:
         """Replace ``place`` by ``new``, whose checksum is ``digest``; the old file moves to ``keep_as``.
 

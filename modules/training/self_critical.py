@@ -93,7 +93,9 @@ class SelfCritical(Objective):
             sample_method=method, max_seq_length=self.max_seq_length, block_trigrams=False, suppress_unk=False
         )
         with torch.no_grad():
-            return self.backbone.generate(None, decoding=decoding, **inputs)
+            tokens = self.backbone.generate(None, decoding=decoding, **inputs)
+        torch.clear_autocast_cache()  # some versions of torch would use weights cast here, without gradient, again
+        return tokens
 
     def _rewards(self, rows: list[int], tokens: Tensor) -> Tensor:
         found = self.reward(rows, self.decode(tokens))
@@ -115,7 +117,7 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
 def repeat_rows(rows: Any, times: int) -> Any:
     """Each row of a tensor (B, ...), or of the tensors of a dataclass, ``times`` times in succession, (B * times, ...).
 
-    None stays None.
+    What has no rows, None or a number, stays as it is.
     """
     if isinstance(rows, Tensor):
         return rows.repeat_interleave(times, dim=0)
@@ -123,7 +125,7 @@ def repeat_rows(rows: Any, times: int) -> Any:
         return dataclasses.replace(
             rows, **{field.name: repeat_rows(getattr(rows, field.name), times) for field in dataclasses.fields(rows)}
         )
-    return None
+    return rows
 
 
 def up_to_end(tokens: Tensor) -> Tensor:

@@ -49,6 +49,19 @@ class OptimSettings:
         if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
             raise InputError(f"--adam_betas {self.adam_betas}: both must be in [0, 1)")
 
+    @property
+    def idle_options(self) -> dict[str, tuple[str, ...]]:
+        """Settings without effect, by the choice that does not read them."""
+        of_schedule = {"StepLR": ("step_size", "gamma"), "ReduceLROnPlateau": ("gamma", "plateau_patience")}
+        read = of_schedule.get(self.lr_scheduler, ())
+        of_adam = {"SGD": ("adam_betas", "adam_eps", "amsgrad"), "RAdam": ("amsgrad",)}
+        return {
+            f"--lr_scheduler {self.lr_scheduler}": tuple(
+                name for name in ("step_size", "gamma", "plateau_patience") if name not in read
+            ),
+            f"--optim {self.optim}": of_adam.get(self.optim, ()),
+        }
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -146,3 +159,11 @@ class SelfCriticalSettings:
             check_value(item.name, getattr(self, item.name), item.metadata)
         if self.self_critical and self.scst_baseline == "mean" and self.scst_samples < 2:
             raise InputError("--scst_baseline mean: one sample is its own mean; give --scst_samples 2 or more")
+
+    @property
+    def idle_options(self) -> dict[str, tuple[str, ...]]:
+        """Settings without effect, by the choice that does not read them."""
+        if self.self_critical:
+            return {"--self_critical true has --scst_ce_weight": ("ce_weight",)}
+        own = tuple(item.name for item in fields(SelfCriticalSettings) if item.name != "self_critical")
+        return {"--self_critical false": own}

@@ -1,5 +1,6 @@
 """Which runs of a table are done, interrupted, missing or were made with other settings, and their flags."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -188,6 +189,9 @@ def _started_elsewhere(folder: Path, start: Path) -> bool:
 def comparable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the results depend on; what an older ``config`` lacks is as it was then."""
     known = {name: config.get(name, value) for name, value in OLDER_VALUES.items() if name not in NO_EFFECT_ON_RESULTS}
+    with contextlib.suppress(InputError):  # an older file may have what is refused now
+        used, _ = flags_in_effect(known, Config(**known | {"adam_betas": tuple(known["adam_betas"])}))
+        known = {name: used.get(name, OLDER_VALUES[name]) for name in known}
     known["negative_index"] = Path(known["negative_index"]).name if known["ithn"] != "off" else ""
     known["feature_cache"] = bool(known["feature_cache"])  # a cache changes the samples, its folder does not
     return json.loads(json.dumps(known))  # tuples become lists, as in the files

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from modules.flags import Parser, parse_flags
+from modules.flags import Parser, flags_in_effect, parse_flags, resolve_config
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
 from scripts.experiments.files import Table, read_table
@@ -81,7 +81,8 @@ def kept_runs(table: Table, kept: Path) -> dict[str, dict[int, Path]]:
 
     found: dict[str, dict[int, Path]] = {}
     for row in table.rows:
-        given = json.loads(json.dumps(parse_flags(row.flags, "main_train.py", "")[0]))  # tuples as the files have them
+        given, _ = parse_flags(row.flags, "main_train.py", "")
+        given = json.loads(json.dumps(flags_in_effect(given, resolve_config(given))[0]))  # tuples become lists
         found[row.name] = {}
         for seed in table.seeds:
             if (path := kept_file(kept, row.name, seed)).is_file():

@@ -14,6 +14,7 @@ from models import MODELS
 from models.base import VisualFeatures
 from modules.decoding.guidance import Guided
 from modules.decoding.options import DecodingOptions
+from modules.decoding.search import decode
 from modules.evaluation import tester
 from modules.run.data import training_studies
 from modules.runtime.errors import InputError
@@ -31,7 +32,7 @@ class Fixed:
 
     def step(self, tokens, parents):
         self.asked.append((tokens, parents))
-        return self.probabilities.log()
+        return self.probabilities.log().expand(*tokens.shape, -1)
 
     def keep(self, rows):
         self.asked.append(rows)
@@ -337,3 +338,43 @@ def test_of_shards_the_first_studies_make_the_mean(demo, demo_index, tmp_path, m
     with training_studies(config, data, objective.backbone.visual_extractor, torch.device("cpu")) as batches:
         assert len(batches) == 2
         assert [len(batch.ids) for batch in batches] == [len(batch.ids) for batch in batches] == [4, 4]
+
+
+@pytest.mark.parametrize("rule", [{"min_length": 2}, {"no_repeat_ngram_size": 1}])
+def test_a_rule_that_forbids_the_likeliest_word_costs_nothing(rule):
+    """With an image that changes nothing, reports are as likely as without guidance: words are not left behind where the
+    only plausible one is forbidden."""
+    probabilities = [0.95, 0.03, 0.02] if "min_length" in rule else [0.04, 0.95, 0.01]
+    found = []
+    for weight in (0.0, 0.5):
+        session = Fixed(probabilities)
+        guided = Guided(session, Fixed(probabilities), weight) if weight else session
+        options = DecodingOptions(max_seq_length=4, beam_size=2, guidance=weight, **rule)
+        found.append(decode(guided, 1, torch.device("cpu"), options))
+    # Guided probabilities are divided by what plausible words have together, 0.95 here.
+    torch.testing.assert_close(found[0].scores, found[1].scores, atol=0.2, rtol=0)
+
+
+def test_a_suppressed_word_does_not_decide_what_is_plausible(demo, demo_index):
+    _, _, objective, loader = build(demo, demo_index, "--model_name", "r2gencmn", "--ithn", "off")
+    backbone, pair = objective.eval().backbone, next(iter(loader)).to("cpu").positive
+    options = DecodingOptions(max_seq_length=4, guidance=0.5)
+    with torch.no_grad():
+        backbone.encoder_decoder.logit.bias[backbone.unk_id] += 50
+        features = backbone.extract(pair.images, pair.view_mask)
+        backbone.mean_patches = torch.zeros_like(features.patches[0])
+        found = backbone.search(None, features=features, decoding=options)
+    assert (found.tokens != backbone.unk_id).all() and (found.scores > -900).all()
+
+
+@pytest.mark.thorough
+def test_the_best_model_of_an_epoch_judged_by_nll_has_its_own_mean_image(train, tmp_path):
+    folder = train(
+        *("--guidance", "1", "--epochs", "4", "--eval_every", "4", "--monitor_metric", "nll", "--lr_ed", "1e-3"),
+        *("--start_eval_epoch", "1", "--keep_epochs", "true", "--save_dir", tmp_path / "judged"),
+    )
+    best = load_checkpoint(folder / "model_best.pth")
+    assert best["mean_patches"] is not None
+    means = [load_checkpoint(folder / f"epoch_000{epoch}.pth")["mean_patches"] for epoch in range(1, 4)]
+    known = [mean for mean in means if mean is not None]
+    assert all(not torch.equal(known[0], mean) for mean in known[1:])

@@ -7,7 +7,7 @@ import pytest
 
 from models import MODELS, SYSTEMS
 from modules.config import PRESETS, Config
-from modules.flags import Parser, parse_flags, preset, resolve_config
+from modules.flags import Parser, flags_in_effect, parse_flags, preset, resolve_config, stage_settings
 from modules.runtime.errors import InputError
 
 # The flags of R2GenCMN's published IU X-Ray command line.
@@ -187,3 +187,38 @@ def test_a_published_system_is_a_backbone_with_settings():
 def test_presets_are_those_of_the_papers_run_scripts(backbone, dataset_name, published):
     names = ("max_seq_length", "threshold", "epochs", "lr_ve", "lr_ed", "step_size", "gamma", "seed")
     assert tuple(preset(backbone, dataset_name)[name] for name in names) == published
+
+
+def test_a_metrics_direction_comes_with_the_metric():
+    saved = {"monitor_metric": "nll", "monitor_mode": "min"}
+    for given in ({"self_critical": True}, {"monitor_metric": "BLEU_4"}):
+        assert resolve_config(given, stage_settings(given, saved)).monitor_mode == "max"
+    assert stage_settings({"epochs": 3}, saved) == saved
+
+
+@pytest.mark.parametrize(
+    ("argv", "idle"),
+    [
+        ("--scst_samples 3", "scst_samples"),
+        ("--self_critical true --load a.pth --ce_weight 2", "ce_weight"),
+        ("--lr_scheduler constant --step_size 3 --gamma 0.2", "step_size gamma"),
+        ("--optim SGD --amsgrad false", "amsgrad"),
+        ("--freeze_visual_extractor true --lr_ve 1e-3", "lr_ve"),
+        ("--sample_method greedy --beam_size 5", "beam_size"),
+        ("--diversity_lambda 0.2", "diversity_lambda"),
+    ],
+)
+def test_flags_that_another_choice_makes_idle_are_named_and_dropped(argv, idle):
+    given, _ = parse_flags(argv.split(), "main_train.py", "")
+    left, [line] = flags_in_effect(given, resolve_config(given))
+    assert set(given) - set(left) == set(idle.split()) and all(f"--{name}" in line for name in idle.split())
+
+
+def test_two_names_of_a_flag_must_agree():
+    with pytest.raises(InputError, match="--lr 1e-3 and --lr_ed 0.0001 disagree"):
+        parse_flags("--lr 1e-3 --lr_ed 1e-4".split(), "main_train.py", "")
+
+
+def test_the_plain_backbone_continues_with_weights_of_any_ithn():
+    saved = {"ithn": "on", "ithn_variant": "released", "contrastive_features": "extractor"}
+    assert resolve_config({"ithn": "off"}, saved).ithn_variant == "paper"

@@ -1,5 +1,6 @@
 """Self-critical training: the reward and its gradient by hand, a reward that rises, every backbone, the programs."""
 
+import dataclasses
 import json
 import math
 
@@ -212,6 +213,7 @@ def test_rows_and_ends():
     features = VisualFeatures(torch.arange(4.0).view(2, 1, 2), None, torch.arange(2.0).view(2, 1))
     repeated = repeat_rows(features, 3)
     assert repeated.pooled.flatten().tolist() == [0, 0, 0, 1, 1, 1] and repeated.patch_mask is None
+    assert repeat_rows(dataclasses.replace(features, own=1), 3).own == 1  # how many tokens are the images'
     assert up_to_end(torch.tensor([[3, 0, 0], [0, 0, 0], [1, 2, 3]])).tolist() == [
         [True, True, False],
         [True, False, False],
