@@ -225,6 +225,21 @@ def test_a_published_split_is_kept_with_its_order(openi, tmp_path, monkeypatch, 
     assert read_split(tmp_path / "ids.csv") == {"CXR3": "val", "CXR2_IM-0502": "train"}
 
 
+def test_ids_of_a_split_file_name_one_folder_and_one_report_each(openi, tmp_path, monkeypatch, capsys):
+    ids = {"train": ["CXR2_IM-0502", "CXR3_/../../../../escaped", "CXR4_/5"], "val": ["CXR9_IM-0509"], "test": ["5"]}
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    given = ("--reports", openi / REPORTS, "--split", tmp_path / "ids.json", "--out", tmp_path / "a" / "b")
+    prepare(monkeypatch, *given)
+    found = [record["id"] for records in written(tmp_path / "a" / "b").values() for record in records]
+    assert found == ["CXR2_IM-0502", "CXR9_IM-0509", "5"] and "2 of the 5 studies" in capsys.readouterr().err
+    for split in ("test", "train"):  # in one split the second would leave the first without its images
+        twice = {"train": ["CXR2_IM-0502"], "val": ["CXR9"], "test": ["CXR3"]}
+        twice[split] = [*twice[split], "CXR2_IM-0502-2001"]
+        (tmp_path / "ids.json").write_text(json.dumps(twice))
+        with pytest.raises(InputError, match=rf"'CXR2_IM-0502' \(train\) and 'CXR2_IM-0502-2001' \({split}\) are both"):
+            prepare(monkeypatch, *given)
+
+
 def test_r2gens_annotation_is_not_replaced(openi, tmp_path, monkeypatch, capsys):
     prepare(monkeypatch, "--reports", openi / REPORTS, "--seed", 7, "--out", tmp_path / "r2gen")
     path = tmp_path / "out" / "annotation.json"
