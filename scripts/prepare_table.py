@@ -31,6 +31,7 @@ from modules.prepare.table_columns import (
     Preset,
     find_columns,
     header_names,
+    joined_tables,
     preset_names,
     read_preset,
     texts,
@@ -158,10 +159,10 @@ def main() -> None:
     check(arguments)
     preset = read_preset(arguments.preset)
     pairs = all(path.suffix == ".tok" for path in arguments.tables)
-    rows = read_pairs(arguments.tables) if pairs else []
     given = {role: value for role in GUESSES if (value := getattr(arguments, role)) is not None}
-    for path in arguments.tables if not pairs else ():
-        rows += read_user_table(path, preset.rows, header_names(given, preset))
+    names = header_names(given, preset)
+    tables = [read_user_table(path, preset.rows, names) for path in arguments.tables] if not pairs else []
+    rows = joined_tables(tables) if not pairs else read_pairs(arguments.tables)
     columns = find_columns(rows, given, preset)
     show_columns(columns, len(rows))
     by_image = (arguments.records or preset.records) == "image"
