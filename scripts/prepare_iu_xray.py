@@ -9,6 +9,7 @@ annotation.json (only its ids are read); without it 7:1:2 are drawn with --seed.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -133,7 +134,7 @@ def without_missing_images(chosen: Studies, orders: dict[str, list[int]], argume
         for identity, study in studies
         for place, index in enumerate(orders[identity])
     }
-    placing = Placing(arguments.place, arguments.resize)
+    placing = Placing(arguments.place, arguments.resize, os.path.realpath(arguments.images))
     keep_settings(arguments.out, placing)
     missing = place_images(arguments.images, targets, placing, arguments.workers)
     return {

@@ -11,6 +11,7 @@ Where the table has no split, 7:1:2 are drawn by --seed; no patient is in two sp
 """
 
 import argparse
+import os
 import re
 import sys
 from collections import Counter
@@ -97,7 +98,7 @@ def show_columns(columns: Columns, rows: int) -> None:
 
 def placed(arguments: argparse.Namespace, records: list[Record], counts: Counter) -> list[Record]:
     """Place the images and leave out those that could not be read, and records without any."""
-    placing = Placing(arguments.place, arguments.resize)
+    placing = Placing(arguments.place, arguments.resize, os.path.realpath(arguments.images))
     names = dict.fromkeys(image for record in records for image in record.images)
     targets = {image: _target(image, arguments.resize) for image in names}
     pairs = [(arguments.images / image, arguments.out / "images" / targets[image]) for image in names]
