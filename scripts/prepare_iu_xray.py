@@ -9,7 +9,10 @@ annotation.json (only its ids are read); without it 7:1:2 are drawn with --seed.
 """
 
 import argparse
+import os
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,6 +27,8 @@ from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import check_annotation
 
 Studies = dict[str, list[tuple[str, OpeniStudy]]]  # (id, study) by split
+# An id names a folder of images: CXR2_IM-0652, CXR2_IM-0652-1001, CXR2, 2, and nothing that leads elsewhere.
+_ID = re.compile(r"(?:CXR)?(\d{1,9})(?:_[\w.-]*)?")
 R2GEN = {"train": 2069, "val": 296, "test": 590}
 HINT = "; --split FILE, with the file that you moved, keeps its split: R2Gen's, where it is R2Gen's annotation.json"
 
@@ -81,22 +86,36 @@ def choose_studies(studies: list[OpeniStudy], split: Path | None, seed: int) -> 
         drawn = seeded_split(list(usable), seed)
         chosen = [(study.id, name, study) for study, name in zip(usable.values(), drawn, strict=True)]
     else:
-        named = read_split(split)
-        numbers = {identity: identity.removeprefix("CXR").split("_")[0] for identity in named}
-        chosen = [
-            (identity, name, usable[numbers[identity]])
-            for identity, name in named.items()
-            if numbers[identity] in usable
-        ]
-        if not chosen:
-            raise InputError(f"--split {split}: none of its {len(named)} ids is a study of --reports")
-        if len(chosen) < len(named):
-            print(
-                f"warning: {len(named) - len(chosen)} of the {len(named)} studies of {split.name} are not among the "
-                "reports with findings and two images: left out",
-                file=sys.stderr,
-            )
+        chosen = _named_studies(usable, split)
     return {name: [(identity, study) for identity, own, study in chosen if own == name] for name in SPLITS}
+
+
+def _named_studies(usable: Mapping[str, OpeniStudy], split: Path) -> list[tuple[str, str, OpeniStudy]]:
+    """(id, split, study) of the ids in the file ``split`` that are ``usable`` studies; warns of the others.
+
+    InputError where none is, or two are one study.
+    """
+    named = read_split(split)
+    chosen: dict[str, tuple[str, str, OpeniStudy]] = {}
+    for identity, name in named.items():
+        match = _ID.fullmatch(identity)
+        if match is None or match[1] not in usable:
+            continue
+        first, home, _ = chosen.setdefault(match[1], (identity, name, usable[match[1]]))
+        if first != identity:
+            raise InputError(
+                f"--split {split}: {first!r} ({home}) and {identity!r} ({name}) are both report CXR{match[1]}; name "
+                "each report once"
+            )
+    if not chosen:
+        raise InputError(f"--split {split}: none of its {len(named)} ids is a study of --reports")
+    if len(chosen) < len(named):
+        print(
+            f"warning: {len(named) - len(chosen)} of the {len(named)} studies of {split.name} are not among the "
+            "reports with findings and two images: left out",
+            file=sys.stderr,
+        )
+    return list(chosen.values())
 
 
 def records(chosen: Studies, orders: dict[str, list[int]]) -> dict[str, list[dict]]:
@@ -115,7 +134,7 @@ def without_missing_images(chosen: Studies, orders: dict[str, list[int]], argume
         for identity, study in studies
         for place, index in enumerate(orders[identity])
     }
-    placing = Placing(arguments.place, arguments.resize)
+    placing = Placing(arguments.place, arguments.resize, os.path.realpath(arguments.images))
     keep_settings(arguments.out, placing)
     missing = place_images(arguments.images, targets, placing, arguments.workers)
     return {

@@ -9,6 +9,7 @@ is the official one, which keeps patients whole. Nothing is written outside --ou
 """
 
 import argparse
+import os
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -127,7 +128,7 @@ def placed(arguments: argparse.Namespace, images: list[MimicImage]) -> tuple[lis
     """The images that could be read, and the extension of their files in the output folder."""
     tree = find_tree(arguments.images)
     suffix = find_suffix(tree, images)
-    placing = Placing(arguments.place, arguments.resize)
+    placing = Placing(arguments.place, arguments.resize, os.path.realpath(tree))
     ending = ".jpg" if arguments.resize else suffix
     pairs = [
         (

@@ -11,6 +11,7 @@ Where the table has no split, 7:1:2 are drawn by --seed; no patient is in two sp
 """
 
 import argparse
+import os
 import re
 import sys
 from collections import Counter
@@ -31,6 +32,7 @@ from modules.prepare.table_columns import (
     Preset,
     find_columns,
     header_names,
+    joined_tables,
     preset_names,
     read_preset,
     texts,
@@ -96,7 +98,7 @@ def show_columns(columns: Columns, rows: int) -> None:
 
 def placed(arguments: argparse.Namespace, records: list[Record], counts: Counter) -> list[Record]:
     """Place the images and leave out those that could not be read, and records without any."""
-    placing = Placing(arguments.place, arguments.resize)
+    placing = Placing(arguments.place, arguments.resize, os.path.realpath(arguments.images))
     names = dict.fromkeys(image for record in records for image in record.images)
     targets = {image: _target(image, arguments.resize) for image in names}
     pairs = [(arguments.images / image, arguments.out / "images" / targets[image]) for image in names]
@@ -158,10 +160,10 @@ def main() -> None:
     check(arguments)
     preset = read_preset(arguments.preset)
     pairs = all(path.suffix == ".tok" for path in arguments.tables)
-    rows = read_pairs(arguments.tables) if pairs else []
     given = {role: value for role in GUESSES if (value := getattr(arguments, role)) is not None}
-    for path in arguments.tables if not pairs else ():
-        rows += read_user_table(path, preset.rows, header_names(given, preset))
+    names = header_names(given, preset)
+    tables = [read_user_table(path, preset.rows, names) for path in arguments.tables] if not pairs else []
+    rows = joined_tables(tables) if not pairs else read_pairs(arguments.tables)
     columns = find_columns(rows, given, preset)
     show_columns(columns, len(rows))
     by_image = (arguments.records or preset.records) == "image"

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from modules.runtime.errors import InputError, Problem, raise_problem
 from modules.runtime.input_files import MAX_ANNOTATION, read_bytes
@@ -130,7 +131,7 @@ def _read_json(path: str | Path) -> tuple[bytes, object]:
         raise InputError(f"{path}: cannot read the annotation: {error.strerror}") from error
     try:
         # utf-8-sig: a byte order mark, which Windows editors put in front, is not a mistake.
-        return content, json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+        return content, json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start}); save the annotation as UTF-8") from error
     except RecursionError as error:
@@ -139,7 +140,8 @@ def _read_json(path: str | Path) -> tuple[bytes, object]:
         raise InputError(f"{path}: not valid JSON: {error}") from error
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of ``pairs``, for object_pairs_hook; ValueError where a key occurs twice."""
     # JSON readers keep the last of two equal keys: a second "train" would quietly replace the first.
     found = dict(pairs)
     if len(found) < len(pairs):

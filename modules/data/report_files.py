@@ -4,6 +4,7 @@ A file becomes a table of ids (modules.data.report_tables) and the texts of each
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from modules.data.report_tables import (
     ID_COLUMNS,
+    MISSING,
     REPORT_COLUMNS,
     Table,
     matching_rows,
@@ -33,7 +35,6 @@ FIELDS = {
 _BOTH = (*REPORT_COLUMNS, "section_findings", "caption", "captions", "text")
 # Of a folder that main_test.py or R2Gen wrote.
 _IN_FOLDER = {"gts": "gts.csv", "res": "res.csv"}
-_NO_TEXT = ("nan", "none", "null", "<na>")
 _STUDY, _SUBJECT, _PRIOR = ("study_id",), ("subject_id", "patient_id"), ("prior",)
 
 
@@ -144,8 +145,8 @@ def _text_column(table: Table, names: Sequence[str], column: str) -> int:
 
 
 def _without_pandas_words(found: ReportFile) -> ReportFile:
-    """Texts that pandas writes for a missing one become empty reports, with a note."""
-    rows = [row for row, texts in enumerate(found.texts) if texts and texts[0].strip().lower() in _NO_TEXT]
+    """Texts that pandas, R or a spreadsheet writes for a missing one become empty reports, with a note."""
+    rows = [row for row, texts in enumerate(found.texts) if texts and texts[0].strip().lower() in MISSING]
     if not rows:
         return found
     shown = f"the report of {found.ids[rows[0]]} is {found.texts[rows[0]][0].strip()!r}"
@@ -203,7 +204,7 @@ class _Records:
         except RecursionError:
             raise InputError(f"{self.path}: the JSON is nested too deeply") from None
         except ValueError as error:
-            lines = [line for line in text.splitlines() if line.strip()]
+            lines = [line for line in re.split(r"[\r\n]", text) if line.strip()]  # U+2028 may stand inside a text
             if len(lines) < 2 or not _is_value(lines[0]):
                 raise InputError(f"{self.path}: not valid JSON: {error}") from None
         found = []

@@ -22,6 +22,8 @@ ID_COLUMNS = ("id", "dicom_id", "image_id", "image_path", "study_id")  # the fin
 _INDEX_NAMES = ("index", "unnamed: 0", "")
 _ID_NAME = re.compile(rf".*(?:id|path|file|filename|accession)|image|study|case|key|name|{'|'.join(_INDEX_NAMES)}")
 MAX_BYTES = 2**30
+# What pandas, R and spreadsheets write for a cell without a value, in small letters.
+MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "nat"})
 _MAX_NAME = 40  # letters of a column's name
 _SEPARATORS = {",": "','", ";": "';'", "\t": "tabs", "|": "'|'"}
 

@@ -8,6 +8,8 @@ import html
 import re
 from functools import lru_cache
 
+from modules.data.report_tables import MISSING
+
 # ---- sections
 
 _BACKGROUND = (
@@ -57,7 +59,6 @@ _SHORT = {
 }  # fmt: skip
 _SHORTENED = re.compile(r"(?<![a-z])(?:and/or|andor|w/o|w/|s/p|r/o|c/w)(?![a-z])|\bvs\.")
 _DOUBTED = re.compile(r"(?:^|(?<=[\s,(;:.-]))\?\s*(?=[a-z])")  # "?pneumonia", "opacity, ? pneumonia"
-_MISSING = {"", "nan", "none", "null", "na", "n/a", "<na>", "nat"}  # what spreadsheets and pandas write
 _LETTER = re.compile(r"[^\W\d_]")
 _SPACED = (" .", " ,", " ;", " :", " !", " ?")
 _SPACE_BEFORE = re.compile(r"[^\S\n]+(?=[.,;:!]|\?(?:\s|$))")
@@ -128,7 +129,7 @@ def _without_pronouns(text: str) -> str:
 
 def is_missing(text: str) -> bool:
     """Whether ``text`` is blank or means a missing report."""
-    return len(text) < 16 and text.strip(" .\n").lower() in _MISSING
+    return len(text) < 16 and text.strip(" .\n").lower() in {"", *MISSING}
 
 
 def _without_background(text: str) -> str:

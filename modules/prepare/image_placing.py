@@ -33,10 +33,12 @@ class Placing:
 
     ``way``: "link" (a hard link, which takes no disk space), "copy", or "none" (left where they are). ``resize``: the
     shorter side in pixels, or 0; images are then re-encoded as PNG or JPEG, by the target's suffix, and never enlarged.
+    ``source``: the folder or archive that they come from, for the record of a run.
     """
 
     way: str
     resize: int = 0
+    source: str = ""
 
     def place(self, source: Path, target: Path) -> str | None:
         """Place one image at ``target``; returns None, or why it could not be read. InputError where writing fails."""
@@ -84,7 +86,7 @@ def _write_smaller(source: Path, target: Path, resize: int) -> None:
     if scale < 1:
         size = tuple(max(resize, round(side * scale)) for side in image.size)
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    image.save(target, **({"quality": 95} if target.suffix == ".jpg" else {}))
+    image.save(target, **({"quality": 95} if target.suffix.lower() in (".jpg", ".jpeg") else {}))
 
 
 def place_all(placing: Placing, pairs: Sequence[tuple[Path, Path]], workers: int) -> Iterator[tuple[Path, str | None]]:
@@ -141,16 +143,20 @@ def check_placing(resize: int, workers: int) -> None:
 
 
 def keep_settings(out: Path, placing: Placing) -> None:
-    """Record how the images of folder ``out`` are placed; InputError where an earlier run placed them differently."""
+    """Record how the images of folder ``out`` are placed; InputError where an earlier run placed them differently, or
+    others.
+    """
     path, settings = out / _SETTINGS, asdict(placing)
     if path.is_file() and (out / "images").is_dir():
         try:
             earlier = read_json(path)
         except (OSError, ValueError):
             earlier = None
-        if earlier != settings:
+        # A record of older versions names no source.
+        if not isinstance(earlier, dict) or settings | earlier != settings:
             raise InputError(
-                f"{out / 'images'}: an earlier run placed images otherwise ({earlier}, now {settings}); "
-                "give its --place and --resize to continue it, another --out, or remove that folder"
+                f"{out / 'images'}: an earlier run placed images otherwise ({earlier}, now {settings}); give its "
+                "--images, --place and --resize to continue it, another --out, or remove that folder (only "
+                f"{path} where the same --images are now in another place)"
             )
     write_private(path, json.dumps(settings) + "\n")

@@ -44,7 +44,8 @@ class MimicImage:
 
 def find_table(folder: Path, kind: str) -> Path | None:
     """Return mimic-cxr-2.0.0-``kind``.csv.gz in ``folder``, of any 2.x version, unpacked or not, or None."""
-    return next(iter(sorted(folder.glob(f"mimic-cxr-2.*-{kind}.csv*"), reverse=True)), None)
+    found = (path for ending in ("csv", "csv.gz") for path in folder.glob(f"mimic-cxr-2.*-{kind}.{ending}"))
+    return max(found, default=None)
 
 
 def read_images(folder: Path) -> list[MimicImage]:
@@ -117,10 +118,14 @@ def _rows(path: Path, *columns: str) -> Iterator[dict[str, str]]:
         raise InputError(
             f"{path}: no column {', '.join(missing)}; the columns are {', '.join(reader.fieldnames or ['none'])}"
         )
-    for number, row in enumerate(reader, start=1):
-        if None in row or None in row.values():
-            raise InputError(f"{path}: row {number} does not have as many cells as the header")
-        yield row
+    number = 0
+    try:
+        for number, row in enumerate(reader, start=1):
+            if None in row or None in row.values():
+                raise InputError(f"{path}: row {number} does not have as many cells as the header")
+            yield row
+    except csv.Error as error:
+        raise InputError(f"{path}: cannot be read as CSV after row {number}: {error}") from error
 
 
 def find_tree(folder: Path) -> Path:
@@ -193,7 +198,7 @@ _NAME = r"(?P<name>[A-Za-z][A-Za-z0-9 \t/,&()'.#-]{0,70}?)"
 _AT_LINE_START = re.compile(rf"^[ \t]*{_NAME}[ \t]*(?P<end>(?<=[A-Za-z)]):|:(?!\d)|;|[ \t]-+[ \t]|$)", re.MULTILINE)
 _IN_A_LINE = re.compile(rf"(?<=[.!?])[ \t]+{_NAME}[ \t]*(?P<end>(?<=[A-Za-z)]):|[:;](?!\d))")
 _WITHOUT_END = re.compile(
-    r"^[ \t]*(?P<name>(?:[A-Z]{3,10}[ \t])?[A-Z]{6,16})(?P<end>[ \t]+)(?=[^\n]*[a-z])", re.MULTILINE
+    r"^[ \t]*(?P<name>(?:[A-Z]{3,10}[ \t])?[A-Z]{6,16})(?P<end>[ \t]+)(?![ \t])(?=[^\n]*[a-z])", re.MULTILINE
 )
 _SECTION_WORDS = (
     "FINDINGS", "FINDING", "IMPRESSION", "IMPRESSIONS", "CONCLUSION", "CONCLUSIONS", "COMPARISON", "COMPARISONS",
@@ -343,7 +348,9 @@ def _read_block(text: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
 
 
 def _is_prose(text: str) -> bool:
-    return len(text.split(maxsplit=2)) > 2 and re.search(r"[a-z][^.!?]*[.!?]", text) is not None
+    """Whether there are three words, and a small letter before the end of a sentence."""
+    end = max(map(text.rfind, ".!?"))
+    return len(text.split(maxsplit=2)) > 2 and re.search("[a-z]", text[: end + 1]) is not None
 
 
 def _headers(text: str) -> tuple[list[_Header], list[_Header]]:

@@ -25,6 +25,7 @@ from modules.runtime.run_log import Bar
 
 REPORTS, PROJECTIONS = "indiana_reports.csv", "indiana_projections.csv"
 MAX_XML = 2**20  # bytes; the longest report has 20 thousand
+MAX_ALL_XML = 2**26  # bytes; 16 kB for each of Open-i's four thousand reports
 MAX_PNG = 128 * 2**20  # bytes; the collection's largest have some ten million
 _NUMBER = r"\d{1,9}"
 _IMAGE = re.compile(rf"CXR{_NUMBER}(?:_{_NUMBER})?_IM-{_NUMBER}(?:-{_NUMBER})+")
@@ -62,7 +63,7 @@ def read_openi(source: Path, projections: Path | None = None) -> list[OpeniStudy
         studies = _kaggle_studies(table, projections or table.with_name(PROJECTIONS))
     else:
         views = {} if projections is None else _views_by_image(projections)
-        studies = [_with_views(parse_report(read(), name), views) for name, read in read_files(source, ".xml", MAX_XML)]
+        studies = [_with_views(parse_report(content, name), views) for name, content in _xml_files(source)]
         if not studies:
             raise InputError(f"{source}: holds neither Open-i's report XML files nor {REPORTS}")
     studies.sort(key=lambda study: int(study.number))
@@ -70,6 +71,17 @@ def read_openi(source: Path, projections: Path | None = None) -> list[OpeniStudy
         if before.number == after.number:
             raise InputError(f"{source}: report CXR{after.number} is there twice")
     return studies
+
+
+def _xml_files(source: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each report; InputError where they are more than a collection of reports has."""
+    size = 0
+    for name, read in read_files(source, ".xml", MAX_XML):
+        content = read()
+        size += len(content)
+        if size > MAX_ALL_XML:
+            raise InputError(f"{source}: its .xml files have more than the {MAX_ALL_XML} bytes accepted in all")
+        yield name, content
 
 
 def parse_report(content: bytes, name: str) -> OpeniStudy:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,10 @@ def _json_pairs(path: Path, text: str, flag: str) -> list[tuple[object, str]]:
 
 
 def _csv_pairs(path: Path, text: str, flag: str) -> list[tuple[object, str]]:
-    rows = list(csv.DictReader(text.splitlines()))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise InputError(f"{flag} {path}: cannot be read as CSV: {error}") from error
     pairs = [(row.get("id"), row.get("split")) for row in rows]
     wrong = next((split for _, split in pairs if split not in SPLITS), None)
     if not rows or wrong is not None or any(split is None for _, split in pairs):

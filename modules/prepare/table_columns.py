@@ -2,16 +2,18 @@
 
 import json
 import re
-import string
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modules.data.report_tables import MISSING
 from modules.prepare.user_tables import FILE_SPLIT, Row, cell
 from modules.runtime.errors import InputError, did_you_mean
 
 PRESETS = Path(__file__).parent / "presets"
+_IN_BRACES = re.compile(r"{([^{}]+)}")
 # The names by which a column is guessed, the likeliest first; only letters and digits count.
 GUESSES: dict[str, tuple[str, ...]] = {
     "id": ("id", "imageid", "dicomid", "recordid", "uid", "key"),
@@ -79,6 +81,22 @@ def read_preset(name: str) -> Preset:
     return Preset(name=name, **content)
 
 
+def joined_tables(tables: Iterable[Sequence[Row]]) -> list[Row]:
+    """The rows of several tables one after the other; a column that differs only in case, spaces and signs from one of
+    an earlier table ("Patient ID", "patient_id") gets the name that it has there.
+    """
+    spelt: dict[str, str] = {}
+    found: list[Row] = []
+    for rows in tables:
+        own = dict.fromkeys(name for row in rows for name in row)
+        alike = Counter(map(_letters, own))  # two such columns of one table stay two
+        single = {name: key for name in own if alike[key := _letters(name)] == 1}
+        names = {name: spelt[key] for name, key in single.items() if spelt.get(key, name) != name}
+        found += [{names.get(name, name): value for name, value in row.items()} for row in rows] if names else rows
+        spelt = {_letters(name): name for name in own} | spelt
+    return found
+
+
 def find_columns(
     rows: Sequence[Row], given: Mapping[str, Sequence[str]], preset: Preset, *, reports: bool = True
 ) -> Columns:
@@ -134,6 +152,10 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.casefold()) or name  # of any alphabet, unlike _plain
+
+
 def _require(rows: Sequence[Row], known: Collection[str], columns: Sequence[str], what: str) -> None:
     for column in (name for own in columns for name in template_columns(own)):
         if column in known or any(cell(row, column) is not None for row in rows[:1000]):
@@ -154,10 +176,9 @@ def template_columns(column: str) -> list[str]:
     """
     if "{" not in column:
         return [column]
-    try:
-        return [name for _, name, _, _ in string.Formatter().parse(column) if name]
-    except ValueError as error:
-        raise InputError(f"{column!r}: not a template of columns in braces: {error}") from error
+    if set("{}") & set(_IN_BRACES.sub("", column)):
+        raise InputError(f"{column!r}: not a template of columns in braces, such as {{folder}}/{{name}}.png")
+    return _IN_BRACES.findall(column)
 
 
 def texts(row: Row, columns: Sequence[str], *, keep_empty: bool = False) -> list[str]:
@@ -166,7 +187,7 @@ def texts(row: Row, columns: Sequence[str], *, keep_empty: bool = False) -> list
     for column in columns:
         if "{" in column:
             parts = {name: "".join(texts(row, [name])[:1]) for name in template_columns(column)}
-            value: Any = re.sub(r"{([^{}]+)}", lambda match, parts=parts: parts[match[1]], column)
+            value: Any = _IN_BRACES.sub(lambda match, parts=parts: parts[match[1]], column)
         else:
             value = cell(row, column)
         for entry in value if isinstance(value, (list, tuple)) else [value]:
@@ -182,4 +203,4 @@ def _text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip()
-    return "" if text.lower() in ("nan", "none", "null", "n/a", "<na>") else text
+    return "" if text.lower() in MISSING else text

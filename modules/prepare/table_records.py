@@ -66,8 +66,11 @@ def read_records(
     found: dict[str, Record] = {}
     counts: Counter[str] = Counter()
     taken: dict[str, Record] = {}  # with ``by_image``, by image
+    patients: dict[str, dict[str, None]] = {}  # by study
     for row in rows:
         record = _record(row, columns, images)
+        if record.study and record.patient:
+            patients.setdefault(record.study, {})[record.patient] = None
         if not record.id and record.images:
             record.id = _id_of_image(record.images[0], found)
         if by_image:
@@ -80,8 +83,20 @@ def read_records(
     if not by_image:
         for key, record in found.items():
             record.id = key
+    for record in found.values():
+        if not record.patient and record.study in patients:
+            record.patient = _only_patient(record.study, list(patients[record.study]))
     kept = [record for record in found.values() if by_image or _is_whole(record, counts, "studies", reports)]
     return Read(kept, counts)
+
+
+def _only_patient(study: str, patients: Sequence[str]) -> str:
+    if len(patients) > 1:
+        raise InputError(
+            f"study {study!r}: its rows name the patients {patients[0]!r} and {patients[1]!r}, and one row names none; "
+            "name the patient in each of them"
+        )
+    return patients[0]
 
 
 def _is_whole(record: Record, counts: Counter[str], what: str, reports: bool) -> bool:
@@ -121,13 +136,23 @@ def _record(row: Row, columns: Columns, images: Path | None) -> Record:
         patient=joined("patient"),
         split=joined("split") or ("" if "split" in columns.roles else str(row.get(FILE_SPLIT, ""))),
         report=" ".join(" ".join(text.split()) for text in texts(row, columns.roles.get("report", ()))),
-        captions=texts(row, columns.roles.get("captions", ())),
+        captions=_captions(texts(row, columns.roles.get("captions", ()))),
         images=paths,
         views=_fitting(views, len(paths)),
         date=joined("date", " "),
         sections={name: " ".join(text.split()) for name, text in sections.items() if text},
         extra={name: row[name] for name in columns.extra if name in row},
     )
+
+
+def _captions(cells: Sequence[str]) -> list[str]:
+    """The captions in cells, of which each may be a list as Python or JSON write it."""
+    listed = [_as_list(cell) for cell in cells]
+    return [
+        text
+        for cell, entries in zip(cells, listed, strict=True)
+        for text in ([cell] if entries is None else texts({"cell": entries}, ["cell"]))
+    ]
 
 
 def _id_of_image(image: str, found: Mapping[str, Record]) -> str:
@@ -251,10 +276,16 @@ def settle_splits(read: Read, *, seed: int, named: Mapping[str, str] | None, new
                 f"patient {record.owner!r} is in the splits {homes[record.owner]} and {record.split}; "
                 "--new_split draws a split that keeps patients whole"
             )
+    if twice := next((name for name in homes if name.isdigit() and f"{name}.0" in homes), None):
+        raise InputError(f"ids {twice!r} and '{twice}.0' are one number, written in two ways; export ids as text")
     if missing := [split for split in SPLITS if split not in homes.values()]:
         raise InputError(
             f"no record is in split {missing[0]}: {len(homes)} patients are too few, or none is in train (--new_split "
             "draws a split)"
+        )
+    if any(record.patient for record in records):
+        read.counts["records that name no patient, of which each study counts as a patient of its own"] = sum(
+            not record.patient for record in records
         )
     read.counts["images that are in two splits (name a column of patients or studies)"] = sum(
         len(splits) > 1 for splits in shown.values()

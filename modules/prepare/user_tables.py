@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modules.data.annotations import unique_keys
 from modules.data.report_tables import read_table, read_text
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import open_regular, read_bytes
@@ -124,8 +125,8 @@ def _json(path: Path, rows_at: str, *, lines: bool) -> list[Row]:
     try:
         content = read_bytes(path, MAX_BYTES).decode("utf-8-sig")
         if lines:
-            found += (json.loads(line) for line in content.split("\n") if line.strip())
-        data: Any = found if lines else json.loads(content)
+            found += (json.loads(line, object_pairs_hook=unique_keys) for line in content.split("\n") if line.strip())
+        data: Any = found if lines else json.loads(content, object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -134,13 +135,21 @@ def _json(path: Path, rows_at: str, *, lines: bool) -> list[Row]:
     if rows_at:
         data = data.get(rows_at) if isinstance(data, dict) else None
     if isinstance(data, dict) and all(isinstance(value, list) and split_of(key) for key, value in data.items()):
-        data = [{"split": key} | row for key, rows in data.items() for row in rows if isinstance(row, dict)]
+        data = [_of_split(path, key, row) for key, rows in data.items() for row in rows]
     elif isinstance(data, dict):
         data = [{"key": key} | row if isinstance(row, dict) else row for key, row in data.items()]
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
         at = f" under {rows_at!r}" if rows_at else ""
         raise InputError(f"{path}: expected a list of objects, or an object of them by id{at}")
     return data
+
+
+def _of_split(path: Path, key: str, row: Any) -> Any:
+    """A row from the list under ``key``, which may say its split as well; InputError where that is another one."""
+    own = row.get("split") if isinstance(row, dict) else None
+    if own and split_of(str(own)) != split_of(key):
+        raise InputError(f"{path}: a row under {key!r} says split {str(own)[:40]!r}; write the one or the other")
+    return row | {"split": own or key} if isinstance(row, dict) else row
 
 
 def _parquet(path: Path) -> list[Row]:

@@ -73,7 +73,7 @@ def _identity(path: Path) -> Any:
 def _recognised(recognises: Recognises, path: Path) -> bool:
     try:
         return recognises(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError):  # JSON of another shape, too
         return False
 
 

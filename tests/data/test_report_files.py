@@ -198,3 +198,10 @@ def test_ids_that_do_not_agree_are_named(tmp_path, generated, cause):
     (tmp_path / "r.json").write_text(json.dumps(generated))
     with pytest.raises(InputError, match=cause):
         align(read_reports(tmp_path / "g.json", "gts"), read_reports(tmp_path / "r.json", "res"))
+
+
+def test_a_line_separator_inside_a_text_ends_no_json_line(tmp_path):
+    content = '{"id": "a", "report": "one\u2028line"}\r\n{"id": "b", "report": "x"}\n'
+    (tmp_path / "r.jsonl").write_text(content, encoding="utf-8", newline="")
+    found = read_reports(tmp_path / "r.jsonl", "res")
+    assert found.ids == ["a", "b"] and found.texts[0] == ["one\u2028line"]

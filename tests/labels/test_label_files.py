@@ -15,6 +15,7 @@ from modules.labels.rules import CLASSES
 from modules.labels.study_labels import NO_FINDING, ORDERS, class_order, read_labels
 from modules.labels.tables import write_table
 from modules.runtime.errors import InputError
+from scripts import label_reports
 
 IDS = ["CXR1_IM-0001", "CXR2_IM-0652"]
 # One row per id, by class name.
@@ -218,6 +219,16 @@ def test_damaged_pickles_are_refused_or_read_in_full(tmp_path_factory, cut, posi
         assert "\n" not in str(error)
     else:
         assert all(isinstance(values, np.ndarray) and values.dtype.kind in "biuf" for values in found.values())
+
+
+def test_labels_with_another_programs_record_stay(tmp_path, monkeypatch):
+    for name, content in (("in.csv", "report\nEdema.\n"), ("out.csv", "mine\n")):
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr("sys.argv", ["label_reports.py", str(tmp_path / "in.csv"), "--out", str(tmp_path / "out.csv")])
+    for record in ("{}", "[]"):
+        (tmp_path / "out.provenance.json").write_text(record)
+        with pytest.raises(InputError, match="already exists and is not an unchanged output of this program"):
+            label_reports.main()
 
 
 def test_a_declared_size_costs_nothing(tmp_path):

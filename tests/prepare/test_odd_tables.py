@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from modules.prepare.priors import moments
+from modules.prepare.table_columns import joined_tables
 from modules.runtime.errors import InputError
 from tests.prepare.test_prepare_table import COUNT, pictures, prepare, report, write_csv
 
@@ -193,3 +194,109 @@ def test_an_unknown_view_keeps_its_place(prepare, tmp_path, as_text):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     found = records_of(prepare([tmp_path / "rows.json"]))
     assert found["0"]["view"] == ["", "PA", "LATERAL"]
+
+
+# ---- patients in one split
+
+
+def of_patients(folder, name, column, patients, first=0):
+    rows = [{column: who, "image": f"{first + n}.png", "report": report(first + n)} for n, who in enumerate(patients)]
+    return write_csv(folder / name, rows)
+
+
+def test_columns_of_several_tables_may_differ_in_case(prepare, tmp_path, capsys):
+    tables = [
+        of_patients(tmp_path, "train.csv", "patient_id", ["P0", "P1"]),
+        of_patients(tmp_path, "val.csv", "patient_id", ["P2"], 2),
+        of_patients(tmp_path, "test.csv", "Patient ID", ["P0"], 3),
+    ]
+    with pytest.raises(InputError, match="patient 'P0' is in the splits train and test"):
+        prepare(tables)
+    tables[2] = of_patients(tmp_path, "test.csv", "patient_id", ["P3", "", ""], 3)
+    prepare(tables)
+    told = "records that name no patient, of which each study counts as a patient of its own: 2\n"
+    assert told in capsys.readouterr().out
+    rows = joined_tables([[{"影像": "a"}], [{"报告": "b"}], [{"x y": 1, "X_Y": 2}], [{"Xy": 3}]])
+    assert rows == [{"影像": "a"}, {"报告": "b"}, {"x y": 1, "X_Y": 2}, {"X_Y": 3}]
+
+
+def test_one_number_written_in_two_ways_is_refused(prepare, tmp_path):
+    tables = [
+        of_patients(tmp_path, "train.csv", "patient", ["0", "1"]),
+        of_patients(tmp_path, "val.csv", "patient", ["2"], 2),
+        of_patients(tmp_path, "test.csv", "patient", ["0.0"], 3),
+    ]
+    with pytest.raises(InputError, match=r"ids '0' and '0\.0' are one number, written in two ways; export ids as text"):
+        prepare(tables)
+
+
+def test_a_study_is_of_the_patient_that_one_of_its_rows_names(prepare, tmp_path):
+    rows = [
+        {"study": f"s{n}", "patient": "" if view else f"p{n // 2}", "image": f"{n}{view}.png", "report": report(n)}
+        for n in range(COUNT)
+        for view in (0, 1)
+    ]
+    found = records_of(prepare([write_csv(tmp_path / "rows.csv", rows)], "--records", "image"))
+    homes = {(record["subject_id"], record["split"]) for record in found.values()}
+    assert len(found) == 2 * COUNT and len(homes) == COUNT // 2
+    rows[2]["study"] = "s0"  # p0 as well
+    rows[4]["study"] = "s0"  # p1
+    with pytest.raises(
+        InputError, match="study 's0': its rows name the patients 'p0' and 'p1', and one row names none"
+    ):
+        prepare([write_csv(tmp_path / "rows.csv", rows)], "--records", "image", out="other")
+
+
+# ---- what cells and files of others hold
+
+
+def test_words_for_a_missing_cell(prepare, tmp_path):
+    """R's write.csv writes NA."""
+    rows = [
+        {"study": "NA" if n < 4 else f"s{n}", "image": f"{n}.png", "report": "NA" if n == 9 else report(n)}
+        for n in range(COUNT)
+    ]
+    found = records_of(prepare([write_csv(tmp_path / "rows.csv", rows)]))
+    assert len(found) == COUNT - 1 and {"0", "3", "s4"} <= set(found) and "s9" not in found
+
+
+def test_captions_in_one_cell(prepare, tmp_path):
+    two = [["A dog, running.", "Two cats."], ["[sic] one."]]
+    cells = [json.dumps(two[0]), str(two[0]), "[sic] one."]
+    rows = [{"image": f"{n}.png", "captions": cells[n % 3]} for n in range(COUNT)]
+    found = records_of(prepare([write_csv(tmp_path / "rows.csv", rows)]))
+    assert [found[name]["captions"] for name in "012"] == [two[0], two[0], two[1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            '{"a": {"image": "a.png", "report": "r"}, "a": {"image": "b.png", "report": "s"}}',
+            "the key 'a' occurs twice",
+        ),
+        ('{"test": [{"image": "a.png", "report": "r", "split": "train"}]}', "a row under 'test' says split 'train'"),
+        ('{"train": [{"image": "a.png", "report": "r"}, ["b.png", "s"]]}', "expected a list of objects"),
+    ],
+)
+def test_json_that_says_two_things_is_refused(prepare, tmp_path, content, reason):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(InputError, match=reason):
+        prepare([tmp_path / "rows.json"])
+
+
+def test_json_that_says_a_split_twice_alike_is_read(prepare, tmp_path):
+    words = {"train": "training", "val": "", "test": "test"}
+    rows = {split: [{"image": f"{split}.png", "report": "r", "split": word}] for split, word in words.items()}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert {name: record["split"] for name, record in records_of(prepare([tmp_path / "rows.json"])).items()} == {
+        split: split for split in words
+    }
+
+
+def test_a_template_takes_columns_only(prepare, tmp_path):
+    table = write_csv(tmp_path / "rows.csv", [{"num": n, "report": report(n)} for n in range(COUNT)])
+    with pytest.raises(InputError, match="--image: there is no column 'num:05d'; did you mean num"):
+        prepare([table], "--image", "{num:05d}.png")
+    with pytest.raises(InputError, match="not a template of columns in braces"):
+        prepare([table], "--image", "{{num}}.png")

@@ -225,6 +225,21 @@ def test_a_published_split_is_kept_with_its_order(openi, tmp_path, monkeypatch, 
     assert read_split(tmp_path / "ids.csv") == {"CXR3": "val", "CXR2_IM-0502": "train"}
 
 
+def test_ids_of_a_split_file_name_one_folder_and_one_report_each(openi, tmp_path, monkeypatch, capsys):
+    ids = {"train": ["CXR2_IM-0502", "CXR3_/../../../../escaped", "CXR4_/5"], "val": ["CXR9_IM-0509"], "test": ["5"]}
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    given = ("--reports", openi / REPORTS, "--split", tmp_path / "ids.json", "--out", tmp_path / "a/b")
+    prepare(monkeypatch, *given)
+    assert [records[0]["id"] for records in written(tmp_path / "a/b").values()] == ["CXR2_IM-0502", "CXR9_IM-0509", "5"]
+    assert "2 of the 5 studies" in capsys.readouterr().err
+    for split in ("test", "train"):  # in one split the second would leave the first without its images
+        twice = {"train": ["CXR2_IM-0502"], "val": ["CXR9"], "test": ["CXR3"]}
+        twice[split].append("CXR2_IM-0502-2001")
+        (tmp_path / "ids.json").write_text(json.dumps(twice))
+        with pytest.raises(InputError, match=rf"'CXR2_IM-0502' \(train\) and 'CXR2_IM-0502-2001' \({split}\) are both"):
+            prepare(monkeypatch, *given)
+
+
 def test_r2gens_annotation_is_not_replaced(openi, tmp_path, monkeypatch, capsys):
     prepare(monkeypatch, "--reports", openi / REPORTS, "--seed", 7, "--out", tmp_path / "r2gen")
     path = tmp_path / "out" / "annotation.json"
@@ -269,9 +284,10 @@ def test_wrong_splits(tmp_path, content, error):
     (tmp_path / "split.json").write_text(content)
     with pytest.raises(InputError, match=error):
         read_split(tmp_path / "split.json")
-    (tmp_path / "split.csv").write_text("id,split\na,training\n")
-    with pytest.raises(InputError, match="not 'training'"):
-        read_split(tmp_path / "split.csv")
+    for row, reason in (("a,training", "not 'training'"), ("a" * 200_000 + ",train", "as CSV: field larger")):
+        (tmp_path / "split.csv").write_text(f"id,split\n{row}\n")
+        with pytest.raises(InputError, match=reason):
+            read_split(tmp_path / "split.csv")
 
 
 def test_seeded_split_keeps_patients_whole():
@@ -307,11 +323,14 @@ def test_names_of_an_archive_lead_nowhere(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["in", "x.tgz"]
 
 
-def test_large_and_damaged_archives_are_refused(tmp_path):
+def test_large_and_damaged_archives_are_refused(tmp_path, monkeypatch):
     bomb = tgz(tmp_path / "bomb.tgz", [("1.xml", b" " * (2**20 + 1))])
     with pytest.raises(InputError, match="more than the 1048576 accepted"):
         read_openi(bomb)
     whole = tgz(tmp_path / "cut.tgz", [(f"{n}.xml", xml_of(n)) for n in range(1, 9)])
+    monkeypatch.setattr("modules.prepare.openi.MAX_ALL_XML", 4000)
+    with pytest.raises(InputError, match="more than the 4000 bytes accepted in all"):
+        read_openi(whole)
     whole.write_bytes(whole.read_bytes()[:300])
     with pytest.raises(InputError, match="damaged, or not of the kind its name says"):
         read_openi(whole)

@@ -250,10 +250,15 @@ COLUMNS = ["dicom_id", "study_id", "subject_id", "split"]
         ([COLUMNS, ["abcd", "50000001"]], "row 1 does not have as many cells"),
         ([COLUMNS, *[["abcd", "50000001", "10000032", "train"]] * 2], "occurs twice"),
         ([COLUMNS], "has no rows"),
+        (
+            [COLUMNS, ["a" * 200_000, "50000001", "10000032", "train"]],
+            r"split\.csv\.gz: cannot be read as CSV after row 0",
+        ),
     ],
 )
 def test_wrong_tables(tmp_path, rows, error):
     table(tmp_path / "mimic-cxr-2.0.0-split.csv.gz", rows)
+    (tmp_path / "mimic-cxr-2.0.0-split.csv.old").write_text("set aside")
     table(tmp_path / "mimic-cxr-2.0.0-metadata.csv.gz", [["dicom_id", "ViewPosition"]])
     with pytest.raises(InputError, match=error):
         mimic_cxr.read_images(tmp_path)
@@ -397,6 +402,8 @@ def test_undecidable_studies_are_listed(physionet, tmp_path, monkeypatch, capsys
 def test_a_long_line_takes_no_time():
     assert extract_section("A " * 200_000, "findings") == ""
     assert extract_section("FINDINGS: " + "A.  " * 50_000, "findings").startswith("A. A.")
+    assert extract_section("a b " + "c" * 200_000, "findings") == ""
+    assert extract_section("FINDINGS" + " " * 50_000 + "A" * 50_000, "findings") == ""
 
 
 def test_sections_and_priors_are_kept(tmp_path, physionet):

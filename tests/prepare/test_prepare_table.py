@@ -398,6 +398,21 @@ def test_pictures_of_every_kind_and_what_is_not_there(prepare, tmp_path, capsys)
     assert not problems_of(out)
 
 
+def test_a_second_run_takes_no_images_of_another_folder(prepare, tmp_path):
+    rows = [{"image": f"{n}.{('jpg', 'JPEG', 'jpeg')[n % 3]}", "report": report(n)} for n in range(COUNT)]
+    table = write_csv(tmp_path / "rows.csv", rows)
+    for folder in ("a", "b"):
+        pictures(tmp_path / folder, [row["image"] for row in rows])
+    command = ([table], "--resize", 32, "--images")
+    out = prepare(*command, tmp_path / "a")
+    with pytest.raises(InputError, match="an earlier run placed images otherwise .*; give its --images"):
+        prepare(*command, tmp_path / "b")
+    (out / ".preparation.json").write_text('{"way": "link", "resize": 32}')  # as older versions wrote it
+    prepare(*command, tmp_path / "a")
+    tables = [Image.open(out / "images" / row["image"]).quantization for row in rows[:3]]
+    assert tables[0] == tables[1] == tables[2]  # one quality, however the suffix is written
+
+
 def test_priors_go_by_date_never_by_number():
     def study(number, patient="p", split="train", of=""):
         record = {"id": f"s{number}", "subject_id": patient, "split": split}
