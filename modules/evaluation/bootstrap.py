@@ -101,8 +101,8 @@ def compare(
       Welch (1947) and Satterthwaite. Resampling the few seeds themselves finds too much: docs/EVALUATION.md.
 
     Each p counts the observation itself, so none is below 1 / (R + 1); of one unit nothing can be tested. Scores on cut
-    references are left out where the runs cut differently (another vocabulary or --max_seq_length). InputError where
-    the runs are not about the same test reports, or not equally many.
+    references are left out where the runs cut differently (another vocabulary or --max_seq_length), nll where it is of
+    other tokens. InputError where the runs are not about the same test reports, or not equally many.
     """
     names = _comparable([*first, *second])
     if len(first) != len(second):
@@ -236,7 +236,19 @@ def _comparable(runs: Sequence[ReportStatistics]) -> list[str]:
     cut_alike = len({run.references for run in runs}) == 1
     columns = [run.columns() for run in runs]
     names = [name for name in columns[0] if all(name in own for own in columns)]
+    if not _same_targets(runs):
+        names = [name for name in names if name != "nll"]
     return [name for name in names if cut_alike or name.endswith(FULL) or name == "diversity"]
+
+
+def _same_targets(runs: Sequence[ReportStatistics]) -> bool:
+    """Whether ``nll`` is of the same tokens in all runs, as far as is known: older files have their numbers alone.
+
+    Captions are scored whole, so that their references are the same whatever a model's vocabulary cuts and replaces.
+    """
+    counts = [run.tables["nll"][:, 1] for run in runs if "nll" in run.tables]
+    alike = all(np.array_equal(counts[0], own) for own in counts)
+    return alike and len({run.targets for run in runs} - {""}) <= 1
 
 
 def _units(runs: Sequence[ReportStatistics]) -> np.ndarray:

@@ -35,6 +35,7 @@ from modules.runtime.input_files import open_regular
 from modules.runtime.records import write_private
 
 _TAG, _UNITS = "tag", ("studies", "patients")
+_DIGESTS, _TARGETS = ("references", "full_references"), "targets"
 MAX_STATISTICS = 2**30  # bytes, unpacked; those of MIMIC-CXR's test split take a thousandth
 _SENTENCE_METRICS = {metric.name: metric for metric in SENTENCE_METRICS}
 
@@ -46,7 +47,8 @@ class ReportStatistics:
     ``references`` and ``full_references`` are digests of the ids and the references as they were scored: only runs
     for which they agree can be compared, on cut or on whole references. ``tag`` is part of all names of
     scores: see modules.evaluation.metric_table. ``studies`` and ``patients`` (N,) number the study and the patient of
-    each report, None where they are not known.
+    each report, None where they are not known. ``targets`` is the digest of the tokens whose likelihood ``nll`` is,
+    "" in older files.
     """
 
     tables: Mapping[str, np.ndarray]
@@ -55,6 +57,7 @@ class ReportStatistics:
     tag: str = ""
     studies: np.ndarray | None = None
     patients: np.ndarray | None = None
+    targets: str = ""
 
     def __len__(self) -> int:
         return len(next(iter(self.tables.values())))
@@ -174,6 +177,7 @@ def join(parts: Sequence[ReportStatistics]) -> ReportStatistics:
         parts[0].tag,
         _joined_numbers([part.studies for part in parts]),
         _joined_numbers([part.patients for part in parts]),
+        digest([], targets) if all(targets := [part.targets for part in parts]) else "",
     )
 
 
@@ -208,7 +212,8 @@ def save_statistics(path: str | Path, systems: Mapping[str, ReportStatistics]) -
     arrays |= {f"{system}/{_TAG}": np.array(statistics.tag) for system, statistics in systems.items()}
     content = io.BytesIO()
     units = {name: numbers for name in _UNITS if (numbers := getattr(first, name)) is not None}
-    np.savez_compressed(content, **arrays, **units, references=first.references, full_references=first.full_references)
+    digests = {name: getattr(first, name) for name in (*_DIGESTS, _TARGETS)}
+    np.savez_compressed(content, **arrays, **units, **digests)
     write_private(path, content.getvalue())
 
 
@@ -220,8 +225,9 @@ def load_statistics(path: str | Path) -> dict[str, ReportStatistics]:
             if sum(member.file_size for member in stored.zip.infolist()) > MAX_STATISTICS:
                 raise ValueError("too large")
             arrays = dict(stored)
-        digests = [str(arrays.pop(key)) for key in ("references", "full_references")]
-        units = {name: arrays.pop(name, None) for name in _UNITS}  # older files have none
+        digests = [str(arrays.pop(key)) for key in _DIGESTS]
+        # Older files have none of these.
+        units, targets = {name: arrays.pop(name, None) for name in _UNITS}, str(arrays.pop(_TARGETS, ""))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; main_train.py and main_test.py write it with results.json") from None
     except Exception as error:  # damaged bytes lead the reader to all kinds of exceptions
@@ -232,7 +238,11 @@ def load_statistics(path: str | Path) -> dict[str, ReportStatistics]:
         systems.setdefault(system, {})[name] = table
     return {
         system: ReportStatistics(
-            {name: table for name, table in tables.items() if name != _TAG}, *digests, tag=str(tables[_TAG]), **units
+            {name: table for name, table in tables.items() if name != _TAG},
+            *digests,
+            tag=str(tables[_TAG]),
+            **units,
+            targets=targets,
         )
         for system, tables in systems.items()
     }

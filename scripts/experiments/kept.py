@@ -74,6 +74,7 @@ def pack(run: Run, keep: Path) -> Path:
         "variety": {system: _numbers(content.get("variety", {}).get(system, {})) for system in systems},
         "texts": numbered([row[0] if row else "" for row in texts]).tolist(),  # equal numbers: equal texts
         "references": [first.references, first.full_references],
+        "targets": first.targets,
         "tag": first.tag,
         "units": {name: None if (rows := getattr(first, name)) is None else rows.tolist() for name in UNITS},
         "statistics": {system: _columns(statistics) for system, statistics in systems.items()},
@@ -96,6 +97,7 @@ def read_kept(path: Path) -> dict[str, Any]:
                 *content["references"],
                 content["tag"],
                 **units,
+                targets=content.get("targets", ""),
             )
             for system, tables in content["statistics"].items()
         }

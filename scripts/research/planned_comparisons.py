@@ -108,10 +108,11 @@ def compared(pair: str, runs: Mapping[str, Mapping[int, Path]], planned: int, sc
         return Comparison(pair, 0, planned, float("nan"), float("nan"), (float("nan"),) * 2, None)
     sides = [[read_kept(runs[name][seed])["statistics"][MODEL] for seed in seeds] for name in names]
     means = [[statistics.scores() for statistics in side] for side in sides]
-    if score not in means[0][0]:
-        raise InputError(f"--score {score}: the runs have {', '.join(means[0][0])}")
+    changes = compare(*sides)
+    if score not in changes:
+        raise InputError(f"--score {score}: {pair} can be compared by {', '.join(changes)}")
     first, second = (sum(scores[score] for scores in side) / len(seeds) for side in means)
-    found = compare(*sides)[score]
+    found = changes[score]
     return Comparison(pair, len(seeds), planned, first, second, found.over_seeds(level), found.p_seeds)
 
 

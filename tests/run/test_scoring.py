@@ -47,6 +47,16 @@ def test_every_score_has_an_interval_and_statistics_that_repeat_it():
         assert set(scored.intervals[system]) == set(again) - macro
 
 
+def test_likelihoods_are_of_the_tokens_of_a_vocabulary():
+    found = dataclasses.replace(FOUND, references=["the <unk> ."] * 3)
+    with Scoring(Config(meteor=False, clinical=False), torch.device("cpu")) as scoring:
+        targets = [
+            scoring.test(own, {"model": GENERATED}, {}, vocabulary=name).statistics["model"].targets
+            for own, name in ((FOUND, "words"), (FOUND, "words"), (FOUND, "pieces"), (found, "words"))
+        ]
+    assert targets[0] == targets[1] and len(set(targets)) == 3
+
+
 def test_the_reason_for_a_missing_meteor_outlives_the_next_system(monkeypatch):
     """Java may fail for the model and work again for the floor: the reason must not be lost in between."""
     with Scoring(Config(), torch.device("cpu")) as scoring:

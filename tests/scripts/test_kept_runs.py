@@ -28,7 +28,7 @@ def files(tmp_path):
         values = base + (GAIN if "ithn" in name else 0.0) + 0.001 * run.seed + rng.normal(0, 0.01, 60)
         finish(run, score=float(values.mean()))
         tables = {"BLEU_4": values[:, None].astype(np.float32), "nll": np.column_stack([values, np.full(60, 9)])}
-        system = ReportStatistics(tables, "cut", "whole", studies=np.arange(60))
+        system = ReportStatistics(tables, "cut", "whole", studies=np.arange(60), targets="tokens")
         save_statistics(run.folder / "statistics.npz", {"model": system})
         (run.folder / "history.json").write_text(json.dumps([{"epoch": 1, "val_CIDEr": 0.4, "note": "text"}]))
         (run.folder / "res.csv").write_text("a secret dog\na cat\na secret dog\n" + "a cow\n" * 57)
@@ -59,7 +59,7 @@ def test_tables_are_made_again_from_what_is_kept(files, tmp_path):
         assert again.cells["BLEU_4"].low == pytest.approx(row.cells["BLEU_4"].low, abs=1e-5)
     again = load_statistics(by_name(planned(files))["ithn seed 2"].folder / "statistics.npz")["model"]
     assert again.scores() == pytest.approx(statistics.scores(), abs=1e-5)
-    assert np.array_equal(again.studies, statistics.studies)
+    assert np.array_equal(again.studies, statistics.studies) and again.targets == "tokens"
 
 
 def test_what_is_kept_are_numbers(files, tmp_path):
