@@ -168,7 +168,7 @@ def check_same_reports(folders: tuple[Folder, Folder], statistics: "list[ReportS
 def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_scores: bool) -> "Comparison":
     """Everything that is shown. InputError for a score --by that is not there."""
     from modules.evaluation.bootstrap import compare, holm
-    from modules.evaluation.metric_table import tagged, untagged
+    from modules.evaluation.metric_table import smaller_is_better, tagged, untagged
     from modules.pages.comparison import Comparison, ReportPair, ScoreLine, rank, report_scores, settings_that_differ
 
     statistics, notes = statistics_of(folders)
@@ -207,7 +207,7 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
             for row in rows
         ]
 
-    gains, losses = rank(each[1] - each[0], show)
+    gains, losses = rank((each[1] - each[0]) * (-1 if smaller_is_better(by) else 1), show)
     configs = [folder.results.get("config", {}) for folder in folders]
     return Comparison(
         names=(str(first.path), str(second.path)),

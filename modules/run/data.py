@@ -18,6 +18,7 @@ from modules.data.datasets import EpochLoader, ReportDataset, build_loader
 from modules.data.images import ImageFolder
 from modules.data.loaders import LimitedLoader
 from modules.data.transforms import Transform, eval_transform, train_transform
+from modules.evaluation.metric_table import REFERENCE_LABELS
 from modules.ithn.settings import ITHNSettings
 from modules.ithn.synthesis import DRAWING_NEIGHBOURS, NEEDING_NEGATIVES
 from modules.mining.index import HardNegativeIndex
@@ -145,7 +146,7 @@ def backbone_settings(config: Config) -> BackboneSettings:
 
 def score_tag(config: Config) -> str:
     """What the names of scores carry where generation is given labels of the reference reports; else nothing."""
-    return "reference_labels" if backbone_settings(config).reads_reference_labels else ""
+    return REFERENCE_LABELS if backbone_settings(config).reads_reference_labels else ""
 
 
 def clusters(config: Config) -> tuple[str, ...]:

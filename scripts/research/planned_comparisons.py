@@ -6,7 +6,8 @@
 Each pair is compared over all seeds that both have: the difference, its interval (--level) and p value, which know
 both other test images and other seeds, and Holm's correction over the pairs given. A pair is decided once all seeds of
 the table are there: a gain (or loss) where p after the correction is below 0.05 and the difference is at least the
-margin, no gain where the interval lies within the margin on both sides, else undecided.
+margin (of a score that should fall, a fall is a gain), no gain where the interval lies within the margin on both sides,
+else undecided.
 
   python scripts/research/planned_comparisons.py experiments/evidence/flickr8k_tuning.json \\
       --kept experiments/evidence/flickr8k_tuning --validation
@@ -22,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from modules.evaluation.metric_table import smaller_is_better
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
@@ -57,6 +59,7 @@ class Comparison:
     second: float
     interval: tuple[float, float]
     p: float | None
+    falls: bool = False  # a smaller score is better
 
     @property
     def difference(self) -> float:
@@ -68,7 +71,7 @@ class Comparison:
         if self.seeds < self.planned or p_holm is None:
             return f"open: {self.seeds} of {self.planned} seeds"
         if p_holm < SIGNIFICANT and abs(self.difference) >= margin:
-            return "gain" if self.difference > 0 else "loss"
+            return "gain" if (self.difference > 0) is not self.falls else "loss"
         return "no difference of that size" if -margin < self.interval[0] and self.interval[1] < margin else "undecided"
 
 
@@ -113,7 +116,8 @@ def compared(pair: str, runs: Mapping[str, Mapping[int, Path]], planned: int, sc
         raise InputError(f"--score {score}: {pair} can be compared by {', '.join(changes)}")
     first, second = (sum(scores[score] for scores in side) / len(seeds) for side in means)
     found = changes[score]
-    return Comparison(pair, len(seeds), planned, first, second, found.over_seeds(level), found.p_seeds)
+    falls = smaller_is_better(score)
+    return Comparison(pair, len(seeds), planned, first, second, found.over_seeds(level), found.p_seeds, falls)
 
 
 def table_of(comparisons: Sequence[Comparison], margin: float) -> list[str]:

@@ -206,6 +206,13 @@ def test_nll_of_other_tokens_is_left_out_with_a_note(runs):
         compared(runs, by="nll")
 
 
+def test_a_report_with_more_errors_has_not_gained(runs):
+    for path, devices in zip(runs, ([0, 0, 1, 0], [3, 0, 0, 0]), strict=True):
+        keep_statistics(path, {"hallucinated_devices_full": np.array(devices, dtype=float)[:, None]})
+    comparison = compared(runs, by="hallucinated_devices_full")
+    assert [pair.number for pair in comparison.better] == [3] and [pair.number for pair in comparison.worse] == [1]
+
+
 def test_rank_leaves_out_what_has_not_changed():
     assert rank(np.array([0.0, 0.5, -0.1, 0.5, 0.2]), 3) == ([1, 3, 4], [2])
     assert rank(np.zeros(3), 3) == ([], []) and rank(np.array([1.0, -1.0]), 0) == ([], [])

@@ -226,6 +226,22 @@ def test_the_whole_on_real_trainings(demo, tmp_path):
     assert changed.returncode == 2 and changed.stderr.count("\n") == 1 and "alpha 0.01, now 0.5" in changed.stderr
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "nll_reference_labels",
+        "hallucinated_devices_reference_labels_full",
+        "RadEval_RadCliQ_v1_truncated",
+        "unk_share",
+        "repetition_2",
+        "commonest_share_reference_labels",
+    ],
+)
+def test_the_lowest_is_the_best_whatever_the_name_says_besides(key):
+    rows = [TableRow(name, "data", "1 seed", {key: Cell(value)}) for name, value in (("a", 0.2), ("b", 0.1))]
+    assert ScoreTable("t", {key: key}, rows).best("data") == {key: 0.1}
+
+
 def test_the_lowest_nll_is_the_best():
     rows = [
         TableRow(name, "data", "3 seeds", {"nll": Cell(nll), "CIDEr": Cell(cider)})

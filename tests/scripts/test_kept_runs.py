@@ -120,6 +120,14 @@ def test_planned_comparisons(files, monkeypatch, capsys):
         compare(files, monkeypatch, capsys, "--compare", "ithn:mochi")
 
 
+def test_a_higher_nll_is_a_loss(files, monkeypatch, capsys):
+    pack_finished(planned(files), files / "kept")
+    [found] = compare(files, monkeypatch, capsys, "--compare", "ithn:base", "--score", "nll", "--margin", "0.01")
+    assert float(found[4]) > 0 and found[-1].startswith("loss")
+    with pytest.raises(InputError, match="--score CIDEr: ithn:base can be compared by BLEU_4, nll"):
+        compare(files, monkeypatch, capsys, "--compare", "ithn:base", "--score", "CIDEr")
+
+
 def test_the_interval_over_seeds_agrees_with_its_test():
     from modules.evaluation.bootstrap import compare as paired
 
