@@ -81,8 +81,8 @@ class ReportStatistics:
         """
         columns = {}
         for name, table in self.tables.items():
-            if name == "diversity" and not table.sum(axis=0).all():
-                continue  # no report has four words
+            if not _counted(name, table).sum(axis=0).all():
+                continue  # no report has four words, or every study a prior
             if not _is_clinical(name):
                 columns[name] = table.astype(np.float64)
                 continue
@@ -121,34 +121,47 @@ class ReportStatistics:
         counted = self.tables.get(f"{start}{mark}{counted_as(policy)}{rest.removeprefix(policy)}", self.tables[name])
         return frequent_classes(counted.reshape(len(counted), 3, len(CLASSES)))
 
-    def scores(self, rows: np.ndarray | None = None) -> dict[str, float]:
+    def scores(self, rows: np.ndarray | None = None) -> dict[str, float | None]:
         """The scores of the split, or of those reports that ``rows``, (N,) bool or (n,) indices, selects.
 
-        CIDEr's document frequencies stay those of the whole split.
+        CIDEr's document frequencies stay those of the whole split. A score that none of ``rows`` counts for is None.
         """
         chosen = self.columns() if rows is None else {name: table[rows] for name, table in self.columns().items()}
         count = len(next(iter(chosen.values())))
         sums = {name: table.sum(axis=0, keepdims=True) for name, table in chosen.items()}
-        return {tagged(name, self.tag): float(values[0]) for name, values in scores_of_sums(sums, count).items()}
+        found = {tagged(name, self.tag): float(values[0]) for name, values in scores_of_sums(sums, count).items()}
+        return {name: None if np.isnan(value) else value for name, value in found.items()}
 
 
 def scores_of_sums(sums: Mapping[str, np.ndarray], count: int | np.ndarray) -> dict[str, np.ndarray]:
-    """Scores by name, (R,) each, from the sums (R, k) of every table's columns over ``count`` (R,) reports."""
+    """Scores by name, (R,) each, from the sums (R, k) of every table's columns over ``count`` (R,) reports.
+
+    NaN where a score is the mean of what is counted, and nothing is.
+    """
     scores: dict[str, np.ndarray] = {}
     for name, total in sums.items():
         base, suffix = (name.removesuffix(FULL), FULL) if name.endswith(FULL) else (name, "")
         if base in _SENTENCE_METRICS:
             found = _sentence_scores(_SENTENCE_METRICS[base], total, count)
         elif base == "diversity":
-            found = {base: (total[:, :3] / np.maximum(total[:, 3:], 1)).prod(axis=1)}
-        elif base == "nll":
-            found = {base: total[:, 0] / np.maximum(total[:, 1], 1)}
+            found = {base: _ratio(total[:, :3], _counted(base, total)).prod(axis=1)}
         elif _is_clinical(name):
             found = _frequent_macro(base, total) if f"_{FREQUENT}_" in name else _clinical(base, total, count)
         else:
-            found = {base: total[:, 0] / (count if total.shape[1] == 1 else np.maximum(total[:, 1], 1))}
+            found = {base: total[:, 0] / count if total.shape[1] == 1 else _ratio(total[:, 0], total[:, 1])}
         scores |= {f"{score}{suffix}": values for score, values in found.items()}
     return scores
+
+
+def _counted(name: str, table: np.ndarray) -> np.ndarray:
+    """The columns of a table that say what its score is a mean of; none where that is all reports."""
+    if _is_clinical(name) or name.removesuffix(FULL) in _SENTENCE_METRICS:
+        return table[:, :0]
+    return table[:, 3:] if name == "diversity" else table[:, 1:]
+
+
+def _ratio(total: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    return np.divide(total, counted, out=np.full(total.shape, np.nan), where=counted != 0)
 
 
 def _sentence_scores(metric: SentenceMetric, total: np.ndarray, count: int | np.ndarray) -> dict[str, np.ndarray]:

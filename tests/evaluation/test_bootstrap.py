@@ -190,6 +190,18 @@ def test_nll_is_left_out_where_it_is_of_other_tokens():
     assert set(compare([run(5)], [run(6)], resamples=9)) == {"CIDEr"}
 
 
+def test_resamples_without_a_counted_report_are_no_zeros():
+    def run(said, counted):
+        table = np.zeros((40, 2))
+        table[:counted, 1], table[:said, 0] = 1, 1
+        return ReportStatistics({"comparison_rate_full": table}, "", "")
+
+    assert set(intervals(run(30, 30), resamples=200)) == {"comparison_rate_full"} and not intervals(run(1, 1))
+    few = compare([run(1, 1)] * 2, [run(0, 1)] * 2, resamples=200)["comparison_rate_full"]
+    assert few.difference == 1 and (few.low, few.p, few.p_bootstrap) == (None, None, None)
+    assert compare([run(30, 30)], [run(0, 30)], resamples=200)["comparison_rate_full"].p < 0.01
+
+
 def test_spread_over_seeds():
     runs = [
         {"BLEU_4": 0.1, "METEOR": None, "CIDEr": 0.5},

@@ -101,6 +101,19 @@ def test_nll_is_the_mean_over_tokens():
     assert ReportStatistics({"nll": table}, "", "").scores() == {"nll": 3.0 / 6}
 
 
+def test_a_score_that_nothing_is_counted_for_is_none():
+    tables = {
+        "comparison_rate_full": np.array([[0.0, 0], [0, 0], [1, 1], [0, 1]]),  # the first two have a prior
+        "diversity": np.array([[0.0] * 6, [1, 0, 0, 1, 0, 0], [2, 1, 1, 2, 1, 1], [4, 3, 2, 5, 4, 3]]),
+    }
+    statistics = ReportStatistics(tables, "", "")
+    assert statistics.scores(np.array([0, 1])) == {"comparison_rate_full": None, "diversity": None}
+    assert statistics.scores(np.array([1, 2])) == {"comparison_rate_full": 1.0, "diversity": 1.0}
+    assert statistics.scores()["comparison_rate_full"] == 0.5
+    without = ReportStatistics({name: table[:2] for name, table in tables.items()}, "", "")
+    assert without.columns() == {}
+
+
 def test_meteor_lines_by_hand():
     # 3 words against 4, of which 1 and 2 are function words; "the ." matched: one word of each kind, in 2 chunks.
     line = "3 4 1 2 1 1 1 1 " + "0 " * 12 + "2 2 2"

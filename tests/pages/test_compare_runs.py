@@ -215,6 +215,7 @@ def test_a_report_with_more_errors_has_not_gained(runs):
 
 def test_rank_leaves_out_what_has_not_changed():
     assert rank(np.array([0.0, 0.5, -0.1, 0.5, 0.2]), 3) == ([1, 3, 4], [2])
+    assert rank(np.array([np.nan, -1.0, 1.0, np.nan]), 1) == ([2], [1])
     assert rank(np.zeros(3), 3) == ([], []) and rank(np.array([1.0, -1.0]), 0) == ([], [])
 
 
