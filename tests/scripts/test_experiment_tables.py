@@ -172,6 +172,10 @@ def test_a_column_that_no_score_has_is_refused(tmp_path):
         "ce_chexbert_f1_micro_14_uncertain_negative_full",
         "BERTScore_f1",
         "RadGraph_F1_partial",
+        "RadEval_RaTEScore",
+        "RadEval_RadCliQ_v1_full",
+        "comparison_rate_full",
+        "hallucinated_devices_reference_labels_full",
         "ours",
     ):
         write_table(files, columns=[key])
@@ -182,7 +186,8 @@ def test_a_column_that_no_score_has_is_refused(tmp_path):
             results["test"]["model"]["ours"] = 1.0
             (run.folder / "results.json").write_text(json.dumps(results))
         check_columns(read_table(files / "rows.json"), planned(files))
-    for key, part in (("CIDErr", "did you mean CIDEr"), ("F", "a name of results.json")):
+    errors = ("contradictions", "did you mean contradictions_full")
+    for key, part in (("CIDErr", "did you mean CIDEr"), ("F", "a name of results.json"), errors):
         write_table(files, columns=[key])
         with pytest.raises(InputError, match=f"no score is called '{key}'.*{part}"):
             check_columns(read_table(files / "rows.json"), planned(files))
