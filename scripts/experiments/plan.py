@@ -25,6 +25,7 @@ UNTESTED = "to be tested again"  # trained as wanted, but scored with other flag
 # Flags that act after training: the best model is tested again, not trained again.
 SCORING = frozenset(item.name for item in dataclasses.fields(ScoringSettings))
 FILES = "files_sha256"  # of what training starts from: their content counts, not their place
+INDEX = "negative_index"
 INPUT_FILES = ("label_path", "init_protypes_path", "visual_extractor_weights")
 SHOWN_DIFFERENCES = 3
 # What the run itself decides, where a row leaves it open: the device's precision, the description and the image size of
@@ -165,7 +166,9 @@ def _run(row: Row, seed: int, out: Path, flags: tuple[str, ...], config: Config,
     if config.visual_extractor.startswith("hf:") and not any(word.split("=")[0] == "--image_size" for word in flags):
         settings["image_size"] = LEFT_OPEN["image_size"]
     settings["annotation_sha256"] = file_sha256(config.ann_path)
-    settings[FILES] = {name: digest for name in INPUT_FILES if (digest := file_sha256(getattr(config, name)))}
+    # The index that rows share is mined anew where it is missing, and counts by its name.
+    files = INPUT_FILES if index or not settings[INDEX] else (*INPUT_FILES, INDEX)
+    settings[FILES] = {name: digest for name in files if (digest := file_sha256(getattr(config, name)))}
     weights, start = (out / name / f"seed{seed}" / BEST if name else None for name in (row.trained_as, row.starts_from))
     state, reason = _state(folder, settings, weights)
     if start and state in (DONE, CUT, UNTESTED) and _started_elsewhere(folder, start):
@@ -198,7 +201,8 @@ def _state(folder: Path, wanted: Mapping[str, Any], weights: Path | None) -> tup
     if (folder / RESULTS).is_file():
         content = read_json(folder / RESULTS)
         made_from = content.get("provenance", {})
-        found = comparable_settings(content.get("config", {})) | {FILES: made_from.get(FILES, {})}
+        files = {INDEX: sha256} if (sha256 := made_from.get(f"{INDEX}_sha256")) else {}
+        found = comparable_settings(content.get("config", {})) | {FILES: files | made_from.get(FILES, {})}
         found["annotation_sha256"] = made_from.get("annotation_sha256", "")
         state = DONE
         if weights and weights.is_file() and made_from.get("checkpoint_sha256") != _sha256(weights):
@@ -214,7 +218,10 @@ def _state(folder: Path, wanted: Mapping[str, Any], weights: Path | None) -> tup
         return state, ""
     if SCORING.issuperset(differing) and (state == CUT or (weights or folder / BEST).is_file()):
         return (CUT if state == CUT else UNTESTED), ""
-    shown = [f"{name} {found.get(name)!s:.40}, now {wanted.get(name)!s:.40}" for name in differing[:SHOWN_DIFFERENCES]]
+    shown = []
+    for name in differing[:SHOWN_DIFFERENCES]:
+        now = "another file" if found.get(name) == wanted.get(name) else f"{wanted.get(name)!s:.40}"
+        shown.append(f"{name} {found.get(name)!s:.40}, now {now}")
     more = f"; and {len(differing) - SHOWN_DIFFERENCES} more" if len(differing) > SHOWN_DIFFERENCES else ""
     return CHANGED, "; ".join(shown) + more
 
