@@ -69,6 +69,7 @@ def pack(run: Run, keep: Path) -> Path:
         "seed": run.seed,
         "settings": comparable_settings(content["config"]),
         "provenance": {name: content["provenance"][name] for name in PROVENANCE if name in content["provenance"]},
+        "synthetic": bool(content.get("synthetic")),
         "history": [_numbers(epoch) for epoch in history],
         "scores": {system: _numbers(content["test"][system]) for system in systems},
         "variety": {system: _numbers(content.get("variety", {}).get(system, {})) for system in systems},
@@ -102,7 +103,8 @@ def read_kept(path: Path) -> dict[str, Any]:
             for system, tables in content["statistics"].items()
         }
         return {name: content[name] for name in ("settings", "provenance", "history", "scores", "variety", "texts")} | {
-            "statistics": statistics
+            "statistics": statistics,
+            "synthetic": content.get("synthetic", False),  # older files do not say
         }
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: does not hold a run's numbers ({type(error).__name__}: {error})") from error
@@ -118,6 +120,7 @@ def unpack(path: Path, folder: Path) -> None:
         "provenance": content["provenance"],
         "test": content["scores"],
         "variety": content["variety"],
+        "synthetic": content["synthetic"],
     }
     write_results(folder / RESULTS, results)
 

@@ -54,6 +54,7 @@ def test_tables_are_made_again_from_what_is_kept(files, tmp_path):
     restore(planned(files), keep)
     assert {run.state for run in planned(files)} == {"done"}
     after = table_of(files)
+    assert "SYNTHETIC" in before.notes[0] and after.notes[0] == before.notes[0]
     for row, again in zip(before.rows[:2], after.rows[:2], strict=True):
         assert again.cells["BLEU_4"].mean == row.cells["BLEU_4"].mean and again.label == row.label
         assert again.cells["BLEU_4"].low == pytest.approx(row.cells["BLEU_4"].low, abs=1e-5)
