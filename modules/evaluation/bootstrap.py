@@ -28,8 +28,8 @@ class Difference:
     """First minus second: the difference of a score, its interval, and the two-sided p values of three paired tests.
 
     ``low`` and ``high`` are None where no interval can be trusted, ``p_seeds`` where a system has a single seed, and
-    all of them, with ``error`` NaN, where nothing can be tested. ``error`` is the standard error over reports and seeds,
-    ``freedom`` the degrees of freedom of its t distribution.
+    all of them, with ``error`` NaN, where nothing can be tested. ``error`` is the standard error over reports and
+    seeds, ``freedom`` the degrees of freedom of its t distribution.
     """
 
     difference: float

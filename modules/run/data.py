@@ -90,29 +90,22 @@ def read_data(
     strategy, index = "off", None
     if trained_with is None:
         strategy, index = hard_negatives(config, annotation, asked=asked_for_ithn)
-    labels = None
-    needed = backbone_class(config.model_name).needs_labels and (trained_with is None or bool(score_tag(config)))
+    labels, tag = None, score_tag(config)
+    needed = backbone_class(config.model_name).needs_labels and (trained_with is None or bool(tag))
     if needed or (strategy != "off" and part_of(config, ITHNSettings).needs_labels):
         from modules.labels.study_labels import read_labels
 
         labels = read_labels(config.label_path, clusters(config), config.label_columns)
         if trained_with is None:
             labels.of(annotation.splits["train"])  # fail now, not after the features
-    if score_tag(config):
+    if tag:
         logger.warning(
             "--xpronet_labels reference: reports are generated from labels that come from the reference "
             "reports; every score of this run is named *_%s and does not measure a model that sees images only",
-            score_tag(config),
+            tag,
         )
     return Data(
-        annotation,
-        tokenizer,
-        strategy,
-        index,
-        trained_with or strategy,
-        detections,
-        labels,
-        labels_leak=bool(score_tag(config)),
+        annotation, tokenizer, strategy, index, trained_with or strategy, detections, labels, labels_leak=bool(tag)
     )
 
 

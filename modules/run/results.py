@@ -63,9 +63,7 @@ def test_and_write(
         data=data,
         found=found,
         reports=reports,
-        scored=scoring.test(
-            found, reports, {MODEL: tester.score_tag}, _training_reports(data), data.tokenizer.sha256
-        ),
+        scored=scoring.test(found, reports, {MODEL: tester.score_tag}, _training_reports(data), data.tokenizer.sha256),
         tag=tester.score_tag,
         history=history,
         best_epoch=best_epoch,

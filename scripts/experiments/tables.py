@@ -96,6 +96,7 @@ def _scores(content: Mapping[str, Any], folder: Path) -> dict[str, dict[str, flo
 def check_columns(table: Table, runs: Sequence[Run]) -> None:
     """InputError for a column that no run could fill: no score is called so, nor does a finished run have it."""
     from modules.evaluation.diversity import collapse_statistics
+
     radeval = [score.name for scores in RADEVAL.values() for score in scores.values()]
     known = [*METRIC_NAMES, "nll", *collapse_statistics(["a report"]), *radeval]
     errors = [score.name for score in REPORT_ERRORS]  # against whole references alone
