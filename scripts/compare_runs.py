@@ -168,13 +168,13 @@ def check_same_reports(folders: tuple[Folder, Folder], statistics: "list[ReportS
 def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_scores: bool) -> "Comparison":
     """Everything that is shown. InputError for a score --by that is not there."""
     from modules.evaluation.bootstrap import compare, holm
-    from modules.evaluation.metric_table import untagged
+    from modules.evaluation.metric_table import smaller_is_better, tagged, untagged
     from modules.pages.comparison import Comparison, ReportPair, ScoreLine, rank, report_scores, settings_that_differ
 
     statistics, notes = statistics_of(folders)
     check_same_reports(folders, statistics)
     changes = compare(statistics[1:], statistics[:1])
-    values = [run.scores() for run in statistics]
+    values, tag = [run.scores() for run in statistics], statistics[0].tag
     cut_alike = statistics[0].references == statistics[1].references
     if not cut_alike:
         notes.append(
@@ -182,14 +182,16 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
             "references are compared."
         )
         by = f"{by.removesuffix(FULL)}{FULL}"
-    shown = [name for name in changes if all_scores or is_main(untagged(name, statistics[0].tag), cut_alike)]
+    elif tagged("nll", tag) in values[0].keys() & values[1].keys() - changes.keys():
+        notes.append("nll is left out: it is of other tokens in each run (vocabulary or --max_seq_length).")
+    shown = [name for name in changes if all_scores or is_main(untagged(name, tag), cut_alike)]
     corrected = holm({name: changes[name].p for name in shown})
     lines = [ScoreLine(name, values[0][name], values[1][name], changes[name], corrected[name]) for name in shown]
-    each = [report_scores(run, by) for run in statistics]
-    if each[0] is None or each[1] is None:
+    if not {by, tagged(by, tag)} & changes.keys():
         plain = [name for name in changes if not name.startswith("ce_")]
         clinical = ", or a ce_* score that --all_scores lists" if len(plain) < len(changes) else ""
         raise InputError(f"--by {by}: must be one of {', '.join(plain)}{clinical}")
+    each = [report_scores(run, by) for run in statistics]
     first, second = folders
 
     def pairs(rows: list[int]) -> list[ReportPair]:
@@ -205,7 +207,7 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
             for row in rows
         ]
 
-    gains, losses = rank(each[1] - each[0], show)
+    gains, losses = rank((each[1] - each[0]) * (-1 if smaller_is_better(by) else 1), show)
     configs = [folder.results.get("config", {}) for folder in folders]
     return Comparison(
         names=(str(first.path), str(second.path)),

@@ -208,8 +208,8 @@ def render_scores(scored: "Scored", systems: Mapping[str, Sequence[str]], shown:
 
 
 def render_tests(tests: Sequence["SystemTest"]) -> str:
-    """A line for each test of a system against the first."""
-    from modules.evaluation.bootstrap import p_text
+    """A line for each test of a system against the first; interval and p know seeds where there are several."""
+    from modules.evaluation.bootstrap import LEVEL, p_text
 
     kind = "randomisation" if tests[0].change.p_seeds is None else "seeds"
     lines = [
@@ -218,7 +218,8 @@ def render_tests(tests: Sequence["SystemTest"]) -> str:
     ]
     for test in tests:
         change = test.change
-        interval = "–" if change.low is None else f"[{change.low:+.4f}, {change.high:+.4f}]"
+        low, high = (change.low, change.high) if change.p_seeds is None else change.over_seeds(LEVEL)
+        interval = "–" if change.low is None else f"[{low:+.4f}, {high:+.4f}]"
         lines.append(
             f"| {test.system} | {_marked(test.score)} | {change.difference:+.4f} | {interval} | "
             f"{p_text(change.p)} | {p_text(test.p_holm)} |"

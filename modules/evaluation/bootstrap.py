@@ -28,8 +28,8 @@ class Difference:
     """First minus second: the difference of a score, its interval, and the two-sided p values of three paired tests.
 
     ``low`` and ``high`` are None where no interval can be trusted, ``p_seeds`` where a system has a single seed, and
-    all of them, with ``error`` NaN, where there is one unit. ``error`` is the standard error over reports and seeds,
-    ``freedom`` the degrees of freedom of its t distribution.
+    all of them, with ``error`` NaN, where nothing can be tested. ``error`` is the standard error over reports and
+    seeds, ``freedom`` the degrees of freedom of its t distribution.
     """
 
     difference: float
@@ -70,8 +70,8 @@ def intervals(
 
     It covers the choice of the test patients or studies, not of the training seed. Of several runs (seeds) on the same
     test reports it is the interval of their mean score. Macro averages over rare classes have none: see
-    ReportStatistics.without_interval; with one unit no score has one. InputError where the runs are not about the same
-    reports.
+    ReportStatistics.without_interval; neither has a score that counts so few reports that a resample has none of them;
+    with one unit no score has one. InputError where the runs are not about the same reports.
     """
     sums = _Sums(runs, _comparable(runs), _units(runs))
     if sums.units < 2:
@@ -80,7 +80,7 @@ def intervals(
     drawn = _Resampled(resamples, level)
     for counts in _resamples(sums.units, resamples, seed):
         drawn.add({name: values for name, values in _mean(sums.scores(counts)).items() if name not in left_out})
-    return {name: drawn.interval(name) for name in drawn.names}
+    return {name: drawn.interval(name) for name in drawn.names if drawn.defined(name)}
 
 
 def compare(
@@ -100,9 +100,10 @@ def compare(
       each system's mean over its S seeds, and the difference is referred to Student's t with the degrees of freedom of
       Welch (1947) and Satterthwaite. Resampling the few seeds themselves finds too much: docs/EVALUATION.md.
 
-    Each p counts the observation itself, so none is below 1 / (R + 1); of one unit nothing can be tested. Scores on cut
-    references are left out where the runs cut differently (another vocabulary or --max_seq_length). InputError where
-    the runs are not about the same test reports, or not equally many.
+    Each p counts the observation itself, so none is below 1 / (R + 1); of one unit nothing can be tested, nor a score
+    that counts so few reports that a resample has none of them. Scores on cut references are left out where the runs
+    cut differently (another vocabulary or --max_seq_length), nll where it is of other tokens. InputError where the
+    runs are not about the same test reports, or not equally many.
     """
     names = _comparable([*first, *second])
     if len(first) != len(second):
@@ -112,8 +113,8 @@ def compare(
     count = sides[0].units
     by_seed = [side.scores(np.ones((1, count))) for side in sides]  # (S, 1)
     observed = _subtract(*map(_mean, by_seed))
+    untested = (None, None, None, None, None, np.nan)
     if count < 2:
-        untested = (None, None, None, None, None, np.nan)
         return {name: Difference(float(value), *untested) for name, [value] in observed.items()}
     bootstrap = _Resampled(resamples, level, {name: float(value) for name, [value] in observed.items()})
     for counts in _resamples(count, resamples, seed):
@@ -122,10 +123,13 @@ def compare(
     beyond = dict.fromkeys(observed, 0)
     for swapped in _coin_flips(count, resamples, seed):
         for name, values in _subtract(*_exchange(sides, swapped)).items():
-            beyond[name] += int((np.abs(values) >= abs(observed[name][0]) - 1e-12).sum())
+            beyond[name] += int((~(np.abs(values) < abs(observed[name][0]) - 1e-12)).sum())  # with those not defined
     left_out = first[0].without_interval()
     found = {}
     for name, [difference] in observed.items():
+        if not bootstrap.defined(name):
+            found[name] = Difference(float(difference), *untested)
+            continue
         limits = (None, None) if name in left_out else bootstrap.interval(name)
         by_system = [scores[name][:, 0] for scores in by_seed]
         found[name] = Difference(
@@ -236,7 +240,19 @@ def _comparable(runs: Sequence[ReportStatistics]) -> list[str]:
     cut_alike = len({run.references for run in runs}) == 1
     columns = [run.columns() for run in runs]
     names = [name for name in columns[0] if all(name in own for own in columns)]
+    if not _same_targets(runs):
+        names = [name for name in names if name != "nll"]
     return [name for name in names if cut_alike or name.endswith(FULL) or name == "diversity"]
+
+
+def _same_targets(runs: Sequence[ReportStatistics]) -> bool:
+    """Whether ``nll`` is of the same tokens in all runs, as far as is known: older files have their numbers alone.
+
+    Captions are scored whole, so that their references are the same whatever a model's vocabulary cuts and replaces.
+    """
+    counts = [run.tables["nll"][:, 1] for run in runs if "nll" in run.tables]
+    alike = all(np.array_equal(counts[0], own) for own in counts)
+    return alike and len({run.targets for run in runs} - {""}) <= 1
 
 
 def _units(runs: Sequence[ReportStatistics]) -> np.ndarray:
@@ -300,6 +316,10 @@ class _Resampled:
             apart = values - self._centres.get(name, 0.0)
             new = np.array([(values <= 0).sum(), (values >= 0).sum(), apart.sum(), (apart**2).sum()])
             self._sums[name] = self._sums.get(name, 0.0) + new
+
+    def defined(self, name: str) -> bool:
+        """Whether every resample has the score; without a report that it counts it is NaN."""
+        return not np.isnan(self._sums[name]).any()
 
     def interval(self, name: str) -> tuple[float, float]:
         """The percentiles that numpy would find among all values."""

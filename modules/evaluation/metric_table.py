@@ -20,6 +20,7 @@ from typing import Any
 FULL = "_full"  # whole references
 SELECTION = "selection"  # of a validation: what the best epoch is chosen by instead of the monitored score
 TRUNCATED = "_truncated"  # references cut to max_seq_length, as in the R2Gen family; the same as no suffix
+REFERENCE_LABELS = "reference_labels"  # the tag of reports that were generated from labels of their references
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ REPORT_ERRORS = (
     Score("contradictions", "contradicting sentences", smaller_is_better=True),
 )
 
+# Of the measures of variety (modules/evaluation/diversity.py) those that should fall.
+MONOTONY = tuple(
+    Score(name, name, smaller_is_better=True)
+    for name in ("commonest_share", "unk_share", "repetition_2", "repetition_3", "repetition_4")
+)
+
 # Scores of the package radeval (modules/evaluation/radeval.py): its metric -> its key for each report -> our score.
 RADEVAL: dict[str, dict[str, Score]] = {
     "rouge": {
@@ -107,13 +114,14 @@ NEED_JAVA = frozenset(score.name for metric in SENTENCE_METRICS if metric.needs_
 
 
 def known_score(name: str) -> Score | None:
-    """What is known of the score ``name`` (with or without _full); None for one that is not in a table here."""
-    others = (*REPORT_ERRORS, *(score for scores in RADEVAL.values() for score in scores.values()))
-    return (SCORES | {score.name: score for score in others}).get(name.removesuffix(FULL))
+    """What is known of the score ``name``, whatever references and tag it names; None for one without an entry here."""
+    others = (*REPORT_ERRORS, *MONOTONY, *(score for scores in RADEVAL.values() for score in scores.values()))
+    plain = name.removesuffix(FULL).removesuffix(TRUNCATED).removesuffix(f"_{REFERENCE_LABELS}")
+    return (SCORES | {score.name: score for score in others}).get(plain)
 
 
 def smaller_is_better(name: str) -> bool:
-    """Whether a smaller value of the score ``name`` (with or without _full) is better; unknown scores should grow."""
+    """Whether a smaller value of the score ``name``, as for ``known_score``, is better; unknown scores should grow."""
     known = known_score(name)
     return known is not None and known.smaller_is_better
 

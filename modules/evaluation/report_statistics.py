@@ -35,6 +35,7 @@ from modules.runtime.input_files import open_regular
 from modules.runtime.records import write_private
 
 _TAG, _UNITS = "tag", ("studies", "patients")
+_DIGESTS, _TARGETS = ("references", "full_references"), "targets"
 MAX_STATISTICS = 2**30  # bytes, unpacked; those of MIMIC-CXR's test split take a thousandth
 _SENTENCE_METRICS = {metric.name: metric for metric in SENTENCE_METRICS}
 
@@ -46,7 +47,8 @@ class ReportStatistics:
     ``references`` and ``full_references`` are digests of the ids and the references as they were scored: only runs
     for which they agree can be compared, on cut or on whole references. ``tag`` is part of all names of
     scores: see modules.evaluation.metric_table. ``studies`` and ``patients`` (N,) number the study and the patient of
-    each report, None where they are not known.
+    each report, None where they are not known. ``targets`` is the digest of the tokens whose likelihood ``nll`` is,
+    "" in older files.
     """
 
     tables: Mapping[str, np.ndarray]
@@ -55,6 +57,7 @@ class ReportStatistics:
     tag: str = ""
     studies: np.ndarray | None = None
     patients: np.ndarray | None = None
+    targets: str = ""
 
     def __len__(self) -> int:
         return len(next(iter(self.tables.values())))
@@ -78,8 +81,8 @@ class ReportStatistics:
         """
         columns = {}
         for name, table in self.tables.items():
-            if name == "diversity" and not table.sum(axis=0).all():
-                continue  # no report has four words
+            if not _counted(name, table).sum(axis=0).all():
+                continue  # no report has four words, or every study a prior
             if not _is_clinical(name):
                 columns[name] = table.astype(np.float64)
                 continue
@@ -118,34 +121,47 @@ class ReportStatistics:
         counted = self.tables.get(f"{start}{mark}{counted_as(policy)}{rest.removeprefix(policy)}", self.tables[name])
         return frequent_classes(counted.reshape(len(counted), 3, len(CLASSES)))
 
-    def scores(self, rows: np.ndarray | None = None) -> dict[str, float]:
+    def scores(self, rows: np.ndarray | None = None) -> dict[str, float | None]:
         """The scores of the split, or of those reports that ``rows``, (N,) bool or (n,) indices, selects.
 
-        CIDEr's document frequencies stay those of the whole split.
+        CIDEr's document frequencies stay those of the whole split. A score that none of ``rows`` counts for is None.
         """
         chosen = self.columns() if rows is None else {name: table[rows] for name, table in self.columns().items()}
         count = len(next(iter(chosen.values())))
         sums = {name: table.sum(axis=0, keepdims=True) for name, table in chosen.items()}
-        return {tagged(name, self.tag): float(values[0]) for name, values in scores_of_sums(sums, count).items()}
+        found = {tagged(name, self.tag): float(values[0]) for name, values in scores_of_sums(sums, count).items()}
+        return {name: None if np.isnan(value) else value for name, value in found.items()}
 
 
 def scores_of_sums(sums: Mapping[str, np.ndarray], count: int | np.ndarray) -> dict[str, np.ndarray]:
-    """Scores by name, (R,) each, from the sums (R, k) of every table's columns over ``count`` (R,) reports."""
+    """Scores by name, (R,) each, from the sums (R, k) of every table's columns over ``count`` (R,) reports.
+
+    NaN where a score is the mean of what is counted, and nothing is.
+    """
     scores: dict[str, np.ndarray] = {}
     for name, total in sums.items():
         base, suffix = (name.removesuffix(FULL), FULL) if name.endswith(FULL) else (name, "")
         if base in _SENTENCE_METRICS:
             found = _sentence_scores(_SENTENCE_METRICS[base], total, count)
         elif base == "diversity":
-            found = {base: (total[:, :3] / np.maximum(total[:, 3:], 1)).prod(axis=1)}
-        elif base == "nll":
-            found = {base: total[:, 0] / np.maximum(total[:, 1], 1)}
+            found = {base: _ratio(total[:, :3], _counted(base, total)).prod(axis=1)}
         elif _is_clinical(name):
             found = _frequent_macro(base, total) if f"_{FREQUENT}_" in name else _clinical(base, total, count)
         else:
-            found = {base: total[:, 0] / (count if total.shape[1] == 1 else np.maximum(total[:, 1], 1))}
+            found = {base: total[:, 0] / count if total.shape[1] == 1 else _ratio(total[:, 0], total[:, 1])}
         scores |= {f"{score}{suffix}": values for score, values in found.items()}
     return scores
+
+
+def _counted(name: str, table: np.ndarray) -> np.ndarray:
+    """The columns of a table that say what its score is a mean of; none where that is all reports."""
+    if _is_clinical(name) or name.removesuffix(FULL) in _SENTENCE_METRICS:
+        return table[:, :0]
+    return table[:, 3:] if name == "diversity" else table[:, 1:]
+
+
+def _ratio(total: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    return np.divide(total, counted, out=np.full(total.shape, np.nan), where=counted != 0)
 
 
 def _sentence_scores(metric: SentenceMetric, total: np.ndarray, count: int | np.ndarray) -> dict[str, np.ndarray]:
@@ -174,6 +190,7 @@ def join(parts: Sequence[ReportStatistics]) -> ReportStatistics:
         parts[0].tag,
         _joined_numbers([part.studies for part in parts]),
         _joined_numbers([part.patients for part in parts]),
+        digest([], targets) if all(targets := [part.targets for part in parts]) else "",
     )
 
 
@@ -208,7 +225,8 @@ def save_statistics(path: str | Path, systems: Mapping[str, ReportStatistics]) -
     arrays |= {f"{system}/{_TAG}": np.array(statistics.tag) for system, statistics in systems.items()}
     content = io.BytesIO()
     units = {name: numbers for name in _UNITS if (numbers := getattr(first, name)) is not None}
-    np.savez_compressed(content, **arrays, **units, references=first.references, full_references=first.full_references)
+    digests = {name: getattr(first, name) for name in (*_DIGESTS, _TARGETS)}
+    np.savez_compressed(content, **arrays, **units, **digests)
     write_private(path, content.getvalue())
 
 
@@ -220,8 +238,9 @@ def load_statistics(path: str | Path) -> dict[str, ReportStatistics]:
             if sum(member.file_size for member in stored.zip.infolist()) > MAX_STATISTICS:
                 raise ValueError("too large")
             arrays = dict(stored)
-        digests = [str(arrays.pop(key)) for key in ("references", "full_references")]
-        units = {name: arrays.pop(name, None) for name in _UNITS}  # older files have none
+        digests = [str(arrays.pop(key)) for key in _DIGESTS]
+        # Older files have none of these.
+        units, targets = {name: arrays.pop(name, None) for name in _UNITS}, str(arrays.pop(_TARGETS, ""))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; main_train.py and main_test.py write it with results.json") from None
     except Exception as error:  # damaged bytes lead the reader to all kinds of exceptions
@@ -232,7 +251,11 @@ def load_statistics(path: str | Path) -> dict[str, ReportStatistics]:
         systems.setdefault(system, {})[name] = table
     return {
         system: ReportStatistics(
-            {name: table for name, table in tables.items() if name != _TAG}, *digests, tag=str(tables[_TAG]), **units
+            {name: table for name, table in tables.items() if name != _TAG},
+            *digests,
+            tag=str(tables[_TAG]),
+            **units,
+            targets=targets,
         )
         for system, tables in systems.items()
     }

@@ -35,6 +35,7 @@ class References:
     tell whether the labelers fit. ``labelled``: what labels are of, the words where it is None. ``encoded``: what
     encoders read beside generated texts as they are; where it is None, the words of both. ``studies`` and ``patients``
     (N,) number each report's, ``with_prior`` (N,) says which have an earlier examination; None where it is not known.
+    ``targets`` is the digest of the tokens whose likelihoods are given.
     """
 
     ids: Sequence[str]
@@ -46,6 +47,7 @@ class References:
     studies: np.ndarray | None = None
     patients: np.ndarray | None = None
     with_prior: Sequence[bool] | None = None
+    targets: str = ""
 
 
 class SystemScorer:
@@ -117,7 +119,9 @@ class SystemScorer:
                 sums = tables["nll"].sum(axis=0, keepdims=True, dtype=np.float64)
                 scores["nll"] = float(scores_of_sums({"nll": sums}, len(generated))["nll"][0])
             tag = (tags or {}).get(system, "")
-            statistics = ReportStatistics(tables, *digests, tag, references.studies, references.patients)
+            statistics = ReportStatistics(
+                tables, *digests, tag, references.studies, references.patients, references.targets
+            )
             scored.scores[system], scored.statistics[system] = scores, statistics
             scored.intervals[system] = intervals(statistics)
         return scored

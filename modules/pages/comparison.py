@@ -77,7 +77,8 @@ def report_scores(statistics: ReportStatistics, name: str) -> np.ndarray | None:
 
 
 def rank(change: np.ndarray, most: int) -> tuple[list[int], list[int]]:
-    """The rows, at most ``most`` each, with the largest gain and the largest loss in ``change`` (N,)."""
+    """The rows, at most ``most`` each, with the largest gain and the largest loss in ``change`` (N,), NaN apart."""
+    change = np.nan_to_num(change)
     order = np.argsort(-change, kind="stable")
     gains = [int(row) for row in order[:most] if change[row] > 0]
     losses = [int(row) for row in order[::-1][:most] if change[row] < 0]

@@ -18,6 +18,7 @@ from modules.data.datasets import EpochLoader, ReportDataset, build_loader
 from modules.data.images import ImageFolder
 from modules.data.loaders import LimitedLoader
 from modules.data.transforms import Transform, eval_transform, train_transform
+from modules.evaluation.metric_table import REFERENCE_LABELS
 from modules.ithn.settings import ITHNSettings
 from modules.ithn.synthesis import DRAWING_NEIGHBOURS, NEEDING_NEGATIVES
 from modules.mining.index import HardNegativeIndex
@@ -89,29 +90,22 @@ def read_data(
     strategy, index = "off", None
     if trained_with is None:
         strategy, index = hard_negatives(config, annotation, asked=asked_for_ithn)
-    labels = None
-    needed = backbone_class(config.model_name).needs_labels and (trained_with is None or bool(score_tag(config)))
+    labels, tag = None, score_tag(config)
+    needed = backbone_class(config.model_name).needs_labels and (trained_with is None or bool(tag))
     if needed or (strategy != "off" and part_of(config, ITHNSettings).needs_labels):
         from modules.labels.study_labels import read_labels
 
         labels = read_labels(config.label_path, clusters(config), config.label_columns)
         if trained_with is None:
             labels.of(annotation.splits["train"])  # fail now, not after the features
-    if score_tag(config):
+    if tag:
         logger.warning(
             "--xpronet_labels reference: reports are generated from labels that come from the reference "
             "reports; every score of this run is named *_%s and does not measure a model that sees images only",
-            score_tag(config),
+            tag,
         )
     return Data(
-        annotation,
-        tokenizer,
-        strategy,
-        index,
-        trained_with or strategy,
-        detections,
-        labels,
-        labels_leak=bool(score_tag(config)),
+        annotation, tokenizer, strategy, index, trained_with or strategy, detections, labels, labels_leak=bool(tag)
     )
 
 
@@ -145,7 +139,7 @@ def backbone_settings(config: Config) -> BackboneSettings:
 
 def score_tag(config: Config) -> str:
     """What the names of scores carry where generation is given labels of the reference reports; else nothing."""
-    return "reference_labels" if backbone_settings(config).reads_reference_labels else ""
+    return REFERENCE_LABELS if backbone_settings(config).reads_reference_labels else ""
 
 
 def clusters(config: Config) -> tuple[str, ...]:

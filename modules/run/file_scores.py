@@ -84,6 +84,13 @@ def systems_of(given: Sequence[str]) -> dict[str, list[str]]:
         str,
     )
     shown = next(form for form in forms if len({form(path) for path in bare} - {""}) == len(bare))
+    named = {name for name, _ in pairs if name}
+    for path in bare:
+        if shown(path) in named:
+            raise InputError(
+                f"--res {path}: would be called {shown(path)}, a name that another file has; NAME=FILE gives it "
+                "another, or the same one where they are seeds of one system"
+            )
     found: dict[str, list[str]] = {}
     for name, path in pairs:
         found.setdefault(name or shown(Path(path)), []).append(path)

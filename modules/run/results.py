@@ -63,7 +63,7 @@ def test_and_write(
         data=data,
         found=found,
         reports=reports,
-        scored=scoring.test(found, reports, {MODEL: tester.score_tag}, _training_reports(data)),
+        scored=scoring.test(found, reports, {MODEL: tester.score_tag}, _training_reports(data), data.tokenizer.sha256),
         tag=tester.score_tag,
         history=history,
         best_epoch=best_epoch,
@@ -73,9 +73,10 @@ def test_and_write(
     )
     _log(tested)
     _keep_others(folder, config, tested.provenance["checkpoint_sha256"])
-    write_results(folder / "results.json", tested.as_json())
     _write_files(folder, tested)
     write_page(folder / "report.html", tested, loader.dataset)
+    # The last one: where it is, the test counts as done.
+    write_results(folder / "results.json", tested.as_json())
     try:
         _append_record(tested)
     except (OSError, ValueError, csv.Error) as error:

@@ -23,6 +23,7 @@ from modules.evaluation.metric_table import (
     XPRONET_SUM,
 )
 from modules.evaluation.metrics import Metrics
+from modules.evaluation.report_statistics import digest
 from modules.evaluation.scored import Scored
 from modules.evaluation.system_scorer import RULE, References, SystemScorer, seen_in_training, units_of
 from modules.evaluation.tester import Predictions
@@ -138,12 +139,14 @@ class Scoring:
         systems: Mapping[str, Sequence[str]],
         tags: Mapping[str, str],
         training_reports: Collection[str] = (),
+        vocabulary: str = "",
     ) -> Scored:
         """Score each system's reports against all forms of the references; ``tags`` mark the names of its scores.
 
         Reports are scored against both forms, cut and full, captions against all captions of their image. The model's
         are ``found.generated`` itself, which alone has a likelihood. ``training_reports`` are cleaned: references that
-        are among them, word for word, are scored apart from the others.
+        are among them, word for word, are scored apart from the others. ``vocabulary`` is its digest: a likelihood is
+        one of tokens, which equal texts may not share.
         """
         words, captions = self._references(found), self._captions
         studies, patients = self._units(found.ids)
@@ -158,6 +161,7 @@ class Scoring:
             studies=studies,
             patients=patients,
             with_prior=self._with_prior(found.ids),
+            targets=digest([vocabulary], found.references),
         )
         likelihoods = {
             system: found.nll.numpy() for system, generated in systems.items() if generated is found.generated

@@ -89,11 +89,13 @@ def pack(run: Run, keep: Path) -> Path:
         "seed": run.seed,
         "settings": comparable_settings(content["config"]),
         "provenance": {name: content["provenance"][name] for name in PROVENANCE if name in content["provenance"]},
+        "synthetic": bool(content.get("synthetic")),
         "history": [_numbers(epoch) for epoch in history],
         "scores": {system: _numbers(content["test"][system]) for system in systems},
         "variety": {system: _numbers(content.get("variety", {}).get(system, {})) for system in systems},
         "texts": numbered([row[0] if row else "" for row in texts]).tolist(),  # equal numbers: equal texts
         "references": [first.references, first.full_references],
+        "targets": first.targets,
         "tag": first.tag,
         "units": {name: None if (rows := getattr(first, name)) is None else rows.tolist() for name in UNITS},
         "statistics": {system: _columns(statistics) for system, statistics in systems.items()},
@@ -116,11 +118,13 @@ def read_kept(path: Path) -> dict[str, Any]:
                 *content["references"],
                 content["tag"],
                 **units,
+                targets=content.get("targets", ""),
             )
             for system, tables in content["statistics"].items()
         }
         return {name: content[name] for name in ("settings", "provenance", "history", "scores", "variety", "texts")} | {
-            "statistics": statistics
+            "statistics": statistics,
+            "synthetic": content.get("synthetic", False),  # older files do not say
         }
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: does not hold a run's numbers ({type(error).__name__}: {error})") from error
@@ -136,6 +140,7 @@ def unpack(path: Path, folder: Path) -> None:
         "provenance": content["provenance"],
         "test": content["scores"],
         "variety": content["variety"],
+        "synthetic": content["synthetic"],
     }
     write_results(folder / RESULTS, results)
 

@@ -26,6 +26,7 @@ UNTESTED = "to be tested again"  # trained as wanted, but scored with other flag
 # Flags that act after training: the best model is tested again, not trained again.
 SCORING = frozenset(item.name for item in dataclasses.fields(ScoringSettings))
 FILES = "files_sha256"  # of what training starts from: their content counts, not their place
+INDEX = "negative_index"
 INPUT_FILES = ("label_path", "init_protypes_path", "visual_extractor_weights")
 SHOWN_DIFFERENCES = 3
 # What the run itself decides, where a row leaves it open: the device's precision, the description and the image size of
@@ -166,7 +167,9 @@ def _run(row: Row, seed: int, out: Path, flags: tuple[str, ...], config: Config,
     if config.visual_extractor.startswith("hf:") and not any(word.split("=")[0] == "--image_size" for word in flags):
         settings["image_size"] = LEFT_OPEN["image_size"]
     settings["annotation_sha256"] = file_sha256(config.ann_path)
-    settings[FILES] = {name: digest for name in INPUT_FILES if (digest := file_sha256(getattr(config, name)))}
+    # The index that rows share is mined anew where it is missing, and counts by its name.
+    files = INPUT_FILES if index or not settings[INDEX] else (*INPUT_FILES, INDEX)
+    settings[FILES] = {name: digest for name in files if (digest := file_sha256(getattr(config, name)))}
     weights, start = (out / name / f"seed{seed}" / BEST if name else None for name in (row.trained_as, row.starts_from))
     state, reason = _state(folder, settings, weights)
     if start and state in (DONE, CUT, UNTESTED) and _started_elsewhere(folder, start):
@@ -221,13 +224,17 @@ def _state(folder: Path, wanted: Mapping[str, Any], weights: Path | None) -> tup
 
 def settings_of(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What finished results depend on, to be compared with a run's settings."""
-    inputs = {FILES: provenance.get(FILES, {}), "annotation_sha256": provenance.get("annotation_sha256", "")}
-    return comparable_settings(config) | inputs
+    index = {INDEX: sha256} if (sha256 := provenance.get(f"{INDEX}_sha256")) else {}
+    files = {FILES: index | provenance.get(FILES, {}), "annotation_sha256": provenance.get("annotation_sha256", "")}
+    return comparable_settings(config) | files
 
 
 def shown(differing: Sequence[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The first of the settings that differ, in words."""
-    first = [f"{name} {found.get(name)!s:.40}, now {wanted.get(name)!s:.40}" for name in differing[:SHOWN_DIFFERENCES]]
+    first = []
+    for name in differing[:SHOWN_DIFFERENCES]:
+        now = "another file" if found.get(name) == wanted.get(name) else f"{wanted.get(name)!s:.40}"
+        first.append(f"{name} {found.get(name)!s:.40}, now {now}")
     more = f"; and {len(differing) - SHOWN_DIFFERENCES} more" if len(differing) > SHOWN_DIFFERENCES else ""
     return "; ".join(first) + more
 

@@ -7,7 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.evaluation.metric_table import with_aliases
+from modules.evaluation.metric_table import (
+    FULL,
+    METRIC_NAMES,
+    RADEVAL,
+    REFERENCE_LABELS,
+    REPORT_ERRORS,
+    TRUNCATED,
+    with_aliases,
+)
 from modules.runtime.errors import InputError
 from modules.runtime.records import write_private
 from scripts.experiments.files import DataSet, Row, Table
@@ -88,10 +96,15 @@ def _scores(content: Mapping[str, Any], folder: Path) -> dict[str, dict[str, flo
 def check_columns(table: Table, runs: Sequence[Run]) -> None:
     """InputError for a column that no run could fill: no score is called so, nor does a finished run have it."""
     from modules.evaluation.diversity import collapse_statistics
-    from modules.evaluation.metric_table import METRIC_NAMES
 
-    known = (*METRIC_NAMES, "nll", *collapse_statistics(["a report"]))
-    pattern = re.compile(f"({'|'.join(known)}|(ce|BERTScore|RadGraph_F1)_.+)(_reference_labels)?(_full|_truncated)?")
+    radeval = [score.name for scores in RADEVAL.values() for score in scores.values()]
+    known = [*METRIC_NAMES, "nll", *collapse_statistics(["a report"]), *radeval]
+    errors = [score.name for score in REPORT_ERRORS]  # against whole references alone
+    pattern = re.compile(
+        f"({'|'.join(known)}|(ce|BERTScore|RadGraph_F1)_.+)(_{REFERENCE_LABELS})?({FULL}|{TRUNCATED})?"
+        f"|({'|'.join(errors)})(_{REFERENCE_LABELS})?{FULL}"
+    )
+    known += [f"{name}{FULL}" for name in errors]
     unknown = [key for key in table.columns if not pattern.fullmatch(key)]
     done = [run.folder for run in runs if unknown and run.state == DONE]
     found = {key for folder in done for key in _scores(read_json(folder / RESULTS), folder).get(MODEL, ())}

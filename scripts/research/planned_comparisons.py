@@ -6,7 +6,8 @@
 Each pair is compared over all seeds that both have: the difference, its interval (--level) and p value, which know
 both other test images and other seeds, and Holm's correction over the pairs given. A pair is decided once all seeds of
 the table are there: a gain (or loss) where p after the correction is below 0.05 and the difference is at least the
-margin, no gain where the interval lies within the margin on both sides, else undecided.
+margin (of a score that should fall, a fall is a gain), no gain where the interval lies within the margin on both sides,
+else undecided.
 
   python scripts/research/planned_comparisons.py experiments/evidence/flickr8k_tuning.json \\
       --kept experiments/evidence/flickr8k_tuning --validation
@@ -24,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from modules.evaluation.metric_table import smaller_is_better
 from modules.flags import Parser, flags_in_effect, parse_flags, resolve_config
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
@@ -60,6 +62,7 @@ class Comparison:
     second: float
     interval: tuple[float, float]
     p: float | None
+    falls: bool = False  # a smaller score is better
 
     @property
     def difference(self) -> float:
@@ -71,7 +74,7 @@ class Comparison:
         if self.seeds < self.planned or p_holm is None:
             return f"open: {self.seeds} of {self.planned} seeds"
         if p_holm < SIGNIFICANT and abs(self.difference) >= margin:
-            return "gain" if self.difference > 0 else "loss"
+            return "gain" if (self.difference > 0) is not self.falls else "loss"
         return "no difference of that size" if -margin < self.interval[0] and self.interval[1] < margin else "undecided"
 
 
@@ -129,11 +132,13 @@ def compared(pair: str, runs: Mapping[str, Mapping[int, Path]], planned: int, sc
         return Comparison(pair, 0, planned, float("nan"), float("nan"), (float("nan"),) * 2, None)
     sides = [[read_kept(runs[name][seed])["statistics"][MODEL] for seed in seeds] for name in names]
     means = [[statistics.scores() for statistics in side] for side in sides]
-    if score not in means[0][0]:
-        raise InputError(f"--score {score}: the runs have {', '.join(means[0][0])}")
+    changes = compare(*sides)
+    if score not in changes:
+        raise InputError(f"--score {score}: {pair} can be compared by {', '.join(changes)}")
     first, second = (sum(scores[score] for scores in side) / len(seeds) for side in means)
-    found = compare(*sides)[score]
-    return Comparison(pair, len(seeds), planned, first, second, found.over_seeds(level), found.p_seeds)
+    found = changes[score]
+    falls = smaller_is_better(score)
+    return Comparison(pair, len(seeds), planned, first, second, found.over_seeds(level), found.p_seeds, falls)
 
 
 def table_of(comparisons: Sequence[Comparison], margin: float) -> list[str]:

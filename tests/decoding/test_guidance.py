@@ -342,8 +342,8 @@ def test_of_shards_the_first_studies_make_the_mean(demo, demo_index, tmp_path, m
 
 @pytest.mark.parametrize("rule", [{"min_length": 2}, {"no_repeat_ngram_size": 1}])
 def test_a_rule_that_forbids_the_likeliest_word_costs_nothing(rule):
-    """With an image that changes nothing, reports are as likely as without guidance: words are not left behind where the
-    only plausible one is forbidden."""
+    """With an image that changes nothing, reports are as likely as without guidance: words are not left behind where
+    the only plausible one is forbidden."""
     probabilities = [0.95, 0.03, 0.02] if "min_length" in rule else [0.04, 0.95, 0.01]
     found = []
     for weight in (0.0, 0.5):

@@ -175,6 +175,33 @@ def test_only_what_means_the_same_is_compared():
         compare([means([1.0, 2.0])], [means([1.0, 2.0])] * 2)
 
 
+def test_nll_is_left_out_where_it_is_of_other_tokens():
+    """Captions are scored whole: their digests are the same whatever the models' vocabularies are."""
+
+    def run(tokens, targets=""):
+        tables = {"nll": np.array([[2.0, tokens], [3.0, 4]]), "CIDEr": np.ones((2, 1))}
+        return ReportStatistics(tables, "captions", "captions", targets=targets)
+
+    assert set(compare([run(5, "a")], [run(5, "a")], resamples=9)) == {"nll", "CIDEr"}
+    assert set(compare([run(5, "a")], [run(5, "b")], resamples=9)) == {"CIDEr"}
+    assert set(compare([run(5, "a"), run(5, "a")], [run(5, "a"), run(5, "b")], resamples=9)) == {"CIDEr"}
+    # Older files have no digest of the tokens, but their numbers.
+    assert set(compare([run(5)], [run(5, "a")], resamples=9)) == {"nll", "CIDEr"}
+    assert set(compare([run(5)], [run(6)], resamples=9)) == {"CIDEr"}
+
+
+def test_resamples_without_a_counted_report_are_no_zeros():
+    def run(said, counted):
+        table = np.zeros((40, 2))
+        table[:counted, 1], table[:said, 0] = 1, 1
+        return ReportStatistics({"comparison_rate_full": table}, "", "")
+
+    assert set(intervals(run(30, 30), resamples=200)) == {"comparison_rate_full"} and not intervals(run(1, 1))
+    few = compare([run(1, 1)] * 2, [run(0, 1)] * 2, resamples=200)["comparison_rate_full"]
+    assert few.difference == 1 and (few.low, few.p, few.p_bootstrap) == (None, None, None)
+    assert compare([run(30, 30)], [run(0, 30)], resamples=200)["comparison_rate_full"].p < 0.01
+
+
 def test_spread_over_seeds():
     runs = [
         {"BLEU_4": 0.1, "METEOR": None, "CIDEr": 0.5},

@@ -73,6 +73,8 @@ def test_joined_parts_are_scored_as_one_test_set(metrics):
     # Only the same parts, in the same order, can be compared.
     named = [dataclasses.replace(part, full_references=name) for name, part in zip("ab", parts, strict=True)]
     assert join(named).full_references != join(named[::-1]).full_references
+    targets = [dataclasses.replace(part, targets=name) for name, part in zip("ab", parts, strict=True)]
+    assert join(targets).targets != join(targets[::-1]).targets and join([targets[0], parts[1]]).targets == ""
 
 
 def test_joining_keeps_what_all_parts_have_and_refuses_other_names(metrics):
@@ -99,6 +101,19 @@ def test_nll_is_the_mean_over_tokens():
     assert ReportStatistics({"nll": table}, "", "").scores() == {"nll": 3.0 / 6}
 
 
+def test_a_score_that_nothing_is_counted_for_is_none():
+    tables = {
+        "comparison_rate_full": np.array([[0.0, 0], [0, 0], [1, 1], [0, 1]]),  # the first two have a prior
+        "diversity": np.array([[0.0] * 6, [1, 0, 0, 1, 0, 0], [2, 1, 1, 2, 1, 1], [4, 3, 2, 5, 4, 3]]),
+    }
+    statistics = ReportStatistics(tables, "", "")
+    assert statistics.scores(np.array([0, 1])) == {"comparison_rate_full": None, "diversity": None}
+    assert statistics.scores(np.array([1, 2])) == {"comparison_rate_full": 1.0, "diversity": 1.0}
+    assert statistics.scores()["comparison_rate_full"] == 0.5
+    without = ReportStatistics({name: table[:2] for name, table in tables.items()}, "", "")
+    assert without.columns() == {}
+
+
 def test_meteor_lines_by_hand():
     # 3 words against 4, of which 1 and 2 are function words; "the ." matched: one word of each kind, in 2 chunks.
     line = "3 4 1 2 1 1 1 1 " + "0 " * 12 + "2 2 2"
@@ -109,7 +124,7 @@ def test_meteor_lines_by_hand():
 
 
 def test_the_file_brings_everything_back_and_is_the_owners_alone(metrics, tmp_path):
-    _, statistics = statistics_of(metrics, REFERENCES, HYPOTHESES)
+    statistics = dataclasses.replace(statistics_of(metrics, REFERENCES, HYPOTHESES)[1], targets="tokens")
     path = tmp_path / "run" / "statistics.npz"
     save_statistics(path, {"model": statistics, "commonest training report": statistics})
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
@@ -117,6 +132,10 @@ def test_the_file_brings_everything_back_and_is_the_owners_alone(metrics, tmp_pa
     assert list(found) == ["model", "commonest training report"]
     assert found["model"].scores() == statistics.scores()
     assert (found["model"].references, found["model"].full_references) == ("cut", "whole")
+    assert found["model"].targets == "tokens"
+    with np.load(path) as stored:
+        np.savez(path, **{name: array for name, array in stored.items() if name != "targets"})
+    assert load_statistics(path)["model"].targets == ""  # of an older file
     save_statistics(path, {"model": dataclasses.replace(statistics, tag="reflabels")})
     tagged = load_statistics(path)["model"].scores()
     assert tagged["BLEU_4_reflabels_full"] == statistics.scores()["BLEU_4_full"] and "BLEU_4" not in tagged

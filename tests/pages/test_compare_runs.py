@@ -197,8 +197,25 @@ def test_a_reports_own_score_is_that_of_a_split_of_one():
         assert report_scores(marked, name) == pytest.approx(report_scores(statistics, "ROUGE_L"))
 
 
+def test_nll_of_other_tokens_is_left_out_with_a_note(runs):
+    for path, tokens in zip(runs, (5, 6), strict=True):
+        keep_statistics(path, {"CIDEr": np.ones((4, 1)), "nll": np.tile([1.0, tokens], (4, 1))})
+    comparison = compared(runs, by="CIDEr")
+    assert [line.name for line in comparison.scores] == ["CIDEr"] and "nll is left out" in comparison.notes[0]
+    with pytest.raises(InputError, match="--by nll: must be one of CIDEr"):
+        compared(runs, by="nll")
+
+
+def test_a_report_with_more_errors_has_not_gained(runs):
+    for path, devices in zip(runs, ([0, 0, 1, 0], [3, 0, 0, 0]), strict=True):
+        keep_statistics(path, {"hallucinated_devices_full": np.array(devices, dtype=float)[:, None]})
+    comparison = compared(runs, by="hallucinated_devices_full")
+    assert [pair.number for pair in comparison.better] == [3] and [pair.number for pair in comparison.worse] == [1]
+
+
 def test_rank_leaves_out_what_has_not_changed():
     assert rank(np.array([0.0, 0.5, -0.1, 0.5, 0.2]), 3) == ([1, 3, 4], [2])
+    assert rank(np.array([np.nan, -1.0, 1.0, np.nan]), 1) == ([2], [1])
     assert rank(np.zeros(3), 3) == ([], []) and rank(np.array([1.0, -1.0]), 0) == ([], [])
 
 

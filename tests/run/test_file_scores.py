@@ -168,7 +168,12 @@ def test_names_of_systems(tmp_path):
     }
     (tmp_path / "a=b.csv").write_text("report\nx\n")
     assert systems_of([str(tmp_path / "a=b.csv")]) == {"a=b": [str(tmp_path / "a=b.csv")]}
-    for given, cause in ((["a.csv", "a.csv"], "given twice"), (["x="], "names no file"), (["references=a"], "taken")):
+    for given, cause in (
+        (["a.csv", "a.csv"], "given twice"),
+        (["x="], "names no file"),
+        (["references=a"], "taken"),
+        (["base.csv", "base=other.csv"], "--res base.csv: would be called base"),
+    ):
         with pytest.raises(InputError, match=cause):
             systems_of(given)
 

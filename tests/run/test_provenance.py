@@ -4,6 +4,8 @@ import hashlib
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors import safe_open
 
 from modules.labels.study_labels import read_labels
 from modules.mining.index import HardNegativeIndex
+from modules.run import results
 from modules.runtime.environment import file_sha256, git_state
 from modules.training.checkpoint import load_checkpoint
 from tests.hostile_support import run
@@ -35,6 +38,22 @@ def test_hash_of_a_file(tmp_path):
     (tmp_path / "file").write_bytes(b"text" * 100_000)
     assert file_sha256(tmp_path / "file") == sha256(tmp_path / "file")
     assert file_sha256(tmp_path) == file_sha256("") == file_sha256(tmp_path / "none") == ""
+
+
+@pytest.mark.parametrize("step", ["_write_files", "write_page"])
+def test_a_test_that_ends_while_it_writes_does_not_count_as_done(tmp_path, monkeypatch, step):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    tested = SimpleNamespace(provenance={"checkpoint_sha256": ""}, as_json=dict)
+    for name in ("training_free_reports", "_training_reports", "_provenance", "_log", "_keep_others", "_write_files"):
+        monkeypatch.setattr(results, name, lambda *_: {})
+    monkeypatch.setattr(results, "Tested", lambda **_: tested)
+    monkeypatch.setattr(results, step, killed)
+    names = ("config", "data", "objective", "device", "tester", "loader", "scoring", "weights", "history", "best_epoch")
+    with pytest.raises(KeyboardInterrupt):
+        results.test_and_write(**{name: MagicMock() for name in names}, folder=tmp_path)
+    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.thorough

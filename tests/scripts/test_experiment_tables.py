@@ -172,6 +172,10 @@ def test_a_column_that_no_score_has_is_refused(tmp_path):
         "ce_chexbert_f1_micro_14_uncertain_negative_full",
         "BERTScore_f1",
         "RadGraph_F1_partial",
+        "RadEval_RaTEScore",
+        "RadEval_RadCliQ_v1_full",
+        "comparison_rate_full",
+        "hallucinated_devices_reference_labels_full",
         "ours",
     ):
         write_table(files, columns=[key])
@@ -182,7 +186,8 @@ def test_a_column_that_no_score_has_is_refused(tmp_path):
             results["test"]["model"]["ours"] = 1.0
             (run.folder / "results.json").write_text(json.dumps(results))
         check_columns(read_table(files / "rows.json"), planned(files))
-    for key, part in (("CIDErr", "did you mean CIDEr"), ("F", "a name of results.json")):
+    errors = ("contradictions", "did you mean contradictions_full")
+    for key, part in (("CIDErr", "did you mean CIDEr"), ("F", "a name of results.json"), errors):
         write_table(files, columns=[key])
         with pytest.raises(InputError, match=f"no score is called '{key}'.*{part}"):
             check_columns(read_table(files / "rows.json"), planned(files))
@@ -224,6 +229,22 @@ def test_the_whole_on_real_trainings(demo, tmp_path):
     assert (tmp_path / "out/ithn/seed1/results.json").stat().st_mtime_ns == before
     changed = call("--overrides", "--alpha 0.5")
     assert changed.returncode == 2 and changed.stderr.count("\n") == 1 and "alpha 0.01, now 0.5" in changed.stderr
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "nll_reference_labels",
+        "hallucinated_devices_reference_labels_full",
+        "RadEval_RadCliQ_v1_truncated",
+        "unk_share",
+        "repetition_2",
+        "commonest_share_reference_labels",
+    ],
+)
+def test_the_lowest_is_the_best_whatever_the_name_says_besides(key):
+    rows = [TableRow(name, "data", "1 seed", {key: Cell(value)}) for name, value in (("a", 0.2), ("b", 0.1))]
+    assert ScoreTable("t", {key: key}, rows).best("data") == {key: 0.1}
 
 
 def test_the_lowest_nll_is_the_best():

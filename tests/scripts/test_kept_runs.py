@@ -29,7 +29,7 @@ def files(tmp_path):
         values = base + (GAIN if "ithn" in name else 0.0) + 0.001 * run.seed + rng.normal(0, 0.01, 60)
         finish(run, score=float(values.mean()))
         tables = {"BLEU_4": values[:, None].astype(np.float32), "nll": np.column_stack([values, np.full(60, 9)])}
-        system = ReportStatistics(tables, "cut", "whole", studies=np.arange(60))
+        system = ReportStatistics(tables, "cut", "whole", studies=np.arange(60), targets="tokens")
         save_statistics(run.folder / "statistics.npz", {"model": system})
         (run.folder / "history.json").write_text(json.dumps([{"epoch": 1, "val_CIDEr": 0.4, "note": "text"}]))
         (run.folder / "res.csv").write_text("a secret dog\na cat\na secret dog\n" + "a cow\n" * 57)
@@ -55,12 +55,13 @@ def test_tables_are_made_again_from_what_is_kept(files, tmp_path):
     restore(planned(files), keep)
     assert {run.state for run in planned(files)} == {"done"}
     after = table_of(files)
+    assert "SYNTHETIC" in before.notes[0] and after.notes[0] == before.notes[0]
     for row, again in zip(before.rows[:2], after.rows[:2], strict=True):
         assert again.cells["BLEU_4"].mean == row.cells["BLEU_4"].mean and again.label == row.label
         assert again.cells["BLEU_4"].low == pytest.approx(row.cells["BLEU_4"].low, abs=1e-5)
     again = load_statistics(by_name(planned(files))["ithn seed 2"].folder / "statistics.npz")["model"]
     assert again.scores() == pytest.approx(statistics.scores(), abs=1e-5)
-    assert np.array_equal(again.studies, statistics.studies)
+    assert np.array_equal(again.studies, statistics.studies) and again.targets == "tokens"
 
 
 def test_what_is_kept_are_numbers(files, tmp_path):
@@ -119,6 +120,14 @@ def test_planned_comparisons(files, monkeypatch, capsys):
     assert opened[1] == "1 of 2" and opened[-1].startswith("open: 1 of 2 seeds")
     with pytest.raises(InputError, match="--compare ithn:mochi: must be two of base, ithn"):
         compare(files, monkeypatch, capsys, "--compare", "ithn:mochi")
+
+
+def test_a_higher_nll_is_a_loss(files, monkeypatch, capsys):
+    pack_finished(planned(files), files / "kept")
+    [found] = compare(files, monkeypatch, capsys, "--compare", "ithn:base", "--score", "nll", "--margin", "0.01")
+    assert float(found[4]) > 0 and found[-1].startswith("loss")
+    with pytest.raises(InputError, match="--score CIDEr: ithn:base can be compared by BLEU_4, nll"):
+        compare(files, monkeypatch, capsys, "--compare", "ithn:base", "--score", "CIDEr")
 
 
 def test_the_interval_over_seeds_agrees_with_its_test():

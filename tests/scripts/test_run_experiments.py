@@ -91,6 +91,28 @@ def test_input_files_are_compared_by_content(files):
     assert planned(files, moved)[0].state == CHANGED and planned(files, moved)[0].reason.startswith("label_path ")
 
 
+def test_an_index_that_a_row_names_is_compared_by_content(files):
+    for folder in "ab":
+        (files / folder).mkdir()
+        (files / folder / "index.safetensors").write_text(folder)
+
+    def of(folder):
+        index = files / folder / "index.safetensors"
+        write_table(files, {"own": f"--ithn on --negative_index {index}"}, seeds=[1])
+        return planned(files)[0], hashlib.sha256(index.read_bytes()).hexdigest()
+
+    run, sha256 = of("a")
+    finish(run)
+    assert of("b")[0].state == DONE  # an older result, or a kept one: nothing but the name is known
+    content = json.loads((run.folder / "results.json").read_text())
+    content["provenance"]["negative_index_sha256"] = sha256
+    (run.folder / "results.json").write_text(json.dumps(content))
+    assert of("a")[0].state == DONE and of("b")[0].state == CHANGED
+    assert of("b")[0].reason == "negative_index index.safetensors, now another file"
+    write_table(files, {"own": "--ithn on"}, seeds=[1])  # the shared one, which has another name
+    assert planned(files)[0].reason.startswith("negative_index index.safetensors, now tiny-tfidf-")
+
+
 def test_an_older_result_without_a_new_setting_is_still_the_same(files):
     run = planned(files)[0]
     finish(run)

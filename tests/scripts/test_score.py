@@ -1,11 +1,14 @@
 """scripts/score.py: what is printed, what is written, and mistakes in one line."""
 
+import dataclasses
 import json
 import stat
 import sys
 
 import pytest
 
+from modules.evaluation.bootstrap import Difference
+from modules.evaluation.system_tests import SystemTest
 from modules.runtime.errors import InputError
 from scripts import score
 
@@ -52,6 +55,14 @@ def test_several_systems_are_tested_against_the_first(run, tmp_path):
     assert (tmp_path / "out" / "mine" / "comparison_with_base.html").is_file()
     text = run("--res", "x=base.json", "x=ours.json", "y=ours.json", "y=ours.json")
     assert "| score | x | y |" in text and " ± " in text and "| p seeds | p Holm |" in text
+
+
+def test_the_interval_over_seeds_covers_what_their_p_value_does():
+    change = Difference(0.2, 0.19, 0.21, 0.0002, 0.0001, p_seeds=0.5, error=0.25, freedom=2.0)
+    row = score.render_tests([SystemTest("b", "CIDEr", 0.1, 0.3, change, 1.0)]).splitlines()[-1]
+    assert row == "| b | CIDEr | +0.2000 | [-0.8757, +1.2757] | 0.5000 | 1.0000 |"
+    of_one = SystemTest("b", "CIDEr", 0.1, 0.3, dataclasses.replace(change, p_seeds=None), 1.0)
+    assert "| [+0.1900, +0.2100] | 0.0001 |" in score.render_tests([of_one])
 
 
 def test_published_conventions_come_first(run):
