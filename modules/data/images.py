@@ -17,6 +17,7 @@ from modules.data.codestreams import read_jpeg2000
 from modules.runtime.errors import ImageError, InputError
 from modules.runtime.input_files import open_regular
 
+PIXELS = 2  # part of the names of caches: raise it with every change of what any file's pixels are read as
 MAX_PIXELS = 89_000_000  # just below where Pillow starts to warn of decompression bombs
 MAX_BYTES = 2**30  # of a file, which some decoders read whole; 16-bit colour of MAX_PIXELS takes half of it
 MAX_ASPECT = 50  # a thin strip resized by its shorter side would take gigabytes
