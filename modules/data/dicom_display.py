@@ -142,7 +142,7 @@ def _number(data: "Dataset", name: str) -> float | None:
 
 
 def _as_stored(number: float, data: "Dataset") -> float:
-    """A value of 16 bits, which headers may give as unsigned where the stored ones are signed, or the other way round."""
+    """A value of 16 bits, which headers may give as unsigned where stored ones are signed, or the other way round."""
     if data.BitsAllocated > 16:
         return number
     if data.get("PixelRepresentation"):

@@ -41,7 +41,7 @@ def dicom(path, values=RAMP, bits=12, photometric="MONOCHROME2", signed=False, *
     data.PixelRepresentation = int(signed)
     data.PixelData = elements.pop("PixelData", values.tobytes())
     for name, value in elements.items():
-        setattr(data, name, value)
+        data.add(value) if isinstance(value, DataElement) else setattr(data, name, value)
     data.save_as(path, enforce_file_format=True)
     return path
 
