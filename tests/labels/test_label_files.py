@@ -161,6 +161,7 @@ def test_missing_file_says_what_makes_one(tmp_path):
         ({"a": np.array(["x"] * 14)}, "refused, it holds an array of 'U1'"),
         ({"a": np.array([None] * 14)}, "refused, it holds an array of 'O8'"),
         ({"a": np.zeros(14, "f8,i4")}, "refused, it holds an array of 'V12'"),
+        ({("a", "b"): np.zeros(14)}, "refused, it holds a key that is a tuple"),
         ({"a": os.system}, "refused, it holds (posix|nt).system"),
     ],
 )
@@ -240,4 +241,14 @@ def test_a_declared_size_costs_nothing(tmp_path):
     path = tmp_path / "huge.pickle"
     path.write_bytes(huge)
     with pytest.raises(InputError, match="damaged"):
+        read_pickled_arrays(path)
+
+
+@pytest.mark.parametrize("end", [b"K\x01s.", b"cnumpy\ndtype\n1\x85R."])  # as a key, as a type
+@pytest.mark.parametrize("levels", [b"2\x86", b"\x94h%c\x86"])  # two of itself: copied, fetched
+def test_nested_tuples_cost_nothing(tmp_path, levels, end):
+    nested = b"".join(levels % number if b"%" in levels else levels for number in range(60))
+    path = tmp_path / "nested.pickle"
+    path.write_bytes(b"\x80\x04}" + b"K\x01" + nested + end)
+    with pytest.raises(InputError, match="refused|damaged"):
         read_pickled_arrays(path)
