@@ -30,6 +30,7 @@ class Study:
     captions: tuple[str, ...] = ()  # COCO: all captions of the image
     sections: Mapping[str, str] = field(default_factory=dict)  # indication, findings, ...: other texts of the study
     prior: str = ""  # the id of the patient's previous record
+    record_id: str = ""  # of one caption of a record: the record's id
 
 
 @dataclass(frozen=True)

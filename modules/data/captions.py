@@ -13,7 +13,7 @@ def split_captions(annotation: Annotation) -> Annotation:
     that of the captions. A record without captions has its report as the only one; val and test stay as they are.
     """
     train = tuple(
-        replace(study, id=f"{study.id}#{number}", report=caption, captions=())
+        replace(study, id=f"{study.id}#{number}", report=caption, captions=(), record_id=study.id)
         for study in annotation.splits["train"]
         for number, caption in enumerate(references(study))
     )

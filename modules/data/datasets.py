@@ -233,6 +233,7 @@ def _report_keys(studies: Sequence[Study], cleaner: str) -> list[int]:
 
     def root(name: tuple[str, str]) -> tuple[str, str]:
         while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]  # halves the path, without which one text of all is a chain of them
             name = parent[name]
         return name
 

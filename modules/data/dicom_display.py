@@ -52,21 +52,17 @@ def show_colour(values: np.ndarray, colour_space: str) -> np.ndarray:
 
 def show_palette(values: np.ndarray, data: "Dataset") -> np.ndarray:
     """Stored values (H, W), places in the palette of ``data``, as RGB uint8 (H, W, 3)."""
-    entries, first, _ = data.RedPaletteColorLookupTableDescriptor
-    if "RedPaletteColorLookupTableData" in data:
-        channels = [
-            _entries(
-                data[f"{colour}PaletteColorLookupTableDescriptor"].value,
-                data[f"{colour}PaletteColorLookupTableData"].value,
-                data,
-            )
-            for colour in ("Red", "Green", "Blue")
-        ]
-        palette = np.stack(channels, axis=-1)
-    else:  # in segments, which pydicom expands
-        from pydicom.pixels import apply_color_lut
-
-        palette = apply_color_lut(np.arange(entries or 2**16) + first, data)[:, :3]
+    kind, read = ("", _entries) if "RedPaletteColorLookupTableData" in data else ("Segmented", _expand)
+    channels = [
+        read(
+            data[f"{colour}PaletteColorLookupTableDescriptor"].value,
+            data[f"{kind}{colour}PaletteColorLookupTableData"].value,
+            data,
+        )
+        for colour in ("Red", "Green", "Blue")
+    ]
+    first = int(_as_stored(data.RedPaletteColorLookupTableDescriptor[1], data))
+    palette = np.stack(channels, axis=-1)
     palette = eight_bits(palette)
     return by_rows(lambda rows: palette[np.clip(rows.astype(np.int64) - first, 0, len(palette) - 1)], values)
 
@@ -89,8 +85,11 @@ def _grey_of(levels: np.ndarray, data: "Dataset", ends: tuple[float, float]) -> 
     padding = _is_padding(levels, data)
     modality = _modality(levels, data)
     if lookup := _lookup_table(data, "VOILUTSequence"):
-        shown = _look_up(modality, *lookup)
-        low, high = 0, full_scale(int(lookup[0].max()))
+        table, first = lookup
+        if ends[1] < first >= 2**15:  # beyond all values: a negative number, written as unsigned
+            first -= 2**16
+        shown = _look_up(modality, table, first)
+        low, high = 0, full_scale(int(table.max()))
     elif _has_window(data):
         shown = apply_windowing(modality, data)
         low, high = apply_windowing(np.array([-1e12, 1e12]), data)  # what lies below and above the window becomes
@@ -110,13 +109,14 @@ def _is_padding(levels: np.ndarray, data: "Dataset") -> np.ndarray:
     value, limit = _number(data, "PixelPaddingValue"), _number(data, "PixelPaddingRangeLimit")
     if value is None:
         return np.zeros(levels.shape, bool)
-    ends = sorted((value, value if limit is None else limit))
+    ends = sorted(_as_stored(end, data) for end in (value, value if limit is None else limit))
     return (levels >= ends[0]) & (levels <= ends[1])
 
 
 def _modality(levels: np.ndarray, data: "Dataset") -> np.ndarray:
     if lookup := _lookup_table(data, "ModalityLUTSequence"):
-        return _look_up(levels, *lookup)
+        table, first = lookup
+        return _look_up(levels, table, int(_as_stored(first, data)))
     slope, intercept = _number(data, "RescaleSlope"), _number(data, "RescaleIntercept")
     return levels if slope is None or intercept is None else levels * slope + intercept
 
@@ -141,6 +141,15 @@ def _number(data: "Dataset", name: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _as_stored(number: float, data: "Dataset") -> float:
+    """A value of 16 bits, which headers may give as unsigned where stored ones are signed, or the other way round."""
+    if data.BitsAllocated > 16:
+        return number
+    if data.get("PixelRepresentation"):
+        return number - 2**16 if number >= 2**15 else number
+    return number % 2**16
+
+
 def _lookup_table(data: "Dataset", sequence: str) -> tuple[np.ndarray, int] | None:
     """The first lookup table of a sequence and the value that its first entry is for; None where there is none."""
     items = data.get(sequence)
@@ -159,6 +168,26 @@ def _entries(descriptor: list[int], content: bytes | list[int] | int, data: "Dat
     if len(content) <= entries + entries % 2:
         return np.frombuffer(content, np.uint8)[:entries].astype(np.uint16)
     return np.frombuffer(content[: len(content) // 2 * 2], f"{byte_order}u2")[:entries].astype(np.uint16)
+
+
+def _expand(descriptor: list[int], content: bytes, data: "Dataset") -> np.ndarray:
+    """A table's entries uint16 (K,) from discrete and linear segments (PS3.3 C.7.9.2), no more than it declares."""
+    entries = int(descriptor[0]) % 2**16 or 2**16
+    size = 1 if descriptor[2] == 8 else 2
+    words = np.frombuffer(content[: len(content) // size * size], f"{'<' if data.original_encoding[1] else '>'}u{size}")
+    parts: list[np.ndarray] = []
+    count = at = 0
+    while count < entries and at + 2 < len(words):
+        kind, length = int(words[at]), int(words[at + 1])
+        if kind == 0:
+            part, at = words[at + 2 : at + 2 + length], at + 2 + length
+        elif kind == 1 and parts:
+            part, at = np.linspace(parts[-1][-1], words[at + 2], length + 1)[1:], at + 3
+        else:
+            raise NotImplementedError("segments that repeat others")
+        parts += [part] if length else []
+        count += len(part)
+    return np.rint(np.concatenate(parts)[:entries]).astype(np.uint16)
 
 
 def _look_up(values: np.ndarray, table: np.ndarray, first: int) -> np.ndarray:

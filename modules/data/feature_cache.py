@@ -21,7 +21,7 @@ import PIL
 import torch
 from torch import Tensor, nn
 
-from modules.data.images import ImageFolder
+from modules.data.images import PIXELS, ImageFolder
 from modules.data.loaders import GuardedLoader
 from modules.data.transforms import Transform
 from modules.runtime import distributed
@@ -82,10 +82,10 @@ def build_feature_cache(
 ) -> FeatureCache:
     """Features of the images at ``paths``: from ``folder`` where it has them, else computed, shared by all processes.
 
-    The file's name is a hash of the extractor's weights and grid, the transform, the type, and the images' paths,
-    sizes and times: a change of any of them leads to another file. An interrupted one is continued. S * C numbers of
-    ``dtype`` per image; images are decoded by ``workers`` processes. Of several programs that need the same file one
-    makes it and the others wait. InputError for an unreadable image, a full disk, and a damaged file.
+    The file's name is a hash of the extractor's weights and grid, the transform, the type, the images' folder and their
+    paths, sizes and times: a change of any of them leads to another file. An interrupted one is continued. S * C
+    numbers of ``dtype`` per image; images are decoded by ``workers`` processes. Of several programs that need the same
+    file one makes it and the others wait. InputError for an unreadable image, a full disk, and a damaged file.
     """
     kind = np.dtype(dtype)
     key = _key(images, paths, extractor, transform, kind)
@@ -148,7 +148,9 @@ def _require_whole(file: Path, shape: tuple[int, int, int], kind: np.dtype) -> N
 def _key(images: ImageFolder, paths: Sequence[str], extractor: nn.Module, transform: Transform, kind: np.dtype) -> str:
     # An extractor's weights do not tell its activations; a function among them shows where it lies in memory.
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr(extractor))
-    digest = hashlib.sha256(f"{FORMAT}\0{PIL.__version__}\0{transform!r}\0{layers}".encode())
+    digest = hashlib.sha256(f"{FORMAT}\0{PIXELS}\0{PIL.__version__}\0{transform!r}\0{layers}".encode())
+    # Two versions of the same uncompressed images may differ in nothing but where they lie.
+    digest.update(f"{images.root}\0".encode(errors="surrogateescape"))
     if kind != np.float32:
         digest.update(kind.name.encode())
     if transform.jpeg_draft:

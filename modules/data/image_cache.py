@@ -24,7 +24,7 @@ import PIL
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modules.data.images import ImageFolder, stored_shape
+from modules.data.images import PIXELS, ImageFolder, stored_shape
 from modules.data.loaders import GuardedLoader
 from modules.data.transforms import Transform
 from modules.runtime.errors import InputError
@@ -103,7 +103,7 @@ def build_image_cache(
 def _key(images: ImageFolder, paths: Sequence[str], transform: Transform) -> str:
     """Hash of all that determines the resized pixels, or which images may be read, except the image files."""
     size = transform.size if transform.resize is None else f"shorter side {transform.resize}"
-    settings = (FORMAT, PIL.__version__, size, images.root, images.max_pixels, images.follow_links)
+    settings = (FORMAT, PIXELS, PIL.__version__, size, images.root, images.max_pixels, images.follow_links)
     if images.draft is not None:
         settings += ("JPEG drafts",)
     digest = hashlib.sha256(repr(settings).encode())

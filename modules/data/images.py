@@ -17,6 +17,7 @@ from modules.data.codestreams import read_jpeg2000
 from modules.runtime.errors import ImageError, InputError
 from modules.runtime.input_files import open_regular
 
+PIXELS = 2  # part of the names of caches: raise it with every change of what any file's pixels are read as
 MAX_PIXELS = 89_000_000  # just below where Pillow starts to warn of decompression bombs
 MAX_BYTES = 2**30  # of a file, which some decoders read whole; 16-bit colour of MAX_PIXELS takes half of it
 MAX_ASPECT = 50  # a thin strip resized by its shorter side would take gigabytes
@@ -28,7 +29,10 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 # RGBA, where RGBA itself gives high and low byte of the grey value as R and G.
 _OTHER_ORDER = "B" if sys.byteorder == "little" else "L"
 _GREY_ALPHA = "LA;16B"
+_DEEP = ("RGB", 65535)  # what Pillow's decoder of PPM files is told of 16-bit colour
 _TILE_WIDTH, _TILE_HEIGHT, _FREE_TILE = 322, 323, 2**22  # TIFF's tags, and pixels of a tile that are always allowed
+_BITS, _PLANES = 258, 284  # TIFF's tags
+_IN_PLANES = "its 16-bit colours lie in planes, which are not read; save it with interleaved ones, or as PNG"
 _BYTES = {"I": 4, "F": 4, "LA": 4, "PA": 4}  # of a pixel; others have one for each band
 _LOW_BYTES = {_GREY_ALPHA: "RGBA"} | {
     f"{mode};16{order}": f"{mode};16{other}"
@@ -154,6 +158,11 @@ def _decode_picture(file: BinaryIO, name: str, max_pixels: int, draft: Draft | N
     """An image of FORMATS, upright, as "L" or "RGB"."""
     with Image.open(file, formats=FORMATS) as image:
         _check_shape(name, image.size, max_pixels)
+        # Pillow's own decoder of 16-bit PPM files scales by 65535, whatever they hold, and keeps 8 bits.
+        image.tile = [
+            tile._replace(codec_name="raw", args="RGB;16B") if tile.codec_name == "ppm" and tile.args == _DEEP else tile
+            for tile in image.tile
+        ]
         _check_depth(name, image, max_pixels)
         _check_tiles(name, image)
         if image.format == "JPEG2000":
@@ -183,6 +192,8 @@ def _full_contrast(image: Image.Image, tiles: list, file: BinaryIO) -> Image.Ima
     colours = [band for band in image.getbands() if band != "A"]
     if raw_mode not in _LOW_BYTES or max(image.getchannel(band).getextrema()[1] for band in colours) >= 2**6:
         return image
+    if getattr(image, "tag_v2", {}).get(_PLANES) == 2:  # decoded by libtiff, which would give the high bytes again
+        raise ValueError(_IN_PLANES)
     file.seek(0)
     with Image.open(file, formats=FORMATS) as other:
         other.tile = [tile._replace(args=(_LOW_BYTES[raw_mode], *_arguments(tile)[1:])) for tile in tiles]
@@ -231,8 +242,14 @@ def _check_depth(name: str, image: Image.Image, max_pixels: int) -> None:
 
 
 def _check_tiles(name: str, image: Image.Image) -> None:
-    """ImageError where a TIFF has tiles far larger than itself: its decoder allocates and fills a whole one."""
-    width, height = (getattr(image, "tag_v2", {}).get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
+    """ImageError where a TIFF has tiles far larger than itself: its decoder allocates and fills a whole one.
+
+    ValueError for planes of 16 bits, which Pillow reads as twice as many values of 8.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_PLANES) == 2 and max(tags.get(_BITS, (8,))) > 8 and image.tile[0].codec_name == "raw":
+        raise ValueError(_IN_PLANES)
+    width, height = (tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
     if not all(isinstance(side, int) for side in (width, height)) or width * height > max(
         _FREE_TILE, image.width * image.height
     ):

@@ -21,6 +21,8 @@ ID_COLUMNS = ("id", "dicom_id", "image_id", "image_path", "study_id")  # the fin
 # Other names of ids, and what pandas calls row numbers.
 _INDEX_NAMES = ("index", "unnamed: 0", "")
 _ID_NAME = re.compile(rf".*(?:id|path|file|filename|accession)|image|study|case|key|name|{'|'.join(_INDEX_NAMES)}")
+# Columns in which paired rows must agree; others, such as run_id, may tell of the file rather than of the study.
+_SAME_ON_BOTH = re.compile(r"id|image_path|(?:study|subject|patient|image|dicom|case)[ _-]?(?:u?id)?")
 MAX_BYTES = 2**30
 # What pandas, R and spreadsheets write for a cell without a value, in small letters.
 MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "nat"})
@@ -194,12 +196,32 @@ def match_rows(references: Table, hypotheses: Table) -> Table:
 def matching_rows(references: Table, hypotheses: Table) -> list[int]:
     """The hypotheses' row for each of the references': by ids where both have a column of these, else row by row.
 
-    InputError where ids are not the same on both sides, where a file has one twice, or where row by row the numbers
-    differ.
+    InputError where ids are not the same on both sides, where a file has one twice, where row by row the numbers
+    differ, or where paired rows contradict each other in another column of ids.
     """
     for table in (references, hypotheses):
         if not table.rows:
             raise InputError(f"{table.path}: no rows below the header; at least one report is needed")
+    rows = _paired_rows(references, hypotheses)
+    names, others = _id_names(references), _id_names(hypotheses)
+    for name in (name for name in names if name in others and _SAME_ON_BOTH.fullmatch(name)):
+        for row, other in enumerate(rows):
+            here, there = references.rows[row][names[name]].strip(), hypotheses.rows[other][others[name]].strip()
+            if here and there and _bare(here) != _bare(there):
+                raise InputError(
+                    f"{hypotheses.path}: row {other + 1} goes with row {row + 1} of {references.path} by the other "
+                    f"columns of ids, but its {name} is {there[:80]}, not {here[:80]}; correct or remove one of them"
+                )
+    return rows
+
+
+def _bare(identity: str) -> str:
+    """What two spellings of an id have in common: 50414267.0 is 50414267, and folders of paths may differ."""
+    number = re.fullmatch(r"0*(\d+)(?:\.0*)?", identity)
+    return number[1] if number else identity.replace("\\", "/").rpartition("/")[2]
+
+
+def _paired_rows(references: Table, hypotheses: Table) -> list[int]:
     columns = _id_columns(references, hypotheses)
     if columns is None:
         if len(references.rows) != len(hypotheses.rows):
@@ -240,10 +262,11 @@ def _id_columns(references: Table, hypotheses: Table) -> tuple[int, int] | None:
 
 
 def _id_names(table: Table) -> dict[str, int]:
-    """Name -> index of the columns that are called as ids are: ID_COLUMNS first, then others in the table's order."""
+    """Name -> index of the columns that are called as ids are: ID_COLUMNS, others in the table's order, row numbers."""
     columns = {_plain(name): index for index, name in reversed(list(enumerate(table.columns)))}
     own = [name for name in ID_COLUMNS if name in columns]
-    further = sorted((name for name in columns if name not in own and _ID_NAME.fullmatch(name)), key=columns.get)
+    further = [name for name in columns if name not in own and _ID_NAME.fullmatch(name)]
+    further.sort(key=lambda name: (name in _INDEX_NAMES, columns[name]))
     return {name: columns[name] for name in (*own, *further) if any(row[columns[name]].strip() for row in table.rows)}
 
 

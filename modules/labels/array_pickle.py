@@ -29,7 +29,7 @@ class _Dtype:
 
     def __init__(self, code: Any, *_: Any):
         if not isinstance(code, str) or not re.fullmatch("[biuf][1248]", code):
-            raise _Refused(f"an array of {code!r:.80}")
+            raise _Refused(f"an array of {code!r:.80}" if isinstance(code, str) else "an array of another type")
         self.value = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
@@ -79,11 +79,37 @@ _OPCODES = frozenset(
 )
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):
+    """Reads in Python, so that keys are looked at first: to hash nested tuples can take exponential time."""
+
+    dispatch = pickle._Unpickler.dispatch.copy()
+
+    def load_setitem(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_dict()
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+
     def find_class(self, module: str, name: str) -> type:
         if (module, name) not in _STAND_INS:
             raise _Refused(f"{module}.{name}")
         return _STAND_INS[module, name]
+
+
+def _check_keys(keys: list) -> None:
+    for key in keys:
+        if not isinstance(key, (str, int, float)):
+            raise _Refused(f"a key that is a {type(key).__name__}")
 
 
 def _check_opcodes(content: bytes) -> None:
@@ -122,10 +148,10 @@ def read_pickled_arrays(path: str | Path) -> dict[str, np.ndarray]:
     return {_text(path, key): _plain_array(path, key, value, lists) for key, value in content.items()}
 
 
-def _text(path: str | Path, key: Any) -> str:
-    if isinstance(key, str) or (isinstance(key, (int, float)) and abs(key) < 2**63):
+def _text(path: str | Path, key: str | float) -> str:
+    if isinstance(key, str) or abs(key) < 2**63:
         return str(key)
-    raise InputError(f"{path}: holds a key that is a {type(key).__name__}, expected the studies' ids")
+    raise InputError(f"{path}: holds a number that is too large for a key, expected the studies' ids")
 
 
 def _plain_array(path: str | Path, key: Any, value: Any, lists: dict[int, np.ndarray]) -> np.ndarray:

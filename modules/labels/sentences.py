@@ -80,11 +80,13 @@ _NOW = re.compile(
     r"[.;,]?\s*(?:\b(?:and|but|today|now|currently|at present|on (?:the (?:current|present)|this|today's) \w+),? )*$"
 )
 _PRONOUNS = (" none", " it ", " this ", " these ", " they ", " which ", " it's ")
+_NOW_LETTERS = 200  # before a clause, in which _NOW is looked for: its time grows with their square
 GONE = " [gone]"  # replaces such a clause
+_LONGEST = 2000  # letters of a sentence; more are no sentence, and the labeler's time grows with their square
 
 
 def split_sentences(text: str) -> list[str]:
-    """Return a report's sentences in lower case, with single spaces and none before punctuation.
+    """Return a report's sentences in lower case, with single spaces and none before punctuation, cut at 2,000 letters.
 
     A cell that means a missing report ("nan", "None") has none.
     """
@@ -112,6 +114,7 @@ def split_sentences(text: str) -> list[str]:
     if any(word in text for word in _PRONOUNS):
         text = _without_pronouns(text)
     sentences = [" ".join(sentence.split()) for sentence in _SENTENCE_END.split(text)]
+    sentences = [long[at : at + _LONGEST] for long in sentences for at in range(0, len(long), _LONGEST)]
     sentences = [sentence for sentence in sentences if _LETTER.search(sentence)]
     if len(sentences) > 1 and _WHY.match(sentences[0]):
         del sentences[0]
@@ -122,7 +125,8 @@ def _without_pronouns(text: str) -> str:
     """``text`` with GONE in place of clauses that say of the findings before them that they are not there any more."""
     kept, position = [], 0
     for match in _NO_MORE.finditer(text):
-        kept += [text[position : _NOW.search(text, position, match.start()).start()], GONE]
+        now = _NOW.search(text, max(position, match.start() - _NOW_LETTERS), match.start())
+        kept += [text[position : now.start()], GONE]
         position = match.end()
     return "".join([*kept, text[position:]])
 

@@ -45,30 +45,35 @@ ORDERS = {
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Multi-hot labels by study id; ``path`` is for error messages."""
+    """Multi-hot labels by id; ``path`` is for error messages."""
 
     path: str
     labels: Mapping[str, np.ndarray]  # (14,) float32 each, in the order of the classes that was asked for
+    column: str  # of ID_COLUMNS, whose ids these are; "" for a pickle, where ids have no name
     sha256: str = ""  # of the file's bytes
 
     def of(self, studies: Sequence[Study]) -> np.ndarray:
-        """(N, 14) float32. A study is looked up by its id, its study_id, or the id's first two "-"-separated pieces.
-
-        The last is how XProNet's IU X-Ray files name a study. InputError for the first one that has no labels.
-        """
+        """(N, 14) float32, looked up as in ``find``; InputError for the first study that has no labels."""
         found = [self.find(study) for study in studies]
         missing = [study for study, row in zip(studies, found, strict=True) if row is None]
         if missing:
+            by = f", found by the column {self.column}" if self.column else ""
             raise InputError(
                 f"{self.path}: no labels for study {missing[0].id!r} of split '{missing[0].split}' (nor "
-                f"for {len(missing) - 1} others of it); every study needs a row"
+                f"for {len(missing) - 1} others of it); every study needs a row{by}"
             )
         return np.stack(found) if found else np.zeros((0, len(CLASSES)), np.float32)
 
     def find(self, study: Study) -> np.ndarray | None:
-        """(14,) float32, or None where the file has no labels for ``study``."""
-        keys = (study.id, study.study_id, "-".join(study.id.split("-")[:2]))
-        return next((self.labels[key] for key in keys if key in self.labels), None)
+        """(14,) float32, or None where the file has no labels for ``study``.
+
+        Column study_id has the record's study_id, the others and XProNet's pickles have the record's id, of which its
+        IU X-Ray file has the first two "-"-separated pieces.
+        """
+        key = study.study_id if self.column == "study_id" else study.record_id or study.id
+        if not self.column and key not in self.labels:
+            key = "-".join(key.split("-")[:2])
+        return self.labels.get(key)
 
 
 def labels_by_rules(reports: Sequence[str], progress: bool = False) -> np.ndarray:
@@ -121,16 +126,14 @@ def read_labels(
             f"{path}: the columns of a pickle have no names; say them with --label_columns chexbert "
             "(XProNet's IU X-Ray file), mimic_cxr (its MIMIC-CXR file) or 14 names"
         )
-    own, labels = class_order(columns, "label_columns") if is_pickle else CLASSES, {}
+    own = class_order(columns, "label_columns") if is_pickle else CLASSES
     by_name = [own.index(name) for name in classes]
-    read = _pickled_labels if is_pickle else _csv_labels
-    for key, values in read(path, on_problem).items():
-        labels[key] = values[by_name]
-    return LabelTable(str(path), labels, sha256)
+    column, found = ("", _pickled_labels(path, on_problem)) if is_pickle else _csv_labels(path, on_problem)
+    return LabelTable(str(path), {key: values[by_name] for key, values in found.items()}, column, sha256)
 
 
-def _csv_labels(path: str | Path, on_problem: Callable[[Problem], None]) -> dict[str, np.ndarray]:
-    """In the order of CLASSES."""
+def _csv_labels(path: str | Path, on_problem: Callable[[Problem], None]) -> tuple[str, dict[str, np.ndarray]]:
+    """The name of the column of ids, and the labels by it in the order of CLASSES."""
     table = read_table(path, on_problem=on_problem)
     columns = [column.strip().lower() for column in table.columns]
     id_column = next((columns.index(name) for name in ID_COLUMNS if name in columns), None)
@@ -148,7 +151,7 @@ def _csv_labels(path: str | Path, on_problem: Callable[[Problem], None]) -> dict
                 Problem("id appears twice", f"{path}: row {number}: id {key!r} appears twice", str(path), id=key)
             )
         labels[key] = value
-    return labels
+    return columns[id_column], labels
 
 
 def _pickled_labels(path: str | Path, on_problem: Callable[[Problem], None]) -> dict[str, np.ndarray]:

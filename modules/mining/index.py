@@ -58,7 +58,7 @@ class HardNegativeIndex:
         try:
             index = cls(**tensors, metadata=json.loads(header["metadata"]), path=str(path))
             intact = header["sha256"] == index._checksum(header["metadata"]) and index._well_formed()
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: the hard-negative index is damaged; mine it again") from error
         if not intact:
             raise InputError(f"{path}: the hard-negative index is damaged; mine it again")
@@ -82,14 +82,17 @@ class HardNegativeIndex:
         return digest.hexdigest()
 
     def _well_formed(self) -> bool:
-        """Whether every neighbour is a row or -1: the file may come from anywhere."""
+        """Whether every neighbour is a row or -1, and flags have names: the file may come from anywhere."""
         rows = self.neighbours
         return (
             rows.dtype == np.int32
             and rows.ndim == 2
+            and rows.shape[1] > 0
             and rows.shape == self.similarity.shape
             and bool(((rows >= -1) & (rows < len(rows))).all())
+            and isinstance(self.metadata, dict)
             and {"train_sha256", "flags", "ann_path"} <= set(self.metadata)
+            and isinstance(self.metadata["flags"], dict)
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from modules.data.annotations import Annotation, Study, read_annotation
+from modules.data.tokenizers import clean_report
 from modules.labels.sentences import is_missing
 from modules.runtime.errors import InputError, Problem
 
@@ -66,6 +67,11 @@ def check_annotation(path: str, max_views: int, findings: Findings) -> Annotatio
         split: [normal(image) for study in studies for image in study.image_paths] for split, studies in splits.items()
     }
     findings.add_shared("image is in two splits", "image_path", in_several_splits(images), path)
+    held_out = {image: split for split in images if split != "train" for image in images[split]}
+    for study in splits["train"]:
+        for image in held_out.keys() & set(map(normal, study.negative_image_paths)):
+            message = f"{image!r} is an image of split '{held_out[image]}'"
+            findings.add("negative is of another split", message, path, study, "neg_image_path")
     for name in ("study_id", "subject_id"):
         keys = {split: [key for study in studies if (key := getattr(study, name))] for split, studies in splits.items()}
         findings.add_shared(f"{name} is in two splits", name, in_several_splits(keys), path)
@@ -95,6 +101,7 @@ def check_reports(
         for study, text in zip(studies, cleaned[split], strict=True):
             _check_report(study, text, path, findings)
     _check_splits(splits, cleaned, path, findings)
+    _check_negatives(splits, cleaned, tokenizer.cleaner, path, findings)
     if beam_size > tokenizer.num_ids:
         message = f"--beam_size {beam_size}: at most the {tokenizer.num_ids} token ids of the vocabulary"
         findings.problems.append(Problem("vocabulary is too small", message, path))
@@ -117,6 +124,23 @@ def _check_report(study: Study, cleaned: str, path: str, findings: Findings) -> 
         findings.add("report is missing", message, path, study, "report")
     if "\0" in study.report:
         findings.add("report has a NUL", "the report has a NUL character", path, study, "report")
+
+
+def _check_negatives(
+    splits: Mapping[str, Sequence[Study]],
+    cleaned: Mapping[str, Sequence[str]],
+    cleaner: str,
+    path: str,
+    findings: Findings,
+) -> None:
+    """Texts of training negatives that a held-out report has and no training report."""
+    known = set(cleaned["train"])
+    held_out = {text: split for split in cleaned for text in cleaned[split] if text not in known}
+    for study in splits["train"]:
+        text = clean_report(study.negative_report or "", cleaner)
+        if study.negative_report and text in held_out:
+            message = f"the text is a report of split '{held_out[text]}'"
+            findings.add("negative is of another split", message, path, study, "neg_report")
 
 
 def _check_splits(
@@ -182,7 +206,7 @@ def _check_equal_images(
     splits: dict[str, list[str]] = {}
     names = {facts.sha256: facts.path for facts in reversed(found)}
     for facts in (facts for facts in found if facts.sha256):
-        own = [study for study, name in users[facts.path] if name == "image_path"]
+        own = [study for study, name in users[facts.path] if name == "image_path" or study.split == "train"]
         for study in own:
             splits.setdefault(study.split, []).append(facts.sha256)
     shared = {names[digest]: where for digest, where in in_several_splits(splits).items()}

@@ -1,6 +1,7 @@
 """Samples and batches: views, negatives, keyed augmentation, order, resuming, shares, unreadable images."""
 
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from modules.data.annotations import Study
-from modules.data.datasets import ReportDataset, build_loader
+from modules.data.datasets import ReportDataset, _report_keys, build_loader
 from modules.data.images import ImageFolder
 from modules.data.sample_order import AUGMENT_POSITIVE, keyed_generator
 from modules.data.tokenizers import Tokenizer
@@ -120,6 +121,14 @@ def test_report_keys_join_equal_texts_and_equal_studies(make):
     ]
     a, b, c, d, e, f = whole(make(studies)).report_key.tolist()
     assert a == b and c == d == f and len({a, c, e}) == 3
+
+
+def test_report_keys_of_many_studies_that_share_a_text_take_no_time():
+    shared = {"x": "chest x-ray"}
+    studies = [study(f"{n}#{part}", report=shared.get(part), study_id=str(n)) for n in range(4000) for part in "xy"]
+    started = time.process_time()
+    assert set(_report_keys(studies, "coco")) == {0}
+    assert time.process_time() - started < 2
 
 
 def test_labels_follow_study_and_negative(make):

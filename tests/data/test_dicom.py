@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
-from pydicom import Dataset, Sequence, dcmread
+from pydicom import DataElement, Dataset, Sequence, dcmread
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
@@ -41,7 +41,7 @@ def dicom(path, values=RAMP, bits=12, photometric="MONOCHROME2", signed=False, *
     data.PixelRepresentation = int(signed)
     data.PixelData = elements.pop("PixelData", values.tobytes())
     for name, value in elements.items():
-        setattr(data, name, value)
+        data.add(value) if isinstance(value, DataElement) else setattr(data, name, value)
     data.save_as(path, enforce_file_format=True)
     return path
 
@@ -92,6 +92,21 @@ def test_padding_is_black_and_does_not_count(path):
         assert not found[:, :4].any() and found[:, 4:].max() == 255
     everything = np.full((4, 4), 9, np.uint16)
     assert not shown(dicom(path, everything, PixelPaddingValue=9)).any()
+
+
+def test_signed_numbers_that_the_header_writes_as_unsigned(path):
+    values = RAMP.astype(np.int16) - 1024
+    entries = np.rint(SQUARE * 4095)
+    expected = np.rint(entries[RAMP] * (255 / 4095))
+    written = table(entries, 16, first=2**16 - 1024)  # of type US, as ``table`` writes it
+    assert np.array_equal(shown(dicom(path, values, 16, signed=True, VOILUTSequence=written)), expected)
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
+    assert np.array_equal(shown(dicom(path, RAMP, VOILUTSequence=written, **rescale)), expected)
+    assert np.array_equal(shown(dicom(path, values, 16, signed=True, ModalityLUTSequence=written)), expected)
+    values[:, :4] = -2000
+    padding = DataElement(0x00280120, "US", 2**16 - 2000)
+    found = shown(dicom(path, values, 16, signed=True, PixelPaddingValue=padding))
+    assert not found[:, :4].any() and found[0, 4] < 3
 
 
 def test_signed_values_and_rescaling_come_before_the_window(path):
@@ -221,6 +236,13 @@ def test_palettes_in_segments(path):
         elements[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
         elements[f"Segmented{colour}PaletteColorLookupTableData"] = line.tobytes()
     places = np.arange(24 * 32, dtype=np.uint8).reshape(24, 32)
+    dicom(path, places, 8, "PALETTE COLOR", **elements)
+    assert np.array_equal(np.asarray(open_image(path))[..., 1], places)
+    # Segments beyond the declared entries are not expanded: these would have 10^8 of them.
+    many = np.array([0, 1, 0, 1, 255, 65535] + [1, 65535, 40000] * 2000, "<u2")
+    for colour in ("Red", "Green", "Blue"):
+        elements[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        elements[f"Segmented{colour}PaletteColorLookupTableData"] = many.tobytes()
     dicom(path, places, 8, "PALETTE COLOR", **elements)
     assert np.array_equal(np.asarray(open_image(path))[..., 1], places)
 

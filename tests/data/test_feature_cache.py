@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.models import resnet18
 
 from modules.data.feature_cache import build_feature_cache
@@ -30,8 +31,8 @@ def extractor():
     return VisualExtractor("resnet18", image_size=32, frozen=True)
 
 
-def build(demo, folder, extractor, **changes):
-    paths = sorted(path.relative_to(demo / "images").as_posix() for path in (demo / "images").glob("*/*.png"))[:5]
+def build(demo, folder, extractor, paths=None, **changes):
+    found = sorted(path.relative_to(demo / "images").as_posix() for path in (demo / "images").glob("*/*.png"))[:5]
     settings = {
         "extractor": extractor,
         "transform": eval_transform(32, *LOOK),
@@ -39,7 +40,7 @@ def build(demo, folder, extractor, **changes):
         "batch_size": 2,
         "progress": Bar,
     } | changes
-    return build_feature_cache(folder, ImageFolder(demo / "images"), paths, **settings)
+    return build_feature_cache(folder, ImageFolder(demo / "images"), paths or found, **settings)
 
 
 def test_features_are_the_extractors(demo, tmp_path, extractor):
@@ -89,6 +90,20 @@ def test_the_file_is_found_again_and_belongs_to_weights_and_images(demo, tmp_pat
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert build(demo, tmp_path, extractor).file != first.file
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_other_images_of_the_same_names_sizes_and_times_have_a_file_of_their_own(tmp_path, extractor):
+    files = []
+    for name, grey in (("one", 10), ("two", 200), ("link", None)):
+        images = tmp_path / name / "images"
+        if grey is None:
+            (tmp_path / name).symlink_to(tmp_path / "two")
+        else:
+            images.mkdir(parents=True)
+            Image.new("L", (40, 40), grey).save(images / "a.bmp")
+            os.utime(images / "a.bmp", ns=(1, 1))
+        files.append(build(tmp_path / name, tmp_path, extractor, paths=["a.bmp"]).file)
+    assert files[0] != files[1] == files[2]
 
 
 @pytest.mark.thorough

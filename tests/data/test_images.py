@@ -97,31 +97,50 @@ def test_16_bit_colours_keep_their_contrast_as_greys_do(tmp_path, full, alpha):
         assert np.array_equal(pixels(path)[..., 0], expected)
 
 
+def deep_tiff(values, order="<", planes=False, compressed=False):
+    """A TIFF of values (H, W, 3), 16 bits each, in three strips: of lines, or of the colours."""
+    height, width, _ = values.shape
+    parts = np.moveaxis(values, -1, 0) if planes else np.split(values, 3)
+    strips = [part.astype(f"{order}u2").tobytes() for part in parts]
+    strips = [zlib.compress(strip) for strip in strips] if compressed else strips
+    lengths = [len(strip) for strip in strips]
+    at = 8 + 2 + 10 * 12 + 4
+    places = [at + 30 + sum(lengths[:number]) for number in range(3)]
+    short = {256: width, 257: height, 259: 8 if compressed else 1, 262: 2, 277: 3, 278: len(parts[0])}
+    short[284] = 2 if planes else 1
+    tags = {tag: struct.pack(f"{order}HHLHH", tag, 3, 1, value, 0) for tag, value in short.items()}
+    for tag, kind, place in ((258, 3, at), (273, 4, at + 6), (279, 4, at + 18)):
+        tags[tag] = struct.pack(f"{order}HHLL", tag, kind, 3, place)
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}LH", 8, len(tags))
+    content = struct.pack(f"{order}3H6L", 16, 16, 16, *places, *lengths) + b"".join(strips)
+    return head + b"".join(tags[tag] for tag in sorted(tags)) + bytes(4) + content
+
+
 def test_16_bit_colours_of_a_tiff_in_either_byte_order(tmp_path):
     ramp = np.linspace(0, 4095, 24 * 32).astype(np.uint16).reshape(24, 32)
+    path = tmp_path / "x.tif"
     for order in "<>":
-        data = np.stack([ramp] * 3, axis=-1).astype(f"{order}u2").tobytes()
-        tags = [
-            (256, 32),
-            (257, 24),
-            (258, None),
-            (259, 1),
-            (262, 2),
-            (273, 128),
-            (277, 3),
-            (278, 24),
-            (279, len(data)),
-        ]
-        entries = b"".join(
-            struct.pack(f"{order}HHL", tag, 3, 1) + struct.pack(f"{order}HH", value, 0)
-            if tag != 258
-            else struct.pack(f"{order}HHLL", 258, 3, 3, 122)
-            for tag, value in tags
-        )
-        head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}LH", 8, len(tags)) + entries + bytes(4)
-        path = tmp_path / "x.tif"
-        path.write_bytes(head + struct.pack(f"{order}3H", 16, 16, 16) + data)
+        path.write_bytes(deep_tiff(np.stack([ramp // 2, ramp, ramp], axis=-1), order))
         assert np.array_equal(pixels(path)[..., 2], np.rint(ramp * (255 / 4095)))
+
+
+def test_16_bit_planes_of_a_tiff_are_refused_where_pillow_misreads_them(tmp_path):
+    path = tmp_path / "x.tif"
+    ramp = np.stack([np.linspace(0, 4095, 24 * 32).astype(np.uint16).reshape(24, 32)] * 3, axis=-1)
+    for values, compressed in ((ramp, False), (ramp * 16, False), (ramp, True)):
+        path.write_bytes(deep_tiff(values, planes=True, compressed=compressed))
+        with pytest.raises(InputError, match="x.tif' cannot be decoded: its 16-bit colours lie in planes"):
+            load_image(path)
+    path.write_bytes(deep_tiff(ramp * 16, planes=True, compressed=True))
+    assert np.array_equal(pixels(path), ramp >> 4)
+
+
+@pytest.mark.parametrize("full", [1023, 4095, 65535])
+def test_16_bit_colours_of_a_ppm(tmp_path, full):
+    ramp = np.linspace(0, full, 24 * 32).astype(np.uint16).reshape(24, 32)
+    path = tmp_path / "x.ppm"
+    path.write_bytes(b"P6 32 24 65535\n" + np.stack([ramp, ramp // 2, ramp], axis=-1).astype(">u2").tobytes())
+    assert np.array_equal(pixels(path)[..., 2], np.rint(ramp * (255 / full)) if full < 65535 else ramp >> 8)
 
 
 def test_floats_and_wide_integers_are_stretched(tmp_path):

@@ -152,6 +152,37 @@ def test_ids_that_tell_no_rows_apart_must_at_least_be_the_same():
         match_rows(references, Table("res.csv", names, references.rows[::-1]))
 
 
+@pytest.mark.parametrize(
+    ("names", "left", "right", "cause"),
+    [
+        (
+            ["image_id", "study_id"],
+            ["1A", "2B"],
+            ["2A", "1B"],
+            "row 2 goes with row 1 of gts.csv .* study_id is B, not A",
+        ),
+        (["", "study_id"], ["0A", "1A", "2B"], ["0B", "1A", "2A"], "study_id is B, not A"),  # pandas' row numbers
+        (["study_id", "subject_id"], ["Ap", "Ap"], ["Ap", "Aq"], "subject_id is q, not p"),
+    ],
+)
+def test_paired_rows_must_not_contradict_each_other(names, left, right, cause):
+    with pytest.raises(InputError, match=cause):
+        match_rows(Table("gts.csv", names, list(map(list, left))), Table("res.csv", names, list(map(list, right))))
+
+
+def test_other_spellings_missing_ids_and_columns_of_a_file_are_no_contradiction():
+    names = ["id", "image_path", "study_id", "run_id"]
+    references = Table("gts.csv", names, [["a", "x/1.png", "01", "r"], ["b", "x/2.png", "", "r"]])
+    hypotheses = Table("res.csv", names, [["a", "y/1.png", "1.0", "s"], ["b", "2.png", "7", "s"]])
+    assert match_rows(references, hypotheses) == hypotheses
+
+
+def test_row_numbers_do_not_win_over_a_column_with_a_name():
+    references = Table("gts.csv", ["index", "image", "report"], [["0", "A", "1"], ["1", "B", "2"]])
+    hypotheses = Table("res.csv", ["index", "image", "report"], [["0", "B", "two"], ["1", "A", "one"]])
+    assert [row[2] for row in match_rows(references, hypotheses).rows] == ["one", "two"]
+
+
 def test_row_by_row_only_where_a_file_has_no_ids(capsys):
     with_ids = Table("gts.csv", ["id", "report"], [["a", "x"]])
     assert match_rows(with_ids, Table("res.csv", ["report"], [["y"]])).rows == [["y"]]

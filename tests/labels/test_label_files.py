@@ -3,6 +3,7 @@
 import os
 import pickle
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,12 +91,23 @@ def test_pickle_without_names_is_refused(tmp_path):
         read_labels(path)
 
 
-def test_lookup_by_id_study_and_the_first_two_pieces(tmp_path):
-    table = read_labels(csv_file(tmp_path / "labels.csv", CLASSES, id_column="study_id"))
-    same = table.of([study(IDS[0]), study("view 7", IDS[0]), study(f"{IDS[0]}-1001"), study(f"{IDS[0]}-4001-2")])
+def test_a_study_is_looked_up_by_the_column_that_was_read(tmp_path):
+    crossed = [study("1", "2"), study("2", "1")]  # a record whose id is another's study_id
+    by_id = read_labels(csv_file(tmp_path / "id.csv", CLASSES, ids=["1", "2"]))
+    by_study = read_labels(csv_file(tmp_path / "study.csv", CLASSES, ids=["1", "2"], id_column="Study_ID"))
+    assert [named(row, "chexpert") for row in by_id.of(crossed)] == POSITIVE
+    assert [named(row, "chexpert") for row in by_study.of(crossed)] == POSITIVE[::-1]
+    caption = replace(study("1#0", "9"), record_id="1")
+    assert named(by_id.find(caption), "chexpert") == POSITIVE[0] and by_id.find(study("1-a-b", "2")) is None
+    with pytest.raises(InputError, match=r"no labels for study '8' of split 'train' \(nor for 1 others.*column id$"):
+        by_id.of([study("1"), study("8"), study("9")])
+
+
+def test_pickles_are_looked_up_as_xpronet_does_by_the_id_or_its_first_two_pieces(tmp_path):
+    table = read_labels(pickle_file(tmp_path / "labels.pickle", arrays("chexbert")), columns="chexbert")
+    same = table.of([study(IDS[0]), study(f"{IDS[0]}-1001"), study(f"{IDS[0]}-4001-2", IDS[1])])
     assert (same == same[0]).all() and named(same[0], "chexpert") == POSITIVE[0]
-    with pytest.raises(InputError, match=r"no labels for study 'CXR9_IM-1' of split 'train' \(nor for 1 others"):
-        table.of([study(IDS[0]), study("CXR9_IM-1"), study("CXR9_IM-2")])
+    assert table.find(study("view 7", IDS[0])) is None
 
 
 @pytest.mark.parametrize(
@@ -150,6 +162,7 @@ def test_missing_file_says_what_makes_one(tmp_path):
         ({"a": np.array(["x"] * 14)}, "refused, it holds an array of 'U1'"),
         ({"a": np.array([None] * 14)}, "refused, it holds an array of 'O8'"),
         ({"a": np.zeros(14, "f8,i4")}, "refused, it holds an array of 'V12'"),
+        ({("a", "b"): np.zeros(14)}, "refused, it holds a key that is a tuple"),
         ({"a": os.system}, "refused, it holds (posix|nt).system"),
     ],
 )
@@ -239,4 +252,14 @@ def test_a_declared_size_costs_nothing(tmp_path):
     path = tmp_path / "huge.pickle"
     path.write_bytes(huge)
     with pytest.raises(InputError, match="damaged"):
+        read_pickled_arrays(path)
+
+
+@pytest.mark.parametrize("end", [b"K\x01s.", b"cnumpy\ndtype\n1\x85R."])  # as a key, as a type
+@pytest.mark.parametrize("levels", [b"2\x86", b"\x94h%c\x86"])  # two of itself: copied, fetched
+def test_nested_tuples_cost_nothing(tmp_path, levels, end):
+    nested = b"".join(levels % number if b"%" in levels else levels for number in range(60))
+    path = tmp_path / "nested.pickle"
+    path.write_bytes(b"\x80\x04}" + b"K\x01" + nested + end)
+    with pytest.raises(InputError, match="refused|damaged"):
         read_pickled_arrays(path)

@@ -4,12 +4,14 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from modules.labels.labeler import CLASSES, RuleLabeler, label_report, label_reports, with_parents
+from modules.labels.sentences import split_sentences
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA_DIR = Path(os.environ.get("DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -350,3 +352,10 @@ def test_agrees_with_the_chexpert_labeler():
     for column, name in enumerate(CLASSES):
         if (truth[:, column] == 1).sum() >= 20:
             assert f1(1, column) > 0.9, name
+
+
+def test_long_texts_take_time_as_their_length():
+    started = time.process_time()
+    label_report("effusion " + "and " * 10_000 + "x it is gone")  # of 40,000 letters
+    assert time.process_time() - started < 1
+    assert max(map(len, split_sentences("effusion " * 1_000))) == 2_000

@@ -112,6 +112,24 @@ def test_rows_that_do_not_exist_are_refused(index, tmp_path, rows):
         HardNegativeIndex.load(path)
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    ["[" * 100_000, '["train_sha256", "flags", "ann_path"]', '{"train_sha256": "y", "flags": "abc", "ann_path": "p"}'],
+)
+def test_metadata_of_another_kind_are_refused(index, tmp_path, monkeypatch, metadata):
+    monkeypatch.setattr("modules.mining.index.json.dumps", lambda _: metadata)  # with a checksum that is right
+    index.save(tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="damaged"):
+        HardNegativeIndex.load(tmp_path / "x.safetensors")
+
+
+def test_an_index_without_columns_is_refused(index, tmp_path):
+    none = np.zeros((len(index.neighbours), 0), np.int32)
+    HardNegativeIndex(none, none.astype(np.float32), index.metadata).save(tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="damaged"):
+        HardNegativeIndex.load(tmp_path / "x.safetensors")
+
+
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     with pytest.raises(InputError, match="no such hard-negative index"):

@@ -274,6 +274,15 @@ def test_equal_images_in_two_splits_are_found_where_asked_for(data):
     assert kinds == {"equal images in two splits"} and findings.problems[0].split == "train test"
 
 
+def test_negatives_of_held_out_studies_are_a_leak(data):
+    held_out = json.loads((data / "annotation.json").read_text())["test"][0]
+    shutil.copy(data / "images" / held_out["image_path"][0], data / "images" / "copy.png")
+    record(neg_report=held_out["report"], neg_image_path=[held_out["image_path"][0], "copy.png"])(data)
+    findings, kinds = found(data, hashed=True, negatives=False)
+    assert kinds == {"negative is of another split", "equal images in two splits"}
+    assert {problem.field for problem in findings.problems} == {"neg_image_path", "neg_report", "the content of image"}
+
+
 def test_negatives_of_the_annotation_are_read_too(data):
     record(neg_report="Effusion.", neg_image_path=["nowhere.png"])(data)
     findings, kinds = found(data, negatives=False)
