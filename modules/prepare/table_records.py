@@ -294,11 +294,22 @@ def settle_splits(read: Read, *, seed: int, named: Mapping[str, str] | None, new
 
 
 def _named(read: Read, named: Mapping[str, str]) -> list[Record]:
-    """The records whose id or study ``named`` has, in its splits; counts the others on both sides."""
-    records = [record for record in read.records if record.id in named or record.study in named]
+    """The records whose id ``named`` has, or else whose study, in its splits; counts the others on both sides.
+
+    It is of ids or of studies, whichever more of its names are: a number may be the id of one record and the study of
+    another. InputError where that cannot be told.
+    """
+    by_id, by_study = ({getattr(record, name) for record in read.records} & named.keys() for name in ("id", "study"))
+    key = "study" if len(by_study) > len(by_id) else "id"
+    records = [record for record in read.records if getattr(record, key) in named]
     for record in records:
-        record.split = named[record.id if record.id in named else record.study]
-    unused = set(named).difference(*({record.id, record.study} for record in records))
+        if len(by_id) == len(by_study) and named.get(record.id) != named.get(record.study):
+            raise InputError(
+                f"--split_file: has {getattr(record, key)!r}, which is the id of one record and the study of another; "
+                "name studies and records differently"
+            )
+        record.split = named[getattr(record, key)]
+    unused = named.keys() - (by_study if key == "study" else by_id)
     example = min(unused, default="")[:60]
     if not records:
         raise InputError(f"--split_file: none of its ids, e.g. {example!r}, is an id or a study of the table")

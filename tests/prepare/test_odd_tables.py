@@ -179,6 +179,21 @@ def test_a_split_file_may_have_numbers_for_ids(prepare, tmp_path):
     assert found["4"]["split"] == "val" and len(found) == 6
 
 
+def test_a_split_file_of_studies_names_no_records(prepare, tmp_path):
+    """Record 1 is of study 0, as is record 0: the file's 1 is study 1, whatever the record of that id."""
+    rows = [
+        {"id": n, "study": n // 2, "patient": f"p{n // 2}", "image": f"{n}.png", "report": report(n)} for n in range(8)
+    ]
+    (tmp_path / "split.json").write_text(json.dumps({"train": [0, 2], "val": [1], "test": [3]}))
+    flags = ("--id", "id", "--study", "study", "--records", "image", "--split_file", tmp_path / "split.json")
+    table = write_csv(tmp_path / "rows.csv", [{**row, "id": row["id"] + 1} for row in rows])
+    found = records_of(prepare([table], *flags))
+    assert {record["split"] for record in found.values()} == {"train", "val", "test"} and len(found) == 8
+    (tmp_path / "split.json").write_text(json.dumps({"train": [1, 2], "val": [3], "test": []}))
+    with pytest.raises(InputError, match="which is the id of one record and the study of another"):
+        prepare([table], *flags)
+
+
 @pytest.mark.parametrize("as_text", [False, True])
 def test_an_unknown_view_keeps_its_place(prepare, tmp_path, as_text):
     views = [None, "PA", "LATERAL"]
