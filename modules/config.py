@@ -54,10 +54,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(backbone: str | None, dataset_name: str, name: str | None = None) -> dict[str, Any]:
-    """Flag values by name: those of ``backbone``'s published run scripts for a data set, and over them PRESETS's."""
+    """Flag values by name: those of ``backbone``'s published run scripts for a data set, and over them PRESETS's.
+
+    What a pretrained decoder of the published settings fixes stays.
+    """
     own, spec = declared_presets(backbone) if backbone else {}, DATASETS.get(dataset_name)
     published = {**own.get("*", {}), **(spec.preset if spec else {}), **own.get(dataset_name, {})} if backbone else {}
-    return published | (PRESETS[name] if name else {})
+    fixed = ("d_model", "num_heads") if published.get("gpt2_path") else ()
+    return published | {flag: value for flag, value in PRESETS.get(name or "", {}).items() if flag not in fixed}
 
 
 @dataclass(frozen=True)

@@ -321,7 +321,10 @@ def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = N
     dataset_name = (values | given).get("dataset_name", Config.dataset_name)
     if trained_on not in (None, dataset_name) and not values.get("max_views"):
         values["max_views"] = DATASETS.get(trained_on, OTHER).max_views
-    config = Config(**(preset(backbone, dataset_name, name) | values | given))
+    values = preset(backbone, dataset_name, name) | values | given
+    if values.get("model_name") == "r2gen":  # its memory is as wide as the decoder
+        values.setdefault("rm_d_model", values.get("d_model", Config.d_model))
+    config = Config(**values)
     for flag in REMOTE if note else ():
         note_origin(getattr(config, flag), typed=not saved or flag in given)
     return config

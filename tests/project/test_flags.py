@@ -4,11 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
-from models import MODELS, SYSTEMS
+from models import MODELS, SYSTEMS, backbone_class, settings_class
 from modules.config import PRESETS, Config
 from modules.flags import Parser, parse_flags, preset, resolve_config
 from modules.runtime.errors import InputError
+from modules.runtime.settings import part_of
 
 # The flags of R2GenCMN's published IU X-Ray command line.
 R2GENCMN_SCRIPT = """--image_dir data/iu_xray/images/ --ann_path data/iu_xray/annotation.json --dataset_name iu_xray
@@ -56,6 +59,16 @@ def test_a_preset_gives_defaults():
     assert resolve_config({"preset": "small"}, {"batch_size": 4}).batch_size == 4  # of the checkpoint
     with_backbone = resolve("--preset", "small", "--backbone", "r2gen")
     assert (with_backbone.model_name, with_backbone.d_model, with_backbone.beam_size) == ("r2gen", 256, 3)
+
+
+@pytest.mark.parametrize(("backbone", "d_model"), [("r2gen", 256), ("r2gencmn", 256), ("visualgpt", 768)])
+def test_a_preset_builds_with_a_backbone(backbone, d_model):
+    settings = part_of(resolve("--preset", "small", "--backbone", backbone), settings_class(backbone))
+    extractor = nn.Identity()
+    extractor.width = 12
+    with torch.device("meta"):
+        model = backbone_class(backbone)(visual_extractor=extractor, num_ids=9, settings=settings)
+    assert model.report_dim == d_model
 
 
 def test_the_values_of_a_preset_are_told_in_short_lines():
