@@ -339,5 +339,7 @@ def test_mistakes_get_one_line(train, flags, reason):
 
 
 def test_a_run_is_not_written_over_its_own_start(train, tmp_path):
-    with pytest.raises(InputError, match="another --save_dir"):
+    (tmp_path / "results").mkdir()
+    write_checkpoint(tmp_path / "results" / "model_best.pth", {"state_dict": {"weight": torch.zeros(1)}})
+    with pytest.raises(InputError, match="needs --save_dir, a new folder"):
         train("--load", tmp_path / "results" / "model_best.pth")
