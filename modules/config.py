@@ -194,7 +194,7 @@ class Config(
     n_gpu: int = setting(
         1,
         "run",
-        "number of GPUs, each with its own process; with --device cpu, number of processes; 0 trains on the CPU. "
+        "number of GPUs, each with its own process; with --device cpu, number of processes; 0: the CPU. "
         "Ignored under torchrun, which has its own number",
         low=0,
         high=1024,
@@ -356,9 +356,12 @@ def _check_inputs(config: Config) -> None:
         raise InputError(f"--{cache}_cache: with --detection_features no image is read; leave one of them out")
     if config.contexts and config.image_feature != "mean":
         raise InputError(f"--image_feature {config.image_feature}: --context reads the mean of the patches; give mean")
-    if config.contexts and (config.captioning or config.guidance):
+    if config.contexts and config.captioning:
+        raise InputError(f"--context {config.context}: does not go with captions of images; leave it out")
+    if config.contexts and config.guidance:
         raise InputError(
-            f"--context {config.context}: goes neither with captions of images nor with --guidance; leave it out"
+            f"--context {config.context}: does not go with --guidance {config.guidance:g}; add --guidance 0 "
+            f"(the preset small sets {PRESETS['small']['guidance']})"
         )
     if PRIOR_IMAGE in config.contexts and config.shards:
         raise InputError(f"--context {config.context}: --shards hold no images of the study before; give --image_dir")

@@ -77,15 +77,17 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
+_LAYOUT = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=110)
+_NAMED = {".pth": "--load", ".json": "--ann_path"}  # the flags of files that people give without one
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's parser, which reports a mistake as InputError and takes no abbreviated flags.
 
     An abbreviation would change its meaning, or lose it, with the next flag that begins alike.
     """
 
-    def __init__(
-        self, *, formatter_class: Any = argparse.RawDescriptionHelpFormatter, allow_abbrev: bool = False, **options: Any
-    ):
+    def __init__(self, *, formatter_class: Any = _LAYOUT, allow_abbrev: bool = False, **options: Any):
         super().__init__(formatter_class=formatter_class, allow_abbrev=allow_abbrev, **options)
 
     def error(self, message: str) -> typing.NoReturn:
@@ -97,25 +99,27 @@ class Parser(argparse.ArgumentParser):
         shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
         if message.startswith("unrecognized arguments:"):
             flags = [flag for action in shown for flag in action.option_strings]
+            named = [flag for end, flag in _NAMED.items() if message.endswith(end) and flag in flags]
+            if named and "--" not in message:
+                return f"; name it with {named[0]}"
             return did_you_mean((word.partition("=")[0] for word in message.split() if word[:2] == "--"), flags)
         if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             return did_you_mean(found[1], re.split(r"[\s,']+", found[2]))
         return ""
 
 
-def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The parser of main_train.py and main_test.py; flags that were not given are absent from its result."""
-    layout = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
+def build_parser(prog: str, description: str, *, testing: bool = False) -> argparse.ArgumentParser:
+    """The parser of main_train.py and main_test.py; flags that were not given are absent from its result.
+
+    Help for ``testing`` has what only training depends on in one group, the last.
+    """
     parser = Parser(
-        prog=prog,
-        usage=f"{prog} [--flag value ...]",
-        description=description,
-        formatter_class=layout,
-        argument_default=argparse.SUPPRESS,
+        prog=prog, usage=f"{prog} [--flag value ...]", description=description, argument_default=argparse.SUPPRESS
     )
     groups: dict[str, Any] = {}
-    for item in dataclasses.fields(Config):
-        group = item.metadata["group"]
+    idle = TRAIN_ONLY if testing else ()
+    for item in sorted(dataclasses.fields(Config), key=lambda item: item.name in idle):
+        group = "only training depends on these" if item.name in idle else item.metadata["group"]
         groups.setdefault(group, parser.add_argument_group(group))
         groups[group].add_argument(f"--{item.name}", **_argument(item))
     for name, count in IGNORED.items():
@@ -138,18 +142,20 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], *, defaults: bool = False) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, names: Collection[str], *, defaults: bool = False, shown: bool = False
+) -> None:
     """Add the flags ``names`` of main_train.py to the parser of another program.
 
     With ``defaults`` they have main_train.py's. Otherwise a flag that is not given is absent from the result, because
-    its default is stored in a checkpoint, and help shows none.
+    its default is stored in a checkpoint, and help shows none unless ``shown``.
     """
     for item in dataclasses.fields(Config):
         if item.name in names:
             parser.add_argument(
                 f"--{item.name}",
                 default=item.default if defaults else argparse.SUPPRESS,
-                **_argument(item, show_default=defaults),
+                **_argument(item, show_default=defaults or shown),
             )
 
 
@@ -233,12 +239,14 @@ def _pair(name: str, parts: Sequence[Any]) -> tuple[float, float]:
     return values
 
 
-def parse_flags(argv: Sequence[str], prog: str, description: str) -> tuple[dict[str, Any], list[str]]:
+def parse_flags(
+    argv: Sequence[str], prog: str, description: str, *, testing: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     """The flags that were given (``backbone`` included) by name, and lines for the log; InputError for a mistake.
 
     The lines name given flags that are ignored, and the values that --backbone sets.
     """
-    return settle_flags(vars(build_parser(prog, description).parse_args(list(argv))))
+    return settle_flags(vars(build_parser(prog, description, testing=testing).parse_args(list(argv))))
 
 
 def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

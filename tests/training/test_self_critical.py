@@ -17,7 +17,7 @@ from modules.run.data import build_dataset, build_split_loader, read_data
 from modules.run.self_critical import FREQUENCIES, self_critical_objective
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
-from modules.training.checkpoint import load_checkpoint
+from modules.training.checkpoint import load_checkpoint, write_checkpoint
 from modules.training.rewards import Reward, training_frequencies
 from modules.training.self_critical import SelfCritical, repeat_rows, up_to_end, without_dropout
 from modules.training.settings import SelfCriticalSettings
