@@ -18,7 +18,7 @@ from modules.runtime.stopping import GracefulShutdown
 def main() -> int:
     """Read the flags, load the checkpoint, generate the test split's reports, score them, write the results."""
     check_python()
-    given, ignored = parse_flags(sys.argv[1:], "main_test.py", __doc__.split("\n")[0])
+    given, ignored = parse_flags(sys.argv[1:], "main_test.py", __doc__, testing=True)
     if not given.get("load"):
         raise InputError("--load is missing: name the checkpoint to test, as in --load results/iu_xray/model_best.pth")
     device, count = given.get("device", "auto"), given.get("n_gpu", 1)

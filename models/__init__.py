@@ -25,6 +25,8 @@ SYSTEMS = {"cvt2distilgpt2": "hf", "r2gengpt": "hf"}
 
 def location(name: str) -> tuple[str, str]:
     """Module and class of the backbone ``name``; InputError where there is no such name."""
+    if name in SYSTEMS:
+        raise InputError(f"--model_name {name}: is a --backbone; give --backbone {name}")
     if name not in MODELS:
         raise InputError(f"--model_name {name}: must be one of {', '.join(MODELS)}{did_you_mean(name, MODELS)}")
     module, _, kind = MODELS[name].rpartition(".")

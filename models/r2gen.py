@@ -47,7 +47,9 @@ class Settings(TransformerSettings):
 
     rm_num_slots: int = setting(3, "R2Gen", "slots of the relational memory", low=1, shapes=True)
     rm_num_heads: int = setting(8, "R2Gen", "attention heads of the relational memory", low=1, shapes=True)
-    rm_d_model: int = setting(512, "R2Gen", "width of the relational memory; must equal --d_model", low=1, shapes=True)
+    rm_d_model: int = setting(
+        512, "R2Gen", "width of the relational memory; must equal --d_model, and follows it", low=1, shapes=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

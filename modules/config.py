@@ -54,10 +54,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(backbone: str | None, dataset_name: str, name: str | None = None) -> dict[str, Any]:
-    """Flag values by name: those of ``backbone``'s published run scripts for a data set, and over them PRESETS's."""
+    """Flag values by name: those of ``backbone``'s published run scripts for a data set, and over them PRESETS's.
+
+    What a pretrained decoder of the published settings fixes stays.
+    """
     own, spec = declared_presets(backbone) if backbone else {}, DATASETS.get(dataset_name)
     published = {**own.get("*", {}), **(spec.preset if spec else {}), **own.get(dataset_name, {})} if backbone else {}
-    return published | (PRESETS[name] if name else {})
+    fixed = ("d_model", "num_heads") if published.get("gpt2_path") else ()
+    return published | {flag: value for flag, value in PRESETS.get(name or "", {}).items() if flag not in fixed}
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ class Config(
     n_gpu: int = setting(
         1,
         "run",
-        "number of GPUs, each with its own process; with --device cpu, number of processes; 0 trains on the CPU. "
+        "number of GPUs, each with its own process; with --device cpu, number of processes; 0: the CPU. "
         "Ignored under torchrun, which has its own number",
         low=0,
         high=1024,
@@ -352,9 +356,12 @@ def _check_inputs(config: Config) -> None:
         raise InputError(f"--{cache}_cache: with --detection_features no image is read; leave one of them out")
     if config.contexts and config.image_feature != "mean":
         raise InputError(f"--image_feature {config.image_feature}: --context reads the mean of the patches; give mean")
-    if config.contexts and (config.captioning or config.guidance):
+    if config.contexts and config.captioning:
+        raise InputError(f"--context {config.context}: does not go with captions of images; leave it out")
+    if config.contexts and config.guidance:
         raise InputError(
-            f"--context {config.context}: goes neither with captions of images nor with --guidance; leave it out"
+            f"--context {config.context}: does not go with --guidance {config.guidance:g}; add --guidance 0 "
+            f"(the preset small sets {PRESETS['small']['guidance']})"
         )
     if PRIOR_IMAGE in config.contexts and config.shards:
         raise InputError(f"--context {config.context}: --shards hold no images of the study before; give --image_dir")

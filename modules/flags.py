@@ -10,25 +10,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models import MODELS, SYSTEMS, backbone_class, settings_class
-from modules.config import (
-    BACKBONE_SETTINGS,
-    PRESETS,
-    REMOTE,
-    TRAIN_ONLY,
-    TYPED_ONLY,
-    Config,
-    preset,
-    settings_of,
-    settings_with,
-)
+from models import MODELS, SYSTEMS
+from modules.config import PRESETS, REMOTE, TRAIN_ONLY, TYPED_ONLY, Config, preset
 from modules.data.dataset_specs import DATASETS, FACTS, OTHER, DataSpec, read_description, require_known
-from modules.decoding.options import DecodingOptions
-from modules.ithn.settings import ITHNSettings
 from modules.runtime.errors import InputError, did_you_mean
 from modules.runtime.run_log import in_lines
-from modules.runtime.settings import note_origin, part_of
-from modules.training.settings import OptimSettings, SelfCriticalSettings
+from modules.runtime.settings import note_origin
 
 # Flags of R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN that had no effect on results there, or are decided
 # in another way here. The number of values that each takes: 0 (a switch) or 1.
@@ -54,13 +41,7 @@ GROUPS = ("none", "folder", "all")  # how images on a command line make studies 
 # What --self_critical sets unless the flag is given, also over the settings of the weights that it starts from.
 SELF_CRITICAL = {"lr_ve": 1e-5, "lr_ed": 1e-5, "lr_scheduler": "constant", "monitor_metric": "CIDEr"}
 
-ASKING_FOR_ITHN = ("strategy", "ithn_variant")  # flags that ask for ITHN by being given, whatever their value
 KINDS_OF_ITHN = ("ithn_variant", "contrastive_features")  # that contradict --ithn off
-# Settings of ITHN that the plain backbone uses too, or that say whether ITHN is on.
-WITHOUT_ITHN = ("ithn", "ce_weight")
-_DESCRIBED = ("visual_extractor_config",)
-LABEL_FILES = ("label_path", "label_columns")
-_WITH_CHOICES = (OptimSettings, SelfCriticalSettings, DecodingOptions)
 
 
 def stage_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,15 +69,17 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
+_LAYOUT = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=110)
+_NAMED = {".pth": "--load", ".json": "--ann_path"}  # the flags of files that people give without one
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's parser, which reports a mistake as InputError and takes no abbreviated flags.
 
     An abbreviation would change its meaning, or lose it, with the next flag that begins alike.
     """
 
-    def __init__(
-        self, *, formatter_class: Any = argparse.RawDescriptionHelpFormatter, allow_abbrev: bool = False, **options: Any
-    ):
+    def __init__(self, *, formatter_class: Any = _LAYOUT, allow_abbrev: bool = False, **options: Any):
         super().__init__(formatter_class=formatter_class, allow_abbrev=allow_abbrev, **options)
 
     def error(self, message: str) -> typing.NoReturn:
@@ -108,25 +91,27 @@ class Parser(argparse.ArgumentParser):
         shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
         if message.startswith("unrecognized arguments:"):
             flags = [flag for action in shown for flag in action.option_strings]
+            named = [flag for end, flag in _NAMED.items() if message.endswith(end) and flag in flags]
+            if named and "--" not in message:
+                return f"; name it with {named[0]}"
             return did_you_mean((word.partition("=")[0] for word in message.split() if word[:2] == "--"), flags)
         if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             return did_you_mean(found[1], re.split(r"[\s,']+", found[2]))
         return ""
 
 
-def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The parser of main_train.py and main_test.py; flags that were not given are absent from its result."""
-    layout = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
+def build_parser(prog: str, description: str, *, testing: bool = False) -> argparse.ArgumentParser:
+    """The parser of main_train.py and main_test.py; flags that were not given are absent from its result.
+
+    Help for ``testing`` has what only training depends on in one group, the last.
+    """
     parser = Parser(
-        prog=prog,
-        usage=f"{prog} [--flag value ...]",
-        description=description,
-        formatter_class=layout,
-        argument_default=argparse.SUPPRESS,
+        prog=prog, usage=f"{prog} [--flag value ...]", description=description, argument_default=argparse.SUPPRESS
     )
     groups: dict[str, Any] = {}
-    for item in dataclasses.fields(Config):
-        group = item.metadata["group"]
+    idle = TRAIN_ONLY if testing else ()
+    for item in sorted(dataclasses.fields(Config), key=lambda item: item.name in idle):
+        group = "only training depends on these" if item.name in idle else item.metadata["group"]
         groups.setdefault(group, parser.add_argument_group(group))
         groups[group].add_argument(f"--{item.name}", **_argument(item))
     for name, count in IGNORED.items():
@@ -149,18 +134,20 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], *, defaults: bool = False) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, names: Collection[str], *, defaults: bool = False, shown: bool = False
+) -> None:
     """Add the flags ``names`` of main_train.py to the parser of another program.
 
     With ``defaults`` they have main_train.py's. Otherwise a flag that is not given is absent from the result, because
-    its default is stored in a checkpoint, and help shows none.
+    its default is stored in a checkpoint, and help shows none unless ``shown``.
     """
     for item in dataclasses.fields(Config):
         if item.name in names:
             parser.add_argument(
                 f"--{item.name}",
                 default=item.default if defaults else argparse.SUPPRESS,
-                **_argument(item, show_default=defaults),
+                **_argument(item, show_default=defaults or shown),
             )
 
 
@@ -244,12 +231,14 @@ def _pair(name: str, parts: Sequence[Any]) -> tuple[float, float]:
     return values
 
 
-def parse_flags(argv: Sequence[str], prog: str, description: str) -> tuple[dict[str, Any], list[str]]:
+def parse_flags(
+    argv: Sequence[str], prog: str, description: str, *, testing: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     """The flags that were given (``backbone`` included) by name, and lines for the log; InputError for a mistake.
 
     The lines name given flags that are ignored, and the values that --backbone sets.
     """
-    return settle_flags(vars(build_parser(prog, description).parse_args(list(argv))))
+    return settle_flags(vars(build_parser(prog, description, testing=testing).parse_args(list(argv))))
 
 
 def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -335,7 +324,10 @@ def resolve_config(given: Mapping[str, Any], saved: Mapping[str, Any] | None = N
         values["max_views"] = DATASETS.get(trained_on, OTHER).max_views
     if given.get("ithn") == "off":  # what a checkpoint says of ITHN's kind is settled with it
         values = {flag: value for flag, value in values.items() if flag not in KINDS_OF_ITHN}
-    config = Config(**(preset(backbone, dataset_name, name) | values | given))
+    values = preset(backbone, dataset_name, name) | values | given
+    if values.get("model_name") == "r2gen":  # its memory is as wide as the decoder
+        values.setdefault("rm_d_model", values.get("d_model", Config.d_model))
+    config = Config(**values)
     from_file = not SELF_CRITICAL.keys() >= (saved or {}).keys()
     for flag in REMOTE if note else ():
         note_origin(getattr(config, flag), typed=not from_file or flag in given)
@@ -388,63 +380,3 @@ def _is(kind: type, value: Any) -> bool:
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is kind
-
-
-# ---- flags without effect on a run
-
-
-def flags_in_effect(
-    given: Mapping[str, Any],
-    config: Config,
-    *,
-    testing: bool = False,
-    loaded: bool = False,
-    own_vocabulary: bool = False,
-) -> tuple[dict[str, Any], list[str]]:
-    """The flags ``given`` that this run depends on, and lines for the log that name the others and why.
-
-    ``config`` is what all of them resolve to; ``loaded`` says that weights come from a checkpoint, and
-    ``own_vocabulary`` that the vocabulary does too.
-    """
-    name = config.model_name
-    own = part_of(config, settings_class(name))
-    stored = settings_with("initial")
-    stored = stored | settings_with("vocabulary") if own_vocabulary else stored - settings_with("vocabulary")
-    ithn = part_of(config, ITHNSettings)
-    labels = () if backbone_class(name).needs_labels or ithn.needs_labels else (*LABEL_FILES, "cluster_order")
-    read = {backbone_class(name).tokenizer_files} if config.tokenizer == "bpe" else set()
-    reasons: dict[str, Collection[str]] = {
-        "only training depends on them": TRAIN_ONLY if testing else (),
-        "stored in the checkpoint": stored if loaded else (),
-        f"not settings of --model_name {name}": settings_of(*BACKBONE_SETTINGS) - settings_of(own) - read,
-        f"--model_name {name} needs no labels": labels,
-        "only an hf: visual extractor has one": () if config.visual_extractor.startswith("hf:") else _DESCRIBED,
-        **ithn.idle_options,
-        **own.idle_options,
-        **dict(item for part in _WITH_CHOICES for item in part_of(config, part).idle_options.items()),
-        "the visual extractor is not trained": ("lr_ve",) if config.freeze_visual_extractor else (),
-        "only --tokenizer subword depends on it": () if config.tokenizer == "subword" else ("subword_vocabulary",),
-        "labels are predicted from the image": LABEL_FILES if testing and not own.reads_reference_labels else (),
-    }
-    left, lines = dict(given), []
-    for reason, names in reasons.items():
-        idle = [item.name for item in dataclasses.fields(Config) if item.name in left and item.name in names]
-        if idle:
-            lines.append(f"no effect here ({reason}): {', '.join(f'--{flag}' for flag in idle)}")
-        left = {flag: value for flag, value in left.items() if flag not in idle}
-    return left, lines
-
-
-def asks_for_ithn(given: Collection[str]) -> bool:
-    """Whether one of the flags ``given`` asks for ITHN; a Config cannot tell a default that was typed out."""
-    return not set(ASKING_FOR_ITHN).isdisjoint(given)
-
-
-def idle_without_ithn(given: Collection[str]) -> str | None:
-    """A line for the log of a run without ITHN that names the flags ``given`` without effect there, if any."""
-    idle = [
-        f"--{item.name}"
-        for item in dataclasses.fields(Config)
-        if item.name in given and item.metadata["group"] in ("ITHN", "beyond ITHN") and item.name not in WITHOUT_ITHN
-    ]
-    return f"no effect here (ITHN is off): {', '.join(idle)}" if idle else None

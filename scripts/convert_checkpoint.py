@@ -29,7 +29,8 @@ FLAGS = settings_of(DataSettings, NetworkSettings, DecodingOptions, *BACKBONE_SE
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(description=__doc__)
+    usage = "%(prog)s IN.pth --to {ours,published,released_ithn} --out OUT.pth [--flag value ...]"
+    parser = Parser(usage=usage, description=__doc__)
     parser.add_argument("source", metavar="IN.pth", help="the checkpoint to read")
     parser.add_argument("--to", required=True, choices=("ours", "published", "released_ithn"), help="what to write")
     parser.add_argument("--out", required=True, type=Path, metavar="OUT.pth", help="a new file")
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=tuple(MODELS),
         help="take that backbone's published settings; flags on the command line override them",
     )
-    add_flags(group, FLAGS)
+    add_flags(group, FLAGS, shown=True)
     return parser
 
 

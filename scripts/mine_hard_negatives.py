@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     from modules.mining.text_encoders import ENCODER_HELP, RADBERT
 
-    parser = Parser(description=__doc__)
+    parser = Parser(usage="%(prog)s --out FILE [--flag value ...]", description=__doc__)
     add = parser.add_argument
     add("--ann_path", default="data/iu_xray/annotation.json", metavar="FILE", help="default %(default)s")
     add(

@@ -22,14 +22,21 @@ value_of() {
 if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python; fi
 save_dir=$(value_of --save_dir results/iu_xray "$@")
 index=$(value_of --negative_index "$save_dir/hard_negatives.safetensors" "$@")
+strategy=$(value_of --strategy ithn "$@")
 dataset_name=$(value_of --dataset_name "" "$@")
-arguments=("$@")
+arguments=("$@" --negative_index "$index")
+# Whether a strategy takes hard negatives stands in one table, in Python.
+reads_negatives="import sys; from modules.ithn.synthesis import NEEDING_NEGATIVES as n; sys.exit(sys.argv[1] not in n)"
 
 # An empty --negative_index says that the annotation brings its own negatives (neg_report, neg_image_path).
 if [[ $(value_of --ithn auto "$@") == off || -z $index ]]; then
     echo "no hard negatives to mine"
+    arguments=("$@")
 elif [[ -f $index ]]; then
     echo "hard negatives: $index (delete it to mine again)"
+elif ! "$python" -c "$reads_negatives" "$strategy"; then
+    echo "no hard negatives to mine: --strategy $strategy takes none"
+    arguments=("$@")
 else
     echo "hard negatives: mining into $index"
     "$python" scripts/mine_hard_negatives.py \
@@ -41,6 +48,5 @@ else
         --n_gpu "$(value_of --n_gpu 1 "$@")" --device "$(value_of --device auto "$@")" \
         --out "$index"
 fi
-if [[ $(value_of --ithn auto "$@") != off ]]; then arguments+=(--negative_index "$index"); fi
 # Ends with the test of the best model: the test split is generated once.
 "$python" main_train.py "${arguments[@]}"

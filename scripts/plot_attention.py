@@ -26,7 +26,8 @@ TITLE = "Where the model looked"
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(description=__doc__)
+    usage = "%(prog)s --load MODEL --out FOLDER [--flag value ...] PATH [PATH ...]"
+    parser = Parser(usage=usage, description=__doc__)
     add_study_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for the PNG files and attention.html")
     parser.add_argument(

@@ -44,6 +44,9 @@ class Annotation:
     synthetic: bool = False  # some record says "synthetic": true, as scripts/make_demo_data.py writes it
 
 
+_ALONE = "; reports for a test split alone: scripts/predict.py --ann_path (docs/EVALUATION.md)"
+
+
 def read_annotation(
     path: str | Path, required_splits: tuple[str, ...] = SPLITS, on_problem: Callable[[Problem], None] = raise_problem
 ) -> Annotation:
@@ -65,7 +68,7 @@ def read_annotation(
             on_problem(
                 Problem(
                     "split is empty",
-                    f"{path}: split '{split}' is empty, it needs at least one record",
+                    f"{path}: split '{split}' is empty, it needs at least one record{_ALONE}",
                     str(path),
                     split,
                 )
@@ -128,6 +131,9 @@ def train_sha256(studies: Iterable[Study]) -> str:
 def _read_json(path: str | Path) -> tuple[bytes, object]:
     try:
         content = read_bytes(path, MAX_ANNOTATION)
+    except FileNotFoundError:
+        how = "data/README.md says how to make an annotation for --ann_path (bash run_demo.sh needs none)"
+        raise InputError(f"{path}: no such file; {how}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot read the annotation: {error.strerror}") from error
     try:
@@ -138,7 +144,8 @@ def _read_json(path: str | Path) -> tuple[bytes, object]:
     except RecursionError as error:
         raise InputError(f"{path}: not an annotation: the JSON is nested too deeply") from error
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
+        how = "" if str(path).endswith(".json") else "; scripts/prepare_table.py makes an annotation of a table"
+        raise InputError(f"{path}: not valid JSON: {error}{how}") from error
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -160,7 +167,7 @@ def _read_split(
         problem = (
             f"is {_kind(rows)}, expected a list of records"
             if split in data
-            else f"is missing; expected the keys {', '.join(SPLITS)}"
+            else f"is missing; expected the keys {', '.join(SPLITS)}{_ALONE}"
         )
         on_problem(Problem("split is not a list", f"{path}: split '{split}' {problem}", str(path), split))
         return ()

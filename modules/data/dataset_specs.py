@@ -132,9 +132,9 @@ def require_known(name: str, described: Mapping[str, Any], ann_path: str) -> Non
     if name in DATASETS or described.get("dataset_name") == name:
         return
     path, other = Path(ann_path).parent / DESCRIPTION, described.get("dataset_name")
-    hint = f"{path} describes {other!r}" if other else f'{path}, such as {{"name": "{name}"}}, would describe another'
+    own = f"{path} describes {other!r}" if other else f'a data set of your own: write {{"name": "{name}"}} into {path}'
     raise InputError(
-        f"--dataset_name {name}: must be one of {', '.join(DATASETS)}{did_you_mean(name, DATASETS)}; {hint}"
+        f"--dataset_name {name}: must be one of {', '.join(DATASETS)}{did_you_mean(name, DATASETS)}; {own}"
     )
 
 

@@ -65,7 +65,7 @@ class ImageFolder:
         draft: Draft | None = None,
     ):
         if not os.path.isdir(image_dir):
-            raise InputError(f"image_dir {str(image_dir)!r} is not a folder")
+            raise InputError(f"--image_dir {image_dir}: is not a folder")
         self.root = os.path.realpath(image_dir)
         self.max_pixels = max_pixels
         self.follow_links = follow_links

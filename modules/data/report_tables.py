@@ -86,16 +86,22 @@ def _columns_without_header(path: str, rows: list[list[str]]) -> tuple[list[str]
     widths = {len(row) for row in filled}
     if widths == {1}:
         return ["report"], 0
-    if widths == {2} and _look_like_ids([row[0] for row in filled]):
+    named = len(widths) == 1 and _look_like_names(filled[0])
+    # "CXR7,normal" is a study, "case,gold" is none.
+    if widths == {2} and _look_like_ids([row[0] for row in filled]) and (not named or re.search(r"\d", filled[0][0])):
         _say(f"{path}: has no header; its columns are taken for id and report")
         return ["id", "report"], 0
-    if len(widths) == 1 and not any(len(cell) > _MAX_NAME or cell.rstrip().endswith(".") for cell in filled[0]):
+    if named:
         return filled[0], rows.index(filled[0]) + 1  # names that this reader does not know
     counts = f"{min(widths)} to {max(widths)}" if len(widths) > 1 else f"{min(widths)}"
     raise InputError(
         f"{path}: its first row names no column such as 'report' or 'id', and its rows have {counts} cells; give it a "
         "header, and quotation marks around reports with commas"
     )
+
+
+def _look_like_names(row: list[str]) -> bool:
+    return not any(len(cell) > _MAX_NAME or cell.rstrip().endswith(".") for cell in row)
 
 
 def _look_like_ids(cells: list[str]) -> bool:
@@ -155,7 +161,10 @@ def _separator(path: str, text: str, known: Collection[str]) -> str:
             return separator
     for separator in (";", "\t"):
         rows = [row for row in _parse(path, start, separator, strict=False) if row]
-        if len(rows) > 1 and {len(row) for row in rows} == {2} and _look_like_ids([row[0] for row in rows]):
+        widths = {len(row) for row in rows}
+        alike = len(rows) > 1 and len(widths) == 1
+        pairs = alike and widths == {2} and _look_like_ids([row[0] for row in rows])
+        if pairs or (alike and min(widths) > 2 and _look_like_names(rows[0])):
             _say(f"{path}: its columns are separated by {_SEPARATORS[separator]}, not by commas, and are read so")
             return separator
     return ","

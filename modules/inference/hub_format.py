@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.inference.study_files import SETTINGS
+from modules.inference.study_files import SETTINGS, instead_of_folder
 from modules.runtime.errors import InputError
 from modules.runtime.hub import shared_name
 from modules.runtime.input_files import open_safetensors, read_json
@@ -97,6 +97,8 @@ def read_hub_folder(folder: Path, names: Collection[str]) -> dict[str, Any]:
 
     Of the settings only those in ``names``. InputError for anything else.
     """
+    if not (folder / SETTINGS).exists():
+        raise InputError(instead_of_folder(folder))
     settings, vocabulary = (_read_json(folder / name) for name in (SETTINGS, VOCABULARY))
     if settings.get("format") != FORMAT:
         raise InputError(f"{folder / SETTINGS}: format is {settings.get('format')!r}, expected {FORMAT!r}")

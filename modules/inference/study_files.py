@@ -98,6 +98,11 @@ def checkpoint_name(path: str) -> str:
     return str(Path(*Path(path).absolute().parts[-2:]))
 
 
+def instead_of_folder(folder: str | Path) -> str:
+    """What to give where a folder without an exported model, such as a run's, was named as one."""
+    return f"{folder} is a folder; give {Path(folder) / 'model_best.pth'}, or a folder that scripts/export.py wrote"
+
+
 def require_checkpoint(path: str) -> None:
     """InputError where ``--load`` names no file: checked before torch is imported, which takes seconds."""
     if not Path(path).is_file():
@@ -112,8 +117,5 @@ def require_model(path: str) -> None:
     if path.startswith(HUB) or (Path(path) / SETTINGS).is_file():
         return
     if Path(path).is_dir():
-        raise InputError(
-            f"--load {path}: a folder without {SETTINGS}; it takes a checkpoint such as model_best.pth, or a "
-            "folder that scripts/export.py wrote"
-        )
+        raise InputError(f"--load: {instead_of_folder(path)}")
     require_checkpoint(path)

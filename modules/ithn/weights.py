@@ -3,7 +3,7 @@
 An objective here is a module with a ``backbone`` (models/base.py) and the heads of ITHN.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,13 @@ from modules.runtime.errors import InputError
 
 # Entries that are not the backbone's; published files have them too.
 HEADS = ("temp_1", "temp_3", "contrastive_bias", "img_projection.", "text_projection.")
+# What only one backbone's published files have: its name for --backbone.
+_WHOSE = {
+    "encoder_decoder.model.rm.": "r2gen",
+    "encoder_decoder.memory_matrix": "r2gencmn",
+    "encoder_decoder.protypes": "xpronet",
+    "decoder.transformer.": "visualgpt",
+}
 # State needed only to resume training.
 TRAINING_STATE = ("previous.", "queue.")
 
@@ -41,18 +48,23 @@ def load_published_state(objective: Any, state: Mapping[str, Tensor]) -> list[st
     for key, value in named.items():
         if key in own and value.shape != own[key].shape:
             raise InputError(
-                f"checkpoint entry {key.removeprefix('backbone.')}: shape {tuple(value.shape)}, "
+                f"entry {key.removeprefix('backbone.')}: shape {tuple(value.shape)}, "
                 f"but this model has {tuple(own[key].shape)}"
             )
     missing, unexpected = objective.load_state_dict(named, strict=False)
     if unexpected:
-        raise InputError(
-            f"checkpoint does not fit this model: {len(unexpected)} entries are unknown, the first is "
-            f"{unexpected[0].removeprefix('backbone.')}"
-        )
+        unknown = [key.removeprefix("backbone.") for key in unexpected]
+        for start, owner in _WHOSE.items():
+            if _has(unknown, start) and not _has(own, f"backbone.{start}"):
+                raise InputError(f"these are weights of {owner}; give --backbone {owner}")
+        raise InputError(f"it does not fit this model: {len(unknown)} entries are unknown, the first is {unknown[0]}")
     absent = [key.removeprefix("backbone.") for key in missing if key.startswith("backbone.")]
     try:
         objective.backbone.check_missing(absent)
     except ValueError as error:
-        raise InputError(f"checkpoint does not fit this model: {error}") from error
+        raise InputError(f"it does not fit this model: {error}") from error
     return missing
+
+
+def _has(keys: Iterable[str], start: str) -> bool:
+    return any(key.startswith(start) for key in keys)

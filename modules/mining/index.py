@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ class HardNegativeIndex:
         """InputError unless this index was mined from the training reports of ``annotation``, in their order."""
         if self.metadata["train_sha256"] != annotation.train_sha256:
             flags = {"ann_path": annotation.path, "out": self.path} | self.metadata["flags"]
-            command = "python scripts/mine_hard_negatives.py " + " ".join(f"--{flag} {flags[flag]}" for flag in flags)
+            words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+            command = shlex.join(["python", "scripts/mine_hard_negatives.py", *words])
             raise InputError(
                 f"{self.path}: mined from other training reports ({self.metadata['ann_path']}) than those of "
                 f"{annotation.path}; mine again: {command}"

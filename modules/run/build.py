@@ -99,7 +99,8 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
                 f"--visual_extractor {name}: named by a checkpoint and not on this machine; nothing is downloaded on a "
                 f"file's word: fetch it with 'hf download {name.partition(':')[2]}' if you trust it"
             ) from error
-        raise InputError(str(error)) from error
+        flag = "--" if hasattr(config, str(error).split(" ")[0]) else ""
+        raise InputError(f"{flag}{error}") from error
 
 
 def document_frequencies(data: Data) -> torch.Tensor:

@@ -192,8 +192,7 @@ def check_images(config: Config, data: Data, splits: Iterable[str]) -> None:
     skip = config.on_bad_image == "skip"
     for split in splits if distributed.is_main_process() else ():
         negatives = split == "train" and data.strategy in NEEDING_NEGATIVES
-        source = _stored_images(config, data, split, negatives=negatives)
-        found, missing, problem = set(), 0, None
+        source, found, missing, problem = _stored_images(config, data, split, negatives=negatives), set(), 0, None
         for study in Bar(data.annotation.splits[split], f"looking for the images of {split}"):
             # In shards the negatives' images lie next to the record's own, as the manifest says.
             own_negatives = negatives and data.index is None and not config.shards
@@ -204,7 +203,8 @@ def check_images(config: Config, data: Data, splits: Iterable[str]) -> None:
                     source.locate(path)
                     found.add(path)
                 except InputError as error:
-                    problem, missing = problem or f"split '{split}', study {study.id!r}: {error}", missing + 1
+                    where = f"--image_dir {config.image_dir}: " * (isinstance(source, ImageFolder) and not found)
+                    problem, missing = problem or f"{where}split '{split}', study {study.id!r}: {error}", missing + 1
                     if not skip:
                         raise InputError(problem) from error
             if skip and (found or missing >= FIRST_IMAGES):

@@ -110,9 +110,10 @@ class Start:
 def find_start(given: Mapping[str, Any], folder: CheckpointFolder) -> Start:
     """What --load names; InputError where the new run would be written over it."""
     path = given["load"]
+    start = Start(path, load_checkpoint(path))
     if "save_dir" not in given or Path(os.path.realpath(path)).parent == Path(os.path.realpath(folder.path)):
-        raise InputError(f"--load {path}: the run that starts from it needs its own folder; give another --save_dir")
-    return Start(path, load_checkpoint(path))
+        raise InputError(f"--load {path}: needs --save_dir, a new folder for the run that starts from it")
+    return start
 
 
 def own_settings(content: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -213,9 +214,10 @@ def _require_unchanged(config: Config, began: Config, names: tuple[str, ...], pa
     for name in names + (("epochs",) if config.lr_scheduler == "CosineAnnealingLR" else ()):
         now, then = getattr(config, name), getattr(began, name)
         if now != then:
+            why = " (the cosine schedule spans all epochs)" if name == "epochs" else ""
             raise InputError(
                 f"--{name} {now}: the run of --resume {path} began with {then} and must continue "
-                "with it; leave the flag out, or start a new run"
+                f"with it{why}; leave the flag out, or start a new run with --load"
             )
 
 

@@ -14,7 +14,8 @@ import torch
 from modules.config import Config
 from modules.data.loaders import LimitedLoader
 from modules.evaluation.tester import Tester
-from modules.flags import asks_for_ithn, flags_in_effect, idle_without_ithn, resolve_config, stage_settings
+from modules.flags import resolve_config, stage_settings
+from modules.idle_flags import asks_for_ithn, flags_in_effect, idle_without_ithn
 from modules.ithn.objective import Objective
 from modules.ithn.synthesis import NEEDING_NEGATIVES
 from modules.ithn.weights import published_names

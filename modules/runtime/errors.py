@@ -47,7 +47,11 @@ class ImageError(InputError):
 def did_you_mean(names: str | Iterable[str], known: Iterable[str]) -> str:
     """ "; did you mean X?" with what comes closest in ``known`` to each mistyped name; "" where nothing is close."""
     lowered, names = {name.lower(): name for name in known}, [names] if isinstance(names, str) else names
-    close = [lowered[found[0]] for name in names if (found := difflib.get_close_matches(name.lower(), lowered, n=1))]
+    close = [
+        lowered[found[0]]
+        for name in names
+        if (found := difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.7))
+    ]
     return f"; did you mean {' and '.join(close)}?" if close else ""
 
 

@@ -136,6 +136,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     that is missing, damaged, holds anything else, or has no weights.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give a checkpoint in it, such as {path / 'model_best.pth'}")
     if not path.is_file():
         raise InputError(
             f"checkpoint {path}: no such file; --load and --resume take a .pth file, such as model_best.pth"

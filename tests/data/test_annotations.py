@@ -168,7 +168,7 @@ def test_what_never_ends_is_not_read(tmp_path):
 
 
 def test_missing_file_and_folder_are_named(tmp_path):
-    with pytest.raises(InputError, match="nothing.json: cannot read the annotation: No such file"):
+    with pytest.raises(InputError, match="nothing.json: no such file; data/README.md"):
         read_annotation(tmp_path / "nothing.json")
     with pytest.raises(InputError, match="cannot read the annotation: Is a directory"):
         read_annotation(tmp_path)

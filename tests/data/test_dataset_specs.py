@@ -90,7 +90,7 @@ def test_a_wrong_description_is_one_line(tmp_path, content, reason):
 
 def test_an_unknown_name_is_told_how_it_would_be_known(tmp_path):
     given = {"ann_path": str(tmp_path / "annotation.json"), "dataset_name": "iu_xary"}
-    with pytest.raises(InputError, match=r"did you mean iu_xray\?; .*dataset.json, such as {\"name\": \"iu_xary\"}"):
+    with pytest.raises(InputError, match=r"did you mean iu_xray\?; .*{\"name\": \"iu_xary\"} into .*dataset.json"):
         resolve_config(given)
     with pytest.raises(InputError, match="dataset.json describes 'ward7'"):
         resolve_config(described(tmp_path, name="ward7") | {"dataset_name": "ward8"})

@@ -318,5 +318,5 @@ def test_links_are_followed_only_where_asked(folder):
 
 
 def test_missing_image_dir_is_named(tmp_path):
-    with pytest.raises(InputError, match="image_dir '.*nowhere' is not a folder"):
+    with pytest.raises(InputError, match="--image_dir .*nowhere: is not a folder"):
         ImageFolder(tmp_path / "nowhere")

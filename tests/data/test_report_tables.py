@@ -54,6 +54,16 @@ def test_a_first_report_of_one_word_is_no_header(read):
     assert texts(read("normal\n")) == ["normal"]
 
 
+@pytest.mark.parametrize("content", ["case,gold\na,Edema.\nb,normal\n", "case;gold\na;Edema.\nb;normal\n"])
+def test_unknown_names_of_two_columns_are_no_study(read, content):
+    assert read(content).columns == ["case", "gold"]
+    assert read("CXR7,normal\nCXR8,Edema.\n").columns == ["id", "report"]
+
+
+def test_unknown_names_come_apart_at_another_separator(read):
+    assert read("Datei;Patient;Befund\na;1;Erguss.\nb;2;Normal\n").columns == ["Datei", "Patient", "Befund"]
+
+
 def test_blank_lines_of_one_column_are_empty_reports(read, capsys):
     for content in ("\nEdema .\n", "report\n\nEdema .\n", '""\nEdema .\n'):
         assert texts(read(content)) == ["", "Edema ."]

@@ -156,9 +156,10 @@ def test_a_model_on_the_hub_is_asked_for_by_its_address_alone(trained, tmp_path,
         load_trained("hf://owner/name")
     for path in ("hf://owner/name", str(shared), str(trained / "model_best.pth")):
         require_model(path)
-    for path, error in ((tmp_path, "a folder without config.json"), (tmp_path / "none", "no such file")):
-        with pytest.raises(InputError, match=error):
-            require_model(str(path))
+    for path, error in ((tmp_path, "is a folder; give .*model_best.pth"), (tmp_path / "none", "no such file")):
+        for read in (require_model, load_trained):
+            with pytest.raises(InputError, match=error):
+                read(str(path))
 
 
 def written_by(checkpoint, image, monkeypatch, folder):

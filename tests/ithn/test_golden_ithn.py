@@ -274,5 +274,7 @@ def test_published_files_load_or_say_why_not(golden, make):
         load_published_state(paper, fewer)
     with pytest.raises(InputError, match="the first is encoder_decoder.rm.W"):
         load_published_state(paper, plain | {"encoder_decoder.rm.W": torch.zeros(1)})
+    with pytest.raises(InputError, match="weights of r2gen; give --backbone r2gen"):
+        load_published_state(paper, plain | {"encoder_decoder.model.rm.W": torch.zeros(1)})
     with pytest.raises(InputError, match=r"entry encoder_decoder.logit.bias: shape \(3,\), but this model has \("):
         load_published_state(paper, plain | {"encoder_decoder.logit.bias": torch.zeros(3)})

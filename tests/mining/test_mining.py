@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import stat
 import sys
 
@@ -263,8 +264,13 @@ def test_script_survives_a_data_set_of_one_text(mine, capsys, reports):
 def test_index_of_other_reports_is_refused_with_the_command(mine):
     index, _ = mine(REPORTS, "--top_k", 2)
     _, other = mine(REPORTS[::-1], "--top_k", 2)
-    with pytest.raises(InputError, match="mine again: python scripts/mine_hard_negatives.py --ann_path .*--top_k 2"):
-        index.check(other)
+    with pytest.raises(
+        InputError, match="mine again: python scripts/mine_hard_negatives.py --ann_path .*--top_k 2"
+    ) as e:
+        dataclasses.replace(index, path="my index.safetensors").check(other)
+    words = shlex.split(str(e.value).split("mine again: python scripts/mine_hard_negatives.py ")[1])
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    assert (given["--out"], given["--report_sections"]) == ("my index.safetensors", "")
 
 
 @pytest.mark.parametrize(

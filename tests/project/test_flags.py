@@ -1,14 +1,19 @@
 """The command line: people's scripts go on working, types are honest, mistakes get one line."""
 
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
-from models import MODELS, SYSTEMS
+from models import MODELS, SYSTEMS, backbone_class, settings_class
 from modules.config import PRESETS, Config
-from modules.flags import Parser, flags_in_effect, parse_flags, preset, resolve_config, stage_settings
+from modules.flags import Parser, parse_flags, preset, resolve_config, stage_settings
+from modules.idle_flags import flags_in_effect
 from modules.runtime.errors import InputError
+from modules.runtime.settings import part_of
 
 # The flags of R2GenCMN's published IU X-Ray command line.
 R2GENCMN_SCRIPT = """--image_dir data/iu_xray/images/ --ann_path data/iu_xray/annotation.json --dataset_name iu_xray
@@ -58,6 +63,16 @@ def test_a_preset_gives_defaults():
     assert (with_backbone.model_name, with_backbone.d_model, with_backbone.beam_size) == ("r2gen", 256, 3)
 
 
+@pytest.mark.parametrize(("backbone", "d_model"), [("r2gen", 256), ("r2gencmn", 256), ("visualgpt", 768)])
+def test_a_preset_builds_with_a_backbone(backbone, d_model):
+    settings = part_of(resolve("--preset", "small", "--backbone", backbone), settings_class(backbone))
+    extractor = nn.Identity()
+    extractor.width = 12
+    with torch.device("meta"):
+        model = backbone_class(backbone)(visual_extractor=extractor, num_ids=9, settings=settings)
+    assert model.report_dim == d_model
+
+
 def test_the_values_of_a_preset_are_told_in_short_lines():
     _, notes = parse_flags(["--preset", "small", "--d_ff", "64"], "main_train.py", "")
     assert notes[0].startswith("from --preset small: --visual_extractor tf_efficientnet_lite0  --")
@@ -90,6 +105,10 @@ def test_restarts_are_spelled_as_torchrun_does():
         (["--batchsize", "1", "--lr_vee=2"], "--lr_vee=2; did you mean --batch_size and --lr_ve? (see"),
         (["--dataset_name", "iu-xray"], "must be one of iu_xray, mimic_cxr, coco; did you mean iu_xray?"),
         (["--model_name", "r2gen_cmn"], "visualgpt, hf; did you mean r2gencmn?"),
+        (["--model_name", "r2gengpt"], "r2gengpt: is a --backbone"),
+        (["model_best.pth"], "name it with --load (see"),
+        (["--split", "test"], "arguments: --split test (see"),
+        (["--preset", "small", "--context", "indication"], "add --guidance 0"),
         (["--backbone", "xproNet"], "did you mean xpronet? (see"),
         (["--preset", "smal"], "did you mean small? (see"),
         (["--workers", "many"], "--workers many"),
@@ -121,7 +140,9 @@ def test_help_lists_flags_and_defaults_without_importing_torch(program):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--cmm_size INT" in done.stdout and "(default: 2048)" in done.stdout and "ITHN:" in done.stdout
+    assert "--cmm_size INT" in done.stdout and "(default: 2048)" in done.stdout
+    last = "only training depends on these:" if program == "main_test.py" else "results:"
+    assert [line for line in done.stdout.splitlines() if re.fullmatch(r"\S.*:", line)][-1] == last
 
 
 def test_a_mistake_exits_with_2_and_one_line():

@@ -27,7 +27,7 @@ def content(folder):
 
 
 MISTAKES = {
-    "--ann_path": "cannot read the annotation",
+    "--ann_path": "no such file; data/README.md",
     "--image_dir": "is not a folder",
     "--negative_index": "nowhere",
     "--visual_extractor_weights": "no such file",

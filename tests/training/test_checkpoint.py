@@ -88,6 +88,8 @@ def test_truncated_file_is_named(tmp_path, share):
 def test_missing_file_and_weights_without_training_state(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         load_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(InputError, match="is a folder; give a checkpoint in it, such as .*model_best.pth"):
+        load_checkpoint(tmp_path)
     with pytest.raises(InputError, match="weights only"):
         require_resumable({"state_dict": {}}, "published.pth")
 

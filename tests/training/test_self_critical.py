@@ -18,7 +18,7 @@ from modules.run.data import build_dataset, build_split_loader, read_data
 from modules.run.self_critical import FREQUENCIES, self_critical_objective
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError
-from modules.training.checkpoint import load_checkpoint
+from modules.training.checkpoint import load_checkpoint, write_checkpoint
 from modules.training.rewards import Reward, training_frequencies
 from modules.training.self_critical import SelfCritical, repeat_rows, up_to_end, without_dropout
 from modules.training.settings import SelfCriticalSettings
@@ -341,5 +341,7 @@ def test_mistakes_get_one_line(train, flags, reason):
 
 
 def test_a_run_is_not_written_over_its_own_start(train, tmp_path):
-    with pytest.raises(InputError, match="another --save_dir"):
+    (tmp_path / "results").mkdir()
+    write_checkpoint(tmp_path / "results" / "model_best.pth", {"state_dict": {"weight": torch.zeros(1)}})
+    with pytest.raises(InputError, match="needs --save_dir, a new folder"):
         train("--load", tmp_path / "results" / "model_best.pth")
