@@ -10,12 +10,25 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models import MODELS, SYSTEMS
-from modules.config import PRESETS, REMOTE, TRAIN_ONLY, TYPED_ONLY, Config, preset
+from models import MODELS, SYSTEMS, backbone_class, settings_class
+from modules.config import (
+    BACKBONE_SETTINGS,
+    PRESETS,
+    REMOTE,
+    TRAIN_ONLY,
+    TYPED_ONLY,
+    Config,
+    preset,
+    settings_of,
+    settings_with,
+)
 from modules.data.dataset_specs import DATASETS, FACTS, OTHER, DataSpec, read_description, require_known
+from modules.decoding.options import DecodingOptions
+from modules.ithn.settings import ITHNSettings
 from modules.runtime.errors import InputError, did_you_mean
 from modules.runtime.run_log import in_lines
-from modules.runtime.settings import note_origin
+from modules.runtime.settings import note_origin, part_of
+from modules.training.settings import OptimSettings, SelfCriticalSettings
 
 # Flags of R2Gen, R2GenCMN, XProNet, VisualGPT or the released ITHN that had no effect on results there, or are decided
 # in another way here. The number of values that each takes: 0 (a switch) or 1.
@@ -37,10 +50,15 @@ ALIASES = {
     "head": "num_heads",
     "lr": "lr_ed",
 }
-GROUPS = ("none", "folder", "all")  # how images on a command line make studies (modules/inference/study_files.py)
 # What --self_critical sets unless the flag is given, also over the settings of the weights that it starts from.
 SELF_CRITICAL = {"lr_ve": 1e-5, "lr_ed": 1e-5, "lr_scheduler": "constant", "monitor_metric": "CIDEr"}
 
+ASKING_FOR_ITHN = ("strategy", "ithn_variant")  # flags that ask for ITHN by being given, whatever their value
+# Settings of ITHN that the plain backbone uses too, or that say whether ITHN is on.
+WITHOUT_ITHN = ("ithn", "ce_weight")
+_DESCRIBED = ("visual_extractor_config",)
+LABEL_FILES = ("label_path", "label_columns")
+_WITH_CHOICES = (OptimSettings, SelfCriticalSettings, DecodingOptions)
 KINDS_OF_ITHN = ("ithn_variant", "contrastive_features")  # that contradict --ithn off
 
 
@@ -149,42 +167,6 @@ def add_flags(
                 default=item.default if defaults else argparse.SUPPRESS,
                 **_argument(item, show_default=defaults or shown),
             )
-
-
-def add_study_arguments(parser: argparse.ArgumentParser, paths: str = "+") -> None:
-    """The arguments of the programs that write reports: which checkpoint reads which studies (``paths``: how many)."""
-    parser.add_argument("paths", nargs=paths, metavar="PATH", help="images (PNG, JPEG, DICOM, ...) or folders of them")
-    add_load(parser)
-    parser.add_argument(
-        "--group",
-        choices=GROUPS,
-        default="none",
-        help="none: every image is a study; folder: the images in a folder are the views of one study; "
-        "all: all images are (default: %(default)s)",
-    )
-    add_batch_size(parser)
-
-
-def add_load(parser: argparse.ArgumentParser) -> None:
-    """--load, of the programs that take a trained model in any form."""
-    parser.add_argument(
-        "--load",
-        required=True,
-        metavar="MODEL",
-        help="a checkpoint of main_train.py (model_best.pth), a folder that scripts/export.py wrote, or such a folder "
-        "on the Hugging Face hub: hf://OWNER/NAME",
-    )
-
-
-def add_batch_size(parser: argparse.ArgumentParser) -> None:
-    """--batch_size, in studies."""
-    parser.add_argument("--batch_size", "--eval_batch_size", type=_positive, default=16, help="studies at a time (16)")
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, at least 1")
-    return int(text)
 
 
 def given_flags(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -380,3 +362,63 @@ def _is(kind: type, value: Any) -> bool:
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is kind
+
+
+# ---- flags without effect on a run
+
+
+def flags_in_effect(
+    given: Mapping[str, Any],
+    config: Config,
+    *,
+    testing: bool = False,
+    loaded: bool = False,
+    own_vocabulary: bool = False,
+) -> tuple[dict[str, Any], list[str]]:
+    """The flags ``given`` that this run depends on, and lines for the log that name the others and why.
+
+    ``config`` is what all of them resolve to; ``loaded`` says that weights come from a checkpoint, and
+    ``own_vocabulary`` that the vocabulary does too.
+    """
+    name = config.model_name
+    own = part_of(config, settings_class(name))
+    stored = settings_with("initial")
+    stored = stored | settings_with("vocabulary") if own_vocabulary else stored - settings_with("vocabulary")
+    ithn = part_of(config, ITHNSettings)
+    labels = () if backbone_class(name).needs_labels or ithn.needs_labels else (*LABEL_FILES, "cluster_order")
+    read = {backbone_class(name).tokenizer_files} if config.tokenizer == "bpe" else set()
+    reasons: dict[str, Collection[str]] = {
+        "only training depends on them": TRAIN_ONLY if testing else (),
+        "stored in the checkpoint": stored if loaded else (),
+        f"not settings of --model_name {name}": settings_of(*BACKBONE_SETTINGS) - settings_of(own) - read,
+        f"--model_name {name} needs no labels": labels,
+        "only an hf: visual extractor has one": () if config.visual_extractor.startswith("hf:") else _DESCRIBED,
+        **ithn.idle_options,
+        **own.idle_options,
+        **dict(item for part in _WITH_CHOICES for item in part_of(config, part).idle_options.items()),
+        "the visual extractor is not trained": ("lr_ve",) if config.freeze_visual_extractor else (),
+        "only --tokenizer subword depends on it": () if config.tokenizer == "subword" else ("subword_vocabulary",),
+        "labels are predicted from the image": LABEL_FILES if testing and not own.reads_reference_labels else (),
+    }
+    left, lines = dict(given), []
+    for reason, names in reasons.items():
+        idle = [item.name for item in dataclasses.fields(Config) if item.name in left and item.name in names]
+        if idle:
+            lines.append(f"no effect here ({reason}): {', '.join(f'--{flag}' for flag in idle)}")
+        left = {flag: value for flag, value in left.items() if flag not in idle}
+    return left, lines
+
+
+def asks_for_ithn(given: Collection[str]) -> bool:
+    """Whether one of the flags ``given`` asks for ITHN; a Config cannot tell a default that was typed out."""
+    return not set(ASKING_FOR_ITHN).isdisjoint(given)
+
+
+def idle_without_ithn(given: Collection[str]) -> str | None:
+    """A line for the log of a run without ITHN that names the flags ``given`` without effect there, if any."""
+    idle = [
+        f"--{item.name}"
+        for item in dataclasses.fields(Config)
+        if item.name in given and item.metadata["group"] in ("ITHN", "beyond ITHN") and item.name not in WITHOUT_ITHN
+    ]
+    return f"no effect here (ITHN is off): {', '.join(idle)}" if idle else None

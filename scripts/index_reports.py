@@ -13,10 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.annotations import read_annotation
-from modules.flags import Parser, add_batch_size, add_flags, add_load, given_flags
+from modules.flags import Parser, add_flags, given_flags
 from modules.runtime.environment import check_python
 from modules.runtime.errors import run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
+from modules.study_flags import add_batch_size, add_load
 
 RUNNING = ("device", "n_gpu", "precision")
 

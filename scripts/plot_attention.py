@@ -14,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.flags import Parser, add_flags, add_study_arguments, given_flags
+from modules.flags import Parser, add_flags, given_flags
 from modules.inference.study_files import StudyFiles, checkpoint_name, find_studies, require_model
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
+from modules.study_flags import add_study_arguments
 from scripts.predict import DECODING
 
 TITLE = "Where the model looked"

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.annotations import SPLITS, Annotation
-from modules.flags import Parser, add_flags, add_study_arguments, given_flags
+from modules.flags import Parser, add_flags, given_flags
 from modules.inference.rexrank import FLAG as REXRANK
 from modules.inference.rexrank import PREDICTION, read_rexrank, rexrank_files
 from modules.inference.study_files import StudyFiles, checkpoint_name, find_studies, require_model
 from modules.runtime.environment import check_python, provenance
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
+from modules.study_flags import add_study_arguments
 
 if TYPE_CHECKING:
     from modules.inference.prediction import WrittenReport

@@ -15,10 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.flags import Parser, add_flags, add_load, given_flags
+from modules.flags import Parser, add_flags, given_flags
 from modules.inference.study_files import checkpoint_name, require_model
 from modules.runtime.environment import check_python
 from modules.runtime.errors import InputError, run_entry_point
+from modules.study_flags import add_load
 
 RUNNING = (
     "device",

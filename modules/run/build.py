@@ -41,7 +41,10 @@ MORE_TENSORS, MORE_ELEMENTS = 2_000, 2**27
 
 
 def prepare_device(config: Config) -> torch.device:
-    """The device of this process, with kernels chosen for speed or, by flag, for repeatability."""
+    """The device of this process, with kernels chosen for speed or, by flag, for repeatability.
+
+    InputError where --n_gpu 0 and --device disagree.
+    """
     if config.n_gpu == 0 and config.device.startswith("cuda"):
         raise InputError(f"--n_gpu 0: asks for the CPU, --device {config.device} for a GPU; leave one of them out")
     device = choose_device("cpu" if config.n_gpu == 0 else process_device(config.device))

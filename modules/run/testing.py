@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.config import TRAIN_ONLY
-from modules.flags import resolve_config
-from modules.idle_flags import flags_in_effect
+from modules.flags import flags_in_effect, resolve_config
 from modules.run.build import StoredWeights, build_objective, build_tester, load_weights, prepare_device, with_precision
 from modules.run.data import (
     build_dataset,

@@ -14,8 +14,7 @@ import torch
 from modules.config import Config
 from modules.data.loaders import LimitedLoader
 from modules.evaluation.tester import Tester
-from modules.flags import resolve_config, stage_settings
-from modules.idle_flags import asks_for_ithn, flags_in_effect, idle_without_ithn
+from modules.flags import asks_for_ithn, flags_in_effect, idle_without_ithn, resolve_config, stage_settings
 from modules.ithn.objective import Objective
 from modules.ithn.synthesis import NEEDING_NEGATIVES
 from modules.ithn.weights import published_names
@@ -97,8 +96,8 @@ class Parts:
 def run_training(given: Mapping[str, Any], ignored: Sequence[str], shutdown: GracefulShutdown | None = None) -> None:
     """Train as the flags ``given`` say, continuing from --resume with its settings as defaults; then test.
 
-    Every input is read and checked before anything in --save_dir is touched. Where ``shutdown`` raises Stopped,
-    everything reached so far is saved first.
+    Every input is read and checked before anything in --save_dir is touched, with InputError for a mistake. Where
+    ``shutdown`` raises Stopped, everything reached so far is saved first.
     """
     shutdown = shutdown or GracefulShutdown()
     folder = CheckpointFolder(Path(_save_dir(given)))

@@ -12,8 +12,7 @@ from typing import Any
 
 from modules.config import NO_EFFECT_ON_RESULTS, OLDER_VALUES, Config
 from modules.evaluation.settings import ScoringSettings
-from modules.flags import parse_flags, resolve_config, stage_settings
-from modules.idle_flags import flags_in_effect
+from modules.flags import flags_in_effect, parse_flags, resolve_config, stage_settings
 from modules.ithn.synthesis import NEEDING_NEGATIVES
 from modules.runtime.environment import file_sha256
 from modules.runtime.errors import InputError

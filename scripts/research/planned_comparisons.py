@@ -26,8 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from modules.evaluation.metric_table import smaller_is_better
-from modules.flags import Parser, parse_flags, resolve_config
-from modules.idle_flags import flags_in_effect
+from modules.flags import Parser, flags_in_effect, parse_flags, resolve_config
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
 from scripts.experiments.files import Table, read_table

@@ -12,8 +12,7 @@ from modules.config import Config
 from modules.data.bpe_tokenizer import BpeTokenizer, find_gpt2, read_gpt2
 from modules.data.detection_features import DetectionExtractor
 from modules.data.tokenizers import Tokenizer, clean_report
-from modules.flags import parse_flags, preset
-from modules.idle_flags import flags_in_effect
+from modules.flags import flags_in_effect, parse_flags, preset
 from modules.run.build import gpt2_options
 from modules.run.testing import run_testing
 from modules.run.vocabulary import build_tokenizer, tokenizer_from_state

@@ -30,7 +30,7 @@ MODEL_ROOMS = ("layers", "decoding", "runtime")  # what a backbone is made of
 SHARED_MODELS = ("models.base", "models.transformer_base")  # what several backbones are made of
 LIGHT_MODELS = ("models", "models.settings")  # the table of the backbones and their settings, without torch
 # Beside the rooms: the flags, which modules/run, main_* and scripts/ see as a whole.
-FLAG_FILES = ("config", "flags", "idle_flags")
+FLAG_FILES = ("config", "flags", "study_flags")
 # Where the rooms declare their settings, of which modules/config.py puts a Config together.
 SETTINGS_FILES = (
     "modules.data.dataset_specs",
@@ -58,7 +58,7 @@ LIGHT = (
     "modules.ithn.settings",
     "modules.config",
     "modules.flags",
-    "modules.idle_flags",
+    "modules.study_flags",
     "models",
     "models.settings",
     "modules.data.annotations",
@@ -274,7 +274,7 @@ def call_offences(source: Source) -> list[str]:
 
 def bag_offences(source: Source) -> list[str]:
     """Signs that parsed arguments travel: argparse outside the command line, parameters called args, opt, cfg."""
-    if source.room not in ("modules", "models") or source.name == "modules.flags":
+    if source.room not in ("modules", "models") or source.name in ("modules.flags", "modules.study_flags"):
         return []
     found = ["argparse"] if "argparse" in imports_of(source) else []
     for node in ast.walk(source.tree):

@@ -10,8 +10,7 @@ from torch import nn
 
 from models import MODELS, SYSTEMS, backbone_class, settings_class
 from modules.config import PRESETS, Config
-from modules.flags import Parser, parse_flags, preset, resolve_config, stage_settings
-from modules.idle_flags import flags_in_effect
+from modules.flags import Parser, flags_in_effect, parse_flags, preset, resolve_config, stage_settings
 from modules.runtime.errors import InputError
 from modules.runtime.settings import part_of
 

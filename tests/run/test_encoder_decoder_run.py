@@ -9,8 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from modules.config import EXPORTED
-from modules.flags import parse_flags, resolve_config
-from modules.idle_flags import flags_in_effect
+from modules.flags import flags_in_effect, parse_flags, resolve_config
 from modules.inference.hub_format import write_hub_folder
 from modules.run.descriptions import with_descriptions
 from modules.run.predictor import load_predictor

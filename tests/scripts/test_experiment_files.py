@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from modules.flags import parse_flags, preset, resolve_config
-from modules.idle_flags import flags_in_effect
+from modules.flags import flags_in_effect, parse_flags, preset, resolve_config
 from modules.runtime.errors import InputError
 from modules.runtime.records import write_results
 from scripts.experiments.files import choose, read_datasets, read_table
