@@ -241,7 +241,14 @@ class Config(
         train_only=True,
     )
     deterministic: bool = setting(False, "run", "deterministic kernels only: runs on one machine are equal, but slower")
-    seed: int = setting(9233, "run", "seed of weights, order and augmentation", low=0, high=2**63 - 1)
+    seed: int = setting(
+        9233,
+        "run",
+        "seed of weights, order and augmentation, and of --sample_method sample",
+        low=0,
+        high=2**63 - 1,
+        exported=True,
+    )
     resume: str = setting(
         "",
         "run",
