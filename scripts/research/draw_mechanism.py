@@ -139,7 +139,7 @@ def draw(leakage: Sequence[Row], gradients: Sequence[Row], rows: Sequence[str], 
     draw_cosines(cosines, runs, pulled)
     for axes in (readings, variance, shares, cosines):
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=4, frameon=False)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=5, columnspacing=1, frameon=False)
     readings.set_yticks(range(len(runs)), runs)
     readings.invert_yaxis()
     out.parent.mkdir(parents=True, exist_ok=True)

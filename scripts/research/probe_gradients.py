@@ -13,6 +13,7 @@ the samples that it held at its end. Harder negatives start at the mined one, wi
 import argparse
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -154,7 +155,8 @@ def rows_of(path: str, given: dict[str, Any], count: int) -> list[Row]:
     batches = itertools.islice(build_split_loader(config, dataset, device, shuffle=True), count)
     found = means(compared(objective, batch.to(device), epoch) for batch in Bar(batches, "gradients"))
     return [
-        {"checkpoint": path, "epoch": epoch, "term": TERMS[term], "part": part} | dict(zip(VALUES, values, strict=True))
+        {"checkpoint": path, "epoch": epoch, "term": TERMS[term], "part": part}
+        | {name: None if math.isnan(value) else value for name, value in zip(VALUES, values, strict=True)}
         for (term, part), values in found.items()
     ]
 
@@ -175,7 +177,10 @@ def main() -> None:
         if arguments.numbers:
             keep_numbers(arguments.numbers, PROBE, found)
     cells = [
-        (row["checkpoint"], str(row["epoch"]), row["term"], row["part"], *(f"{row[name]:.3f}" for name in VALUES))
+        (
+            *(str(row[name]) for name in ("checkpoint", "epoch", "term", "part")),
+            *("–" if row[name] is None else f"{row[name]:.3f}" for name in VALUES),
+        )
         for row in found
     ]
     lines = [HEAD, ("---",) * len(HEAD), *cells]

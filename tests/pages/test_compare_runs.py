@@ -157,7 +157,7 @@ def test_same_texts_under_other_ids_are_refused(runs):
     ("name", "content", "part"),
     [
         ("res.csv", "a\nb\n", "res.csv has 2 reports and gts.csv 4"),
-        ("res.csv", "a,b\nc,d\n", "res.csv has 2 reports and gts.csv 4"),
+        ("res.csv", "a,b\nc,d\n", "has 2 columns and none called report"),
         ("res.csv", "a,b,c\n", "has 3 columns and none called report"),
         ("res.csv", 'a\n"b\n', "a quotation mark is never closed"),
         ("statistics.npz", "damaged", "not the statistics"),

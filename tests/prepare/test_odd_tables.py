@@ -311,7 +311,7 @@ def test_json_that_says_a_split_twice_alike_is_read(prepare, tmp_path):
 
 def test_a_template_takes_columns_only(prepare, tmp_path):
     table = write_csv(tmp_path / "rows.csv", [{"num": n, "report": report(n)} for n in range(COUNT)])
-    with pytest.raises(InputError, match="--image: there is no column 'num:05d'; did you mean num"):
+    with pytest.raises(InputError, match="--image: there is no column 'num:05d'; the columns are 'num', 'report'"):
         prepare([table], "--image", "{num:05d}.png")
     with pytest.raises(InputError, match="not a template of columns in braces"):
         prepare([table], "--image", "{{num}}.png")
