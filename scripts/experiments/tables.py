@@ -55,12 +55,19 @@ class Results:
         self.systems = list(next(iter(self.scores.values()), {}))
 
     def _joined_scores(self, seed: int) -> dict[str, dict[str, float]]:
-        """InputError if the folds cannot be joined."""
+        """Scores of the folds' reports as one set, measures of variety as means of the folds; InputError if the folds
+        cannot be joined.
+        """
         from modules.evaluation.report_statistics import join, load_statistics
 
         folds = [load_statistics(folder / STATISTICS) for folder in self._folders[seed]]
+        variety = [read_json(folder / RESULTS).get("variety", {}) for folder in self._folders[seed]]
         systems = [system for system in folds[0] if all(system in fold for fold in folds)]
-        return {system: with_aliases(join([fold[system] for fold in folds]).scores()) for system in systems}
+        return {
+            system: _means([measures.get(system, {}) for measures in variety])
+            | with_aliases(join([fold[system] for fold in folds]).scores())
+            for system in systems
+        }
 
     def cells(self, system: str) -> dict[str, Cell]:
         """Mean, standard deviation and interval of each score of a system; no p values."""
@@ -91,6 +98,12 @@ def _scores(content: Mapping[str, Any], folder: Path) -> dict[str, dict[str, flo
         return {system: variety.get(system, {}) | scores for system, scores in content["test"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / RESULTS}: has no scores of the test split; delete it to run this again") from error
+
+
+def _means(parts: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Means of the measures that all parts have."""
+    shared = [key for key in parts[0] if all(part.get(key) is not None for part in parts)]
+    return {key: sum(part[key] for part in parts) / len(parts) for key in shared}
 
 
 def check_columns(table: Table, runs: Sequence[Run]) -> None:
@@ -233,7 +246,10 @@ def _notes(table: Table, datasets: Mapping[str, DataSet], results: Mapping[str, 
 def _fold_notes(
     table: Table, heads: Sequence[Row], results: Mapping[str, Results], rows: Sequence[TableRow]
 ) -> list[str]:
-    notes = ["The test sets of all folds are taken as one; CIDEr's document frequencies are those of each fold."]
+    notes = [
+        "The test sets of all folds are taken as one; CIDEr's document frequencies are those of each fold, and "
+        "measures of variety are means of the folds."
+    ]
     notes += [f"{row.label}: {problem}" for row in heads for problem in results[row.name].problems]
     filled = {key for row in rows for key in row.cells}
     empty = [label for key, label in table.columns.items() if filled and key not in filled]

@@ -3,11 +3,11 @@
   python scripts/research/planned_comparisons.py experiments/evidence/flickr8k.json \\
       --kept experiments/evidence/flickr8k --compare ithn:plain ithn:mochi rival:plain --margin 0.03
 
-Each pair is compared over all seeds that both have: the difference, its interval (--level) and p value, which know
-both other test images and other seeds, and Holm's correction over the pairs given. A pair is decided once all seeds of
-the table are there: a gain (or loss) where p after the correction is below 0.05 and the difference is at least the
-margin (of a score that should fall, a fall is a gain), no gain where the interval lies within the margin on both sides,
-else undecided.
+Each pair is compared over all seeds that both have, in a table with folds over all folds' test sets as one: the
+difference, its interval (--level) and p value, which know both other test images and other seeds, and Holm's correction
+over the pairs given. A pair is decided once all seeds of the table are there: a gain (or loss) where p after the
+correction is below 0.05 and the difference is at least the margin (of a score that should fall, a fall is a gain), no
+gain where the interval lies within the margin on both sides, else undecided.
 
   python scripts/research/planned_comparisons.py experiments/evidence/flickr8k_tuning.json \\
       --kept experiments/evidence/flickr8k_tuning --validation
@@ -18,10 +18,11 @@ lists the score of every run on the validation split instead, by which settings 
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -31,6 +32,11 @@ from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
 from scripts.experiments.files import Table, read_table
 
+if TYPE_CHECKING:
+    from modules.evaluation.report_statistics import ReportStatistics
+
+Kept = Mapping[Path, Mapping[str, Any]]  # what read_kept found, by file: one for each fold
+Runs = Mapping[str, Mapping[int, Kept]]  # by row and seed
 HEAD = ("comparison", "seeds", "first", "second", "difference", "interval", "p", "p, Holm", "outcome")
 SIGNIFICANT = 0.05
 MACHINES = {"negative_index", "feature_cache"}  # paths, which differ from machine to machine
@@ -78,51 +84,57 @@ class Comparison:
         return "no difference of that size" if -margin < self.interval[0] and self.interval[1] < margin else "undecided"
 
 
-def kept_runs(table: Table, kept: Path) -> dict[str, dict[int, Path]]:
-    """Files of the table's finished runs, by row and seed; InputError for one made with other flags than its row's."""
-    from scripts.experiments.kept import kept_file
+def kept_runs(table: Table, kept: Path) -> Runs:
+    """The table's finished runs, by row and seed, one for each fold; a seed that lacks a fold is left out.
 
-    found: dict[str, dict[int, Path]] = {}
+    InputError for one made with other flags than its row's.
+    """
+    from scripts.experiments.kept import kept_file, read_kept
+
+    folds, found = Counter(row.whole for row in table.rows), {}
     for row in table.rows:
         given, _ = parse_flags(row.flags, "main_train.py", "")
         given = json.loads(json.dumps(flags_in_effect(given, resolve_config(given))[0]))  # tuples become lists
-        found[row.name] = {}
+        by_seed = found.setdefault(row.whole, {seed: {} for seed in table.seeds})
         for seed in table.seeds:
             if (path := kept_file(kept, row.name, seed)).is_file():
-                require_settings(path, given | {"seed": seed})
-                found[row.name][seed] = path
-    return found
+                by_seed[seed][path] = read_kept(path)
+                require_settings(path, by_seed[seed][path]["settings"], given | {"seed": seed})
+    return {
+        row: {seed: files for seed, files in by_seed.items() if len(files) == folds[row]}
+        for row, by_seed in found.items()
+    }
 
 
-def require_settings(path: Path, wanted: Mapping[str, Any]) -> None:
+def require_settings(path: Path, settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise InputError unless the run of ``path`` was made with these settings, as far as it knows them."""
-    from scripts.experiments.kept import read_kept
-
-    settings = read_kept(path)["settings"]
     for name in (wanted.keys() & settings.keys()) - MACHINES:
         if settings[name] != wanted[name]:
             raise InputError(f"{path}: made with --{name} {settings[name]}, where the table has {wanted[name]}")
 
 
-def validated(runs: Mapping[str, Mapping[int, Path]], score: str) -> list[str]:
-    """A Markdown table of the score of each run on the validation split."""
-    from scripts.experiments.kept import read_kept
+def statistics_of(files: Kept) -> "ReportStatistics":
+    """The model's statistics of a run, of all folds together; InputError where folds have scores of other names."""
+    from modules.evaluation.report_statistics import join
+    from scripts.experiments.tables import MODEL
 
-    lines = [f"| row | seed | {score}, validation |", "|---|---|---:|"]
-    for row, by_seed in runs.items():
-        for seed, path in by_seed.items():
-            last = read_kept(path)["history"][-1]
-            if (value := last.get(f"val_{score}")) is None:
-                raise InputError(f"{path}: no val_{score} after the last epoch")
-            lines.append(f"| {row} | {seed} | {value:.4f} |")
+    parts = [content["statistics"][MODEL] for content in files.values()]
+    return join(parts) if len(parts) > 1 else parts[0]
+
+
+def validated(runs: Runs, score: str) -> list[str]:
+    """A Markdown table of the score of each run on the validation split."""
+    lines = [f"| run | {score}, validation |", "|---|---:|"]
+    for path, content in (item for by_seed in runs.values() for files in by_seed.values() for item in files.items()):
+        if not content["history"] or (value := content["history"][-1].get(f"val_{score}")) is None:
+            raise InputError(f"{path}: no val_{score} after the last epoch")
+        lines.append(f"| {path.stem} | {value:.4f} |")
     return lines
 
 
-def compared(pair: str, runs: Mapping[str, Mapping[int, Path]], planned: int, score: str, level: float) -> Comparison:
+def compared(pair: str, runs: Runs, planned: int, score: str, level: float) -> Comparison:
     """One comparison; InputError for a row that the table lacks or a score that the runs lack."""
     from modules.evaluation.bootstrap import compare
-    from scripts.experiments.kept import read_kept
-    from scripts.experiments.tables import MODEL
 
     names = pair.split(":")
     if len(names) != 2 or not set(names) <= set(runs):
@@ -130,12 +142,11 @@ def compared(pair: str, runs: Mapping[str, Mapping[int, Path]], planned: int, sc
     seeds = [seed for seed in runs[names[0]] if seed in runs[names[1]]]
     if not seeds:
         return Comparison(pair, 0, planned, float("nan"), float("nan"), (float("nan"),) * 2, None)
-    sides = [[read_kept(runs[name][seed])["statistics"][MODEL] for seed in seeds] for name in names]
-    means = [[statistics.scores() for statistics in side] for side in sides]
+    sides = [[statistics_of(runs[name][seed]) for seed in seeds] for name in names]
     changes = compare(*sides)
     if score not in changes:
         raise InputError(f"--score {score}: {pair} can be compared by {', '.join(changes)}")
-    first, second = (sum(scores[score] for scores in side) / len(seeds) for side in means)
+    first, second = (sum(run.scores()[score] for run in side) / len(seeds) for side in sides)
     found = changes[score]
     falls = smaller_is_better(score)
     return Comparison(pair, len(seeds), planned, first, second, found.over_seeds(level), found.p_seeds, falls)
@@ -159,21 +170,16 @@ def table_of(comparisons: Sequence[Comparison], margin: float) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def draw(
-    path: Path, runs: Mapping[str, Mapping[int, Path]], found: Sequence[Comparison], score: str, margin: float
-) -> None:
+def draw(path: Path, runs: Runs, found: Sequence[Comparison], score: str, margin: float) -> None:
     """Every run's score by row on the left; the differences with their intervals and the margin on the right."""
     # Without pyplot: no global state, no display.
     from matplotlib.figure import Figure
-
-    from scripts.experiments.kept import read_kept
-    from scripts.experiments.tables import MODEL
 
     figure = Figure(figsize=(11, 4), dpi=130, layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
     names = [name for name, own in runs.items() if own]
     for place, name in enumerate(names):
-        values = [read_kept(file)["scores"][MODEL][score] for file in runs[name].values()]
+        values = [statistics_of(files).scores()[score] for files in runs[name].values()]
         left.plot(values, [place] * len(values), "o", color="#4c78a8", alpha=0.6)
         left.plot(sum(values) / len(values), place, "|", color="black", markersize=18)
     left.set_yticks(range(len(names)), [f"{name} ({len(runs[name])})" for name in names])

@@ -12,9 +12,11 @@ import pytest
 from modules.evaluation.report_statistics import ReportStatistics, save_statistics
 from modules.runtime.errors import InputError
 from scripts.experiments.files import choose, read_datasets, read_table
+from scripts.experiments.kept import kept_file, pack_finished
 from scripts.experiments.plan import plan
 from scripts.experiments.score_table import Cell, ScoreTable, TableRow
 from scripts.experiments.tables import _with_holm, check_columns, gather, write
+from scripts.research import planned_comparisons
 from tests.experiment_support import by_name, finish, planned, write_files, write_table
 
 
@@ -134,6 +136,37 @@ def test_folds_are_one_test_set(folded):
     assert (base.label, ithn.label) == ("Base", "ithn")
 
 
+def test_variety_of_folds_is_their_mean(folded):
+    files, _ = folded
+    rows = json.loads((files / "rows.json").read_text())
+    (files / "rows.json").write_text(json.dumps(rows | {"columns": ["BLEU_4", "commonest_share", "diversity"]}))
+    for run in of_folds(files):
+        results = json.loads((run.folder / "results.json").read_text())
+        share = {"one": 0.2, "two": 0.4}[run.row.dataset]
+        results["variety"] = {"model": {"commonest_share": share, "diversity": None if share > 0.3 else 1.0}}
+        (run.folder / "results.json").write_text(json.dumps(results))
+    table = gathered_folds(files)
+    assert table.rows[0].cells["commonest_share"].mean == pytest.approx(0.3)
+    assert any(note.startswith("Not known for the folds together: diversity") for note in table.notes)
+
+
+def test_comparisons_of_folds_join_them(folded, monkeypatch, capsys):
+    files, _ = folded
+    for run in of_folds(files):
+        (run.folder / "history.json").write_text('[{"epoch": 1}]')
+        (run.folder / "res.csv").write_text("a\n" * 30)
+    kept = files / "kept"
+    pack_finished(of_folds(files), kept)
+    argv = ["planned_comparisons.py", str(files / "rows.json"), "--kept", str(kept), "--score", "BLEU_4"]
+    monkeypatch.setattr("sys.argv", [*argv, "--compare", "ithn:base"])
+    planned_comparisons.main()
+    found = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert found[1] == "2 of 2" and found[4] == "+0.200" and found[-1].startswith("gain")
+    kept_file(kept, "base/two", 2).unlink()
+    planned_comparisons.main()
+    assert "open: 1 of 2 seeds" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_seed_counts_when_all_its_folds_are_done(folded):
     files, mean = folded
     (files / "out/base/two/seed2/results.json").unlink()
@@ -196,8 +229,8 @@ def test_a_column_that_no_score_has_is_refused(tmp_path):
 def test_columns_that_folds_cannot_have_together_are_named(folded):
     files, _ = folded
     rows = json.loads((files / "rows.json").read_text())
-    (files / "rows.json").write_text(json.dumps(rows | {"columns": ["BLEU_4", {"key": "diversity", "label": "Div"}]}))
-    assert "Not known for the folds together: Div." in gathered_folds(files).notes
+    (files / "rows.json").write_text(json.dumps(rows | {"columns": ["BLEU_4", {"key": "METEOR", "label": "Met"}]}))
+    assert "Not known for the folds together: Met." in gathered_folds(files).notes
 
 
 def test_rows_without_statistics_still_have_means(finished):
