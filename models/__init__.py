@@ -5,6 +5,7 @@ defaults, presets and checkpoints derive from the file.
 """
 
 import importlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from modules.runtime.errors import InputError, did_you_mean
@@ -43,3 +44,14 @@ def settings_class(name: str) -> "type[BackboneSettings]":
     """The dataclass ``Settings`` of the backbone's file; InputError where there is no such name."""
     module, _ = location(name)
     return importlib.import_module(module).Settings
+
+
+def owner_of(entries: Iterable[str], besides: Iterable[str]) -> str | None:
+    """The backbone whose published files alone have one of these state-dict ``entries``, unless ``besides`` has too."""
+    entries, besides = tuple(entries), tuple(besides)
+    for name in MODELS:
+        start = backbone_class(name).published_entries
+        theirs, own = (any(start and entry.startswith(start) for entry in names) for names in (entries, besides))
+        if theirs and not own:
+            return name
+    return None

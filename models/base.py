@@ -83,6 +83,7 @@ class Backbone(nn.Module):
     image_dim: int  # C, the width of Output.image_features
     report_dim: int  # D, the width of Output.report_features
     vocabulary_entry: str = ""  # state-dict entry with a row for every token id: its length is the vocabulary's
+    published_entries: str = ""  # how the entries begin that, of all backbones, only this one's published files have
     pad_id: int = 0  # the token that fills up the shorter of two joined batches
     any_length: bool = True  # whether an exported step can take reports of any length
     needs_labels: bool = False  # whether training needs the 14 labels of every study
@@ -248,4 +249,4 @@ class Backbone(nn.Module):
     def check_missing(self, names: list[str]) -> None:
         """ValueError where the loaded weights lack the entries ``names``, unless the backbone works without them."""
         if names:
-            raise ValueError(f"{len(names)} entries are missing, the first is {names[0]}")
+            raise ValueError(f"it does not fit this model: {len(names)} entries are missing, the first is {names[0]}")

@@ -112,6 +112,7 @@ class RelationalNetwork(EncoderDecoder):
 class R2Gen(TransformerBackbone):
     """The published model; ``num_ids`` = V+1 rows of embedding and logits, ``visual_extractor`` has ``width``."""
 
+    published_entries = "encoder_decoder.model.rm."
     any_length = False  # the memory loops over the words, and an exported program is unrolled
 
     def __init__(self, *, visual_extractor: Any, num_ids: int, settings: Settings):

@@ -74,6 +74,8 @@ class MemoryNetwork(EncoderDecoder):
 class R2GenCMN(TransformerBackbone):
     """The published model; ``num_ids`` = V+1 rows of embedding and logits, ``visual_extractor`` has ``width``."""
 
+    published_entries = "encoder_decoder.memory_matrix"
+
     def __init__(self, *, visual_extractor: Any, num_ids: int, settings: Settings):
         super().__init__(visual_extractor, settings)
         self.encoder_decoder = MemoryNetwork(self.image_dim, num_ids, settings)

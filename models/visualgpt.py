@@ -103,6 +103,7 @@ class VisualGPT(Backbone):
     """
 
     vocabulary_entry = "decoder.transformer.wte.weight"
+    published_entries = "decoder.transformer."
     tokenizer_kind = "bpe"
     resources = ("gpt2",)
     exchanged: Tensor  # (2,) the ids that change places

@@ -154,6 +154,7 @@ class XProNet(TransformerBackbone):
     as the published code does. ValueError for a ``no_finding`` that is not a class.
     """
 
+    published_entries = "encoder_decoder.protypes"
     needs_labels = True
     resources = ("prototypes",)
 

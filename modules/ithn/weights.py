@@ -3,7 +3,7 @@
 An objective here is a module with a ``backbone`` (models/base.py) and the heads of ITHN.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +12,6 @@ from modules.runtime.errors import InputError
 
 # Entries that are not the backbone's; published files have them too.
 HEADS = ("temp_1", "temp_3", "contrastive_bias", "img_projection.", "text_projection.")
-# What only one backbone's published files have: its name for --backbone.
-_WHOSE = {
-    "encoder_decoder.model.rm.": "r2gen",
-    "encoder_decoder.memory_matrix": "r2gencmn",
-    "encoder_decoder.protypes": "xpronet",
-    "decoder.transformer.": "visualgpt",
-}
 # State needed only to resume training.
 TRAINING_STATE = ("previous.", "queue.")
 
@@ -33,12 +26,14 @@ def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix("backbone."): state[key] for key in state if not key.startswith(TRAINING_STATE)}
 
 
-def load_published_state(objective: Any, state: Mapping[str, Tensor]) -> list[str]:
+def load_published_state(
+    objective: Any, state: Mapping[str, Tensor], owner_of: Callable[..., str | None] = lambda *entries: None
+) -> list[str]:
     """Load the state dict of a published code, or of ``published_state``; returns the entries that it does not have.
 
     These are heads, which keep their initial values; heads in the file that this objective lacks (``temp_3`` in the
-    paper's variant) are ignored. InputError where the backbone has no entry of a name, needs one that is missing, or
-    has another shape.
+    paper's variant) are ignored. ``owner_of`` (models/__init__.py) names the backbone that has the entries which this
+    one lacks. InputError where the backbone has no entry of a name, needs one that is missing, or has another shape.
     """
     own = objective.state_dict()
     # Trained on several GPUs, the published codes save the wrapper's names.
@@ -54,17 +49,12 @@ def load_published_state(objective: Any, state: Mapping[str, Tensor]) -> list[st
     missing, unexpected = objective.load_state_dict(named, strict=False)
     if unexpected:
         unknown = [key.removeprefix("backbone.") for key in unexpected]
-        for start, owner in _WHOSE.items():
-            if _has(unknown, start) and not _has(own, f"backbone.{start}"):
-                raise InputError(f"these are weights of {owner}; give --backbone {owner}")
+        if owner := owner_of(unknown, objective.backbone.state_dict()):
+            raise InputError(f"these are weights of {owner}; give --backbone {owner}")
         raise InputError(f"it does not fit this model: {len(unknown)} entries are unknown, the first is {unknown[0]}")
     absent = [key.removeprefix("backbone.") for key in missing if key.startswith("backbone.")]
     try:
         objective.backbone.check_missing(absent)
     except ValueError as error:
-        raise InputError(f"it does not fit this model: {error}") from error
+        raise InputError(str(error)) from error
     return missing
-
-
-def _has(keys: Iterable[str], start: str) -> bool:
-    return any(key.startswith(start) for key in keys)

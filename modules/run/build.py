@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from models import backbone_class
+from models import backbone_class, owner_of
 from models.base import Backbone
 from modules.config import Config
 from modules.data.dataset_specs import PRIOR_IMAGE, TEXTS
@@ -402,6 +402,6 @@ def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path
             "most likely --threshold or --dataset_name differ from its training, or the annotation is another version"
         )
     try:
-        load_published_state(objective, weights)
+        load_published_state(objective, weights, owner_of)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"checkpoint {path}: {' '.join(str(error).split())[:400]}") from error

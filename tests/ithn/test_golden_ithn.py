@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models import owner_of
 from models.r2gencmn import R2GenCMN, Settings
 from modules.data.batches import Batch, Pair
 from modules.ithn.losses import contrastive_loss, cosine_loss, modified_scores, normalise
@@ -275,6 +276,6 @@ def test_published_files_load_or_say_why_not(golden, make):
     with pytest.raises(InputError, match="the first is encoder_decoder.rm.W"):
         load_published_state(paper, plain | {"encoder_decoder.rm.W": torch.zeros(1)})
     with pytest.raises(InputError, match="weights of r2gen; give --backbone r2gen"):
-        load_published_state(paper, plain | {"encoder_decoder.model.rm.W": torch.zeros(1)})
+        load_published_state(paper, plain | {"encoder_decoder.model.rm.W": torch.zeros(1)}, owner_of)
     with pytest.raises(InputError, match=r"entry encoder_decoder.logit.bias: shape \(3,\), but this model has \("):
         load_published_state(paper, plain | {"encoder_decoder.logit.bias": torch.zeros(3)})
