@@ -47,21 +47,21 @@ class Results:
         for seed, own in contents.items():
             try:
                 first = self._folders[seed][0]
-                self.scores[seed] = _scores(own[0], first) if folds == 1 else self._joined_scores(seed)
+                self.scores[seed] = _scores(own[0], first) if folds == 1 else self._joined_scores(seed, own)
             except InputError as error:
                 if folds == 1:
                     raise
                 self.problems.append(f"seed {seed} is left out: {error}")
         self.systems = list(next(iter(self.scores.values()), {}))
 
-    def _joined_scores(self, seed: int) -> dict[str, dict[str, float]]:
+    def _joined_scores(self, seed: int, contents: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         """Scores of the folds' reports as one set, measures of variety as means of the folds; InputError if the folds
         cannot be joined.
         """
         from modules.evaluation.report_statistics import join, load_statistics
 
         folds = [load_statistics(folder / STATISTICS) for folder in self._folders[seed]]
-        variety = [read_json(folder / RESULTS).get("variety", {}) for folder in self._folders[seed]]
+        variety = [content.get("variety", {}) for content in contents]
         systems = [system for system in folds[0] if all(system in fold for fold in folds)]
         return {
             system: _means([measures.get(system, {}) for measures in variety])
