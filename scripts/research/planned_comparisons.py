@@ -165,6 +165,8 @@ def table_of(comparisons: Sequence[Comparison], margin: float) -> list[str]:
         numbers = (f"{one.first:.3f}", f"{one.second:.3f}", f"{one.difference:+.3f}")
         texts = [p_text(value) for value in (one.p, p_holm)]
         interval = f"{one.interval[0]:+.3f} to {one.interval[1]:+.3f}"
+        if not one.seeds:
+            numbers, interval = ("–",) * 3, "–"
         label = one.pair.replace(":", " - ")
         rows.append((label, f"{one.seeds} of {one.planned}", *numbers, interval, *texts, one.outcome(p_holm, margin)))
     return ["| " + " | ".join(row) + " |" for row in rows]
