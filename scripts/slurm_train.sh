@@ -21,7 +21,9 @@ esac
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python; fi
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Not "| head -n 1", which may end scontrol by a broken pipe, and the job with it.
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${hosts%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 20000))
 # What a process may take to write its checkpoint after the signal that SLURM sends 90 s before the end.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=60

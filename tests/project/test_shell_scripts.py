@@ -309,7 +309,8 @@ def test_setup_refuses_unknown_arguments(project):
 
 
 def test_slurm_starts_torchrun_on_every_machine(tmp_path):
-    for name, text in {"scontrol": "echo node7; echo node8", "srun": f'printf "%s\\n" "$@" > {tmp_path}/call'}.items():
+    # More names than a pipe holds: a reader that stops at the first would end scontrol, and the job, by a broken pipe.
+    for name, text in {"scontrol": "seq -f node%g 7 20000", "srun": f'printf "%s\\n" "$@" > {tmp_path}/call'}.items():
         executable(tmp_path / "bin" / name, f"#!/bin/sh\n{text}\n")
     slurm = {
         "SLURM_JOB_NODELIST": "node[7-8]",
