@@ -76,9 +76,9 @@ def update(model, optimizer, patches, tokens):
 
 
 @torch.no_grad()
-def patches_of(paths, size):
+def patches_of(paths, size, grid):
     """(N, S, 1280) float16 of the images at ``paths``, as main_train.py's frozen extractor gives them."""
-    extractor = VisualExtractor("tf_efficientnet_lite0", pretrained=True, frozen=True, image_size=size)
+    extractor = VisualExtractor("tf_efficientnet_lite0", pretrained=True, frozen=True, image_size=size, grid=grid)
     look, images = eval_transform(size, extractor.mean, extractor.std), ImageFolder(paths[0].parent)
     pixels = (torch.stack([look(images(path.name)) for path in paths[at : at + 32]]) for at in range(0, len(paths), 32))
     return torch.cat([extractor(part.unsqueeze(1))[0].half() for part in pixels])
@@ -90,8 +90,8 @@ def main():
     parser.add_argument("annotation", type=Path)
     parser.add_argument("images", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    numbers = {"image_size": 224, "width": 256, "epochs": 5, "batch_size": 64, "beam": 3, "length": 20, "threshold": 3}
-    for name, value in (numbers | {"seed": 1, "lr": 1e-3}).items():
+    numbers = {"image_size": 224, "feature_grid": 4, "length": 20, "threshold": 3, "width": 256, "beam": 3}
+    for name, value in (numbers | {"epochs": 5, "batch_size": 64, "seed": 1, "lr": 1e-3}).items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="default %(default)s")
     flags = parser.parse_args()
     torch.manual_seed(flags.seed)
@@ -99,10 +99,10 @@ def main():
     flags.out.mkdir(parents=True, exist_ok=True)
 
     def patches(split):
-        file = flags.out / f"{split}_{flags.image_size}.pt"
+        file = flags.out / f"{split}_{flags.image_size}_{flags.feature_grid}.pt"
         if not file.is_file():
             paths = [flags.images / one["image_path"][0] for one in splits[split]]
-            torch.save(patches_of(paths, flags.image_size), file)
+            torch.save(patches_of(paths, flags.image_size, flags.feature_grid), file)
         return torch.load(file, weights_only=True, mmap=True)
 
     pairs = [(at, WORDS.findall(text.lower())) for at, one in enumerate(splits["train"]) for text in one["captions"]]
