@@ -172,7 +172,9 @@ def table_of(comparisons: Sequence[Comparison], margin: float) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def draw(path: Path, runs: Runs, found: Sequence[Comparison], score: str, margin: float) -> None:
+def draw(
+    path: Path, runs: Runs, found: Sequence[Comparison], score: str, margin: float, labels: Mapping[str, str]
+) -> None:
     """Every run's score by row on the left; the differences with their intervals and the margin on the right."""
     # Without pyplot: no global state, no display.
     from matplotlib.figure import Figure
@@ -184,19 +186,18 @@ def draw(path: Path, runs: Runs, found: Sequence[Comparison], score: str, margin
         values = [statistics_of(files).scores()[score] for files in runs[name].values()]
         left.plot(values, [place] * len(values), "o", color="#4c78a8", alpha=0.6)
         left.plot(sum(values) / len(values), place, "|", color="black", markersize=18)
-    left.set_yticks(range(len(names)), [f"{name} ({len(runs[name])})" for name in names])
+    left.set_yticks(range(len(names)), [f"{labels[name]} ({len(runs[name])})" for name in names])
     left.set_xlabel(f"{score} of each seed; bars: means")
-    right.axvspan(-margin, margin, color="#dddddd", label=f"below the margin of {margin:g}")
+    right.axvspan(-margin, margin, color="#dddddd")
     right.axvline(0, color="black", linewidth=0.8)
     there = [one for one in found if one.seeds > 1]
     for place, one in enumerate(there):
         right.plot(one.interval, [place, place], color="#e45756", linewidth=2)
         right.plot(one.difference, place, "o", color="#e45756")
-    right.set_yticks(
-        range(len(there)), [f"{one.pair.replace(':', ' - ')} ({one.seeds} of {one.planned})" for one in there]
-    )
-    right.set_xlabel(f"difference in {score}")
-    right.legend(loc="best", frameon=False)
+    pairs = ["\n− ".join(labels[name] for name in one.pair.split(":")) for one in there]
+    seeds = [f" ({one.seeds} of {one.planned})" for one in there]
+    right.set_yticks(range(len(there)), [pair + number for pair, number in zip(pairs, seeds, strict=True)])
+    right.set_xlabel(f"difference in {score}; grey: smaller than {margin:g}")
     for axes in (left, right):
         axes.invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +227,8 @@ def main() -> None:
     found = [compared(pair, runs, len(table.seeds), arguments.score, arguments.level) for pair in arguments.compare]
     print("\n".join(table_of(found, arguments.margin)))
     if arguments.figure:
-        draw(arguments.figure, runs, found, arguments.score, arguments.margin)
+        labels = {row.whole: row.label for row in table.rows}
+        draw(arguments.figure, runs, found, arguments.score, arguments.margin, labels)
 
 
 if __name__ == "__main__":
