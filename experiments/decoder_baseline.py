@@ -34,6 +34,7 @@ class Captioner(nn.Module):
         super().__init__()
         self.visual = nn.Sequential(nn.Linear(1280, width), nn.LayerNorm(width))
         self.word, self.place = nn.Embedding(words, width), nn.Parameter(torch.randn(length, width) * 0.02)
+        nn.init.normal_(self.word.weight, std=width**-0.5)  # 1 when scaled: patches must be heard beside words
         layer = nn.TransformerDecoderLayer(width, 8, 2 * width, 0.1, batch_first=True, norm_first=True)
         self.decoder, self.out = nn.TransformerDecoder(layer, 1, nn.LayerNorm(width)), nn.Linear(width, words)
 
