@@ -3,8 +3,9 @@
 Frozen EfficientNet-Lite0 patches, one linear layer, one decoder layer, AdamW with a cosine, all captions, beam search.
 
   python experiments/decoder_baseline.py data/flickr8k/annotation.json data/flickr8k/images --out results/baseline
-  python experiments/decoder_baseline.py data/phantom/annotation.json data/phantom/images --out results/baseline_phantom \
-      --cleaner iu_xray --image_size 128 --feature_grid 0 --length 60 --width 64 --epochs 12 --batch_size 32 --lr 2e-3 --beam 1
+  python experiments/decoder_baseline.py data/phantom/annotation.json data/phantom/images --out results/phantom_base \\
+      --cleaner iu_xray --image_size 128 --feature_grid 0 --length 60 --width 64 --epochs 12 --batch_size 32 \\
+      --lr 2e-3 --beam 1
 """
 
 import argparse
