@@ -4,8 +4,8 @@ Frozen EfficientNet-Lite0 patches, one linear layer, one decoder layer, AdamW wi
 
   python experiments/decoder_baseline.py data/flickr8k/annotation.json data/flickr8k/images --out results/baseline
   python experiments/decoder_baseline.py data/phantom/annotation.json data/phantom/images --out results/phantom_base \\
-      --cleaner iu_xray --image_size 128 --feature_grid 0 --length 60 --width 64 --epochs 12 --batch_size 32 \\
-      --lr 2e-3 --beam 1
+      --cleaner iu_xray --image_size 128 --feature_grid 0 --max_seq_length 60 --width 64 --epochs 12 --batch_size 32 \\
+      --lr 2e-3 --beam_size 1
 """
 
 import argparse
@@ -94,7 +94,7 @@ def main():
     parser.add_argument("images", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cleaner", default="coco", help="as of main_train.py; default %(default)s")
-    numbers = {"image_size": 224, "feature_grid": 4, "length": 20, "threshold": 3, "width": 256, "beam": 3}
+    numbers = {"image_size": 224, "feature_grid": 4, "max_seq_length": 20, "threshold": 3, "width": 256, "beam_size": 3}
     for name, value in (numbers | {"epochs": 5, "batch_size": 64, "seed": 1, "lr": 1e-3}).items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="default %(default)s")
     flags = parser.parse_args()
@@ -113,10 +113,10 @@ def main():
     counts = Counter(word for _, words in pairs for word in words)
     known = ["<pad>", "<start>", "<end>", "<unk>", *sorted(word for word, n in counts.items() if n >= flags.threshold)]
     ids = {word: at for at, word in enumerate(known)}
-    coded = [[START, *(ids.get(word, UNK) for word in words), END][: flags.length] for _, words in pairs]
+    coded = [[START, *(ids.get(word, UNK) for word in words), END][: flags.max_seq_length] for _, words in pairs]
     tokens = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in coded], batch_first=True)
     images, seen = torch.tensor([at for at, _ in pairs]), patches("train")
-    model = Captioner(len(known), flags.width, flags.length)
+    model = Captioner(len(known), flags.width, flags.max_seq_length)
     optimizer = torch.optim.AdamW(model.parameters(), flags.lr)
     steps = flags.epochs * math.ceil(len(pairs) / flags.batch_size)
     schedule, began = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), time.process_time()
@@ -127,12 +127,12 @@ def main():
         print(f"epoch {epoch + 1}: loss of the last batch {loss.item():.3f}", flush=True)
     per_step = (time.process_time() - began) / steps
     model.eval()
-    generated = [" ".join(known[at] for at in model.search(one.float(), flags.beam)) for one in patches("test")]
+    generated = [" ".join(known[at] for at in model.search(one.float(), flags.beam_size)) for one in patches("test")]
     if flags.cleaner == "coco":
         scored = score(test, generated, cleaner="coco")
     else:  # reports are one for a study, and cut as in training
         reports, seen_reports = ([text for (text,) in part] for part in (test, train))
-        cut = {"max_seq_length": flags.length, "threshold": flags.threshold}
+        cut = {"max_seq_length": flags.max_seq_length, "threshold": flags.threshold}
         scored = score(reports, generated, cleaner=flags.cleaner, training=seen_reports, **cut)
     result = {"flags": {name: str(value) for name, value in vars(flags).items()}, "scores": scored.scores["model"]}
     result |= {"unique_share": len(set(generated)) / len(generated), "cpu_seconds_per_step": per_step}
