@@ -20,11 +20,13 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from modules.data.annotations import read_annotation
 from modules.data.images import ImageFolder
 from modules.data.tokenizers import clean_report
 from modules.data.transforms import eval_transform
 from modules.evaluation import score
 from modules.layers.visual_extractor import VisualExtractor
+from modules.runtime.errors import run_entry_point
 
 PAD, START, END, UNK = range(4)
 
@@ -83,7 +85,7 @@ def patches_of(folder, studies, size, grid):
     """(N, S, 1280) float16 of all views of the studies, as main_train.py's frozen extractor gives them."""
     extractor = VisualExtractor("tf_efficientnet_lite0", pretrained=True, frozen=True, image_size=size, grid=grid)
     look, images = eval_transform(size, extractor.mean, extractor.std), ImageFolder(folder)
-    views = (torch.stack([look(images(name)) for name in one["image_path"]]) for one in studies)
+    views = (torch.stack([look(images(name)) for name in one.image_paths]) for one in studies)
     return torch.stack([extractor(one.unsqueeze(1))[0].flatten(0, 1).half() for one in views])
 
 
@@ -99,7 +101,7 @@ def main():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="default %(default)s")
     flags = parser.parse_args()
     torch.manual_seed(flags.seed)
-    splits = json.loads(flags.annotation.read_text(encoding="utf-8"))
+    splits = read_annotation(flags.annotation).splits
     flags.out.mkdir(parents=True, exist_ok=True)
 
     def patches(split):
@@ -108,7 +110,7 @@ def main():
             torch.save(patches_of(flags.images, splits[split], flags.image_size, flags.feature_grid), file)
         return torch.load(file, weights_only=True, mmap=True)
 
-    train, test = ([one.get("captions", [one["report"]]) for one in splits[name]] for name in ("train", "test"))
+    train, test = ([one.captions or (one.report,) for one in splits[name]] for name in ("train", "test"))
     pairs = [(at, clean_report(text, flags.cleaner).split()) for at, texts in enumerate(train) for text in texts]
     counts = Counter(word for _, words in pairs for word in words)
     known = ["<pad>", "<start>", "<end>", "<unk>", *sorted(word for word, n in counts.items() if n >= flags.threshold)]
@@ -141,4 +143,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)
