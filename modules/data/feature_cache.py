@@ -83,11 +83,12 @@ def build_feature_cache(
     """Features of the images at ``paths``: from ``folder`` where it has them, else computed, shared by all processes.
 
     The file's name is a hash of the extractor's weights and grid, the transform, the type, the images' folder and their
-    paths, sizes and times: a change of any of them leads to another file. An interrupted one is continued. S * C
-    numbers of ``dtype`` per image; images are decoded by ``workers`` processes. Of several programs that need the same
-    file one makes it and the others wait. InputError for an unreadable image, a full disk, and a damaged file.
+    paths, sizes and times: a change of any of them leads to another file, their order does not. An interrupted one is
+    continued. S * C numbers of ``dtype`` per image; images are decoded by ``workers`` processes. Of several programs
+    that need the same file one makes it and the others wait. InputError for an unreadable image, a full disk, and a
+    damaged file.
     """
-    kind = np.dtype(dtype)
+    kind, paths = np.dtype(dtype), sorted(paths)  # the splits and folds of the same images share one file
     key = _key(images, paths, extractor, transform, kind)
     file = folder / f"features-{key}.npy"
     rows = {path: row for row, path in enumerate(paths)}

@@ -1,9 +1,9 @@
 """Where a trained model loses what its images show: linear probes of the 14 classes at four places of the network.
 
-patches: the visual extractor's mean feature; encoder: the mean of the encoder's output; cross-attention: what
-the last decoder layer takes from the image; decoder: its last hidden states. The decoder reads the same text for every
-study, the commonest training report, so that only the image can tell studies apart. One logistic regression per class,
-as in probe_images.py; the table has the AUROC on the test split.
+patches: the visual extractor's mean feature; encoder: the mean of the encoder's output over present views;
+cross-attention: what the last decoder layer takes from the image; decoder: its last hidden states. The decoder reads
+the same text for every study, the commonest training report, so that only the image can tell studies apart. One
+logistic regression per class, as in probe_images.py; the table has the AUROC on the test split.
 
   python scripts/research/probe_decoder.py --load results/demo/model_best.pth --label_path data/demo/labels.csv
 """
@@ -13,6 +13,7 @@ import dataclasses
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -20,6 +21,9 @@ from modules.flags import Parser, add_flags, given_flags
 from modules.inference.study_files import require_checkpoint
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError, run_entry_point
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OVERRIDES = ("ann_path", "image_dir", "batch_size", "num_workers", "device", "feature_cache")
 PLACES = ("patches", "encoder", "cross-attention", "decoder")
@@ -35,6 +39,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the intervals; default %(default)s")
     add_flags(parser.add_argument_group("in place of what the checkpoint was trained with"), OVERRIDES)
     return parser
+
+
+def mean_of_present(states: "Tensor", mask: "Tensor | None") -> "Tensor":
+    """Mean (B, D) of ``states`` (B, S, D), or (B, levels, S, D), over the S that ``mask`` (B, S) leaves; None: all."""
+    if mask is None:
+        return states.flatten(1, -2).mean(1)
+    weights = mask.to(states.dtype).unsqueeze(-1)  # (B, S, 1)
+    if states.dim() == 4:
+        weights = weights.unsqueeze(1).expand(-1, states.size(1), -1, -1)  # (B, levels, S, 1)
+    weights = weights.flatten(1, -2)
+    return (states.flatten(1, -2) * weights).sum(1) / weights.sum(1)
 
 
 def features_of(path: str, given: dict) -> tuple:
@@ -76,7 +91,7 @@ def features_of(path: str, given: dict) -> tuple:
                 encoded = objective.backbone.encode(features)[0]  # (B, S, D), or with levels (B, L, S, D)
                 hidden = objective.read(fixed, features)
                 attended = seen[-1][0] if isinstance(seen[-1], tuple) else seen[-1]  # (B, T, D)
-                rows = (features.pooled, encoded.flatten(1, -2).mean(1), attended.mean(1), hidden)
+                rows = (features.pooled, mean_of_present(encoded, features.patch_mask), attended.mean(1), hidden)
                 for place, row in zip(PLACES, rows, strict=True):
                     found[place][split].append(row.float().cpu())
     joined = {place: {split: torch.cat(rows).numpy() for split, rows in by.items()} for place, by in found.items()}

@@ -92,6 +92,14 @@ def test_the_file_is_found_again_and_belongs_to_weights_and_images(demo, tmp_pat
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def test_other_splits_of_the_same_images_share_the_file(demo, tmp_path, extractor):
+    first = build(demo, tmp_path, extractor)
+    again = build(demo, tmp_path, extractor, list(reversed(first.rows)))
+    assert again.file == first.file and len(list(tmp_path.iterdir())) == 1
+    for path in first.rows:
+        assert torch.equal(again(path), first(path))
+
+
 def test_other_images_of_the_same_names_sizes_and_times_have_a_file_of_their_own(tmp_path, extractor):
     files = []
     for name, grey in (("one", 10), ("two", 200), ("link", None)):

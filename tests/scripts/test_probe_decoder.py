@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from modules.runtime.errors import InputError
 from scripts.research import probe_decoder
@@ -12,6 +13,15 @@ from scripts.research import probe_decoder
 def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["probe_decoder.py", *map(str, arguments)])
     probe_decoder.main()
+
+
+@pytest.mark.parametrize("levels", [(), (3,)])
+def test_patches_of_absent_views_are_left_out_of_the_mean(levels):
+    states = torch.randn(2, *levels, 4, 5)
+    mask = torch.tensor([[True, True, False, False], [True] * 4])
+    found = probe_decoder.mean_of_present(states, mask)
+    assert torch.allclose(found[0], states[0, ..., :2, :].reshape(-1, 5).mean(0))
+    assert torch.allclose(found[1], probe_decoder.mean_of_present(states, None)[1])
 
 
 @pytest.mark.thorough
