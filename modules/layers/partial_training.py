@@ -1,7 +1,7 @@
 """Training a part of a visual extractor: its last stages, its normalisation layers, its biases, or adapters.
 
-What is frozen has neither gradients nor new statistics: it computes as in evaluation. What lies below the last stages
-can be computed once for each image (``Trunk``).
+What is frozen has neither gradients nor new statistics: it computes as in evaluation, and a trained stage as in
+training. What lies below the last stages can be computed once for each image (``Trunk``).
 """
 
 import contextlib
@@ -21,11 +21,17 @@ DOMINANT = 0.8  # share of the parameters from which on a module's own children 
 
 
 def resting(model: nn.Module) -> list[nn.Module]:
-    """The modules in ``model`` that nothing is trained of, which stay in evaluation mode."""
+    """The modules in ``model`` that stay in evaluation mode: nothing of them is trained.
+
+    The dropout and stochastic depth of a stage that is trained are part of its training.
+    """
+    busy = {id(part) for module in model.modules() if _whole(module) for part in module.modules()}
     return [
         module
         for module in model.modules()
-        if not any(value.requires_grad for value in module.parameters()) and module is not model
+        if id(module) not in busy
+        and not any(value.requires_grad for value in module.parameters())
+        and module is not model
     ]
 
 

@@ -97,6 +97,7 @@ def test_steps_are_those_of_full_training_with_masked_gradients(name, part, stor
         given = images if trunk is None else trunk(images)[0].unsqueeze(1)
         for model, seen, optimizer in zip((own, full), (given, images), optimizers, strict=True):
             optimizer.zero_grad()
+            torch.manual_seed(1)  # of stochastic depth
             model(seen)[0].square().mean().backward()
             for key, value in model.named_parameters():
                 value.grad = value.grad if key.removeprefix("model.") in chosen else None
@@ -110,6 +111,16 @@ def test_frozen_statistics_stay_and_trained_ones_move():
     assert isinstance(extractor.model[1], nn.BatchNorm2d)
     extractor(torch.randn(2, 1, 3, 64, 64))
     assert extractor.model[1].num_batches_tracked == 0 and extractor.model[7][0].bn1.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_trained_stage_has_its_stochastic_depth_and_a_frozen_one_none(stored):
+    extractor = VisualExtractor("swin_tiny_patch4_window7_224", image_size=64, unfreeze="last:1").train()
+    if stored:
+        extractor.cut()
+    depths = {key: part for key, part in extractor.model.named_modules() if type(part).__name__ == "DropPath"}
+    assert {key: part.training for key, part in depths.items()} == {key: "layers.3." in key for key in depths}
+    assert any(part.training and part.drop_prob for part in depths.values()) and len(depths) > 4
 
 
 def test_what_is_stored_depends_on_what_is_frozen_alone():
