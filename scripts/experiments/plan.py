@@ -27,6 +27,7 @@ UNTESTED = "to be tested again"  # trained as wanted, but scored with other flag
 SCORING = frozenset(item.name for item in dataclasses.fields(ScoringSettings))
 FILES = "files_sha256"  # of what training starts from: their content counts, not their place
 INDEX = "negative_index"
+UNMADE = "new"  # in the name of an index, in place of the hash of an annotation that does not exist yet
 INPUT_FILES = ("label_path", "init_protypes_path", "visual_extractor_weights")
 SHOWN_DIFFERENCES = 3
 # What the run itself decides, where a row leaves it open: the device's precision, the description and the image size of
@@ -154,7 +155,7 @@ def _resolve(
 
 def _index(out: Path, dataset: str, config: Config, encoder: str) -> Index:
     sha256 = file_sha256(config.ann_path)
-    name = f"{dataset}-{re.sub(r'[^A-Za-z0-9.]+', '-', encoder).strip('-')}-{sha256[:8] or 'new'}.safetensors"
+    name = f"{dataset}-{re.sub(r'[^A-Za-z0-9.]+', '-', encoder).strip('-')}-{sha256[:8] or UNMADE}.safetensors"
     # The name is one of the settings that are compared, which the number of neighbours is not.
     path = out / "hard_negatives" / f"top{config.num_neighbours}" / name
     return Index(path, config.ann_path, config.dataset_name, encoder, config.num_neighbours)
@@ -251,6 +252,8 @@ def differences(found: dict[str, Any], wanted: Mapping[str, Any]) -> list[str]:
             continue
         known = all(name in own for own in hashes)
         pair = [own[name] for own in hashes] if known else [found.get(name), wanted.get(name)]
+        if name == INDEX and Path(str(pair[1])).stem.endswith(f"-{UNMADE}"):
+            pair = [str(value).rpartition("-")[0] for value in pair]
         if pair[0] != pair[1]:
             differing.append(name)
     return differing

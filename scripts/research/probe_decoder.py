@@ -43,13 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def mean_of_present(states: "Tensor", mask: "Tensor | None") -> "Tensor":
     """Mean (B, D) of ``states`` (B, S, D), or (B, levels, S, D), over the S that ``mask`` (B, S) leaves; None: all."""
+    states = states.mean(1) if states.dim() == 4 else states
     if mask is None:
-        return states.flatten(1, -2).mean(1)
-    weights = mask.to(states.dtype).unsqueeze(-1)  # (B, S, 1)
-    if states.dim() == 4:
-        weights = weights.unsqueeze(1).expand(-1, states.size(1), -1, -1)  # (B, levels, S, 1)
-    weights = weights.flatten(1, -2)
-    return (states.flatten(1, -2) * weights).sum(1) / weights.sum(1)
+        return states.mean(1)
+    weights = mask.unsqueeze(-1).to(states.dtype)  # (B, S, 1)
+    return (states * weights).sum(1) / weights.sum(1)
 
 
 def features_of(path: str, given: dict) -> tuple:

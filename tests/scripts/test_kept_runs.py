@@ -12,6 +12,7 @@ from modules.evaluation.report_statistics import ReportStatistics, load_statisti
 from modules.runtime.errors import InputError
 from scripts.experiments.files import choose, read_datasets, read_table
 from scripts.experiments.kept import counted, kept_file, pack_finished, restore
+from scripts.experiments.plan import differences
 from scripts.experiments.tables import gather
 from scripts.research import planned_comparisons
 from tests.experiment_support import by_name, finish, planned, write_files
@@ -186,3 +187,12 @@ def test_numbers_that_cannot_be_kept_end_their_own_run_only(files, monkeypatch):
     tested = replace(made[0], weights=made[1].folder / "model_best.pth")  # as a row with "trained_as"
     pack_finished([tested], files / "kept")
     assert json.loads(kept_file(files / "kept", tested.row.name, tested.seed).read_text())["history"] == []
+
+
+@pytest.mark.parametrize(("kept", "same"), [("a-tfidf-3e4a56df", True), ("a-random-3e4a56df", False), ("", False)])
+def test_numbers_count_where_the_annotation_that_names_the_index_is_not_there(kept, same):
+    """In a fresh clone tables are made of kept numbers alone."""
+    kept = kept and f"{kept}.safetensors"
+    wanted = {"negative_index": "a-tfidf-new.safetensors", "annotation_sha256": "", "files_sha256": {}}
+    found = {"negative_index": kept, "annotation_sha256": "3e4a56df", "files_sha256": {}}
+    assert differences(found, wanted) == ([] if same else ["negative_index"])
