@@ -13,7 +13,7 @@ for argument in "$@"; do
       "or two; writes results/demo/report.html; interrupted, the same command goes on)"
     exit 0 ;;
   --quick)
-    data=data/demo_quick out=results/demo_quick studies=200 epochs=20 every=10 takes="a minute or two"
+    data=data/demo_quick out=results/demo_quick studies=200 epochs=20 every=10 takes="one to four minutes"
     # A model that has learnt this little repeats sentences.
     note=(--exp_name "Quick demo (a tenth of the data: its scores say little, run without --quick)" --no_repeat_ngram_size 5) ;;
   *) given+=("$argument") ;;
