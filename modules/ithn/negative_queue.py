@@ -78,17 +78,18 @@ class NegativeQueue(nn.Module):
         similarity = (anchor @ queue.T).masked_fill(~allowed, -torch.inf)
         order = similarity.topk(min(self.hardest, len(queue)), dim=1).indices  # (B, k)
         first, second, other = (queue[order.gather(1, row)] for row in (pair[0], pair[1], own[0]))
-        share, own_share = pair[2].unsqueeze(-1), own[2].unsqueeze(-1) / 2  # the anchor's is below one half
+        share, own_share = (part[2].to(anchor.dtype).unsqueeze(-1) for part in (pair, own))
+        own_share = own_share / 2  # the anchor's is below one half
         of_two = share * first + (1 - share) * second
         with_anchor = own_share * anchor.unsqueeze(1) + (1 - own_share) * other
         return normalise(torch.cat([of_two, with_anchor], dim=1))
 
     def _draw(self, rows: int, count: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows, count) each: two ranks among the hardest, int64, and a share in [0, 1)."""
+        """(rows, count) each: two ranks among the hardest, int64, and a share in [0, 1), float64."""
         places = torch.arange(rows * count, device=self.keys.device) + self.steps * rows * count + 1
         parts = [(places.double() * step % 1).view(rows, count) for step in _STEPS[first : first + 3]]
         ranks = [(part * min(self.hardest, len(self.keys))).long() for part in parts[:2]]
-        return ranks[0], ranks[1], parts[2].float()
+        return ranks[0], ranks[1], parts[2]
 
     @torch.no_grad()
     def keep(self, image: Tensor, report: Tensor, keys: Tensor, labels: Tensor | None = None) -> None:

@@ -125,12 +125,13 @@ class ITHNSettings:
 
     def _check_together(self) -> None:
         row, form = STRATEGIES[self.strategy], FORMS[self.contrastive_form]
-        averaged = row.synthesise is not None and not self.has_columns
+        averaged = row.synthesise is not None and not self.has_columns and form.of_anchor is not None
         if self.on_encoder and (averaged or self.released):
+            without = " or ".join(name for name, row in STRATEGIES.items() if row.synthesise is None)
             raise InputError(
-                "--contrastive_features encoder: needs --strategy contrastive or --negatives_as columns, and the "
-                "paper's variant; with harder negatives Eq. 11 did not leave its second minimum in a trial "
-                "(docs/experiments/phantom.md)"
+                f"--contrastive_features encoder: needs --strategy {without}, --negatives_as columns "
+                "or --contrastive_form paper_triplet, and the paper's variant; with the mean of similarities, Eq. 11, "
+                "it did not leave a second minimum in a trial (docs/experiments/phantom.md)"
             )
         if self.negatives_as == "columns" and row.synthesise is None:
             raise InputError(f"--negatives_as columns: --strategy {self.strategy} has no negatives besides the batch's")

@@ -9,7 +9,8 @@ from modules.ithn.contrastive_forms import FORMS, FormOptions, paper_triplet
 from modules.ithn.losses import FurtherColumns, contrastive_loss, equal_rows, mean_over, normalise, soft_targets, tf_idf
 
 B, M, SCALE = 5, 4, 7.0
-OPTIONS = FormOptions(bias=-2.0, positive_prior=0.1, hardness_beta=0.3, margin=0.25)
+BIAS = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+OPTIONS = FormOptions(bias=BIAS, positive_prior=0.1, hardness_beta=0.3, margin=0.25)
 OF_ANCHORS = [name for name, form in FORMS.items() if form.of_anchor]
 
 
@@ -32,13 +33,13 @@ def anchor_by_hand(form, own, negatives, scale, options=OPTIONS):
         importance = [torch.exp(beta * s) for s in negatives]
         mean = sum(importance) / n
         total = sum(weight / mean * s.exp() for weight, s in zip(importance, negatives, strict=True))
-        against = torch.clamp((total - n * prior * own.exp()) / (1 - prior), min=n * math.exp(-scale))
+        against = torch.maximum((total - n * prior * own.exp()) / (1 - prior), n * torch.exp(-scale))
         return -torch.log(own.exp() / (own.exp() + against))
     assert form == "triplet"
     return torch.clamp(options.margin - own / scale + max(s / scale for s in negatives), min=0)
 
 
-def loss_by_hand(form, scores, *, rows=None, excluded=None, further=None, log_weights=None):
+def loss_by_hand(form, scores, scale, *, rows=None, excluded=None, further=None, log_weights=None):
     takes_part = [True] * B if rows is None else rows.tolist()
     total = 0.0
     for of_images in (True, False):
@@ -54,7 +55,7 @@ def loss_by_hand(form, scores, *, rows=None, excluded=None, further=None, log_we
                 more = further.of_images if of_images else further.of_reports
                 negatives += [more[i, j] for j in range(M) if further.count[j]]
             if negatives:
-                total = total + anchor_by_hand(form, scores[i, i], negatives, SCALE)
+                total = total + anchor_by_hand(form, scores[i, i], negatives, scale)
     return total / (2 * sum(takes_part))
 
 
@@ -81,9 +82,10 @@ def test_a_double_loop(form, case):
     given = dict(CASES[case])
     if "further" in given:
         given["further"] = FurtherColumns(of_images, of_reports, torch.tensor([True, True, False, True]))
-    found = contrastive_loss(scores, form, scale=SCALE, options=OPTIONS, **given)
-    expected = loss_by_hand(form, scores, **given)
-    inputs = [scores, of_images, of_reports]
+    scale = torch.tensor(SCALE, dtype=torch.float64, requires_grad=FORMS[form].temperature)
+    found = contrastive_loss(scores, form, scale=scale, options=OPTIONS, **given)
+    expected = loss_by_hand(form, scores, scale, **given)
+    inputs = [scores, of_images, of_reports, BIAS, *([scale] if scale.requires_grad else [])]
     grads = [torch.autograd.grad(value, inputs, allow_unused=True) for value in (found, expected)]
     assert found.item() == pytest.approx(expected.item(), abs=1e-10)
     for own, by_hand in zip(*grads, strict=True):

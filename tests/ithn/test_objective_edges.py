@@ -167,7 +167,10 @@ def test_what_is_not_kept(batch):
         ({"previous_epoch_start": True, "strategy": "mochi"}, "needs --strategy ithn or unconstrained, not mochi"),
         ({"negatives_as": "columns", "strategy": "contrastive"}, "--strategy contrastive has no negatives besides"),
         ({"negatives_as": "columns", "ithn_variant": "released"}, "it has no negatives as columns"),
-        ({"contrastive_features": "encoder", "strategy": "mochi"}, "needs --strategy contrastive or --negatives_as"),
+        (
+            {"contrastive_features": "encoder", "strategy": "mochi"},
+            "needs --strategy mochi_queue or contrastive, --negatives_as columns or --contrastive_form paper_triplet",
+        ),
         ({"contrastive_form": "paper_triplet", "strategy": "contrastive"}, "with its own hard negative alone"),
         ({"contrastive_targets": "labels", "contrastive_form": "sigmoid"}, "give --contrastive_form standard"),
         ({"same_label_weight": 2.0, "contrastive_form": "triplet"}, "of --contrastive_form standard or decoupled;"),
