@@ -21,7 +21,7 @@ from modules.data.annotations import SPLITS
 from modules.flags import Parser
 from modules.prepare.image_placing import WAYS, Placing, add_placing_flags, check_placing, keep_settings
 from modules.prepare.openi import OpeniStudy, annotation_record, order_of_views, place_images, read_openi
-from modules.prepare.prepared_folder import write_prepared
+from modules.prepare.prepared_folder import require_splits, write_prepared
 from modules.prepare.splits import read_split, seeded_split
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import check_annotation
@@ -173,8 +173,10 @@ def main() -> None:
         for identity, study in studies
     }
     check_annotation(path, records(chosen, orders), HINT)
+    require_splits(path, chosen)
     if arguments.images:
         chosen = without_missing_images(chosen, orders, arguments)
+        require_splits(path, chosen)
     annotation = records(chosen, orders)
     facts = {"name": "iu_xray", "language": "en", "licence": "CC BY-NC-ND 4.0"}
     images = arguments.out / "images" if arguments.images else None

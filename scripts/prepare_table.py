@@ -24,7 +24,7 @@ from modules.data.annotations import SPLITS
 from modules.data.dataset_specs import check_name, is_english
 from modules.flags import Parser
 from modules.prepare.image_placing import Placing, add_placing_flags, check_placing, place_images
-from modules.prepare.prepared_folder import write_prepared
+from modules.prepare.prepared_folder import require_splits, write_prepared
 from modules.prepare.splits import read_split
 from modules.prepare.table_columns import (
     GUESSES,
@@ -100,7 +100,7 @@ def placed(arguments: argparse.Namespace, records: list[Record], counts: Counter
     """Place the images and leave out those that could not be read, and records without any."""
     placing = Placing(arguments.place, arguments.resize, os.path.realpath(arguments.images))
     names = dict.fromkeys(image for record in records for image in record.images)
-    targets = {image: _target(image, arguments.resize) for image in names}
+    targets = _targets(list(names), arguments.resize)
     pairs = [(arguments.images / image, arguments.out / "images" / targets[image]) for image in names]
     found = place_images(arguments.out, placing, pairs, arguments.workers)
     reasons = {image: found[target] for image, (_, target) in zip(names, pairs, strict=True)}
@@ -119,9 +119,17 @@ def placed(arguments: argparse.Namespace, records: list[Record], counts: Counter
     return had
 
 
-def _target(image: str, resize: int) -> str:
-    """What is written again is written as PNG or JPEG."""
-    return image if not resize or image.lower().endswith((".png", ".jpg", ".jpeg")) else f"{image}.png"
+def _targets(images: list[str], resize: int) -> dict[str, str]:
+    """The file of each image, no two the same: what is written again is written as PNG or JPEG."""
+    targets = {image: image for image in images if not resize or image.lower().endswith((".png", ".jpg", ".jpeg"))}
+    taken = set(targets)
+    for image in (image for image in images if image not in taken):
+        target = f"{image}.png"
+        while target in taken:  # beside a.bmp there may be an a.bmp.png
+            target += ".png"
+        targets[image] = target
+        taken.add(target)
+    return targets
 
 
 def language_of(rows: list, columns: Columns) -> str:
@@ -177,6 +185,7 @@ def main() -> None:
     if arguments.images:
         records = placed(arguments, records, read.counts)
     annotation, priors, unread = as_annotation(records)
+    require_splits(path, annotation)
     read.counts["dates that are not understood, whose studies have no prior (write them as 2024-01-31)"] = unread
     here = arguments.place != "none" or arguments.resize
     folder = arguments.out / "images" if arguments.images and here else arguments.images

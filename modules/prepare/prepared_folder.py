@@ -1,10 +1,12 @@
 """What every preparation leaves in its folder beside the images: annotation.json and dataset.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modules.data.annotations import SPLITS
 from modules.data.dataset_specs import write_description
+from modules.runtime.errors import InputError
 from modules.runtime.output_files import Annotation, write_annotation
 
 
@@ -20,3 +22,13 @@ def write_prepared(
     done = write_annotation(path, annotation, hint)
     write_description(folder, **facts)
     return f"{done}: {path}; " + (f"--image_dir {image_dir}" if image_dir else "no images (--images)")
+
+
+def require_splits(path: Path, splits: Mapping[str, Sequence]) -> None:
+    """InputError where one of the ``splits`` that are to be written to ``path`` has no record."""
+    if empty := [split for split in SPLITS if not splits[split]]:
+        counts = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
+        raise InputError(
+            f"{path}: not written, no record is left for split {empty[0]} ({counts}), and training needs all three; "
+            "look for what was left out, or give or draw another split"
+        )

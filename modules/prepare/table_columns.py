@@ -101,7 +101,7 @@ def find_columns(
     rows: Sequence[Row], given: Mapping[str, Sequence[str]], preset: Preset, *, reports: bool = True
 ) -> Columns:
     """The columns of ``rows``: those ``given`` by role, else the preset's, else guessed; InputError without images or
-    (with ``reports``) reports, and for a column that is not there.
+    (with ``reports``) reports, for a column that is not there, and for cells that are no texts.
     """
     known = dict.fromkeys(name for row in rows[:1000] for name in row)
     plain = {_plain(name): name for name in reversed(known)}
@@ -125,14 +125,26 @@ def find_columns(
     for role in ("image", "report") if reports else ("image",):
         if role not in roles and not (role == "report" and "captions" in roles):
             raise InputError(f"no column for --{role} was found among {_listed(known)}: name it")
-    for column in roles["image"]:
-        if "{" not in column and any(_holds_bytes(cell(row, column)) for row in rows[:10]):
-            raise InputError(f"--image {column}: holds pictures themselves, not paths; write them into files first")
+    for role in roles if reports else ("image",):
+        for column in (name for own in roles[role] for name in template_columns(own)):
+            _check_cells([cell(row, column) for row in rows[:10]], role, column)
     sections = dict(preset.sections)
     if not preset.name:
         sections = {section: [plain[name] for name in names if name in plain] for section, names in SECTIONS.items()}
     sections = {key: [name for name in names if name in known] for key, names in sections.items()}
     return Columns(roles, origin, {key: names for key, names in sections.items() if names}, preset.extra)
+
+
+def _check_cells(cells: Sequence[Any], role: str, column: str) -> None:
+    """InputError where cells that should be texts are bytes or objects."""
+    if any(map(_holds_bytes, cells)):
+        pictures = role == "image"
+        what = "pictures themselves, not paths; write them into files" if pictures else "bytes, not text; decode them"
+        raise InputError(f"--{role} {column}: holds {what} first")
+    entries = [entry for value in cells for entry in (value if isinstance(value, list) else [value])]
+    if found := next((entry for entry in entries if isinstance(entry, dict)), None):
+        paths = ", ".join(f"{column}.{name}" for name in list(found)[:8])
+        raise InputError(f"--{role} {column}: its cells are objects, not texts; name what is meant in them: {paths}")
 
 
 def _holds_bytes(value: Any) -> bool:

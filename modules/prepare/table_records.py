@@ -3,8 +3,10 @@
 import ast
 import contextlib
 import hashlib
+import io
 import json
 import os
+import tokenize
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,14 +62,14 @@ def read_records(
 ) -> "Read":
     """The records of ``rows``: rows of one study are one record, or with ``by_image`` each image is one.
 
-    ``images`` is the folder that paths start from; without ``reports`` records need none. InputError for a volume, or a
-    path outside the folder.
+    ``images`` is the folder that paths start from; without ``reports`` records need none. InputError for a volume, a
+    path outside the folder, and rows of one id that are two records.
     """
     found: dict[str, Record] = {}
     counts: Counter[str] = Counter()
     taken: dict[str, Record] = {}  # with ``by_image``, by image
     patients: dict[str, dict[str, None]] = {}  # by study
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         record = _record(row, columns, images)
         if record.study and record.patient:
             patients.setdefault(record.study, {})[record.patient] = None
@@ -79,7 +81,7 @@ def read_records(
         elif not (key := record.study or record.id):
             counts["rows without an id or an image"] += 1
         elif (known := found.setdefault(key, record)) is not record:
-            _join(known, record, counts)
+            _join(known, record, number, counts)
     if not by_image:
         for key, record in found.items():
             record.id = key
@@ -129,24 +131,30 @@ def _record(row: Row, columns: Columns, images: Path | None) -> Record:
     else:
         views = list(filter(None, views))
     paths = [_path(cell, images) for cell in cells if cell]
-    sections = {name: " ".join(texts(row, own)) for name, own in columns.sections.items()}
+    sections = {name: " ".join(_sentences(row, own)) for name, own in columns.sections.items()}
     return Record(
         id=joined("id") or joined("study"),
         study=joined("study"),
         patient=joined("patient"),
         split=joined("split") or ("" if "split" in columns.roles else str(row.get(FILE_SPLIT, ""))),
-        report=" ".join(" ".join(text.split()) for text in texts(row, columns.roles.get("report", ()))),
-        captions=_captions(texts(row, columns.roles.get("captions", ()))),
+        report=" ".join(" ".join(text.split()) for text in _sentences(row, columns.roles.get("report", ()))),
+        captions=_sentences(row, columns.roles.get("captions", ())),
         images=paths,
         views=_fitting(views, len(paths)),
         date=joined("date", " "),
         sections={name: " ".join(text.split()) for name, text in sections.items() if text},
-        extra={name: row[name] for name in columns.extra if name in row},
+        extra={name: _as_json(row[name]) for name in columns.extra if name in row},
     )
 
 
-def _captions(cells: Sequence[str]) -> list[str]:
-    """The captions in cells, of which each may be a list as Python or JSON write it."""
+def _as_json(value: Any) -> Any:
+    """A cell as JSON can hold it: dates, which Parquet has, as texts."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _sentences(row: Row, columns: Sequence[str]) -> list[str]:
+    """The texts in the cells of ``columns``, of which each may be a list as Python, numpy or JSON write it."""
+    cells = texts(row, columns)
     listed = [_as_list(cell) for cell in cells]
     return [
         text
@@ -186,14 +194,25 @@ def _listed(values: Sequence[str]) -> list[str]:
 
 
 def _as_list(value: str) -> list[Any] | None:
-    """The list that JSON or Python writes as ``value``; None for other text."""
-    if not value.startswith("["):
+    """The list that JSON or Python writes as ``value``, or the tuple, or numpy's array; None for other text."""
+    if value[:1] + value[-1:] not in ("[]", "()"):
         return None
-    for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+    for read in (json.loads, _literal):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError, tokenize.TokenError):
             listed = read(value)
-            return listed if isinstance(listed, list) else None
+            return list(listed) if isinstance(listed, (list, tuple)) else None
     return None
+
+
+def _literal(value: str) -> Any:
+    """A literal of Python; strings side by side, as numpy prints arrays, are several, where Python would join them."""
+    parts: list[str] = []
+    before = None
+    for token in tokenize.generate_tokens(io.StringIO(value).readline):
+        if token.string.strip():
+            parts += [",", token.string] if before == token.type == tokenize.STRING else [token.string]
+            before = token.type
+    return ast.literal_eval(" ".join(parts))
 
 
 def _path(path: str, images: Path | None) -> str:
@@ -209,8 +228,14 @@ def _path(path: str, images: Path | None) -> str:
     return str(PurePosixPath(plain))
 
 
-def _join(known: Record, other: Record, counts: Counter[str]) -> None:
-    """Another row of the same study."""
+def _join(known: Record, other: Record, row: int, counts: Counter[str]) -> None:
+    """Another row of the same study; InputError where it has another report and image, and only an id in common."""
+    if not known.study and _is_another(known, other):
+        raise InputError(
+            f"row {row} (image {other.images[0]!r}): id {known.id!r} is an earlier row's too, with another image and "
+            "another report; ids must be unique in all tables together (where rows of one id are one study, name that "
+            "column with --study)"
+        )
     if not (known.report or known.captions):
         known.report, known.captions, known.sections = other.report, other.captions, known.sections | other.sections
     elif (other.report or other.captions) and (other.report, other.captions) != (known.report, known.captions):
@@ -226,6 +251,16 @@ def _join(known: Record, other: Record, counts: Counter[str]) -> None:
         else:
             known.images.append(image)
             known.views.append(view)
+
+
+def _is_another(known: Record, other: Record) -> bool:
+    """Whether ``other`` has another report, and images of which ``known`` has none."""
+    mine, theirs = ((record.report, record.captions) for record in (known, other))
+    return (
+        (mine != theirs and any(mine) and any(theirs))
+        and bool(other.images)
+        and set(other.images).isdisjoint(known.images)
+    )
 
 
 def _add_images(found: dict[str, Record], taken: dict[str, Record], record: Record, counts: Counter[str]) -> None:

@@ -1,5 +1,6 @@
 """Rows of anybody's table of images and reports: CSV, TSV, JSON, JSON lines, Parquet, pairs of text files."""
 
+import contextlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -152,6 +153,17 @@ def _of_split(path: Path, key: str, row: Any) -> Any:
     return row | {"split": own or key} if isinstance(row, dict) else row
 
 
+def _with_texts(table: Any) -> Any:
+    """The Arrow table with its binary columns as texts, as far as they hold such: some writers know no other kind."""
+    from pyarrow import ArrowInvalid, string, types
+
+    for place, column in enumerate(table.schema):
+        if types.is_binary(column.type) or types.is_large_binary(column.type):
+            with contextlib.suppress(ArrowInvalid):  # pictures are no UTF-8
+                table = table.set_column(place, column.name, table.column(place).cast(string()))
+    return table
+
+
 def _parquet(path: Path) -> list[Row]:
     try:
         from pyarrow import ArrowException, parquet
@@ -159,8 +171,8 @@ def _parquet(path: Path) -> list[Row]:
         raise InputError(f"{path}: Parquet needs one more package: pip install -r requirements/parquet.txt") from error
     try:
         with open_regular(path, MAX_BYTES) as file:
-            return parquet.read_table(file).to_pylist()
+            return _with_texts(parquet.read_table(file)).to_pylist()
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, ArrowException) as error:
+    except (OSError, ValueError, OverflowError, ArrowException) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error

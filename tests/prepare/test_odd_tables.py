@@ -4,10 +4,11 @@ import itertools
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from modules.prepare.priors import moments
-from modules.prepare.table_columns import joined_tables
+from modules.prepare.table_columns import Preset, joined_tables
 from modules.runtime.errors import InputError
 from tests.prepare.test_prepare_table import COUNT, pictures, prepare, report, write_csv
 
@@ -277,10 +278,95 @@ def test_words_for_a_missing_cell(prepare, tmp_path):
 
 def test_captions_in_one_cell(prepare, tmp_path):
     two = [["A dog, running.", "Two cats."], ["[sic] one."]]
-    cells = [json.dumps(two[0]), str(two[0]), "[sic] one."]
-    rows = [{"image": f"{n}.png", "captions": cells[n % 3]} for n in range(COUNT)]
+    cells = [json.dumps(two[0]), str(two[0]), "[sic] one.", str(np.array(two[0])), str(tuple(two[0]))]
+    rows = [{"image": f"{n}.png", "captions": cells[n % 5]} for n in range(COUNT)]
     found = records_of(prepare([write_csv(tmp_path / "rows.csv", rows)]))
-    assert [found[name]["captions"] for name in "012"] == [two[0], two[0], two[1]]
+    assert [found[name]["captions"] for name in "01234"] == [two[0], two[0], two[1], two[0], two[0]]
+
+
+def test_lists_of_sentences_and_of_images_in_one_cell(prepare, tmp_path):
+    """As pandas writes lists, tuples and numpy's arrays into CSV."""
+    writings = (list, tuple, np.array)
+    rows = [
+        {
+            "id": n,
+            "image": str(writings[n % 3]([f"{n}.png", f"{n}b.png"])),
+            "report": str(writings[n % 3](["Heart is normal.", "The lungs' bases are clear."])),
+        }
+        for n in range(COUNT)
+    ]
+    for record in records_of(prepare([write_csv(tmp_path / "rows.csv", rows)])).values():
+        assert record["report"] == "Heart is normal. The lungs' bases are clear."
+        assert record["image_path"] == [f"{record['id']}.png", f"{record['id']}b.png"]
+
+
+def test_one_id_of_two_reports_and_images_is_no_study(prepare, tmp_path):
+    """Two hospitals that both count from 0: the images of the one do not belong to the reports of the other."""
+    rows = [{"id": n, "image": f"{n}.png", "report": report(n)} for n in range(COUNT)]
+    other = [{"id": n, "image": f"b/{n}.png", "report": "No change."} for n in range(2)]
+    tables = [write_csv(tmp_path / "a.csv", rows), write_csv(tmp_path / "b.csv", other)]
+    with pytest.raises(InputError, match=rf"row {COUNT + 1} \(image 'b/0.png'\): id '0' is .*unique.*--study"):
+        prepare(tables)
+    record = records_of(prepare(tables, "--study", "id"))["0"]
+    assert record["image_path"] == ["0.png", "b/0.png"]
+
+
+def test_binary_columns_and_dates_of_parquet(prepare, tmp_path, monkeypatch):
+    import pandas
+
+    columns = {
+        "image": [f"{n}.png".encode() for n in range(COUNT)],
+        "report": [report(n).encode() for n in range(COUNT)],
+        "kept": pandas.date_range("2020-01-01", periods=COUNT),
+    }
+    pandas.DataFrame(columns).to_parquet(tmp_path / "rows.parquet")
+    monkeypatch.setattr("scripts.prepare_table.read_preset", lambda _: Preset(extra=("kept",)))
+    record = records_of(prepare([tmp_path / "rows.parquet"]))["1"]
+    assert (record["report"], record["image_path"], record["kept"]) == (report(1), ["1.png"], "2020-01-02 00:00:00")
+    pandas.DataFrame(columns | {"report": [b"\xff"] * COUNT}).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(InputError, match="--report report: holds bytes, not text"):
+        prepare([tmp_path / "other.parquet"], out="other")
+
+
+def test_a_date_beyond_the_calendar_is_told(prepare, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    dates = pyarrow.array([2**60] * 3, pyarrow.int64()).cast(pyarrow.timestamp("us"))
+    parquet.write_table(pyarrow.table({"date": dates}), tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="rows.parquet: cannot be read as Parquet"):
+        prepare([tmp_path / "rows.parquet"])
+
+
+@pytest.mark.parametrize("role", ["image", "report", "patient"])
+def test_cells_that_are_objects_are_named(prepare, tmp_path, role):
+    rows = [
+        {"image": f"{n}.png", "report": report(n), "patient": f"p{n}"} | {role: {"a": "x", "b": "y"}} for n in range(9)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=f"--{role} {role}: its cells are objects, .*: {role}.a, {role}.b"):
+        prepare([tmp_path / "rows.json"])
+
+
+def test_a_split_that_loses_all_its_images_is_told(prepare, tmp_path):
+    rows = [
+        {"id": n, "image": f"{n}.png", "report": report(n), "split": ("train", "train", "val", "test")[n]}
+        for n in range(4)
+    ]
+    pictures(tmp_path / "scans", ["0.png", "1.png", "3.png"])
+    with pytest.raises(InputError, match=r"no record is left for split val \(train 2, val 0, test 1\)"):
+        prepare([write_csv(tmp_path / "rows.csv", rows)], "--images", tmp_path / "scans")
+    assert not (tmp_path / "out" / "annotation.json").exists()
+
+
+def test_resized_images_do_not_take_the_name_of_another(prepare, tmp_path):
+    names = pictures(tmp_path / "scans", ["a.bmp", "a.bmp.png", *(f"{n}.png" for n in range(9))])
+    rows = [{"id": n, "image": name, "report": report(n)} for n, name in enumerate(names)]
+    out = prepare([write_csv(tmp_path / "rows.csv", rows)], "--images", tmp_path / "scans", "--resize", 32)
+    found = records_of(out)
+    assert (found["0"]["image_path"], found["1"]["image_path"]) == (["a.bmp.png.png"], ["a.bmp.png"])
+    first, second = ((out / "images" / found[name]["image_path"][0]).read_bytes() for name in "01")
+    assert first != second
 
 
 @pytest.mark.parametrize(
