@@ -17,12 +17,13 @@ from modules.data.codestreams import read_jpeg2000
 from modules.runtime.errors import ImageError, InputError
 from modules.runtime.input_files import open_regular
 
-PIXELS = 2  # part of the names of caches: raise it with every change of what any file's pixels are read as
+PIXELS = 3  # part of the names of caches: raise it with every change of what any file's pixels are read as
 MAX_PIXELS = 89_000_000  # just below where Pillow starts to warn of decompression bombs
 MAX_BYTES = 2**30  # of a file, which some decoders read whole; 16-bit colour of MAX_PIXELS takes half of it
 MAX_ASPECT = 50  # a thin strip resized by its shorter side would take gigabytes
 BLANK, NEARLY_BLANK = "image is blank", "image is nearly blank"
 NEARLY_BLANK_SHARE = 0.9
+LEAST_CONTRAST = 24  # grey values between the darkest and the brightest hundredth of the pixels; 12 of 16 bits have 16
 # Decoders that run inside Pillow: others (EPS) would start programs.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 # Pillow's raw modes of 16-bit colour -> those that read the other byte of each value. Greyscale with alpha is read into
@@ -163,6 +164,7 @@ def _decode_picture(file: BinaryIO, name: str, max_pixels: int, draft: Draft | N
             tile._replace(codec_name="raw", args="RGB;16B") if tile.codec_name == "ppm" and tile.args == _DEEP else tile
             for tile in image.tile
         ]
+        as_grey = _widen_deep_ppm(image)
         _check_depth(name, image, max_pixels)
         _check_tiles(name, image)
         if image.format == "JPEG2000":
@@ -180,7 +182,23 @@ def _decode_picture(file: BinaryIO, name: str, max_pixels: int, draft: Draft | N
             image = image.resize(wanted, Image.Resampling.BILINEAR, box=(0, 0, whole[0] / scale, whole[1] / scale))
             image.info["exif"] = exif.tobytes()
         ImageOps.exif_transpose(image, in_place=True)
-        return _eight_bits(image)
+        image = _eight_bits(image)
+        return Image.fromarray(np.asarray(image).reshape(image.height, -1, 3)) if as_grey else image
+
+
+def _widen_deep_ppm(image: Image.Image) -> bool:
+    """Have the other 16-bit colours of a PPM file decoded as a greyscale image of three times the width; returns
+    whether ``image`` is one.
+
+    Of greyscale Pillow's decoder keeps 16 bits, which the file's own highest value then scales.
+    """
+    [tile, *_] = image.tile or [None]
+    if image.mode != "RGB" or tile is None or tile.codec_name not in ("ppm", "ppm_plain") or tile.args[-1] <= 255:
+        return False
+    width, height = 3 * image.width, image.height
+    image._mode, image._size = "I", (width, height)
+    image.tile = [tile._replace(extents=(0, 0, width, height), args=("I", tile.args[-1]))]
+    return True
 
 
 def _full_contrast(image: Image.Image, tiles: list, file: BinaryIO) -> Image.Image:
@@ -259,8 +277,9 @@ def _check_tiles(name: str, image: Image.Image) -> None:
 def blank_problem(image: Image.Image) -> tuple[str, str] | None:
     """(kind of problem, what is wrong) of an 8-bit image that shows nothing, or hardly anything; None for others.
 
-    Constant files, windows that leave the data out, and slopes of 0 give such images. No chest radiograph of 274 that
-    were looked at has two fifths of its pixels at one grey value and the two on either side of it.
+    Constant files, windows that leave the data out, and slopes of 0 give such images; files of 16 bits with values of
+    12 and one far above them give nearly black ones. No chest radiograph of 274 that were looked at has two fifths of
+    its pixels at one grey value and the two on either side of it.
     """
     counts = np.array(image.convert("L").histogram())
     near = np.convolve(counts, np.ones(5, int), "same")
@@ -269,6 +288,9 @@ def blank_problem(image: Image.Image) -> tuple[str, str] | None:
         return BLANK, f"is blank: every pixel has the grey value {counts.argmax()}"
     if share >= NEARLY_BLANK_SHARE:
         return NEARLY_BLANK, f"is nearly blank: {share:.0%} of its pixels have grey values around {grey}"
+    low, high = np.searchsorted(counts.cumsum(), counts.sum() * np.array([0.01, 0.99]))
+    if high - low < LEAST_CONTRAST:
+        return NEARLY_BLANK, f"is nearly blank: 98% of its pixels have grey values from {low} to {high}, of 0 to 255"
     return None
 
 

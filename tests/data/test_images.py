@@ -143,6 +143,18 @@ def test_16_bit_colours_of_a_ppm(tmp_path, full):
     assert np.array_equal(pixels(path)[..., 2], np.rint(ramp * (255 / full)) if full < 65535 else ramp >> 8)
 
 
+@pytest.mark.parametrize(("magic", "top"), [("P6", 16383), ("P6", 4095), ("P3", 65535), ("P3", 16383), ("P3", 4095)])
+def test_16_bit_colours_of_other_ppms_are_scaled_as_greyscale_is(tmp_path, magic, top):
+    ramp = np.linspace(0, 4095, 24 * 32).astype(np.uint16).reshape(24, 32)
+    values = np.stack([ramp, ramp // 2, ramp], axis=-1)
+    body = values.astype(">u2").tobytes() if magic == "P6" else " ".join(map(str, values.ravel())).encode()
+    (tmp_path / "x.ppm").write_bytes(f"{magic} 32 24 {top}\n".encode() + body)
+    (tmp_path / "x.pgm").write_bytes(f"P5 32 24 {top}\n".encode() + ramp.astype(">u2").tobytes())
+    colours, grey = pixels(tmp_path / "x.ppm"), pixels(tmp_path / "x.pgm")
+    assert colours.max() == 255 and np.array_equal(colours[..., 2], grey[..., 0])
+    assert abs(colours[..., 1].astype(int) - grey[..., 0] / 2).max() <= 1
+
+
 def test_floats_and_wide_integers_are_stretched(tmp_path):
     expected = np.rint(np.linspace(0, 255, 12)).reshape(3, 4)
     for values in (np.linspace(-2.5, 7.5, 12, dtype=np.float32), np.linspace(-50000, 500000, 12).astype(np.int32)):
@@ -198,6 +210,9 @@ def test_blank_images_are_told_from_dark_ones(tmp_path):
     )
     assert blank_problem(clipped)[0] == "image is nearly blank"
     assert "93% of its pixels have grey values around" in refuse_blank(clipped, "x.png")
+    outlier = noise(30, 40).astype(np.uint16) * 16  # of 12 bits, and a burnt-in letter of 16
+    outlier[0, 0] = 65535
+    assert "grey values from 0 to 16, of 0 to 255" in refuse_blank(open_image(saved(tmp_path, outlier)), "x.png")
     half_black = Image.fromarray(np.concatenate([np.zeros((30, 40), np.uint8), noise(30, 40)]))
     dark = Image.fromarray(noise(30, 40) // 10)
     for image in (half_black, dark, Image.fromarray(RAMP)):
