@@ -32,7 +32,7 @@ from modules.prepare.mimic_cxr import (
     read_sections,
 )
 from modules.prepare.prepared_folder import write_prepared
-from modules.prepare.priors import add_priors, moment
+from modules.prepare.priors import add_priors
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_annotation, check_outputs, contains
 from modules.runtime.records import write_results
@@ -174,7 +174,7 @@ def build_records(
                 "sections": named[first.study_id],
             }
         )
-        moments[identity] = moment(first.moment)
+        moments[identity] = first.moment
     add_priors((record for own in annotation.values() for record in own), moments)
     return annotation
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from modules.labels.rules import CLASSES
 from modules.labels.sentences import count_slips
 from modules.labels.tables import Table, parse_labels
 from modules.prepare.archives import is_archive, read_files
+from modules.prepare.priors import moments
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import open_regular
 
@@ -34,7 +36,7 @@ class MimicImage:
     subject_id: str
     split: str  # train, val, test
     view: str
-    moment: str = ""  # date and time of the study, as digits that grow with them
+    moment: float | None = None  # of the study: grows with date and time; None where they are not known
 
     @property
     def folder(self) -> str:
@@ -57,12 +59,11 @@ def read_images(folder: Path) -> list[MimicImage]:
     for kind, path in paths.items():
         if path is None:
             raise InputError(f"--tables {folder}: no mimic-cxr-2.0.0-{kind}.csv.gz there (it comes with MIMIC-CXR-JPG)")
-    views, moments = {}, {}
+    views, times = {}, {}
     for row in _rows(paths["metadata"], "dicom_id", "ViewPosition"):
         views[row["dicom_id"]] = row["ViewPosition"].strip().upper()
-        date, time = (row.get(name) or "" for name in ("StudyDate", "StudyTime"))
-        if date.isdigit():
-            moments[row["dicom_id"]] = date + time.partition(".")[0].zfill(6)
+        times[row["dicom_id"]] = tuple((row.get(name) or "").strip() for name in ("StudyDate", "StudyTime"))
+    known_moments = dict(zip(times, _moments(paths["metadata"], list(times.values())), strict=True))
     images = {}
     for row in _rows(paths["split"], "dicom_id", "study_id", "subject_id", "split"):
         identity, study, subject = row["dicom_id"], row["study_id"], row["subject_id"]
@@ -79,11 +80,32 @@ def read_images(folder: Path) -> list[MimicImage]:
             )
         if identity in images:
             raise InputError(f"{paths['split']}: image {identity} occurs twice")
-        known = views.get(identity, ""), moments.get(identity, "")
+        known = views.get(identity, ""), known_moments.get(identity)
         images[identity] = MimicImage(identity, study, subject, SPLIT_NAMES[row["split"]], *known)
     if not images:
         raise InputError(f"{paths['split']}: has no rows")
     return list(images.values())
+
+
+def _moments(path: Path, times: Sequence[tuple[str, str]]) -> list[float | None]:
+    """A number for each (StudyDate, StudyTime) that grows with both; a warning says how many dates are not understood.
+
+    Spreadsheets and pandas write 21800505 and 93000.5 as 21800505.0, 2180-05-05 and 09:30:00.
+    """
+    days = moments([date.removesuffix(".0") for date, _ in times])
+    if unread := sum(day is None and bool(date) for (date, _), day in zip(times, days, strict=True)):
+        print(
+            f"warning: {path}: {unread:,} of {len(times):,} values of StudyDate are not understood, and their studies "
+            "have no prior (write them as 21800131 or 2180-01-31)",
+            file=sys.stderr,
+        )
+    clocks = [re.fullmatch(r"(\d\d)(\d\d)(\d\d)", _digits(time)) for _, time in times]
+    seconds = [3600 * int(clock[1]) + 60 * int(clock[2]) + int(clock[3]) if clock else 0 for clock in clocks]
+    return [None if day is None else day + second for day, second in zip(days, seconds, strict=True)]
+
+
+def _digits(time: str) -> str:
+    return time.partition(".")[0].replace(":", "").zfill(6)
 
 
 def read_chexpert(folder: Path) -> list[list[str]]:

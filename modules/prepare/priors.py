@@ -9,19 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
-def moment(text: str) -> float | None:
-    """A number that grows with date and time, of an ISO date or of digits (20240131, or a running number)."""
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        found = datetime.datetime.fromisoformat(text.strip())
-    except ValueError:
-        return None
-    return found.replace(tzinfo=found.tzinfo or datetime.UTC).timestamp()
-
-
 def moments(texts: Sequence[str]) -> list[float | None]:
     """A number that grows with date and time for every text of one column; None for one that is not understood.
 

@@ -406,13 +406,14 @@ def test_a_long_line_takes_no_time():
     assert extract_section("FINDINGS" + " " * 50_000 + "A" * 50_000, "findings") == ""
 
 
-def test_sections_and_priors_are_kept(tmp_path, physionet):
+@pytest.mark.parametrize("date", ["21800102", "21800102.0", "2180-01-02", "last week"])
+def test_sections_and_priors_are_kept(tmp_path, physionet, capsys, date):
     """The study before is the earlier one by date and time, whatever its number."""
     (tmp_path / "jpg").mkdir()
     for kind in ("split", "chexpert"):
         name = f"mimic-cxr-2.0.0-{kind}.csv.gz"
         (tmp_path / "jpg" / name).write_bytes((physionet / "jpg" / name).read_bytes())
-    when = {50000001: ("21800102", "80000.5"), 50000002: ("21800102", "75959")}
+    when = {50000001: (date, "80000.5"), 50000002: (date, "75959")}
     table(
         tmp_path / "jpg/mimic-cxr-2.0.0-metadata.csv.gz",
         [
@@ -429,7 +430,11 @@ def test_sections_and_priors_are_kept(tmp_path, physionet):
     images = [image for image in images if image.study_id in reports]
     records = prepare_mimic_cxr.build_records(images, reports, named, "study", ".jpg")["train"]
     found = {record["id"]: record for record in records}
-    assert found["s50000001"]["prior"] == "s50000002" and "prior" not in found["s50000002"]
+    said = capsys.readouterr().err
+    if date == "last week":
+        assert "prior" not in found["s50000001"] and "values of StudyDate are not understood" in said
+        return
+    assert found["s50000001"]["prior"] == "s50000002" and "prior" not in found["s50000002"] and not said
     assert found["s50000001"]["sections"] == {
         "indication": "___-year-old with cough",
         "comparison": "None.",

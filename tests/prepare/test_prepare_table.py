@@ -12,7 +12,7 @@ from modules.config import Config
 from modules.data.annotations import read_annotation
 from modules.data.dataset_specs import read_description
 from modules.flags import settle_flags
-from modules.prepare.priors import add_priors, moment
+from modules.prepare.priors import add_priors, moments
 from modules.prepare.table_columns import preset_names
 from modules.runtime.errors import InputError
 from scripts import check_data, prepare_table
@@ -426,9 +426,11 @@ def test_priors_go_by_date_never_by_number():
         "s2": "2020-06-01",
         "s3": "2022-01-01",
     }
-    moments = {key: moment(text) for key, text in dates.items()} | {"s7": moment("2021-05-01T10:00"), "s8": None}
-    assert add_priors(records, moments) == 3
+    dates["s7"] = "2021-05-01T10:00"
+    when = dict(zip(dates, moments(list(dates.values())), strict=True)) | {"s8": None}
+    assert add_priors(records, when) == 3
     assert {record["id"]: record.get("prior") for record in records} == {
         "s9": None, "s1": "s5", "s5": "s9", "s2": None, "s3": None, "s7": "s5", "s8": None,
     }  # fmt: skip
-    assert moment("20240131") < moment("20240201") and moment("last week") is None
+    first, second, none = moments(["20240131", "20240201", "last week"])
+    assert first < second and none is None
