@@ -12,6 +12,17 @@ from modules.runtime.errors import InputError, Problem, raise_problem
 from modules.runtime.input_files import MAX_ANNOTATION, read_bytes
 
 SPLITS = ("train", "val", "test")
+SPLIT_WORDS = {
+    "train": ("train", "training", "trn", "restval"),
+    "val": ("val", "valid", "validate", "validation", "dev", "development"),
+    "test": ("test", "testing", "tst"),
+}
+_SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+
+
+def split_of(word: str) -> str | None:
+    """train, val or test for the ways in which tables write them; None for another word."""
+    return _SPLIT_OF.get(word.strip().lower())
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +234,10 @@ def _read_study(record: _Record) -> Study | None:
     item, split = record.item, record.split
     record.id = _identifier(record, "id")
     # A record's own split is not needed, but one that contradicts its list would leak test data into training.
-    if item.get("split", split) in SPLITS and item.get("split", split) != split:
+    own = item.get("split")
+    if isinstance(own, str) and split_of(own) not in (None, split):
         record.refuse(
-            "split",
-            "split contradicts its list",
-            f"field 'split' says '{item['split']}', but the record is in '{split}'",
+            "split", "split contradicts its list", f"field 'split' says {_shown(own)}, but the record is in '{split}'"
         )
     negative_images = _strings(record, "neg_image_path")
     images = _images(record, negative_images)

@@ -1,6 +1,6 @@
 """What is known of a study beside its images and its report: its indication, and the patient's study before."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from modules.data.annotations import Annotation, Study, train_sha256
@@ -22,11 +22,7 @@ class ContextReader:
 
     def prior(self, study: Study) -> Study | None:
         """The study before, None where there is none, or where it is another patient's or the same study."""
-        found = self._by_id.get(study.prior) if study.prior else None
-        # Another image of the study has its report.
-        if found is None or found.subject_id != study.subject_id or found.study_id == study.study_id:
-            return None
-        return found
+        return None if not study.prior or prior_problem(study, self._by_id) else self._by_id[study.prior]
 
     def tokens(self, study: Study) -> tuple[list[int], list[int]]:
         """Ids of the texts, without begin and end, and the kind of each."""
@@ -40,6 +36,22 @@ class ContextReader:
                 ids += own
                 kinds += [kind] * len(own)
         return ids, kinds
+
+
+def prior_problem(study: Study, by_id: Mapping[str, Study]) -> str:
+    """Why the record that ``study.prior`` names is not the patient's study before; "" where it may be.
+
+    ``by_id``: the studies among which priors are looked for.
+    """
+    found = by_id.get(study.prior)
+    if found is None:
+        return "there is no such record"
+    if found.split != study.split:
+        return f"it is of split '{found.split}'"
+    if found.subject_id != study.subject_id:
+        return f"it is of another patient ({found.subject_id[:40]!r}, not {study.subject_id[:40]!r})"
+    # Another image of the study has its report.
+    return "it is of the same study" if found.study_id == study.study_id else ""
 
 
 def sections_text(study: Study, which: str) -> str:

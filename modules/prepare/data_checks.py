@@ -1,12 +1,14 @@
 """What could stop or harm a training run, looked for in everything that it reads, all of it and not only the first."""
 
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from modules.data.annotations import Annotation, Study, read_annotation
+from modules.data.study_context import prior_problem
 from modules.data.tokenizers import clean_report
 from modules.labels.sentences import is_missing
 from modules.runtime.errors import InputError, Problem
@@ -73,7 +75,10 @@ def check_annotation(path: str, max_views: int, findings: Findings) -> Annotatio
             message = f"{image!r} is an image of split '{held_out[image]}'"
             findings.add("negative is of another split", message, path, study, "neg_image_path")
     for name in ("study_id", "subject_id"):
-        keys = {split: [key for study in studies if (key := getattr(study, name))] for split, studies in splits.items()}
+        keys = {
+            split: [one_spelling(key) for study in studies if (key := getattr(study, name))]
+            for split, studies in splits.items()
+        }
         findings.add_shared(f"{name} is in two splits", name, in_several_splits(keys), path)
     for study in (study for studies in splits.values() for study in studies):
         for image, times in Counter(map(normal, study.image_paths)).items():
@@ -81,7 +86,29 @@ def check_annotation(path: str, max_views: int, findings: Findings) -> Annotatio
                 findings.add(
                     "image is in a study twice", f"{image!r} is listed {times} times", path, study, "image_path"
                 )
+    _check_priors(annotation, findings)
     return annotation
+
+
+def _check_priors(annotation: Annotation, findings: Findings) -> None:
+    """Priors that no run would use, or that lead back to where they started."""
+    by_id = {study.id: study for studies in annotation.splits.values() for study in studies}
+    for study in (study for study in by_id.values() if study.prior):
+        reason = prior_problem(study, by_id)
+        before, seen = by_id.get(study.prior), set()
+        while not reason and before is not None and before.id not in seen:
+            seen.add(before.id)
+            before = by_id.get(before.prior)
+            reason = "it leads back to the record itself" if before is study else ""
+        if reason:
+            findings.add(
+                "prior cannot be used", f"prior {study.prior[:80]!r}: {reason}", annotation.path, study, "prior"
+            )
+
+
+def one_spelling(identity: str) -> str:
+    """An id as most tables write it: "p7 " is "p7", and 7.0, which pandas makes of a column with gaps, is 7."""
+    return re.sub(r"^(\d+)\.0+$", r"\1", identity.strip())
 
 
 def normal(path: str) -> str:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modules.data.annotations import SPLITS
+from modules.data.annotations import SPLIT_WORDS, SPLITS, split_of
 from modules.prepare.priors import add_priors, moments
 from modules.prepare.splits import SHARES, seeded_split
 from modules.prepare.table_columns import Columns, texts
-from modules.prepare.user_tables import FILE_SPLIT, SPLIT_WORDS, Row, split_of
+from modules.prepare.user_tables import FILE_SPLIT, Row
 from modules.runtime.errors import InputError
 
 VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")

@@ -7,27 +7,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.data.annotations import unique_keys
+from modules.data.annotations import split_of, unique_keys
 from modules.data.report_tables import read_table, read_text
 from modules.runtime.errors import InputError
 from modules.runtime.input_files import open_regular, read_bytes
 
 MAX_BYTES = 2**32
-SPLIT_WORDS = {
-    "train": ("train", "training", "trn", "restval"),
-    "val": ("val", "valid", "validate", "validation", "dev", "development"),
-    "test": ("test", "testing", "tst"),
-}
-_SPLITS = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 _TOKEN = re.compile(r"(.+?)#\d+\t(.*)")  # Flickr's: image#number, a tab, the caption
 FILE_SPLIT = "file_split"  # a column that every row has: the word for a split in its table's name
 
 Row = dict[str, Any]
-
-
-def split_of(word: str) -> str | None:
-    """train, val or test for the ways in which tables write them; None for another word."""
-    return _SPLITS.get(word.strip().lower())
 
 
 def read_user_table(path: Path, rows_at: str = "", names: Collection[str] = ()) -> list[Row]:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from modules.config import Config
-from modules.data.annotations import SPLITS, Annotation, frontal_first, read_unreported
+from modules.data.annotations import SPLITS, Annotation, frontal_first, read_unreported, split_of
 from modules.data.study_context import ContextReader, sections_text
 from modules.inference.study_files import StudyFiles, images_in
 from modules.prepare.table_columns import Preset, find_columns, texts
 from modules.prepare.table_records import as_annotation, read_records
-from modules.prepare.user_tables import read_user_table, split_of
+from modules.prepare.user_tables import read_user_table
 from modules.runtime.errors import InputError
 
 

@@ -9,6 +9,7 @@ import torch
 
 from modules.config import Config
 from modules.data.datasets import ReportDataset
+from modules.data.study_context import prior_problem
 from modules.data.tokenizers import UNKNOWN
 from modules.evaluation.clinical_scores import clinical_scores
 from modules.evaluation.diversity import UNK_SHARE, unk_share
@@ -53,6 +54,7 @@ class Scoring:
             for dataset in datasets
             for index, (row, _) in enumerate(dataset.samples)
         }
+        self._by_id = {study.id: study for study in self._studies.values()}
         self._tokenised = _tokenised(self._captions) if self._captions else {}
         self._config = config
         if config.monitor_metric.startswith("ce_") and self._studies:
@@ -179,8 +181,9 @@ class Scoring:
         return units_of([study.study_id for study in studies], [study.subject_id for study in studies])
 
     def _with_prior(self, ids: Sequence[str]) -> list[bool] | None:
-        """Which samples have an earlier examination; None where the annotation names none."""
-        priors = [bool(study and study.prior) for study in map(self._studies.get, ids)]
+        """Which samples have an earlier examination that is there; None where the annotation names none."""
+        studies = map(self._studies.get, ids)
+        priors = [bool(study and study.prior and not prior_problem(study, self._by_id)) for study in studies]
         return priors if any(priors) else None
 
     def _references(self, found: Predictions) -> dict[str, Sequence[str] | Sequence[Sequence[str]]]:

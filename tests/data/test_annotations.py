@@ -115,6 +115,7 @@ MISTAKES = {
     "study_id of wrong type": (edited(study_id=[]), ["id 'b'", "field 'study_id' is empty"]),
     "duplicate id": (edited(id="a"), ["split 'train', id 'a' appears twice"]),
     "id in two splits": (edited("test", 0, id="a"), ["split 'test', id 'a' is in split 'train' too"]),
+    "contradicting split in capitals": (edited(split="TEST "), ["id 'b'", "says 'TEST '", "is in 'train'"]),
     "contradicting split": (edited(split="test"), ["id 'b'", "says 'test'", "is in 'train'"]),
 }
 

@@ -131,6 +131,15 @@ def same_study(field):
     return annotation(change)
 
 
+def two_spellings(content):
+    content["test"][0]["subject_id"], content["train"][0]["subject_id"] = "7 ", "7.0"
+
+
+def priors_in_a_circle(content):
+    first, second, *_ = content["train"]
+    first["prior"], second["prior"] = second["id"], first["id"]
+
+
 def study_named_by_an_id(content):
     """As prepare_table.py writes it, whose first record of a study has the study's name and no study_id."""
     content["test"][0]["study_id"] = content["train"][0]["id"]
@@ -185,6 +194,9 @@ DAMAGE = {
     "same study": (same_study("study_id"), "study_id is in two splits"),
     "study named by an id": (annotation(study_named_by_an_id), "study_id is in two splits"),
     "same patient": (same_study("subject_id"), "subject_id is in two splits"),
+    "same patient, in two spellings": (annotation(two_spellings), "subject_id is in two splits"),
+    "prior that is not there": (record(prior="nowhere"), "prior cannot be used"),
+    "priors in a circle": (annotation(priors_in_a_circle), "prior cannot be used"),
     "no image folder": (lambda data: (data / "images").rename(data / "gone"), "image_dir cannot be read"),
     "missing image": (image(os.unlink), "image is missing"),
     "empty image": (image(lambda path: path.write_bytes(b"")), "image is empty"),

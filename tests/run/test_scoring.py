@@ -132,7 +132,7 @@ def test_references_that_were_trained_on_are_scored_apart_from_the_others():
 def test_comparisons_are_judged_by_the_priors_of_the_annotation():
     def rate(priors, generated):
         studies = [
-            SimpleNamespace(report=text, study_id=text, subject_id="", prior=p)
+            SimpleNamespace(id=text, report=text, study_id=text, subject_id="", split="test", prior=p)
             for text, p in zip("abc", priors, strict=True)
         ]
         dataset = SimpleNamespace(studies=studies, samples=[(n, None) for n in range(3)], sample_id="abc".__getitem__)
@@ -143,9 +143,10 @@ def test_comparisons_are_judged_by_the_priors_of_the_annotation():
         return scored.scores["model"]["comparison_rate_full"], scored.missing.get("comparison_rate_full")
 
     stable, plain = "stable heart .", "heart ."
-    assert rate(("", "x", ""), [stable, stable, plain]) == (1 / 2, None)  # one of the two without a prior
-    assert rate(("", "x", ""), [plain, stable, plain]) == (0.0, None)
-    assert rate("xyz", [stable] * 3) == (None, "every study has an earlier examination")
+    assert rate(("", "a", ""), [stable, stable, plain]) == (1 / 2, None)  # one of the two without a prior
+    assert rate(("c", "x", ""), [stable, stable, plain]) == (1 / 2, None)  # a prior that is not there is none
+    assert rate(("", "a", ""), [plain, stable, plain]) == (0.0, None)
+    assert rate("bca", [stable] * 3) == (None, "every study has an earlier examination")
 
 
 def test_a_tag_is_in_the_names_of_what_is_kept_and_of_the_intervals():

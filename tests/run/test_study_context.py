@@ -15,7 +15,7 @@ from modules.config import Config
 from modules.data.annotations import Study, read_annotation
 from modules.data.batches import Context
 from modules.data.dataset_specs import parse_contexts
-from modules.data.study_context import ContextReader, with_sections
+from modules.data.study_context import ContextReader, prior_problem, with_sections
 from modules.data.tokenizers import Tokenizer
 from modules.flags import parse_flags
 from modules.inference.prediction import StudyContext
@@ -101,6 +101,14 @@ def test_priors_are_the_patients_own_and_texts_have_their_kind():
     assert reader.prior(studies[1]) is studies[0] and reader.texts and not reader.prior_images
     assert reader.prior(studies[2]) is None and reader.prior(studies[3]) is None  # another patient's; not there
     assert reader.prior(replace(studies[1], study_id="a")) is None  # another image of the same study
+    by_id = {own.id: own for own in (*studies, study("e", prior="f"), replace(study("f"), split="test"))}
+    reasons = [prior_problem(by_id[name], by_id) for name in "bcde"]
+    assert reasons == [
+        "",
+        "it is of another patient ('p', not 'q')",
+        "there is no such record",
+        "it is of split 'test'",
+    ]
     assert ContextReader(studies, tokenizer, ("indication",), 1).tokens(studies[1])[1] == [1]
 
 
