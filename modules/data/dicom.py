@@ -136,6 +136,7 @@ def _check_shape(data: "Dataset", name: str, max_pixels: int) -> None:
         )
     data.NumberOfFrames = 1
     data.SamplesPerPixel = int(data.get("SamplesPerPixel") or 1)
+    _fill_in(data)
     size = rows * columns * data.SamplesPerPixel * -(-int(data.BitsAllocated) // 8)
     if size > BYTES_PER_PIXEL * max_pixels:
         raise ImageError(
@@ -147,6 +148,21 @@ def _check_shape(data: "Dataset", name: str, max_pixels: int) -> None:
         raise _Refused(
             f"DICOM of {data.SamplesPerPixel} x {data.BitsAllocated} bits a pixel; 1 or 3 x 8, 16 or 32 are read"
         )
+
+
+def _fill_in(data: "Dataset") -> None:
+    """Give what decoders need and headers leave out the value that is meant, and capitals to what is not written so."""
+    grey = data.SamplesPerPixel == 1
+    colours = "YBR_FULL_422" if data.file_meta.TransferSyntaxUID in _JPEG else "RGB"
+    data.PhotometricInterpretation = _photometric(data) or ("MONOCHROME2" if grey else colours)
+    meant = {"BitsStored": data.get("BitsAllocated"), "PixelRepresentation": 0} | (
+        {} if grey else {"PlanarConfiguration": 0}
+    )
+    for name, value in meant.items():
+        if data.get(name) in (None, ""):
+            setattr(data, name, value)
+    if data.get("HighBit") in (None, ""):
+        data.HighBit = data.BitsStored - 1
 
 
 def _photometric(data: "Dataset") -> str:

@@ -332,6 +332,20 @@ def test_colour_scans(path):
     assert np.array_equal(np.asarray(open_image(path)), colours)
 
 
+def test_elements_that_headers_leave_out(path):
+    expected = shown(dicom(path))
+    for missing in (["BitsStored", "HighBit"], ["PhotometricInterpretation"], ["PixelRepresentation"]):
+        data = dcmread(dicom(path))
+        for name in missing:
+            del data[name]
+        data.save_as(path)
+        assert np.array_equal(shown(path), expected), missing
+    assert np.array_equal(shown(dicom(path, photometric="monochrome1")), 255 - expected)
+    colours = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    dicom(path, colours, 8, "rgb", SamplesPerPixel=3)  # without PlanarConfiguration
+    assert np.array_equal(np.asarray(open_image(path)), colours)
+
+
 def test_content_decides_not_the_name(tmp_path):
     dicom(tmp_path / "0.png")
     content = bytearray((tmp_path / "0.png").read_bytes())
