@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.annotations import SPLITS
 from modules.flags import Parser
+from modules.labels.sentences import is_missing
 from modules.prepare.image_placing import WAYS, Placing, add_placing_flags, check_placing, keep_settings
 from modules.prepare.openi import OpeniStudy, annotation_record, order_of_views, place_images, read_openi
 from modules.prepare.prepared_folder import require_splits, write_prepared
@@ -182,6 +183,9 @@ def main() -> None:
     images = arguments.out / "images" if arguments.images else None
     closing = write_prepared(arguments.out, annotation, facts, image_dir=images, hint=HINT)
     print(f"{len(studies)} reports read from {arguments.reports}")
+    without = sum(is_missing(study.findings) for study in studies)
+    few = sum(not study.is_usable for study in studies) - without
+    print(f"  left out: {without} without findings, {few} with findings and fewer than two images")
     for split in SPLITS:
         print(f"  {split:<6}{len(annotation[split]):>6} studies    (R2Gen: {R2GEN[split]})")
     print(closing)

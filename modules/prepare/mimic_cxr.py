@@ -190,8 +190,9 @@ def _read_text(path: Path) -> str | None:
 
 
 def _decoded(content: bytes) -> str:
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        return content.decode("utf-8")
+        return content.decode(encoding)
     except UnicodeDecodeError:
         return content.decode("cp1252", "replace")
 
@@ -217,8 +218,8 @@ def label_columns() -> list[str]:
 SECTIONS = ("findings", "impression", "both")
 # A header's name and what ends it. Without a colon, only the names of sections themselves are headers.
 _NAME = r"(?P<name>[A-Za-z][A-Za-z0-9 \t/,&()'.#-]{0,70}?)"
-_AT_LINE_START = re.compile(rf"^[ \t]*{_NAME}[ \t]*(?P<end>(?<=[A-Za-z)]):|:(?!\d)|;|[ \t]-+[ \t]|$)", re.MULTILINE)
-_IN_A_LINE = re.compile(rf"(?<=[.!?])[ \t]+{_NAME}[ \t]*(?P<end>(?<=[A-Za-z)]):|[:;](?!\d))")
+_AT_LINE_START = re.compile(rf"^[ \t]*{_NAME}[ \t]*(?P<end>(?<=[A-Za-z)]):+|:+(?!\d)|;|[ \t]-+[ \t]|$)", re.MULTILINE)
+_IN_A_LINE = re.compile(rf"(?<=[.!?])[ \t]+{_NAME}[ \t]*(?P<end>(?<=[A-Za-z)]):+|(?::+|;)(?!\d))")
 _WITHOUT_END = re.compile(
     r"^[ \t]*(?P<name>(?:[A-Z]{3,10}[ \t])?[A-Z]{6,16})(?P<end>[ \t]+)(?![ \t])(?=[^\n]*[a-z])", re.MULTILINE
 )
@@ -410,6 +411,8 @@ def _headers(text: str) -> tuple[list[_Header], list[_Header]]:
 def _as_header(text: str, match: re.Match[str], starts_line: bool) -> _Header | None:
     """The header that ``match`` may be; None for a name of no known kind, and for words that only precede a colon."""
     words = " ".join(match["name"].split())
+    if words != words.upper():  # FINDINGS (PA and lateral):
+        words = re.sub(r" ?\([^()]*\)$", "", words)
     letters = "upper" if words == words.upper() else "title" if words[0].isupper() else "lower"
     name = " ".join(map(_spelt, words.upper().replace("(S)", "S").rstrip(" .").split()))
     kind = next((kind for kind, pattern in _KINDS if pattern.fullmatch(name)), None)

@@ -145,7 +145,7 @@ def _projection_rows(path: Path) -> list[tuple[str, str, str]]:
                 f"{path}: {row[filename][:80]!r}, {row[projection][:20]!r}: expected an image such as "
                 "2_IM-0652-1001.dcm.png and Frontal or Lateral"
             )
-        found = (row[number].strip(), image, view)
+        found = (_uid(row[number]), image, view)
         if rows.setdefault(image, found) != found:
             raise InputError(f"{path}: image {image} is listed twice, with another uid or projection")
     return list(rows.values())
@@ -159,13 +159,18 @@ def _kaggle_studies(reports: Path, projections: Path) -> list[OpeniStudy]:
         images[study].append((image, view))
     studies = []
     for row in table.rows:
-        uid = row[number].strip()
+        uid = _uid(row[number])
         if not re.fullmatch(_NUMBER, uid):
             raise InputError(f"{reports}: uid {uid[:40]!r} is not a number")
         own = sorted(images[uid])  # the order of Open-i's reports
         views = tuple(view for _, view in own)
         studies.append(OpeniStudy(uid, row[findings], tuple(f"CXR{image}" for image, _ in own), views))
     return studies
+
+
+def _uid(text: str) -> str:
+    """The number of a report as both tables should write it: 1 for 1.0 and 001, which pandas and others make of it."""
+    return re.sub(r"^0*(\d+)(\.0*)?$", r"\1", text.strip())
 
 
 def _columns(table: Table, *names: str) -> list[int]:

@@ -1,16 +1,15 @@
 """Training, validation and test split: a published one by study id, or a seeded one that keeps patients together."""
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from modules.data.annotations import SPLITS
+from modules.data.annotations import SPLITS, split_of, unique_keys
+from modules.data.report_tables import ID_COLUMNS, Table, read_table, read_text
 from modules.runtime.errors import InputError
-from modules.runtime.input_files import MAX_ANNOTATION, read_text
 
+_IDS = (*ID_COLUMNS, "study", "uid")
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # R2Gen's, on IU X-Ray
 
 
@@ -37,16 +36,17 @@ def seeded_split(patients: Sequence[str], seed: int) -> list[str]:
 
 
 def read_split(path: Path, flag: str = "--split") -> dict[str, str]:
-    """Study id -> split, in the file's order, from an annotation.json, a JSON object of id lists, or a CSV (id, split).
+    """Study id -> split, in the file's order, from an annotation.json, a JSON object of id lists, or a table with the
+    columns id (or study_id, ...) and split: .csv, .tsv or .txt.
 
     Only ids are read from an annotation. InputError, which calls the file ``flag``, for any other file, and for one
     that names an id twice.
     """
     try:
-        text = read_text(path, MAX_ANNOTATION)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{flag} {path}: cannot be read: {error}") from error
-    pairs = _csv_pairs(path, text, flag) if path.suffix.lower() == ".csv" else _json_pairs(path, text, flag)
+        is_table = path.suffix.lower() in (".csv", ".tsv", ".txt")
+        pairs = _table_pairs(read_table(path, names=(*_IDS, "split"))) if is_table else _json_pairs(path)
+    except InputError as error:
+        raise InputError(f"{flag} {error}") from error
     found: dict[str, str] = {}
     for given, split in pairs:
         identity = str(given) if type(given) is int else given
@@ -60,26 +60,23 @@ def read_split(path: Path, flag: str = "--split") -> dict[str, str]:
     return found
 
 
-def _json_pairs(path: Path, text: str, flag: str) -> list[tuple[object, str]]:
+def _json_pairs(path: Path) -> list[tuple[object, str]]:
     try:
-        data = json.loads(text)
+        data = json.loads(read_text(path), object_pairs_hook=unique_keys)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{flag} {path}: not valid JSON: {error}") from error
+        raise InputError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(data, dict) or not all(isinstance(data.get(split), list) for split in SPLITS):
-        raise InputError(f"{flag} {path}: expected an object with lists under {', '.join(SPLITS)}")
+        raise InputError(f"{path}: expected an object with lists under {', '.join(SPLITS)}")
     return [(item.get("id") if isinstance(item, dict) else item, split) for split in SPLITS for item in data[split]]
 
 
-def _csv_pairs(path: Path, text: str, flag: str) -> list[tuple[object, str]]:
-    try:
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    except csv.Error as error:
-        raise InputError(f"{flag} {path}: cannot be read as CSV: {error}") from error
-    pairs = [(row.get("id"), row.get("split")) for row in rows]
-    wrong = next((split for _, split in pairs if split not in SPLITS), None)
-    if not rows or wrong is not None or any(split is None for _, split in pairs):
-        raise InputError(
-            f"{flag} {path}: expected the columns id and split, and {', '.join(SPLITS)} in the latter"
-            + (f", not {wrong[:40]!r}" if wrong is not None else "")
-        )
-    return pairs
+def _table_pairs(table: Table) -> list[tuple[object, str]]:
+    identity, split = table.find(*_IDS), table.find("split")
+    expected = f"{table.path}: expected the columns id and split, and {', '.join(SPLITS)} in the latter"
+    if identity is None or split is None:
+        raise InputError(f"{expected}; its columns are {', '.join(repr(name[:40]) for name in table.columns[:8])}")
+    if wrong := next((row[split] for row in table.rows if split_of(row[split]) is None), None):
+        raise InputError(f"{expected}, not {wrong[:40]!r}")
+    return [(row[identity].strip(), split_of(row[split]) or "") for row in table.rows]

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tokenize
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,9 @@ from modules.runtime.errors import InputError
 
 VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 PICTURES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".webp", ".gif")
+
+
+_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|[A-Za-z]:/")  # https://..., C:/...
 
 
 @dataclass
@@ -223,8 +227,9 @@ def _path(path: str, images: Path | None) -> str:
         for root in (str(images.absolute()), os.path.realpath(images)):
             plain = plain.removeprefix(root.rstrip("/") + "/")
     parts = PurePosixPath(plain).parts
-    if plain.startswith("/") or ".." in parts:
-        raise InputError(f"image {path[:120]!r}: must be a path inside --images {images or 'DIR'}")
+    if plain.startswith("/") or ".." in parts or _ELSEWHERE.match(plain):
+        fetch = "; fetch the images of these addresses into it first" if "://" in plain else ""
+        raise InputError(f"image {path[:120]!r}: must be a path inside --images {images or 'DIR'}{fetch}")
     return str(PurePosixPath(plain))
 
 

@@ -113,12 +113,14 @@ def _tokens(path: Path, text: str) -> list[Row]:
 def _json(path: Path, rows_at: str, *, lines: bool) -> list[Row]:
     found: list[Any] = []
     try:
-        content = read_bytes(path, MAX_BYTES).decode("utf-8-sig")
+        content = _json_text(path)
         if lines:
             found += (json.loads(line, object_pairs_hook=unique_keys) for line in content.split("\n") if line.strip())
         data: Any = found if lines else json.loads(content, object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         at = f"object {len(found) + 1}: " if lines else ""
         raise InputError(f"{path}: cannot be read as JSON: {at}{' '.join(str(error).split())[:200]}") from error
@@ -132,6 +134,14 @@ def _json(path: Path, rows_at: str, *, lines: bool) -> list[Row]:
         at = f" under {rows_at!r}" if rows_at else ""
         raise InputError(f"{path}: expected a list of objects, or an object of them by id{at}")
     return data
+
+
+def _json_text(path: Path) -> str:
+    content = read_bytes(path, MAX_BYTES)
+    with contextlib.suppress(UnicodeDecodeError):
+        if b"\0" not in content:
+            return content.decode("utf-8-sig")
+    return read_text(path)  # of other encodings
 
 
 def _of_split(path: Path, key: str, row: Any) -> Any:
