@@ -4,12 +4,13 @@ files of a pretrained GPT-2.
 
 import hashlib
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modules.data.subword_tokenizer import read_definition
-from modules.data.tokenizers import BOS, EOS, clean_report
+from modules.data.tokenizers import BOS, EOS, UNKNOWN, clean_report
 from modules.runtime.errors import InputError
 from modules.runtime.hub import download_model
 from modules.runtime.input_files import require_regular_folder
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WHITE_SPACE = "\u0120\u010a\u2581"  # how GPT-2 and SentencePiece write a space at the start of a piece
-_INSIDE = "##"  # how WordPiece begins a piece within a word
+_SIGNS_IN_WORDS = ("-", "'", ".", ",")  # WordPiece cuts words at them: x-ray, don't, 1.5
 # Begin and padding are VisualGPT's choice, as GPT-2 has no such tokens; the end is GPT-2's own.
 BEGIN, END, PADDING = "<?", "<|endoftext|>", "+="
 
@@ -32,10 +33,9 @@ class BpeTokenizer:
 
     As everywhere, id 0 is begin, end and padding at once. GPT-2 has a word at 0: that word and GPT-2's end token
     exchange ids, all others are GPT-2's. ``special_ids`` are its ids of begin, end and padding, the tokens ``special``;
-    where a vocabulary lacks those for begin and padding, its end token serves. InputError for an unreadable definition.
+    where a vocabulary lacks those for begin and padding, its end token serves. ``unk_id`` is the id of unknown words,
+    None where bytes spell every word. InputError for an unreadable definition.
     """
-
-    unk_id = None  # bytes spell every word
 
     def __init__(self, definition: str, cleaner: str, special: Sequence[str] = (BEGIN, END, PADDING)):
         clean_report("", cleaner)  # an unknown cleaner is refused here
@@ -47,6 +47,12 @@ class BpeTokenizer:
             raise InputError(f"BPE tokenizer: its vocabulary lacks {self.special[1]}{reason}")
         self.cleaner, self.definition = cleaner, definition
         self.special_ids = (end if begin is None else begin, end, end if padding is None else padding)
+        model = json.loads(definition)["model"]
+        # BERT's vocabularies; "##" alone is no sign of them, as GPT-2 has such a token too.
+        self._inside = model.get("continuing_subword_prefix", "##") if model.get("type") == "WordPiece" else None
+        unknown = self._bpe.token_to_id(model.get("unk_token") or "")
+        unknown = model.get("unk_id") if unknown is None else unknown
+        self.unk_id = None if unknown is None or unknown in self.special_ids else self._exchange(unknown)
 
     @classmethod
     def from_folder(cls, folder: Path, cleaner: str, flag: str = "--gpt2_path") -> "BpeTokenizer | None":
@@ -121,18 +127,44 @@ class BpeTokenizer:
             own = self._exchange(int(index))
             if own not in self.special_ids:
                 words.append(own)
+        if self._inside is not None:
+            return self._spelled(list(map(self._piece, words)))
         return " ".join(self._bpe.decode(words, skip_special_tokens=False).split())
+
+    def _piece(self, own: int) -> str:
+        """The token of GPT-2's id ``own``, empty for a row of the model beyond the vocabulary."""
+        return self._bpe.id_to_token(own) or ""
+
+    def _spelled(self, pieces: list[str]) -> str:
+        """The text of WordPiece's ``pieces`` as the cleaner writes it; the library gives "clear." and "x - ray"."""
+        starts = set(self._starts(pieces))
+        unknown = None if self.unk_id is None else self._piece(self._exchange(self.unk_id))
+        shown = (UNKNOWN if piece == unknown else piece.removeprefix(self._inside) for piece in pieces)
+        return " ".join("".join(f" {text}" if place in starts else text for place, text in enumerate(shown)).split())
+
+    def _starts(self, pieces: list[str]) -> list[int]:
+        """The places of ``pieces`` that begin a word."""
+        if self._inside is None:
+            return [place for place, piece in enumerate(pieces) if place == 0 or piece[:1] in _WHITE_SPACE]
+        signs = {place for place in range(1, len(pieces) - 1) if self._is_in_a_word(*pieces[place - 1 : place + 2])}
+        within = signs | {place + 1 for place in signs}
+        return [
+            place
+            for place, piece in enumerate(pieces)
+            if place == 0 or not (place in within or piece.startswith(self._inside))
+        ]
+
+    def _is_in_a_word(self, left: str, sign: str, right: str) -> bool:
+        """Whether ``sign`` joins its neighbours: pieces do not tell, but most that a cleaner would leave there do."""
+        if sign not in _SIGNS_IN_WORDS or not (left[-1:].isalnum() and right[:1].isalnum()):
+            return False
+        joined = left[-1] + sign + right[0]
+        return clean_report(joined, self.cleaner).removesuffix(" .") == joined
 
     def words(self, ids: Sequence[int]) -> list[tuple[str, int, int]]:
         """The words that ``ids`` (without begin and end) are pieces of, each with the range of its pieces."""
-        pieces = [self._bpe.id_to_token(self._exchange(int(index))) for index in ids]
-        if any(piece.startswith(_INSIDE) for piece in self._bpe.get_vocab(False)):
-            starts = [place for place, piece in enumerate(pieces) if place == 0 or not piece.startswith(_INSIDE)]
-        else:
-            starts = [place for place, piece in enumerate(pieces) if place == 0 or piece[0] in _WHITE_SPACE]
-        spans = [
-            (self.decode(ids[start:stop]), start, stop) for start, stop in itertools.pairwise([*starts, len(pieces)])
-        ]
+        starts = self._starts([self._piece(self._exchange(int(index))) for index in ids])
+        spans = [(self.decode(ids[start:stop]), start, stop) for start, stop in itertools.pairwise([*starts, len(ids)])]
         return [span for span in spans if span[0]]
 
     def decode_batch(self, rows) -> list[str]:

@@ -6,6 +6,8 @@ import shutil
 import h5py
 import pytest
 import torch
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from models.visualgpt import Settings, VisualGPT
 from modules.config import Config
@@ -68,6 +70,69 @@ def test_words_are_made_of_their_pieces(bpe):
     assert bpe.words([bpe.special_ids[0]]) == []
     words = Tokenizer.from_reports(REPORTS, 1, "iu_xray")
     assert words.words(words.encode("heart is")[1:-1]) == [("heart", 0, 1), ("is", 1, 2), (".", 2, 3)]
+
+
+def test_byte_pairs_may_hold_wordpieces_sign():
+    """GPT-2's vocabulary has the token "##"."""
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator([*REPORTS, "## ## ##"], trainer)
+    assert library.token_to_id("##") is not None
+    found = BpeTokenizer(library.to_str(), "iu_xray")
+    assert [text for text, _, _ in found.words(found.encode("The heart is unremarkable.")[1:-1])] == [
+        *("the", "heart", "is", "unremarkable", ".")
+    ]
+    assert found.unk_id is None
+
+
+def wordpiece(cleaner):
+    special, words = "[PAD] [UNK] [CLS] [SEP]", "the lungs are clear no pneumo ##thorax x ray don t cm"
+    pieces = f"{special} {words} . - ' , 1 5 ##0 ##50".split()
+    library = Library(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    library.normalizer = normalizers.BertNormalizer()
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.WordPiece()
+    return BpeTokenizer(library.to_str(), cleaner, ("[CLS]", "[SEP]", "[PAD]"))
+
+
+@pytest.mark.parametrize(
+    "cleaner, text",
+    [
+        ("iu_xray", "The lungs are clear. No pneumothorax. X-ray, x-ray."),
+        ("mimic_cxr", "1. The lungs are clear.\n2. X-ray. No pneumothorax, 1-1.50 cm."),
+        ("any", "The lungs are clear. X-ray, 1.50 cm. Don't. 5"),
+        ("coco", "the x-ray don't clear"),
+    ],
+)
+def test_a_wordpiece_vocabulary_gives_the_cleaned_report_back(cleaner, text):
+    """BERT's decoder would close up " ." and leave "x - ray", so that no report could equal its reference."""
+    found, wanted = wordpiece(cleaner), clean_report(text, cleaner)
+    ids = found.encode(text)
+    if cleaner == "coco":  # the one piece that this vocabulary lacks
+        wanted = wanted.replace("dont", "<unk>")
+    assert found.decode(ids[1:]) == " ".join(wanted.split())
+    spans = found.words(ids[1:-1])
+    assert [word for word, _, _ in spans] == wanted.split()
+    assert [start for _, start, _ in spans] == [0, *(stop for _, _, stop in spans[:-1])] and spans[-1][2] == len(
+        ids
+    ) - 2
+
+
+def test_the_unknown_word_of_a_vocabulary_is_known_as_such():
+    found = wordpiece("iu_xray")
+    ids = found.encode("lungs opaque")
+    assert ids[2] == found.unk_id and found.decode(ids[1:]) == "lungs <unk> ."
+    pieces = models.Unigram([("</s>", 0.0), ("<unk>", 0.0), ("a", -1.0)], unk_id=1)
+    assert BpeTokenizer(Library(pieces).to_str(), "any", ("</s>",) * 3).unk_id == 1
+    ends = models.BPE({"a": 0, "<|endoftext|>": 1}, [], unk_token="<|endoftext|>")  # as some files of GPT-2 have it
+    assert BpeTokenizer(Library(ends).to_str(), "any").unk_id is None
 
 
 def test_state_is_plain_and_complete(bpe):
