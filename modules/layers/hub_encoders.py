@@ -348,20 +348,25 @@ class TimmTokens(nn.Module):
 
     def __init__(self, model: Any):
         super().__init__()
-        model.reset_classifier(0, "")
+        try:
+            model.reset_classifier(0, "")
+        except AssertionError:  # of models that always pool, which forward_features does not
+            model.reset_classifier(0)
         for key, value in model.named_parameters():
             if key.startswith(_BEHIND_FEATURES):  # several processes wait for the gradient of whatever is trained
                 value.requires_grad_(False)
         self.model: Any = model
         self.channels_are_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         self.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+        # Prefixes of registers alone have none.
+        self.has_class_token = any(key.split(".")[-1] == "cls_token" for key, _ in model.named_parameters())
         self.one_channel = _in_channels(model) == 1
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) -> (n, C, h, w) or (n, prefix + S, C)."""
         images = images.mean(1, keepdim=True) if self.one_channel else images
         features = self.model.forward_features(images)
-        return features.permute(0, 3, 1, 2) if features.dim() == 4 and self.channels_are_last else features
+        return features.permute(0, 3, 1, 2) if self.channels_are_last and features.dim() == 4 else features
 
 
 def _in_channels(model: nn.Module) -> int:

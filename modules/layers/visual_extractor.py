@@ -50,7 +50,8 @@ class VisualExtractor(nn.Module):
     (partial_training). ``pooling``: "mean" of the patches, or the "class" token. ``grid``: the patches of a view are
     averaged to ``grid`` x ``grid``, 0 leaves them. A name hf:... needs its ``description`` (hub_encoders) and, where
     ``pretrained``, the ``folder`` of its weights.
-    ValueError for an unknown name, a file that does not fit, or weights that cannot be downloaded.
+    ValueError for an unknown name, a model without a grid of patches, a file that does not fit, or weights that cannot
+    be downloaded.
     """
 
     def __init__(
@@ -87,7 +88,8 @@ class VisualExtractor(nn.Module):
                 build = _builder(name)
                 self.model, self.mean, self.std = build(name, pretrained and not weights, weights, image_size)
         self.num_prefix_tokens: int = getattr(self.model, "num_prefix_tokens", 0)
-        if pooling == "class" and not self.num_prefix_tokens:
+        self.name, self.image_size = name, image_size
+        if pooling == "class" and not (self._has_class_token and self.num_prefix_tokens):
             raise ValueError(f"image_feature class: visual_extractor {name} has no class token; give mean")
         try:
             self.width, self.patches_per_view = self._measure(image_size)
@@ -98,7 +100,6 @@ class VisualExtractor(nn.Module):
             self._average_to(grid, name)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.name, self.image_size = name, image_size
         self.trunk: Trunk | None = None
         self.unfreeze = unfreeze
         if unfreeze:
@@ -233,9 +234,28 @@ class VisualExtractor(nn.Module):
         """(C, S), measured on one empty image."""
         training = self.model.training
         self.model.eval()
-        patches = self._grid(torch.zeros(1, 3, image_size, image_size))
+        features = self.model(torch.zeros(1, 3, image_size, image_size))
         self.model.train(training)
+        self._require_grid(features)
+        patches = self._tokens(features)
         return patches.size(2), patches.size(1) - (self.pooling == "class")
+
+    @property
+    def _has_class_token(self) -> bool:
+        return getattr(self.model, "has_class_token", self.num_prefix_tokens > 0)
+
+    def _require_grid(self, features: Any) -> None:
+        """ValueError unless a square image's ``features`` are a map, or a square of tokens after those of no patch."""
+        if isinstance(features, Tensor) and features.dim() == 4:
+            return
+        reason = "more than one tensor"
+        if isinstance(features, Tensor):
+            patches = len(features[0]) - self.num_prefix_tokens
+            uncounted = self._has_class_token and not self.num_prefix_tokens  # the class token alone, or amidst patches
+            if patches > 0 and math.isqrt(patches) ** 2 == patches and not uncounted:
+                return
+            reason = f"{len(features[0])} tokens" + (", a class token among them" if self._has_class_token else "")
+        raise ValueError(f"visual_extractor {self.name}: gives no grid of patches ({reason})")
 
 
 class _VisionTransformerPatches(nn.Module):

@@ -34,6 +34,33 @@ def test_width_and_grid_of_each_family(name, width, patches):
     assert grid.shape == (2, 2 * patches, width) and mask is None and pooled.shape == (2, width)
 
 
+@pytest.mark.parametrize(
+    "name, size, reason",
+    [
+        ("pit_ti_224", 224, "1 tokens, a class token among them"),
+        ("volo_d1_224", 224, "197 tokens, a class token among them"),
+        ("coat_lite_tiny", 224, "50 tokens"),
+        ("crossvit_tiny_240", 240, "more than one tensor"),
+    ],
+)
+def test_what_gives_no_grid_of_patches_is_refused(name, size, reason):
+    with torch.device("meta"), pytest.raises(ValueError, match=rf"{name}: gives no grid of patches \({reason}\)"):
+        VisualExtractor(name, image_size=size)
+
+
+def test_a_model_that_always_pools_gives_its_grid():
+    with torch.device("meta"):
+        assert VisualExtractor("inception_next_atto", image_size=64).patches_per_view == 4
+
+
+def test_a_register_is_no_class_token():
+    with torch.device("meta"):
+        assert VisualExtractor("vit_little_patch16_reg4_gap_256", image_size=256).patches_per_view == 256
+        with pytest.raises(ValueError, match="no class token"):
+            VisualExtractor("vit_little_patch16_reg4_gap_256", image_size=256, pooling="class")
+        assert VisualExtractor("deit_tiny_distilled_patch16_224", pooling="class").patches_per_view == 196
+
+
 def test_patches_are_row_major_and_views_follow_each_other():
     extractor = VisualExtractor("resnet18").eval()
     images = torch.randn(1, 2, 3, 96, 64)
