@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modules.layers.hub_encoders import LOCAL, architecture, require_moderate
+from modules.layers.hub_encoders import LOCAL, architecture
 from modules.layers.low_rank import ADAPTER, add_adapters, named_layers
+from modules.layers.size_limits import require_moderate
 from modules.layers.transformer import sinusoids
 from modules.runtime.input_files import require_regular_folder
 

@@ -9,13 +9,15 @@ Shapes: n images, S patches of one image (a row-major grid), C = width of the fe
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from modules.layers.size_limits import require_moderate
 from modules.layers.visual_extractor_weights import load_state, read_weights
 from modules.runtime.hub import MODEL, download_model
 from modules.runtime.input_files import read_json, require_regular_folder
@@ -80,9 +82,6 @@ TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _UNUSED = ("pooler.", "embeddings.mask_token")
 
 
-MAX_NUMBER = 2**20  # in a description: lists of as many entries are made before the first layer is
-
-
 def is_hub_name(name: str) -> bool:
     """Whether --visual_extractor ``name`` means a folder or a model of the hub."""
     return name.startswith(MODEL)
@@ -103,29 +102,45 @@ def find_encoder(name: str) -> Path:
 
 def describe_encoder(folder: Path) -> str:
     """JSON of the vision model in ``folder``: library, architecture, mean, std, size. ValueError where it has none."""
-    where = f"visual_extractor {MODEL}{folder}"
     require_regular_folder(folder, "--visual_extractor")
     name = OPEN_CLIP if (folder / OPEN_CLIP).is_file() else "config.json"
     try:
-        found = read_json(folder / name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: {name} cannot be read ({type(error).__name__})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: {name} is not a JSON object")
-    if name == OPEN_CLIP:
-        described = _describe_open_clip(found, where)
-    elif "architecture" in found:
-        described = _describe_timm(found)
-    else:
-        described = _describe_transformers(found, folder, where)
+        found = _read_object(folder, name)
+        if name == OPEN_CLIP:
+            described = _describe_open_clip(found)
+        elif "architecture" in found:
+            described = _describe_timm(found)
+        else:
+            described = _describe_transformers(found, folder)
+        _checked(described)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"visual_extractor {MODEL}{folder}: {error}") from error
     return json.dumps(described, sort_keys=True)
 
 
-def _describe_open_clip(found: dict, where: str) -> dict[str, Any]:
-    tower = found.get("model_cfg", {}).get("vision_cfg", {})
+def _read_object(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found = read_json(folder / name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read ({type(error).__name__})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    return found
+
+
+def _section(found: dict, name: str) -> dict[str, Any]:
+    """The object called ``name`` in a file, empty where there is none."""
+    section = {} if found.get(name) is None else found[name]
+    if not isinstance(section, dict):
+        raise ValueError(f"its {name} {section!r} is not a JSON object")
+    return section
+
+
+def _describe_open_clip(found: dict) -> dict[str, Any]:
+    tower = _section(_section(found, "model_cfg"), "vision_cfg")
     if "timm_model_name" not in tower:
-        raise ValueError(f"{where}: its vision tower is not timm's; expected timm_model_name in {OPEN_CLIP}")
-    look = found.get("preprocess_cfg", {})
+        raise ValueError(f"its vision tower is not timm's; expected timm_model_name in {OPEN_CLIP}")
+    look = _section(found, "preprocess_cfg")
     return {
         "library": "timm",
         "architecture": tower["timm_model_name"],
@@ -137,30 +152,26 @@ def _describe_open_clip(found: dict, where: str) -> dict[str, Any]:
 
 
 def _describe_timm(found: dict) -> dict[str, Any]:
-    look = found.get("pretrained_cfg", {})
-    given = found.get("model_args", {})
+    look, given = _section(found, "pretrained_cfg"), _section(found, "model_args")
     return {
         "library": "timm",
         "architecture": found["architecture"],
         "args": given,
         "mean": look.get("mean", IMAGENET["mean"]),
         "std": look.get("std", IMAGENET["std"]),
-        "size": look.get("input_size", [3, 224, 224])[-1],
+        "size": _side(look.get("input_size")) or 224,
     }
 
 
-def _describe_transformers(found: dict, folder: Path, where: str) -> dict[str, Any]:
+def _describe_transformers(found: dict, folder: Path) -> dict[str, Any]:
     kind = found.get("model_type")
-    if kind in TOWERS:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        found = CONFIG_MAPPING[kind].from_dict(found).vision_config.to_dict()
-        kind = TOWERS[kind]
-    if kind not in ENCODERS:
+    if kind not in (*ENCODERS, *TOWERS):
         raise ValueError(
-            f"{where}: model_type {kind!r} is not one that gives a grid of patches here: "
-            f"{', '.join((*ENCODERS, *TOWERS))}"
+            f"model_type {kind!r} is not one that gives a grid of patches here: {', '.join((*ENCODERS, *TOWERS))}"
         )
+    if kind in TOWERS:
+        found = _configuration(kind, found).vision_config.to_dict()
+        kind = TOWERS[kind]
     look = _preprocessing(folder)
     if look is None:
         logger.warning("%s has no preprocessor_config.json: ImageNet's mean and std are used", folder)
@@ -177,6 +188,16 @@ def _describe_transformers(found: dict, folder: Path, where: str) -> dict[str, A
     }
 
 
+def _configuration(kind: str, entries: dict[str, Any]) -> Any:
+    """transformers' configuration of the model type ``kind``; TypeError where ``entries`` are none."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[kind].from_dict(entries)
+    except Exception as error:  # transformers checks its values with exceptions of its own
+        raise TypeError(" ".join(str(error).split())[:200]) from error
+
+
 def architecture(entries: dict[str, Any]) -> dict[str, Any]:
     """The ``entries`` of a configuration of transformers that say what is computed, none that names code or kernels."""
     return {
@@ -190,8 +211,12 @@ def _preprocessing(folder: Path) -> dict[str, Any] | None:
     """What transformers saved of the image processor; None where there is nothing."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            found = read_json(folder / name)
-            return found.get("image_processor", found)
+            found = _read_object(folder, name)
+            look = found if "image_processor" not in found else _section(found, "image_processor")
+            factor = look.get("rescale_factor", 1 / 255)
+            if look.get("do_rescale", True) and not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+                raise ValueError(f"{name} has the rescale_factor {factor:g}; pixels are divided by 255 here")
+            return look
     return None
 
 
@@ -217,38 +242,33 @@ class Described(NamedTuple):
 def read_description(text: str) -> Described:
     """What ``describe_encoder`` wrote; ValueError for anything else."""
     try:
-        found = json.loads(text)
-        mean, std = (_three(found[name]) for name in ("mean", "std"))
-        size = int(found["size"])
-        if found["library"] not in BUILDERS or size < 1:
-            raise ValueError("of an unknown library or size")
-        require_moderate(found)
+        return _checked(json.loads(text))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"visual_extractor_config: not the description of a vision model ({error})") from error
+
+
+def _checked(found: Any) -> Described:
+    mean, std = _three(found, "mean"), _three(found, "std")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"std {found['std']} is not above 0")
+    size = int(found["size"])
+    if found["library"] not in BUILDERS or size < 1:
+        raise ValueError("of an unknown library or size")
+    require_moderate(found)
     return Described(found["library"], mean, std, size, found)
 
 
-def require_moderate(description: Any) -> None:
-    """ValueError for a whole number in JSON that no architecture has."""
-    if (largest := max(_numbers(description), default=0)) > MAX_NUMBER:
-        raise ValueError(f"a size of {largest}")
-
-
-def _numbers(value: Any) -> Iterator[int]:
-    """All whole numbers in JSON."""
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(part)
-    elif type(value) is int:
-        yield value
-
-
-def _three(values: Any) -> tuple[float, ...]:
-    """One value for each of the three channels of the images."""
-    numbers = tuple(float(value) for value in values)
-    if len(numbers) not in (1, 3):
-        raise ValueError(f"{len(numbers)} values for 3 channels")
+def _three(found: Any, name: str) -> tuple[float, ...]:
+    """The values called ``name``, one for each of the three channels of the images."""
+    values = found[name]
+    numbers = tuple(map(float, values)) if isinstance(values, list | tuple) else ()
+    if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} {values} is not 3 numbers, one for each channel")
     return numbers * (3 // len(numbers))
+
+
+# What the libraries raise for a configuration that is none.
+_NO_MODEL = (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, AssertionError, RuntimeError)
 
 
 def build_encoder(
@@ -261,7 +281,7 @@ def build_encoder(
     """
     try:
         return BUILDERS[described.library](described, name, image_size, folder, weights)
-    except (TypeError, KeyError, AttributeError, IndexError) as error:  # of a configuration that is none
+    except _NO_MODEL as error:
         raise ValueError(f"visual_extractor {name}: its configuration describes no model ({error})") from error
 
 
@@ -294,12 +314,11 @@ def _build_transformers(
     described: Described, name: str, image_size: int, folder: Path | None, weights: str | None
 ) -> nn.Module:
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     entries = dict(described.entries["config"])
     kind = entries.pop("model_type")
     encoder = ENCODERS[kind]
-    config = CONFIG_MAPPING[kind].from_dict(architecture(entries))
+    config = _configuration(kind, architecture(entries))
     patch = getattr(config, "patch_size", None)
     if encoder.tiled and isinstance(patch, int) and image_size % patch:
         raise ValueError(

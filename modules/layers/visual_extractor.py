@@ -303,6 +303,8 @@ def _xray_trunk(name: str, pretrained: bool, weights: str | None, image_size: in
 
 def _torchvision_trunk(name: str, pretrained: bool, weights: str | None, image_size: int):
     sizes = {"image_size": image_size} if name.startswith("vit_") else {}
+    if pretrained and "IMAGENET1K_V1" not in torchvision.models.get_model_weights(name).__members__:
+        raise not_fetched(name, ValueError("torchvision has no IMAGENET1K_V1 of it"))
     try:
         # The weights that the published codes start from.
         model = torchvision.models.get_model(name, weights="IMAGENET1K_V1" if pretrained else None, **sizes)
@@ -311,6 +313,12 @@ def _torchvision_trunk(name: str, pretrained: bool, weights: str | None, image_s
     except AssertionError as error:  # of a vision transformer
         raise ValueError(
             f"visual_extractor {name}: image_size {image_size} is not a multiple of its patch size"
+        ) from error
+    except ValueError as error:  # likewise, whose ImageNet weights have positions for one size
+        raise ValueError(
+            f"visual_extractor {name}: its ImageNet weights do not fit --image_size {image_size}; give "
+            "--image_size 224, a model of timm such as vit_base_patch16_224, whose positions are interpolated, or "
+            "--visual_extractor_pretrained false"
         ) from error
     if weights:
         load_weights(model, weights)
@@ -334,8 +342,8 @@ def _timm_trunk(name: str, pretrained: bool, weights: str | None, image_size: in
         close = ", ".join(difflib.get_close_matches(name, known, n=3)) or "resnet101, densenet121, vit_b_16"
         raise ValueError(f"visual_extractor {name!r}: neither torchvision nor timm has it; did you mean {close}?")
     packaged = packaged_weights(name) if pretrained else None
+    config = _timm_config(name)
     try:
-        config = timm.get_pretrained_cfg(name)
         resized = config is not None and config.fixed_input_size and config.input_size[-1] != image_size
         sizes: dict[str, Any] = {"img_size": image_size} if resized else {}
         model: Any = timm.create_model(name, pretrained=pretrained and packaged is None, **sizes)
@@ -345,3 +353,18 @@ def _timm_trunk(name: str, pretrained: bool, weights: str | None, image_size: in
         load_weights(model, file)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     return TimmTokens(model), tuple(mean), tuple(std)
+
+
+def _timm_config(name: str) -> Any:
+    """What timm knows of the weights ``name``, NAME.TAG, None where that is nothing."""
+    import timm
+
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        architecture, _, tag = name.partition(".")
+        tags = ", ".join(known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*"))
+        raise ValueError(
+            f"visual_extractor {name}: timm has no weights {tag} of {architecture}; expected {architecture} alone, "
+            f"or one of {tags or 'none'} after the point"
+        ) from error

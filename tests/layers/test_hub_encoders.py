@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modules.layers.hub_encoders import describe_encoder, find_encoder, read_description
+from modules.layers.size_limits import require_moderate
 from modules.layers.visual_extractor import VisualExtractor
 from modules.layers.visual_extractor_weights import load_state
 from modules.runtime.hub import shared_name
@@ -257,6 +258,83 @@ def test_what_is_no_vision_model_is_refused_in_a_line(tmp_path):
     for text in ("", "[]", '{"library": "os"}', '{"mean": 1, "std": 1, "size": 1, "library": "timm"}'):
         with pytest.raises(ValueError, match="visual_extractor_config: not the description"):
             VisualExtractor("hf:x", description=text)
+
+
+@pytest.mark.parametrize(
+    "files, reason",
+    [
+        ({"config.json": {"model_type": ["vit"]}}, r"model_type \['vit'\] is not one"),
+        ({"config.json": {"model_type": "clip", "vision_config": [1]}}, "'vision_config'"),
+        (
+            {"config.json": {"model_type": "vit"}, "preprocessor_config.json": []},
+            "preprocessor_config.json is not a JSON",
+        ),
+        (
+            {"config.json": {"model_type": "vit"}, "preprocessor_config.json": None},
+            "preprocessor_config.json cannot be",
+        ),
+        (
+            {"config.json": {"model_type": "vit"}, "processor_config.json": {"image_processor": 1}},
+            "image_processor 1 is",
+        ),
+        ({"config.json": {"model_type": "vit"}, "preprocessor_config.json": {"image_std": [0, 0, 0]}}, "not above 0"),
+        (
+            {"config.json": {"model_type": "vit"}, "preprocessor_config.json": {"image_mean": None}},
+            "mean None is not 3",
+        ),
+        (
+            {"config.json": {"model_type": "vit"}, "preprocessor_config.json": {"rescale_factor": 2 / 255}},
+            "rescale_factor 0.00784314; pixels are divided by 255 here",
+        ),
+        ({"config.json": {"architecture": "resnet18", "pretrained_cfg": 1}}, "pretrained_cfg 1 is not a JSON object"),
+        ({"config.json": {"architecture": "resnet18", "pretrained_cfg": {"mean": [1, 2]}}}, "is not 3 numbers"),
+        ({"open_clip_config.json": {"model_cfg": None}}, "its vision tower is not timm's"),
+        ({"open_clip_config.json": {"model_cfg": {"vision_cfg": [1]}}}, r"vision_cfg \[1\] is not a JSON object"),
+    ],
+)
+def test_a_malformed_folder_is_one_line(tmp_path, files, reason):
+    for name, content in files.items():
+        (tmp_path / name).write_text("{broken" if content is None else json.dumps(content))
+    with pytest.raises(ValueError, match=f"^visual_extractor hf:{tmp_path}: .*{reason}") as caught:
+        describe_encoder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_folder_leaves_empty_is_as_if_it_were_absent(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": None}))
+    assert read_description(describe_encoder(tmp_path)).size == 224
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "resnet18", "pretrained_cfg": {"input_size": 96}})
+    )
+    assert read_description(describe_encoder(tmp_path)).size == 96
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"library": "transformers", "config": VIT | {"model_type": "vit", "num_attention_heads": 0}},
+        {"library": "transformers", "config": VIT | {"model_type": "vit", "hidden_size": 0}},
+        {"library": "transformers", "config": VIT | {"model_type": "vit", "patch_size": 0}},
+        {"library": "transformers", "config": VIT | {"model_type": "vit", "hidden_size": "8"}},
+        {"library": "timm", "architecture": "vit_tiny_patch16_224", "args": {"patch_size": 0}},
+        {"library": "timm", "architecture": "vit_tiny_patch16_224", "args": {"num_heads": 0}},
+        {"library": "timm", "architecture": "resnet18.nope", "args": {}},
+    ],
+)
+def test_sizes_that_no_model_has_are_one_line(described):
+    look = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": 32}
+    with pytest.raises(
+        ValueError, match=r"^visual_extractor hf:x/y: its configuration describes no model \("
+    ) as caught:
+        VisualExtractor("hf:x/y", image_size=32, description=json.dumps(described | look))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rotary_base_and_ids_of_tokens_are_no_sizes():
+    large = 5_000_000
+    require_moderate({"rope_theta": large, "eos_token_id": [large], "rope_parameters": {"rope_theta": large}})
+    with pytest.raises(ValueError, match="a size of 5000000"):
+        require_moderate({"layers": [{"hidden_size": large}], "rope_theta": 1})
 
 
 def absent():

@@ -195,6 +195,30 @@ def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
         VisualExtractor("resnet18", pretrained=True)
 
 
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        (
+            "vit_h_14",
+            {},
+            r"torchvision has no IMAGENET1K_V1 of it\); give a file with .* --visual_extractor_pretrained false",
+        ),
+        ("vit_b_16", {"image_size": 384}, "do not fit --image_size 384; give --image_size 224, a model of timm"),
+        ("resnet18.nope", {}, "timm has no weights nope of resnet18; expected resnet18 alone, or one of .*tv_in1k"),
+        ("resnet18.nope", {"pretrained": False}, "no weights nope of resnet18; expected resnet18 alone"),
+    ],
+)
+def test_imagenet_weights_that_there_are_not(name, options, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"visual_extractor {name}: .*{message}"):
+        VisualExtractor(name, **{"pretrained": True} | options)
+
+
+def test_weights_of_another_model_are_said_to_be_so_of_a_convnext_of_timm(tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth: \d+ of \d+ tensors are absent or of another shape"):
+        VisualExtractor("convnext_atto", weights=str(tmp_path / "other.pth"))
+
+
 def test_unknown_names_get_a_suggestion():
     with pytest.raises(ValueError, match="did you mean resnet101"):
         VisualExtractor("resnet_101")
