@@ -189,12 +189,16 @@ def _describe_transformers(found: dict, folder: Path) -> dict[str, Any]:
 
 
 def _configuration(kind: str, entries: dict[str, Any]) -> Any:
-    """transformers' configuration of the model type ``kind``; TypeError where ``entries`` are none."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    return _made(CONFIG_MAPPING[kind].from_dict, entries)
+
+
+def _made(make: Callable[..., Any], *values: Any, **options: Any) -> Any:
+    """What a library's ``make`` makes of a configuration; TypeError, in a line, where that is none."""
     try:
-        return CONFIG_MAPPING[kind].from_dict(entries)
-    except Exception as error:  # transformers checks its values with exceptions of its own
+        return make(*values, **options)
+    except Exception as error:  # the libraries check with exceptions of many kinds, or not at all
         raise TypeError(" ".join(str(error).split())[:200]) from error
 
 
@@ -267,10 +271,6 @@ def _three(found: Any, name: str) -> tuple[float, ...]:
     return numbers * (3 // len(numbers))
 
 
-# What the libraries raise for a configuration that is none.
-_NO_MODEL = (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, AssertionError, RuntimeError)
-
-
 def build_encoder(
     described: Described, name: str, image_size: int, *, folder: Path | None = None, weights: str | None = None
 ) -> nn.Module:
@@ -281,7 +281,7 @@ def build_encoder(
     """
     try:
         return BUILDERS[described.library](described, name, image_size, folder, weights)
-    except _NO_MODEL as error:
+    except (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError) as error:  # of one that is none
         raise ValueError(f"visual_extractor {name}: its configuration describes no model ({error})") from error
 
 
@@ -327,7 +327,7 @@ def _build_transformers(
         )
     model_class: Any = transformers.MODEL_MAPPING[type(config)]
     if folder is None or weights:
-        model = model_class(config)
+        model = _made(model_class, config)
         if weights:
             load_state(
                 model,
@@ -403,7 +403,7 @@ def _build_timm(
     # None that makes timm read a file or ask a server.
     sizes = {key: value for key, value in given.items() if not key.startswith(("pretrained", "checkpoint", "cache"))}
     sizes |= {"num_classes": 0} | _timm_size(architecture, image_size)
-    model = timm.create_model(architecture, pretrained=False, **sizes)
+    model = _made(timm.create_model, architecture, pretrained=False, **sizes)
     if weights:
         state, where = read_weights(weights), f"visual_extractor_weights {weights}"
     elif folder is not None:
@@ -418,7 +418,7 @@ def _timm_size(architecture: str, image_size: int) -> dict[str, Any]:
     """The argument of models whose weights depend on the image's size."""
     import timm
 
-    config = timm.get_pretrained_cfg(architecture)
+    config = _made(timm.get_pretrained_cfg, architecture)
     return {"img_size": image_size} if config is not None and config.fixed_input_size else {}
 
 

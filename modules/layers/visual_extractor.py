@@ -93,8 +93,8 @@ class VisualExtractor(nn.Module):
             raise ValueError(f"image_feature class: visual_extractor {name} has no class token; give mean")
         try:
             self.width, self.patches_per_view = self._measure(image_size)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
+        except (RuntimeError, AssertionError, ZeroDivisionError, IndexError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"visual_extractor {name}: takes no image_size of {image_size} ({reason})") from error
         if grid:
             self._average_to(grid, name)

@@ -316,6 +316,7 @@ def test_what_a_folder_leaves_empty_is_as_if_it_were_absent(tmp_path):
         {"library": "transformers", "config": VIT | {"model_type": "vit", "hidden_size": 0}},
         {"library": "transformers", "config": VIT | {"model_type": "vit", "patch_size": 0}},
         {"library": "transformers", "config": VIT | {"model_type": "vit", "hidden_size": "8"}},
+        {"library": "transformers", "config": CONVNEXT | {"model_type": "convnext", "hidden_sizes": [0]}},
         {"library": "timm", "architecture": "vit_tiny_patch16_224", "args": {"patch_size": 0}},
         {"library": "timm", "architecture": "vit_tiny_patch16_224", "args": {"num_heads": 0}},
         {"library": "timm", "architecture": "resnet18.nope", "args": {}},
@@ -328,6 +329,13 @@ def test_sizes_that_no_model_has_are_one_line(described):
     ) as caught:
         VisualExtractor("hf:x/y", image_size=32, description=json.dumps(described | look))
     assert "\n" not in str(caught.value)
+
+
+def test_sizes_that_only_the_first_image_shows_to_be_none_are_one_line():
+    config = SWIN | {"model_type": "swin", "window_size": 0}
+    described = {"library": "transformers", "config": config, "mean": [0.5] * 3, "std": [0.5] * 3, "size": 32}
+    with pytest.raises(ValueError, match="hf:x/y: takes no image_size of 32"):
+        VisualExtractor("hf:x/y", image_size=32, description=json.dumps(described))
 
 
 def test_a_rotary_base_and_ids_of_tokens_are_no_sizes():
