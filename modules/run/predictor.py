@@ -29,6 +29,7 @@ from modules.run.build import (
 )
 from modules.run.data import image_transform, score_tag
 from modules.run.loading import load_trained
+from modules.run.resuming import own_settings
 from modules.run.vocabulary import tokenizer_from_state
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import FORMAT
@@ -45,14 +46,16 @@ def load_predictor(path: str, given: Mapping[str, Any]) -> Predictor:
 def load_with_settings(path: str, given: Mapping[str, Any]) -> tuple[Predictor, Config]:
     """The model in ``path`` (modules.run.loading); the flags ``given`` override its settings, the second result.
 
-    InputError for a checkpoint without settings and vocabulary, or one whose model needs more than images."""
+    InputError for a checkpoint without settings and vocabulary, one that was edited, or one whose model needs more
+    than images.
+    """
     content, _ = load_trained(path)
     if content.get("format") != FORMAT:
         raise InputError(
             f"--load {path}: it holds no vocabulary and no settings, like every published checkpoint; "
             "convert it with scripts/convert_checkpoint.py --to ours"
         )
-    config = resolve_config(given, content["config"] | UNUSED)
+    config = resolve_config(given, own_settings(content, path) | UNUSED)
     if config.detection_features:
         raise InputError(
             f"--load {path}: trained with --detection_features, which a new image does not have; train "
