@@ -386,7 +386,10 @@ def _parameters_within(of: StoredWeights) -> Iterator[None]:
 
 
 def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path: str) -> None:
-    """Load a checkpoint's ``weights``, of any shape, this project's or published; InputError where they do not fit."""
+    """Load a checkpoint's ``weights``, of any shape, this project's or published.
+
+    InputError where they do not fit, or are not finite.
+    """
     entry = objective.backbone.vocabulary_entry
     # Trained on several GPUs, the published codes save the wrapper's names.
     here, there = (
@@ -405,3 +408,18 @@ def load_weights(objective: Objective, weights: Mapping[str, torch.Tensor], path
         load_published_state(objective, weights, owner_of)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"checkpoint {path}: {' '.join(str(error).split())[:400]}") from error
+    if name := _not_finite(objective):
+        raise InputError(
+            f"checkpoint {path}: its tensor {name.removeprefix('backbone.')} holds NaN or infinity; the training that "
+            "wrote it diverged, or the file was edited: take an earlier checkpoint"
+        )
+
+
+def _not_finite(objective: Objective) -> str | None:
+    """The first parameter or running statistic that is not finite; other buffers, as masks, may hold infinity."""
+    statistics = [item for item in objective.named_buffers() if item[0].endswith(("running_mean", "running_var"))]
+    for name, value in (*objective.named_parameters(), *statistics):
+        # The extremes tell without a copy of the tensor; on the meta device there is nothing to look at.
+        if value.numel() and not value.is_meta and not torch.stack(value.detach().aminmax()).isfinite().all():
+            return name
+    return None

@@ -129,3 +129,34 @@ def test_a_larger_file_allows_no_larger_model(content, tmp_path):
         torch.save(content | {"config": content["config"] | settings, "state_dict": weights}, tmp_path / "x.pth")
         with little_memory(ENOUGH), pytest.raises(InputError):
             load_predictor(str(tmp_path / "x.pth"), {})
+
+
+@pytest.mark.parametrize("entry", ["config", "vocabulary", "history", "epoch", "strategy"])
+def test_a_program_that_writes_reports_names_the_entry_that_is_missing(entry, content, tmp_path):
+    for edited in (
+        {name: value for name, value in content.items() if name != entry},
+        content | {entry: None},
+        content | {"vocabulary_sha256": "0" * 64},
+    ):
+        torch.save(edited, tmp_path / "x.pth")
+        with pytest.raises(InputError, match=rf"x\.pth: its (entry '{entry}'|vocabulary was changed)"):
+            load_predictor(str(tmp_path / "x.pth"), {})
+
+
+@pytest.mark.parametrize("name", ["running_var", "logit.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(name, value, content, tmp_path):
+    name = next(known for known in content["state_dict"] if known.endswith(name))
+    changed = content["state_dict"][name].clone()
+    changed[-1] = value
+    torch.save(content | {"state_dict": content["state_dict"] | {name: changed}}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=rf"x\.pth: its tensor {name} holds NaN or infinity"):
+        load_predictor(str(tmp_path / "x.pth"), {})
+
+
+def test_a_buffer_that_is_no_statistic_may_hold_infinity(content, tmp_path):
+    name = next(known for known in content["state_dict"] if known.endswith(".pe"))
+    changed = content["state_dict"][name].clone()
+    changed[0, -1] = -float("inf")
+    torch.save(content | {"state_dict": content["state_dict"] | {name: changed}}, tmp_path / "x.pth")
+    load_predictor(str(tmp_path / "x.pth"), {})
