@@ -13,8 +13,10 @@ from torch import Tensor
 
 from models import MODELS
 from models.settings import declared_settings
-from modules.config import Config
+from modules.config import EXPORTED, NO_EFFECT_ON_RESULTS, REMOTE, TRAIN_ONLY, Config, settings_of, settings_with
 from modules.data.tokenizers import Tokenizer
+from modules.decoding.options import DecodingOptions
+from modules.evaluation.metric_table import NLL
 from modules.flags import resolve_config
 from modules.ithn.objective import Objective
 from modules.run.data import Data
@@ -23,12 +25,13 @@ from modules.runtime import distributed
 from modules.runtime.errors import InputError
 from modules.training.checkpoint import FORMAT, TESTED, load_checkpoint, require_entries, require_resumable
 from modules.training.checkpoint_folder import BEST, CheckpointFolder
-from modules.training.optimizers import learning_rate_factor, scale_learning_rates
+from modules.training.optimizers import PlateauOnAny, learning_rate_factor, scale_learning_rates
 from modules.training.trainer import Best, Trainer
 
 logger = logging.getLogger("ithn")
 
-# Flags that a resumed run cannot change: the stored optimiser, schedule, model selection and projections decide them.
+# Flags that a resumed run cannot change: the stored weights, optimiser, schedule, model selection and projections decide
+# them.
 KEPT = (
     "optim",
     "lr_ve",
@@ -44,13 +47,19 @@ KEPT = (
     "monitor_metric",
     "monitor_mode",
     "contrastive_features",
+    "image_feature",
+    "feature_grid",
+    "freeze_visual_extractor",
     "unfreeze",
     "freeze_decoder",
     "lora_rank",
     "lora_targets",
     "lora_alpha",
     "self_critical",
+    *sorted(settings_with("shapes")),
 )
+# Flags on which a validation score depends, and so the best one so far; not where files lie, nor what is drawn.
+JUDGED_BY = EXPORTED - TRAIN_ONLY - NO_EFFECT_ON_RESULTS - REMOTE - {"detection_features", "seed"} | {"eval_batches"}
 # Flags that decide which samples remain in a partly trained epoch.
 KEPT_WITHIN_AN_EPOCH = ("seed", "views", "drop_last", "length_bucketing", "report_sections", "captions")
 
@@ -202,6 +211,7 @@ def restore(trainer: Trainer, objective: Objective, source: Source, config: Conf
         )
         if now != then:
             scale_learning_rates(trainer.optimizer, trainer.scheduler, now / then)
+        _judge_alike(trainer, config, resolve_config({}, content["config"], note=False))
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
@@ -219,6 +229,24 @@ def _require_unchanged(config: Config, began: Config, names: tuple[str, ...], pa
                 f"--{name} {now}: the run of --resume {path} began with {then} and must continue "
                 f"with it{why}; leave the flag out, or start a new run with --load"
             )
+
+
+def _judge_alike(trainer: Trainer, config: Config, began: Config) -> None:
+    """Forget the best score so far where the next ones are made in another way, and warn of it."""
+    names = JUDGED_BY
+    if config.monitor_metric == NLL.name:  # no report is decoded for it
+        names = names - settings_of(DecodingOptions) | {"max_seq_length"}
+    changed = [name for name in sorted(names) if getattr(config, name) != getattr(began, name)]
+    if changed and trainer.best.epoch and not trainer.has_ended:
+        logger.warning(
+            "%s: validation scores before and after cannot be compared, so later epochs choose a new best model in "
+            "place of epoch %d's",
+            ", ".join(f"--{name} was {getattr(began, name)}, is {getattr(config, name)}" for name in changed),
+            trainer.best.epoch,
+        )
+        trainer.best = Best()
+        if isinstance(trainer.scheduler, PlateauOnAny):
+            trainer.scheduler.best = {}
 
 
 def _position(config: Config, source: Source, data: Data, shards_sha256: str | None) -> dict[str, Any]:

@@ -151,7 +151,8 @@ class Trainer:
             raise
 
     @property
-    def _has_ended(self) -> bool:
+    def has_ended(self) -> bool:
+        """Whether no epoch is left, or training was stopped early."""
         return self._is_exhausted or self.position.epoch > self.optim.epochs
 
     @property
@@ -163,7 +164,7 @@ class Trainer:
             logger.info(
                 "val_%s has not improved for %d epochs: training stops", self.monitored, self.best.epochs_without
             )
-        return self._has_ended
+        return self.has_ended
 
     def _epoch(self) -> None:
         started, before = time.monotonic(), self.position.seconds
@@ -326,7 +327,7 @@ class Trainer:
         self.position = Position(epoch=position.epoch + 1, total_steps=position.total_steps)
         self.means = AverageMeter()
         self.guard.start_epoch()
-        if improved or due or self._has_ended:
+        if improved or due or self.has_ended:
             self._save(improved)
 
     def _log_epoch(self, row: Mapping[str, Any], improved: bool) -> None:

@@ -165,9 +165,9 @@ def test_the_unchanged_content_is_taken(trained, used, tmp_path):
 def test_another_architecture_and_another_vocabulary(trained, used, tmp_path):
     path, content = trained
     for flags, reason in (
-        (["--d_model", 32, "--cmm_dim", 32], "shape"),
+        (["--d_model", 32, "--cmm_dim", 32], "--cmm_dim 32: the run of --resume"),
         (["--visual_extractor", "resnet18"], ""),
-        (["--num_layers", 2], ""),
+        (["--num_layers", 2], "began with 1"),
     ):
         resumed, loaded = used(path, *flags)
         assert resumed and "current_checkpoint.pth" in resumed and reason in resumed
@@ -187,6 +187,53 @@ def test_another_architecture_and_another_vocabulary(trained, used, tmp_path):
     wrong = replaced(content, ("optimizer", "state", 0, "exp_avg"), torch.ones(7))
     torch.save(wrong, tmp_path / "shape.pth")
     assert "the optimiser's exp_avg has shape (7,)" in used(tmp_path / "shape.pth")[0]
+
+
+@pytest.mark.parametrize(
+    "flag", ["freeze_visual_extractor true", "image_feature class", "feature_grid 1", "num_heads 4"]
+)
+def test_what_a_resumed_run_cannot_change(flag, trained, used):
+    line = used(trained[0], *f"--{flag}".split())[0]
+    assert line.lower().startswith(f"--{flag}: the run of --resume") and "must continue with it" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        (["--eval_batches", 1], ["eval_batches was 0, is 1"]),
+        (["--beam_size", 1, "--suppress_unk", "false"], ["beam_size was 2, is 1", "suppress_unk was True, is False"]),
+        (["--image_size", 64, "--views", "separate"], ["image_size was 32, is 64", "views was paired, is separate"]),
+        (["--beam_size", 1, "--epochs", 1], None),  # it has ended, and only tests its best model
+        (["--seed", 3, "--drop_prob_lm", 0.2, "--num_workers", 1], None),
+    ],
+)
+def test_a_best_score_of_another_validation_is_forgotten(flags, changed, trained, used, monkeypatch):
+    trainers, said = [], []
+    monkeypatch.setattr("modules.training.trainer.Trainer.train", lambda self: trainers.append(self))
+    monkeypatch.setattr("modules.run.training._test_best", lambda *_: None)
+    monkeypatch.setattr("modules.run.resuming.logger.warning", lambda line, *values: said.append(line % values))
+    used(trained[0], *flags)
+    said = [line for line in said if "validation scores" in line]
+    best, scheduler = trainers[0].best, trainers[0].scheduler
+    if changed is None:
+        assert best.epoch == 1 and scheduler.best and not said
+    else:
+        assert (best.epoch, best.score, scheduler.best) == (0, None, {}) and len(said) == 1
+        assert all(f"--{part}" in said[0] for part in changed) and said[0].count(" was ") == len(changed)
+
+
+def test_the_likelihood_does_not_depend_on_how_reports_are_decoded():
+    from types import SimpleNamespace
+
+    from modules.flags import resolve_config
+    from modules.run.resuming import _judge_alike
+    from modules.training.trainer import Best
+
+    began = resolve_config({"monitor_metric": "nll"})
+    for flags, kept in (({"beam_size": 1, "guidance": 0.5}, True), ({"max_seq_length": 30}, False)):
+        trainer = SimpleNamespace(best=Best(1.0, 2), has_ended=False, scheduler=None)
+        _judge_alike(trainer, resolve_config({"monitor_metric": "nll"} | flags), began)
+        assert (trainer.best.epoch == 2) is kept
 
 
 @pytest.mark.parametrize("checksum", [True, False])
