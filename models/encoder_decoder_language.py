@@ -16,6 +16,7 @@ from modules.layers.hub_encoders import LOCAL, architecture
 from modules.layers.low_rank import ADAPTER, add_adapters, named_layers
 from modules.layers.size_limits import require_moderate
 from modules.layers.transformer import sinusoids
+from modules.runtime.errors import InputError
 from modules.runtime.input_files import require_regular_folder
 
 
@@ -94,7 +95,16 @@ def read_language(text: str) -> tuple[str, Any]:
     except Exception as error:  # transformers checks its values with exceptions of its own
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"decoder_config: not the configuration of a decoder ({reason})") from error
+    for name, value in (("layers", depth(config)), ("width", config.hidden_size)):
+        if value < 1:
+            raise ValueError(f"decoder_config: {name} {value}; must be at least 1")
     return kind, config
+
+
+def depth(config: Any) -> int:
+    """How many layers the decoder has."""
+    sizes = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+    return next(found for name in sizes if (found := getattr(config, name, None)) is not None)
 
 
 def positions(config: Any) -> int | None:
@@ -136,8 +146,7 @@ class LanguageDecoder(nn.Module):
             setattr(self.model.get_submodule(owner), name, None)
         self.config, self.resized = config, num_ids is not None
         self.width: int = config.hidden_size
-        sizes = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
-        layers = self.num_layers = next(found for name in sizes if (found := getattr(config, name, None)) is not None)
+        layers = self.num_layers = depth(config)
         self.looks = nn.ModuleList(Looks() for _ in range(0 if self.language.prefix else layers))
         given = inspect.signature(self.body.forward).parameters
         self.cache_name = "cache" if "cache" in given else "past_key_values"
@@ -279,7 +288,13 @@ def _weighted(language: Language, config: Any, folder: Path | None, *, resized: 
     model_class = getattr(transformers, language.name)
     transformers.logging.set_verbosity_error()
     if folder is None:
-        return model_class(config)
+        try:
+            return model_class(config)
+        except InputError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            # transformers finds sizes that do not go together wherever it first computes with them.
+            raise ValueError(f"decoder_config: describes no model ({' '.join(str(error).split())[:200]})") from error
     transformers.logging.disable_progress_bar()
     require_regular_folder(folder, "--decoder")
     try:

@@ -102,8 +102,13 @@ def build_extractor(config: Config, device: torch.device, *, pretrained: bool) -
                 f"--visual_extractor {name}: named by a checkpoint and not on this machine; nothing is downloaded on a "
                 f"file's word: fetch it with 'hf download {name.partition(':')[2]}' if you trust it"
             ) from error
-        flag = "--" if hasattr(config, str(error).split(" ")[0]) else ""
-        raise InputError(f"{flag}{error}") from error
+        raise _flagged(config, error) from error
+
+
+def _flagged(config: Config, error: ValueError) -> InputError:
+    """The same line; where it begins with the name of a setting, with that of its flag (InputErrors have it)."""
+    flag = "--" if hasattr(config, str(error).split(" ")[0].rstrip(":")) else ""
+    return InputError(f"{flag}{error}")
 
 
 def document_frequencies(data: Data) -> torch.Tensor:
@@ -181,13 +186,13 @@ def build_backbone(config: Config, extractor: nn.Module, tokenizer: AnyTokenizer
     options: dict[str, Any] = {}
     for resource in kind.resources:
         options |= RESOURCES[resource](config, tokenizer, pretrained)
+    if pretrained and "decoder" in kind.resources:  # a trained model writes as it was trained
+        _require_positions(config, extractor)
     settings = backbone_settings(config)
     try:
         backbone = kind(visual_extractor=extractor, num_ids=tokenizer.num_ids, settings=settings, **options)
-    except InputError:
-        raise
     except ValueError as error:
-        raise InputError(f"--{error}") from error
+        raise _flagged(config, error) from error
     backbone.unk_id = tokenizer.unk_id
     if config.contexts:
         from modules.layers.context_memory import ContextMemory
@@ -258,6 +263,25 @@ def _decoder_options(config: Config, tokenizer: AnyTokenizer, pretrained: bool) 
     if pretrained and folder is None and (config.freeze_decoder or config.lora_rank):
         logger.warning("without --decoder, what is frozen of the decoder stays as it was drawn at random")
     return {"begin_id": begin, "end_id": end, "keeps_vocabulary": own, "folder": folder}
+
+
+def _require_positions(config: Config, extractor: Any) -> None:
+    """InputError where a decoder that reads the visual tokens before the report has too few positions for both."""
+    from models.encoder_decoder_language import LANGUAGES, positions, read_language
+
+    kind, language = read_language(config.decoder_config or '{"model_type": "gpt2"}')
+    most = positions(language)
+    if most is None or not LANGUAGES[kind].prefix:
+        return
+    views = 1 if config.views == "separate" or config.detection_features else config.dataset.max_views
+    views *= 2 if PRIOR_IMAGE in config.contexts else 1
+    visual = views * extractor.patches_per_view
+    if visual + config.max_seq_length > most:
+        raise InputError(
+            f"--max_seq_length {config.max_seq_length}: before a report the decoder reads {views} x "
+            f"{extractor.patches_per_view} visual tokens, but has positions for {most} tokens in all; give a "
+            f"smaller --feature_grid or --max_views, or a decoder with {visual + config.max_seq_length} positions"
+        )
 
 
 def _prototypes(config: Config, tokenizer: AnyTokenizer, pretrained: bool) -> dict[str, Any]:

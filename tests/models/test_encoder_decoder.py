@@ -16,6 +16,7 @@ from modules.decoding.options import DecodingOptions
 from modules.decoding.search import Search
 from modules.inference.attention import recorded_attention
 from modules.layers.visual_extractor import VisualExtractor
+from modules.runtime.errors import InputError
 
 torch.set_num_threads(1)
 ROWS, WIDTH, BEGIN, END, LENGTH = 23, 16, 1, 2, 9
@@ -362,3 +363,58 @@ def test_published_systems_have_their_sizes(encoder, patches, width, decoder, re
     number = sum(parameter.numel() for parameter in backbone.decoder.parameters()) / 1e6
     # Six layers of DistilGPT2 gain 6 x (768 x 3 x 768 + 768 x 768 and norms) of cross-attention.
     assert number == pytest.approx(96.1 if decoder["model_type"] == "gpt2" else 6738.4, rel=2e-3)
+
+
+TINY_GPT2 = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 64}
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "intermediate_size": 8,
+    "max_position_embeddings": 64,
+    "vocab_size": 9,
+}
+
+
+def from_flags(decoder_config, **flags):
+    """The backbone of the flags, on an extractor of 4 patches."""
+    from modules.data.tokenizers import Tokenizer
+    from modules.flags import resolve_config
+    from modules.run.build import build_backbone
+
+    described = describe_language(decoder_config, "--decoder_config")
+    config = resolve_config({"model_name": "hf", "decoder_config": described, "max_seq_length": 12, **flags})
+    extractor = Extractor()
+    extractor.patches_per_view = 4
+    words = Tokenizer.from_counts({"heart": 3, "lungs": 3}, 1, "iu_xray")
+    return build_backbone(config, extractor, words, pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_head": 0},
+        {"n_head": 3},
+        {"n_embd": 0},
+        {"n_embd": -8},
+        {"activation_function": "foo"},
+        {"n_layer": 0},
+        {"n_layer": -1},
+        {"resid_pdrop": 7},
+    ],
+)
+def test_a_configuration_that_describes_no_model_names_its_flag(change):
+    from_flags(TINY_GPT2)
+    with pytest.raises(InputError, match="^--decoder_config: ") as error:
+        from_flags(TINY_GPT2 | change)
+    assert "\n" not in str(error.value)
+
+
+def test_visual_tokens_before_the_report_need_positions_too():
+    from_flags(TINY_LLAMA, dataset_name="iu_xray", max_seq_length=56)  # of 64, two views have 8
+    for flags in ({"max_seq_length": 57}, {"max_views": 14}):
+        with pytest.raises(InputError, match=r"decoder reads \d+ x 4 visual tokens, .* positions for 64 tokens in all"):
+            from_flags(TINY_LLAMA, **flags)
+    from_flags(TINY_LLAMA, max_seq_length=60, views="separate")
+    from_flags(TINY_GPT2, max_seq_length=64)  # which reads them by cross-attention
