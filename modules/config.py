@@ -332,35 +332,35 @@ def _check_network(config: Config) -> None:
     if config.unfreeze and not re.fullmatch(r"(last|lora):[1-9]\d{0,3}|norm|bias", config.unfreeze):
         raise InputError(f"--unfreeze {config.unfreeze}: must be last:N (as last:1), lora:RANK, norm or bias")
     if config.unfreeze and config.freeze_visual_extractor:
-        raise InputError(f"--unfreeze {config.unfreeze}: --freeze_visual_extractor true trains no part; leave one out")
+        raise InputError(
+            f"--unfreeze {config.unfreeze}: --freeze_visual_extractor true trains no part; leave --unfreeze out, or "
+            "add --freeze_visual_extractor false where a preset or a checkpoint says true"
+        )
     if config.d_model % config.num_heads:
         raise InputError(f"--d_model {config.d_model} cannot be divided by --num_heads {config.num_heads}")
     if config.d_model % 2:
         raise InputError(f"--d_model {config.d_model}: must be even (sinusoidal positions come in pairs)")
     for name in ("feature_cache", "image_cache", "length_bucketing", "detection_features"):
         if config.shards and getattr(config, name):
-            raise InputError(f"--shards {config.shards}: does not go with --{name}; leave one of them out")
+            off = "false" if name == "length_bucketing" else '""'
+            raise InputError(f"--shards {config.shards}: does not go with --{name}; add --{name} {off}")
 
 
 def _check_inputs(config: Config) -> None:
     if config.feature_cache and not config.freeze_visual_extractor and not config.unfreeze.startswith("last:"):
         raise InputError(
             f"--feature_cache {config.feature_cache}: only features of a frozen visual extractor can be cached; add "
-            "--freeze_visual_extractor true, or --unfreeze last:N to train what lies above them"
+            '--freeze_visual_extractor true, or --unfreeze last:N to train what lies above them, or --feature_cache ""'
         )
     if config.feature_cache and config.image_feature != "mean" and not config.unfreeze:
         raise InputError(f"--image_feature {config.image_feature}: --feature_cache keeps patches alone; give mean")
     if config.feature_grid and config.detection_features:
-        raise InputError(
-            f"--feature_grid {config.feature_grid}: --detection_features have no grid; leave one of them out"
-        )
+        raise InputError(f"--feature_grid {config.feature_grid}: --detection_features have no grid; give 0")
     if config.image_cache and config.feature_cache:
-        raise InputError(
-            f"--image_cache {config.image_cache}: with --feature_cache no image is read; leave one of them out"
-        )
+        raise InputError(f'--image_cache {config.image_cache}: with --feature_cache no image is read; set that to ""')
     if config.detection_features and (config.feature_cache or config.image_cache):
-        cache = "feature" if config.feature_cache else "image"
-        raise InputError(f"--{cache}_cache: with --detection_features no image is read; leave one of them out")
+        cache = "feature_cache" if config.feature_cache else "image_cache"
+        raise InputError(f'--{cache}: with --detection_features no image is read; give --{cache} ""')
     if config.contexts and config.image_feature != "mean":
         raise InputError(f"--image_feature {config.image_feature}: --context reads the mean of the patches; give mean")
     if config.contexts and config.captioning:

@@ -57,6 +57,10 @@ ASKING_FOR_ITHN = ("strategy", "ithn_variant")  # flags that ask for ITHN by bei
 # Settings of ITHN that the plain backbone uses too, or that say whether ITHN is on.
 WITHOUT_ITHN = ("ithn", "ce_weight")
 _DESCRIBED = ("visual_extractor_config",)
+_OF_EXTRACTOR = (
+    *("visual_extractor", "visual_extractor_pretrained", "visual_extractor_weights", "freeze_visual_extractor"),
+    *("unfreeze", "batch_norm", "image_feature", "lr_ve"),
+)
 LABEL_FILES = ("label_path", "label_columns")
 _WITH_CHOICES = (OptimSettings, SelfCriticalSettings, DecodingOptions)
 KINDS_OF_ITHN = ("ithn_variant", "contrastive_features")  # that contradict --ithn off
@@ -235,8 +239,8 @@ def settle_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     ]
     given = {name: value for name, value in given.items() if name not in IGNORED}
     given = _apply_aliases(given)
-    if given.pop("use_amp", False):
-        given.setdefault("precision", "float16")
+    if given.pop("use_amp", False) and given.setdefault("precision", "float16") == "float32":
+        raise InputError("--use_amp and --precision float32 disagree: give one of them")
     if "adam_betas" in given:
         given["adam_betas"] = _pair("adam_betas", given["adam_betas"])
     if "model_name" in given:
@@ -262,6 +266,9 @@ def _preset_notes(given: Mapping[str, Any]) -> list[str]:
     added = {flag: value for flag, value in preset(backbone, dataset_name, name).items() if flag not in given}
     shown = [f"--{flag} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for flag, v in added.items()]
     notes = in_lines(f"from {' and '.join(sources)}: ", shown, indent=2) if added else []
+    published = preset(backbone, dataset_name) if backbone and name else {}
+    replaced = [f"--{flag} {value}" for flag, value in published.items() if added.get(flag, value) != value]
+    notes += in_lines(f"--preset {name} takes the place of the published ", replaced, indent=2) if replaced else []
     stored = ["settings stored in the checkpoint, if it has any, override this preset"]
     return notes + (stored if sources and (given.get("resume") or given.get("load")) else [])
 
@@ -275,6 +282,8 @@ def _apply_aliases(given: dict[str, Any]) -> dict[str, Any]:
         try:
             # VisualGPT's --num_train_epochs 3.0 is a float.
             value = spelled[text.lower()] if target == "optim" else kinds[target](float(text))
+            if target != "optim" and value != float(text):
+                raise ValueError(f"{text} is no whole number")
         except (ValueError, KeyError, OverflowError) as error:
             raise InputError(f"--{alias} {text}: not a value for --{target}") from error
         if given.setdefault(target, value) != value:
@@ -396,7 +405,9 @@ def flags_in_effect(
         **ithn.idle_options,
         **own.idle_options,
         **dict(item for part in _WITH_CHOICES for item in part_of(config, part).idle_options.items()),
+        "--detection_features take the place of a visual extractor": _OF_EXTRACTOR if config.detection_features else (),
         "the visual extractor is not trained": ("lr_ve",) if config.freeze_visual_extractor else (),
+        "without --feature_cache no features are stored": () if config.feature_cache else ("feature_dtype",),
         "only --tokenizer subword depends on it": () if config.tokenizer == "subword" else ("subword_vocabulary",),
         "labels are predicted from the image": LABEL_FILES if testing and not own.reads_reference_labels else (),
     }

@@ -30,8 +30,7 @@ from modules.training.trainer import Best, Trainer
 
 logger = logging.getLogger("ithn")
 
-# Flags that a resumed run cannot change: the stored weights, optimiser, schedule, model selection and projections decide
-# them.
+# Flags that a resumed run cannot change: stored weights, optimiser, schedule and model selection decide them.
 KEPT = (
     "optim",
     "lr_ve",

@@ -77,6 +77,9 @@ def test_the_values_of_a_preset_are_told_in_short_lines():
     assert notes[0].startswith("from --preset small: --visual_extractor tf_efficientnet_lite0  --")
     assert "--lr_ed 0.0015" in " ".join(notes) and "--d_ff" not in " ".join(notes) and max(map(len, notes)) <= 120
     assert parse_flags(["--d_ff", "64"], "main_train.py", "")[1] == []
+    _, notes = parse_flags(["--preset", "small", "--backbone", "cvt2distilgpt2"], "main_train.py", "")
+    replaced = " ".join(notes).partition("takes the place of the published ")[2]
+    assert replaced.startswith("--visual_extractor hf:microsoft/cvt-21-384-22k  ") and "--image_size" not in replaced
 
 
 def test_names_of_visualgpt_are_translated():
@@ -110,6 +113,16 @@ def test_restarts_are_spelled_as_torchrun_does():
         (["--preset", "small", "--context", "indication"], "add --guidance 0"),
         (["--backbone", "xproNet"], "did you mean xpronet? (see"),
         (["--preset", "smal"], "did you mean small? (see"),
+        (["--preset", "small", "--unfreeze", "last:1"], "add --freeze_visual_extractor false where a preset"),
+        (["--backbone", "r2gengpt", "--unfreeze", "lora:8"], "add --freeze_visual_extractor false where a preset"),
+        (["--preset", "small", "--freeze_visual_extractor", "false"], 'or --feature_cache ""'),
+        (["--preset", "small", "--image_cache", "x"], 'with --feature_cache no image is read; set that to ""'),
+        (["--preset", "small", "--shards", "x"], 'does not go with --feature_cache; add --feature_cache ""'),
+        (["--preset", "small", "--detection_features", "x"], "--feature_grid 3: --detection_features have no grid"),
+        (["--use_amp", "--precision", "float32"], "--use_amp and --precision float32 disagree"),
+        (["--random_seed", "1.5"], "--random_seed 1.5: not a value for --seed"),
+        (["--workers", "2.9"], "--workers 2.9: not a value for --num_workers"),
+        (["--num_train_epochs", "3.7"], "--num_train_epochs 3.7: not a value for --epochs"),
         (["--workers", "many"], "--workers many"),
         (["--monitor_metric", "METEOR", "--meteor", "false"], "needs --meteor true"),
         (["--monitor_metric", "xpronet_selection", "--meteor", "false"], "xpronet_selection: needs --meteor true"),
@@ -226,6 +239,8 @@ def test_a_metrics_direction_comes_with_the_metric():
         ("--freeze_visual_extractor true --lr_ve 1e-3", "lr_ve"),
         ("--sample_method greedy --beam_size 5", "beam_size"),
         ("--diversity_lambda 0.2", "diversity_lambda"),
+        ("--feature_dtype float16", "feature_dtype"),
+        ("--detection_features x --unfreeze last:1 --visual_extractor resnet18", "unfreeze visual_extractor"),
     ],
 )
 def test_flags_that_another_choice_makes_idle_are_named_and_dropped(argv, idle):
