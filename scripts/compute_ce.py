@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.data.report_files import ReportFile
-from modules.data.report_tables import Table, match_rows
+from modules.data.report_tables import Table
+from modules.data.row_matching import match_rows
 from modules.flags import Parser
 from modules.labels.tables import class_columns, parse_labels, read_table, report_column
 from modules.runtime.errors import InputError, run_entry_point

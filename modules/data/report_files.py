@@ -12,27 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from modules.data.report_tables import (
+    FIELDS,
+    FIELDS_OF_BOTH,
     ID_COLUMNS,
     MISSING,
-    REPORT_COLUMNS,
     Table,
-    matching_rows,
+    plain,
     read_rows,
     read_table,
     read_text,
 )
+from modules.data.row_matching import matching_rows
 from modules.runtime.errors import InputError
 
 SPLITS = ("train", "val", "validate", "test")
-# What a column or a JSON field of texts is called, by what it holds; the first that is there is read.
-FIELDS = {
-    "gts": ("reference", "references", "reference_report", "ground_truth", "gt", "gt_report", "target"),
-    "res": (
-        *("model_prediction", "generated", "generated_report", "prediction", "predicted_report", "predicted"),
-        *("hypothesis", "response", "output", "result"),
-    ),
-}
-_BOTH = (*REPORT_COLUMNS, "section_findings", "caption", "captions", "text")
 # Of a folder that main_test.py or R2Gen wrote.
 _IN_FOLDER = {"gts": "gts.csv", "res": "res.csv"}
 _STUDY, _SUBJECT, _PRIOR = ("study_id",), ("subject_id", "patient_id"), ("prior",)
@@ -98,7 +91,7 @@ def read_reports(
     cannot be told.
     """
     path = file_in(path, side)
-    names = (column.strip().lower(),) if column else (*FIELDS[side], *_BOTH)
+    names = (column.strip().lower(),) if column else (*FIELDS[side], *FIELDS_OF_BOTH)
     if _is_json(path):
         found = _Records(str(path), names, split).read(read_text(path))
     elif captions and side == "gts" and not column and (rows := _bare_captions(path)):
@@ -164,7 +157,7 @@ def _say_choice(path: str, chosen: str, candidates: Sequence[str]) -> None:
 def _bare_captions(path: Path) -> list[list[str]]:
     """The captions of a gts.csv of a run on captions: a row each, no header; empty where there is a header."""
     rows = [[cell for cell in row if cell] for row in read_rows(path)]
-    known = {*FIELDS["gts"], *_BOTH, *ID_COLUMNS}
+    known = {*FIELDS["gts"], *FIELDS_OF_BOTH, *ID_COLUMNS}
     return [] if rows and known & {cell.strip().lower() for cell in rows[0]} else rows
 
 
@@ -194,7 +187,7 @@ class _Records:
         records = list(self._records(self._parse(text)))
         if not records:
             raise InputError(f"{self.path}: holds no reports")
-        columns = [name for name in (*ID_COLUMNS, *_SUBJECT, *_PRIOR) if any(name in cells for cells, _ in records)]
+        columns = list(dict.fromkeys(name for cells, _ in records for name in cells))
         rows = [[cells.get(name, "") for name in columns] for cells, _ in records]
         return ReportFile(Table(self.path, columns, rows), [texts for _, texts in records])
 
@@ -257,13 +250,14 @@ class _Records:
     def _record(self, item: Any, where: str, key: str | None) -> tuple[dict[str, str], list[str]]:
         cells = {} if key is None else {"id": key}
         if isinstance(item, Mapping):
-            item = {str(name).strip().lower(): value for name, value in item.items()}
-            for name in (*ID_COLUMNS, *_SUBJECT, *_PRIOR):
-                if isinstance(value := item.get(name), (str, int)) and not isinstance(value, bool):
-                    cells.setdefault(name, str(value))
-            if "id" in cells and (identity := cells["id"]) != key:
-                where = f"id {identity}"
+            item = {plain(str(name)): value for name, value in item.items()}
             fields = [name for name in self.names if name in item]
+            own = {name: cell for name in item if name not in fields[:1] and (cell := _cell(item[name]))}
+            if key is not None and "id" in own:  # the key may be a row number, as pandas writes it
+                cells = {"index": key}
+            cells |= own
+            if "id" in own:
+                where = f"id {own['id']}"
             if not fields:
                 raise InputError(
                     f"{self.path}: {where} has none of the fields {', '.join(self.names)[:120]}; it has "
@@ -280,6 +274,15 @@ class _Records:
 def _without_number(item: Any) -> Any:
     """A caption of COCO's file without the caption's own number; its image's is what counts."""
     return {name: item[name] for name in item if name != "id"} if isinstance(item, Mapping) else item
+
+
+def _cell(value: Any) -> str:
+    """A field of a record as a cell of a table, a list of texts as lines; "" for what is no id, such as an object."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes floats of ids in a column with gaps
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return "\n".join(value)
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
 
 
 def _is_value(line: str) -> bool:

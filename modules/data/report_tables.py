@@ -8,7 +8,6 @@ import csv
 import io
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,16 @@ from modules.runtime.input_files import read_bytes
 
 REPORT_COLUMNS = ("report", "reports", "findings", "report impression")  # the last is CheXbert's
 ID_COLUMNS = ("id", "dicom_id", "image_id", "image_path", "study_id")  # the finest first
-# Other names of ids, and what pandas calls row numbers.
-_INDEX_NAMES = ("index", "unnamed: 0", "")
-_ID_NAME = re.compile(rf".*(?:id|path|file|filename|accession)|image|study|case|key|name|{'|'.join(_INDEX_NAMES)}")
-# Columns in which paired rows must agree; others, such as run_id, may tell of the file rather than of the study.
-_SAME_ON_BOTH = re.compile(r"id|image_path|(?:study|subject|patient|image|dicom|case)[ _-]?(?:u?id)?")
+# What a column or a JSON field of texts is called, by what it holds; the first that is there is read.
+FIELDS = {
+    "gts": ("reference", "references", "reference_report", "ground_truth", "gt", "gt_report", "target"),
+    "res": (
+        *("model_prediction", "generated", "generated_report", "prediction", "predicted_report", "predicted"),
+        *("hypothesis", "response", "output", "result"),
+    ),
+}
+FIELDS_OF_BOTH = (*REPORT_COLUMNS, "section_findings", "caption", "captions", "text")
+TEXT_NAMES = frozenset({*FIELDS["gts"], *FIELDS["res"], *FIELDS_OF_BOTH})
 MAX_BYTES = 2**30
 # What pandas, R and spreadsheets write for a cell without a value, in small letters.
 MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "nat"})
@@ -40,7 +44,7 @@ class Table:
 
     def find(self, *names: str) -> int | None:
         """The index of the first of ``names`` that is a column, whatever its case and the spaces around it."""
-        columns = [_plain(column) for column in self.columns]
+        columns = [plain(column) for column in self.columns]
         return next((columns.index(name) for name in names if name in columns), None)
 
 
@@ -62,7 +66,7 @@ def read_table(
         raise InputError(f"{path}: the file is empty; a CSV file of reports is needed")
     columns = next(row for row in rows if row)
     first = rows.index(columns) + 1
-    if known.isdisjoint(map(_plain, columns)):
+    if known.isdisjoint(map(plain, columns)):
         columns, first = _columns_without_header(path, rows)
     rows = [row or [""] for row in rows[first:]] if len(columns) == 1 else [row for row in rows[first:] if row]
     if len(columns) == 1 and (blank := rows.count([""])):
@@ -155,7 +159,7 @@ def _separator(path: str, text: str, known: Collection[str]) -> str:
     start = text.lstrip("\r\n")
     for separator, sign in _SEPARATORS.items():
         first = next(_parse(path, start, separator, strict=False), [])
-        if not set(known).isdisjoint(map(_plain, first)):
+        if not set(known).isdisjoint(map(plain, first)):
             if separator != "," and not path.lower().endswith(".tsv"):
                 _say(f"{path}: its columns are separated by {sign}, not by commas, and are read so")
             return separator
@@ -185,119 +189,10 @@ def _parse(path: str, text: str, separator: str, strict: bool = True) -> Iterato
         raise InputError(f"{path}: cannot be read as CSV, in row {number + 1} or after it: {cause}") from None
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A column's name without regard to case and the spaces around it."""
     return name.strip().lower()
 
 
 def _say(line: str) -> None:
     print(f"note: {line}", file=sys.stderr)
-
-
-# ---- two tables of the same studies
-
-
-def match_rows(references: Table, hypotheses: Table) -> Table:
-    """The hypotheses in the order of ``matching_rows``; InputError as there."""
-    rows = matching_rows(references, hypotheses)
-    return Table(hypotheses.path, hypotheses.columns, [hypotheses.rows[row] for row in rows])
-
-
-def matching_rows(references: Table, hypotheses: Table) -> list[int]:
-    """The hypotheses' row for each of the references': by ids where both have a column of these, else row by row.
-
-    InputError where ids are not the same on both sides, where a file has one twice, where row by row the numbers
-    differ, or where paired rows contradict each other in another column of ids.
-    """
-    for table in (references, hypotheses):
-        if not table.rows:
-            raise InputError(f"{table.path}: no rows below the header; at least one report is needed")
-    rows = _paired_rows(references, hypotheses)
-    names, others = _id_names(references), _id_names(hypotheses)
-    for name in (name for name in names if name in others and _SAME_ON_BOTH.fullmatch(name)):
-        for row, other in enumerate(rows):
-            here, there = references.rows[row][names[name]].strip(), hypotheses.rows[other][others[name]].strip()
-            if here and there and _bare(here) != _bare(there):
-                raise InputError(
-                    f"{hypotheses.path}: row {other + 1} goes with row {row + 1} of {references.path} by the other "
-                    f"columns of ids, but its {name} is {there[:80]}, not {here[:80]}; correct or remove one of them"
-                )
-    return rows
-
-
-def _bare(identity: str) -> str:
-    """What two spellings of an id have in common: 50414267.0 is 50414267, and folders of paths may differ."""
-    number = re.fullmatch(r"0*(\d+)(?:\.0*)?", identity)
-    return number[1] if number else identity.replace("\\", "/").rpartition("/")[2]
-
-
-def _paired_rows(references: Table, hypotheses: Table) -> list[int]:
-    columns = _id_columns(references, hypotheses)
-    if columns is None:
-        if len(references.rows) != len(hypotheses.rows):
-            raise InputError(
-                f"{references.path} has {len(references.rows)} rows and {hypotheses.path} {len(hypotheses.rows)}: "
-                f"without a column of ids ({', '.join(ID_COLUMNS)}) in both they must be as many, in the same order"
-            )
-        with_ids = [table.path for table in (references, hypotheses) if _id_names(table).keys() - set(_INDEX_NAMES)]
-        if len(with_ids) == 1:
-            _say(f"only {with_ids[0]} has a column of ids: the two files are compared row by row")
-        return list(range(len(hypotheses.rows)))
-    ids, others = (_ids(table, column) for table, column in zip((references, hypotheses), columns, strict=True))
-    for here, there, path in ((ids, others, hypotheses.path), (others, ids, references.path)):
-        if missing := sorted(set(here) - set(there)):
-            raise InputError(f"{path}: no row with id {missing[0]} ({len(missing)} are missing){_hint(ids, others)}")
-    places = {identity: row for row, identity in enumerate(others)}
-    return [places[identity] for identity in ids]
-
-
-def _id_columns(references: Table, hypotheses: Table) -> tuple[int, int] | None:
-    """Indices of the columns of ids: one that both have, with every value once, else the first of each.
-
-    None where one has no such column, or where both have the same ones, with the same values in the same order.
-    """
-    names, others = _id_names(references), _id_names(hypotheses)
-    shared = [(names[name], others[name]) for name in names if name in others]
-    for pair in shared:
-        if all(_are_distinct(table, column) for table, column in zip((references, hypotheses), pair, strict=True)):
-            return pair
-    if shared:
-        values = [
-            [row[column] for row in table.rows]
-            for table, column in zip((references, hypotheses), shared[0], strict=True)
-        ]
-        return None if values[0] == values[1] else shared[0]
-    firsts = [next((found[name] for name in found if name not in _INDEX_NAMES), None) for found in (names, others)]
-    return None if None in firsts else tuple(firsts)
-
-
-def _id_names(table: Table) -> dict[str, int]:
-    """Name -> index of the columns that are called as ids are: ID_COLUMNS, others in the table's order, row numbers."""
-    columns = {_plain(name): index for index, name in reversed(list(enumerate(table.columns)))}
-    own = [name for name in ID_COLUMNS if name in columns]
-    further = [name for name in columns if name not in own and _ID_NAME.fullmatch(name)]
-    further.sort(key=lambda name: (name in _INDEX_NAMES, columns[name]))
-    return {name: columns[name] for name in (*own, *further) if any(row[columns[name]].strip() for row in table.rows)}
-
-
-def _are_distinct(table: Table, column: int) -> bool:
-    values = {row[column].strip() for row in table.rows}
-    return len(values) == len(table.rows) and "" not in values
-
-
-def _ids(table: Table, column: int) -> list[str]:
-    ids = [row[column].strip() for row in table.rows]
-    if _plain(table.columns[column]) == "image_path":
-        ids = [identity.replace("\\", "/") for identity in ids]
-    commonest, times = Counter(ids).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"{table.path}: id {commonest} is in {times} rows")
-    return ids
-
-
-def _hint(ids: list[str], others: list[str]) -> str:
-    """Why ids differ, where they are the same numbers written in two ways."""
-    try:
-        same = sorted(map(float, ids)) == sorted(map(float, others))
-    except ValueError:
-        return ""
-    return "; the ids are the same numbers, written otherwise (001, 1 or 1.0): export them as text" if same else ""

@@ -205,3 +205,28 @@ def test_a_line_separator_inside_a_text_ends_no_json_line(tmp_path):
     (tmp_path / "r.jsonl").write_text(content, encoding="utf-8", newline="")
     found = read_reports(tmp_path / "r.jsonl", "res")
     assert found.ids == ["a", "b"] and found.texts[0] == ["one\u2028line"]
+
+
+@pytest.mark.parametrize("key", ["uid", "image", "filename", "case_id", "id", "image_path"])
+def test_records_are_joined_by_any_field_of_ids(tmp_path, key):
+    for name, order in (("g", (0, 1, 2)), ("r", (2, 0, 1))):
+        ids = {"id": [1.0, 2.0, 3.0], "image_path": [["1.png", "a.png"], ["2.png"], ["3.png"]]}.get(key, IDS)
+        rows = [{key: ids[row], "report": GENERATED[row]} for row in order]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    found = align(read_reports(tmp_path / "g.json", "gts"), read_reports(tmp_path / "r.json", "res"))
+    assert [text for [text] in found.texts] == GENERATED
+    if key == "id":
+        assert found.ids == ["1", "2", "3"]
+
+
+def test_an_id_inside_a_record_counts_and_not_the_row_number_of_pandas(tmp_path):
+    for name, order in (("g", (0, 1, 2)), ("r", (2, 0, 1))):
+        rows = {str(n): {"id": IDS[row], "report": GENERATED[row]} for n, row in enumerate(order)}
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    references = read_reports(tmp_path / "g.json", "gts")
+    assert [text for [text] in align(references, read_reports(tmp_path / "r.json", "res")).texts] == GENERATED
+    # And where the key is the study's and the id inside counts rows, the other file tells.
+    (tmp_path / "h.json").write_text(json.dumps({f"s{n}": {"id": n, "report": GENERATED[n - 1]} for n in (3, 1, 2)}))
+    (tmp_path / "t.json").write_text(json.dumps(BY_ID))
+    found = align(read_reports(tmp_path / "t.json", "gts"), read_reports(tmp_path / "h.json", "res"))
+    assert [text for [text] in found.texts] == GENERATED

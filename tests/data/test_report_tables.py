@@ -2,7 +2,8 @@
 
 import pytest
 
-from modules.data.report_tables import Table, match_rows, read_rows, read_table
+from modules.data.report_tables import Table, read_rows, read_table
+from modules.data.row_matching import match_rows
 from modules.runtime.errors import InputError
 
 REPORTS = ["Small effusion.", "Edema."]
@@ -199,3 +200,58 @@ def test_row_by_row_only_where_a_file_has_no_ids(capsys):
     numbered = Table("res.csv", ["", "report"], [["7", "y"]])
     assert match_rows(with_ids, numbered).rows == numbered.rows
     assert capsys.readouterr().err.count("only gts.csv has a column of ids: the two files are compared row by row") == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "others"),
+    [
+        (["", "study_id"], ["", "image_id"]),  # the row numbers that pandas writes are no ids
+        (["index", "study"], ["index", "id"]),
+        (["study_id", "run_id"], ["id", "run_id"]),  # told apart by no run_id, which is the same everywhere
+        (["study_id", "patient_id"], ["id", "patient_id"]),
+        (["Image Index", "age"], ["Image Index", "age"]),
+        (["Accession Number", "covid"], ["Accession Number", "covid"]),
+        (["exam", "covid"], ["exam", "covid"]),
+    ],
+)
+def test_ids_are_known_by_any_name_and_by_their_values(names, others):
+    places = [names.index(name) for name in names if name not in ("", "index", "run_id", "patient_id", "age", "covid")]
+    rows = [[f"s{n}" if place in places else "r" for place in range(2)] for n in range(5)]
+    left = [[*row, f"{n}"] for n, row in enumerate(rows)]
+    right = [left[n] for n in (2, 0, 4, 1, 3)]
+    if names[0] in ("", "index"):
+        left, right = ([[str(n), *row[1:]] for n, row in enumerate(side)] for side in (left, right))
+    if names[1] in ("patient_id", "covid", "age"):
+        left, right = ([[row[0], str(int(row[2]) // 2), row[2]] for row in side] for side in (left, right))
+    found = match_rows(Table("gts.csv", [*names, "report"], left), Table("res.csv", [*others, "report"], right))
+    assert [row[2] for row in found.rows] == list("01234")
+
+
+def test_a_column_of_unknown_name_is_ids_where_both_files_have_its_values(capsys):
+    left, right = ([[f"k{n}", str(n)] for n in order] for order in ((0, 1, 2, 3), (3, 1, 0, 2)))
+    found = match_rows(Table("gts.csv", ["Befund", "report"], left), Table("res.csv", ["Fall", "report"], right))
+    assert found.rows == left
+    assert "joined by 'befund' of the one and 'fall' of the other" in capsys.readouterr().err
+    # Two rows of labels have the same values by chance: a wrong label is no other study.
+    truth, claim = (Table(f"{name}.csv", ["label", "report"], [[a, "x"], [b, "y"]]) for name, a, b in ("g01", "r10"))
+    assert match_rows(truth, claim) == claim
+
+
+def test_every_column_of_ids_that_both_have_must_agree_with_the_others():
+    names = ["id", "accession", "report"]  # an id that only counts rows
+    references = Table("gts.csv", names, [["0", "A", "1"], ["1", "B", "2"]])
+    hypotheses = Table("res.csv", names, [["0", "B", "two"], ["1", "A", "one"]])
+    with pytest.raises(InputError, match="its accession is B, not A"):
+        match_rows(references, hypotheses)
+    # Ranks are of the file: nothing is known of them but that they count rows.
+    ranked = Table("gts.csv", ["id", "rank"], [["a", "1"], ["b", "2"], ["c", "3"], ["d", "4"]])
+    assert match_rows(ranked, Table("res.csv", ["id", "rank"], [list(row) for row in ("a2", "b1", "c4", "d3")])).rows
+
+
+def test_row_numbers_of_one_file_are_no_ids_of_the_other(capsys):
+    references = Table("gts.csv", ["id", "report"], [["1", "b"], ["0", "a"]])
+    hypotheses = Table("res.csv", ["", "report"], [["0", "b"], ["1", "a"]])
+    assert match_rows(references, hypotheses) == hypotheses
+    bare = Table("res.csv", ["report"], [["x"]])
+    match_rows(bare, bare)
+    assert "neither res.csv nor res.csv has a column of ids: the two files are compared" in capsys.readouterr().err
