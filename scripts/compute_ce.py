@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.data.report_files import ReportFile
+from modules.data.report_files import ReportFile, refuse_copies, text_column
 from modules.data.report_tables import Table
 from modules.data.row_matching import match_rows
 from modules.flags import Parser
-from modules.labels.tables import class_columns, parse_labels, read_table, report_column
+from modules.labels.tables import class_columns, parse_labels, read_table
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
 from modules.runtime.records import write_results
@@ -31,6 +31,10 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("--gts", required=True, metavar="CSV", help="the references: reports or labels")
     parser.add_argument("--res", required=True, metavar="CSV", help="the generated reports or their labels")
+    for side in ("gts", "res"):
+        parser.add_argument(
+            f"--{side}_column", default="", metavar="NAME", help="its reports, where they are not found"
+        )
     parser.add_argument("--labeler", metavar="NAME", help="who made the labels of labelled files, e.g. chexbert")
     parser.add_argument(
         "--uncertain",
@@ -56,10 +60,10 @@ def main() -> None:
     from modules.evaluation.report_statistics import ReportStatistics, clinical_tables
     from modules.evaluation.system_scorer import units_of
 
-    references = read_table(arguments.gts)
-    hypotheses = match_rows(references, read_table(arguments.res))
+    references = read_table(arguments.gts, arguments.gts_column)
+    hypotheses = match_rows(references, read_table(arguments.res, arguments.res_column))
     labeler = choose_labeler(references, hypotheses, arguments.labeler)
-    truth, claim = labels_of(references), labels_of(hypotheses)
+    truth, claim = both_labels(references, hypotheses, arguments.gts_column, arguments.res_column)
     scores = clinical_scores(truth, claim, labeler)
     rows = ReportFile(references, [[""]] * len(truth))
     studies, patients = units_of(rows.studies, rows.subjects)
@@ -105,16 +109,26 @@ def choose_labeler(references: Table, hypotheses: Table, name: str | None) -> st
     return name
 
 
-def labels_of(table: Table) -> "np.ndarray":
-    """Return the labels of a table as (N, 14) float64 with NaN for not mentioned; reports are labelled by our rules."""
+def both_labels(
+    references: Table, hypotheses: Table, references_column: str = "", generated_column: str = ""
+) -> "tuple[np.ndarray, np.ndarray]":
+    """Return the labels of both tables, (N, 14) float64 with NaN for not mentioned; our rules label reports.
+
+    InputError where a table has no reports, or where the generated ones may be copies of the references.
+    """
     import numpy as np
 
     from modules.labels.labeler import label_reports
 
-    if class_columns(table):
-        return np.array(parse_labels(table), dtype=float)
-    column = report_column(table)
-    return label_reports([row[column] for row in table.rows], progress=True)
+    if class_columns(references):
+        return np.array(parse_labels(references), dtype=float), np.array(parse_labels(hypotheses), dtype=float)
+    columns = text_column(references, "gts", references_column), text_column(hypotheses, "res", generated_column)
+    truth, claim = (
+        [row[column] for row in table.rows] for table, column in zip((references, hypotheses), columns, strict=True)
+    )
+    if not generated_column:
+        refuse_copies(truth, claim, hypotheses)
+    return label_reports(truth, progress=True), label_reports(claim, progress=True)
 
 
 def render_scores(scores: dict[str, float], limits: dict[str, tuple[float, float]]) -> str:

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from modules.data.report_tables import (
     FIELDS_OF_BOTH,
     ID_COLUMNS,
     MISSING,
+    TEXT_NAMES,
     Table,
     plain,
     read_rows,
@@ -37,6 +38,7 @@ class ReportFile:
 
     table: Table
     texts: list[list[str]]
+    is_named: bool = False  # whether a user named the column of the texts
 
     @property
     def path(self) -> str:
@@ -91,18 +93,18 @@ def read_reports(
     cannot be told.
     """
     path = file_in(path, side)
-    names = (column.strip().lower(),) if column else (*FIELDS[side], *FIELDS_OF_BOTH)
+    names = _names(side, column)
     if _is_json(path):
         found = _Records(str(path), names, split).read(read_text(path))
     elif captions and side == "gts" and not column and (rows := _bare_captions(path)):
         return ReportFile(Table(str(path), [], [[] for _ in rows]), rows)
     else:
         table = read_table(path, names=(*names, *_SUBJECT))
-        place = _text_column(table, names, column)
+        place = text_column(table, side, column)
         found = ReportFile(table, [[row[place]] for row in table.rows])
     if captions and side == "gts":
         return _joined(found)
-    found = _without_pandas_words(found)
+    found = replace(_without_pandas_words(found), is_named=bool(column))
     several = [key for key, texts in zip(found.ids, found.texts, strict=True) if len(texts) != 1]
     if several:
         raise InputError(f"{path}: id {several[0]} has several texts ({len(several)} have); that is for --cleaner coco")
@@ -110,10 +112,30 @@ def read_reports(
 
 
 def align(references: ReportFile, generated: ReportFile) -> ReportFile:
-    """``generated`` in the order of the references: by ids where both have some, else row by row; InputError."""
+    """``generated`` in the order of the references: by ids where both have some, else row by row.
+
+    InputError where rows cannot be joined, or where the generated reports may be copies of the references.
+    """
     rows = matching_rows(references.table, generated.table)
     table = Table(generated.path, generated.table.columns, [generated.table.rows[row] for row in rows])
-    return ReportFile(table, [generated.texts[row] for row in rows])
+    found = replace(generated, table=table, texts=[generated.texts[row] for row in rows])
+    if not found.is_named:
+        refuse_copies(*([texts[0] for texts in file.texts if texts] for file in (references, found)), table)
+    return found
+
+
+def refuse_copies(references: Sequence[str], texts: Sequence[str], table: Table) -> None:
+    """InputError where ``texts``, read from ``table``, are the references and another column has other texts."""
+    if list(texts) != list(references):
+        return
+    for place, title in enumerate(table.columns):
+        cells = [row[place] for row in table.rows]
+        several = sum(len(cell.split()) > 2 for cell in cells)
+        if cells != list(references) and (plain(title) in TEXT_NAMES or 2 * several >= len(cells)):
+            raise InputError(
+                f"{table.path}: the texts that are read as generated are the references in every row, and its column "
+                f"{title.strip()!r} has other texts: name the column of the generated reports with --res_column"
+            )
 
 
 def _is_json(path: Path) -> bool:
@@ -123,18 +145,37 @@ def _is_json(path: Path) -> bool:
     return suffix not in (".csv", ".tsv") and read_text(path).lstrip()[:1] in ("[", "{")
 
 
-def _text_column(table: Table, names: Sequence[str], column: str) -> int:
-    place = table.find(*names)
+def _names(side: str, column: str) -> tuple[str, ...]:
+    return (plain(column),) if column else (*FIELDS[side], *FIELDS_OF_BOTH)
+
+
+def text_column(table: Table, side: str, column: str = "") -> int:
+    """Index of the column of the reports of ``side`` ("gts" or "res"), or of the one called ``column``.
+
+    Which one is said where there are several, of which numbers are none. InputError where there is none, or two of
+    the same name.
+    """
+    names = _names(side, column)
+    places = [place for name in names if (place := table.find(name)) is not None]
+    place = next((place for place in places if not _are_numbers(table, place)), places[0] if places else None)
     if place is None:
         wanted = repr(column) if column else "such as 'report'"
         raise InputError(
             f"{table.path}: no column {wanted}; its columns are {', '.join(table.columns)[:200]}: name the one of "
             "reports with --gts_column or --res_column"
         )
-    if [name.strip().lower() for name in table.columns].count(table.columns[place].strip().lower()) > 1:
+    columns = [plain(title) for title in table.columns]
+    if columns.count(columns[place]) > 1:
         raise InputError(f"{table.path}: two columns are called {table.columns[place].strip()!r}; rename one of them")
-    _say_choice(table.path, table.columns[place], [name for name in map(str.lower, table.columns) if name in names])
+    if others := [name for name in columns if name in names and name != columns[place]]:
+        chosen = table.columns[place]
+        print(f"note: {table.path}: {chosen!r} is read as the reports; it has {', '.join(others)} too", file=sys.stderr)
     return place
+
+
+def _are_numbers(table: Table, place: int) -> bool:
+    cells = [cell for row in table.rows if (cell := row[place].strip())]
+    return bool(cells) and all(re.fullmatch(r"[-+]?\d+(?:\.\d*)?", cell) for cell in cells)
 
 
 def _without_pandas_words(found: ReportFile) -> ReportFile:
@@ -146,12 +187,6 @@ def _without_pandas_words(found: ReportFile) -> ReportFile:
     print(f"note: {found.path}: {shown}; {len(rows)} such count as empty reports", file=sys.stderr)
     texts = [[""] if row in set(rows) else own for row, own in enumerate(found.texts)]
     return ReportFile(found.table, texts)
-
-
-def _say_choice(path: str, chosen: str, candidates: Sequence[str]) -> None:
-    others = [name for name in candidates if name != chosen.lower()]
-    if others:
-        print(f"note: {path}: {chosen!r} is read as the reports; it has {', '.join(others)} too", file=sys.stderr)
 
 
 def _bare_captions(path: Path) -> list[list[str]]:
@@ -251,7 +286,8 @@ class _Records:
         cells = {} if key is None else {"id": key}
         if isinstance(item, Mapping):
             item = {plain(str(name)): value for name, value in item.items()}
-            fields = [name for name in self.names if name in item]
+            fields = [name for name in self.names if name in item and not isinstance(item[name], (int, float))]
+            fields = fields or [name for name in self.names if name in item]
             own = {name: cell for name in item if name not in fields[:1] and (cell := _cell(item[name]))}
             if key is not None and "id" in own:  # the key may be a row number, as pandas writes it
                 cells = {"index": key}

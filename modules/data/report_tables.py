@@ -21,8 +21,9 @@ ID_COLUMNS = ("id", "dicom_id", "image_id", "image_path", "study_id")  # the fin
 FIELDS = {
     "gts": ("reference", "references", "reference_report", "ground_truth", "gt", "gt_report", "target"),
     "res": (
-        *("model_prediction", "generated", "generated_report", "prediction", "predicted_report", "predicted"),
-        *("hypothesis", "response", "output", "result"),
+        *("model_prediction", "generated", "generated_report", "generated_text", "generation", "prediction"),
+        *("predictions", "predicted_report", "predicted", "pred", "preds", "pred_report", "candidate", "hypothesis"),
+        *("hyp", "response", "model_output", "output", "result"),
     ),
 }
 FIELDS_OF_BOTH = (*REPORT_COLUMNS, "section_findings", "caption", "captions", "text")

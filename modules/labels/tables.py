@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from modules.data import report_tables
-from modules.data.report_tables import REPORT_COLUMNS, Table
+from modules.data.report_tables import REPORT_COLUMNS, TEXT_NAMES, Table, plain
 from modules.labels.rules import CLASSES
 from modules.runtime.errors import InputError, Problem, raise_problem
 from modules.runtime.records import write_private
@@ -26,8 +26,8 @@ _LABELS = {"": None, "-": None, "nan": None, "1": 1, "0": 0, "-1": -1, "1.0": 1,
 def read_table(
     path: str | Path, column: str | None = None, on_problem: Callable[[Problem], None] = raise_problem
 ) -> Table:
-    """Read a CSV file of reports or labels; a first row with ``column`` or a class's name is a header too."""
-    names = (*_CLASS_NAMES, *([column.strip().lower()] if column else []))
+    """Read a CSV file of reports or labels; a first row with ``column``, a text's or a class's name is a header too."""
+    names = (*_CLASS_NAMES, *TEXT_NAMES, *([plain(column)] if column else []))
     return report_tables.read_table(path, names=names, on_problem=on_problem)
 
 

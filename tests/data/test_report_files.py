@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from modules.data.report_files import align, read_reports
+from modules.data.report_files import align, read_reports, text_column
+from modules.data.report_tables import Table
 from modules.runtime.errors import InputError
 
 REFERENCES = ["The heart is normal, no effusion.", "Mild edema.", "Clear lungs."]
@@ -230,3 +231,26 @@ def test_an_id_inside_a_record_counts_and_not_the_row_number_of_pandas(tmp_path)
     (tmp_path / "t.json").write_text(json.dumps(BY_ID))
     found = align(read_reports(tmp_path / "t.json", "gts"), read_reports(tmp_path / "h.json", "res"))
     assert [text for [text] in found.texts] == GENERATED
+
+
+@pytest.mark.parametrize("name", ["pred", "preds", "predictions", "generated_text", "candidate", "hyp", "model_output"])
+def test_generated_reports_are_found_beside_a_copy_of_the_references(tmp_path, name):
+    table = Table("r.csv", ["id", "report", name], [["a", "Edema.", "No edema."]])
+    assert (text_column(table, "res"), text_column(table, "gts")) == (2, 1)
+    assert text_column(Table("r.csv", table.columns, [["a", "Edema.", "1"]]), "res") == 1  # a label and no report
+    assert text_column(Table("r.csv", table.columns, [["a", "Edema.", ""]]), "res") == 2  # a system without words
+    (tmp_path / "r.json").write_text(json.dumps([{"id": "a", "report": "Edema.", name: "No edema."}]))
+    assert read_reports(tmp_path / "r.json", "res").texts == [["No edema."]]
+    (tmp_path / "r.json").write_text(json.dumps([{"id": "a", "report": "Edema.", name: 1}]))
+    assert read_reports(tmp_path / "r.json", "res").texts == [["Edema."]]
+
+
+def test_references_are_not_scored_against_themselves(tmp_path):
+    (tmp_path / "g.csv").write_text("id,report\na,Mild edema.\nb,Clear.\n")
+    (tmp_path / "r.csv").write_text("id,report,mine\na,Mild edema.,No edema is seen.\nb,Clear.,Lungs are clear.\n")
+    references = read_reports(tmp_path / "g.csv", "gts")
+    with pytest.raises(InputError, match="are the references in every row, and its column 'mine' .* --res_column"):
+        align(references, read_reports(tmp_path / "r.csv", "res"))
+    assert align(references, read_reports(tmp_path / "r.csv", "res", column="mine")).texts[0] == ["No edema is seen."]
+    assert align(references, read_reports(tmp_path / "r.csv", "res", column="report")).texts == references.texts
+    assert align(references, read_reports(tmp_path / "g.csv", "res")).texts == references.texts  # a perfect system

@@ -182,6 +182,18 @@ def test_compute_ce_matches_by_id(tmp_path):
     assert done.returncode == 0
 
 
+def test_compute_ce_reads_the_same_column_as_score(tmp_path):
+    gts = write(tmp_path / "gts.csv", [["id", "report"], ["a", "Edema."], ["b", "No edema."]])
+    rows = [["a", "Edema.", "No edema."], ["b", "No edema.", "No edema."]]
+    res = write(tmp_path / "res.csv", [["id", "report", "generated"], *rows])
+    done = run_script("--gts", gts, "--res", res, "--out", tmp_path / "ce.json")
+    assert done.returncode == 0 and "'generated' is read as the reports" in done.stderr
+    assert json.loads((tmp_path / "ce.json").read_text())["scores"]["ce_rule_f1_micro_14_uncertain_negative"] < 1
+    write(res, [["id", "report", "mine"], *([*row[:2], "There is no edema."] for row in rows)])
+    assert "--res_column" in run_script("--gts", gts, "--res", res).stderr
+    assert run_script("--gts", gts, "--res", res, "--res_column", "mine").returncode == 0
+
+
 LABELLED = [["report", *CLASSES], ["x", *[""] * 14]]
 
 
