@@ -25,7 +25,7 @@ from modules.runtime.run_log import Bar
 
 def read_reports(path: str, column: str | None) -> Table:
     """The table in a CSV file, with or without a header, or the records of all splits in an annotation.json."""
-    if not path.endswith(".json"):
+    if not path.lower().endswith(".json"):
         return read_table(path, column)
     splits = read_annotation(path, required_splits=()).splits
     rows = [[study.id, study.split, study.report] for studies in splits.values() for study in studies]

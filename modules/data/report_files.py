@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from modules.data.annotations import split_of
 from modules.data.report_tables import (
     FIELDS,
     FIELDS_OF_BOTH,
     ID_COLUMNS,
+    JSON_SUFFIXES,
     MISSING,
     TEXT_NAMES,
     Table,
@@ -26,7 +28,6 @@ from modules.data.report_tables import (
 from modules.data.row_matching import matching_rows
 from modules.runtime.errors import InputError
 
-SPLITS = ("train", "val", "validate", "test")
 # Of a folder that main_test.py or R2Gen wrote.
 _IN_FOLDER = {"gts": "gts.csv", "res": "res.csv"}
 _STUDY, _SUBJECT, _PRIOR = ("study_id",), ("subject_id", "patient_id"), ("prior",)
@@ -46,9 +47,12 @@ class ReportFile:
         return self.table.path
 
     def column(self, names: Sequence[str]) -> list[str]:
-        """The cells (N,) of the first column of these names, "" where there is none."""
+        """The cells (N,) of the first column of these names, "" where there is none and where a word says so."""
         place = self.table.find(*names)
-        return [""] * len(self.texts) if place is None else [row[place].strip() for row in self.table.rows]
+        if place is None:
+            return [""] * len(self.texts)
+        cells = (row[place].strip() for row in self.table.rows)
+        return ["" if cell.lower() in MISSING else cell for cell in cells]
 
     @property
     def ids(self) -> list[str]:
@@ -99,7 +103,7 @@ def read_reports(
     elif captions and side == "gts" and not column and (rows := _bare_captions(path)):
         return ReportFile(Table(str(path), [], [[] for _ in rows]), rows)
     else:
-        table = read_table(path, names=(*names, *_SUBJECT))
+        table = _of_split(read_table(path, names=(*names, *_SUBJECT)), split)
         place = text_column(table, side, column)
         found = ReportFile(table, [[row[place]] for row in table.rows])
     if captions and side == "gts":
@@ -107,7 +111,10 @@ def read_reports(
     found = replace(_without_pandas_words(found), is_named=bool(column))
     several = [key for key, texts in zip(found.ids, found.texts, strict=True) if len(texts) != 1]
     if several:
-        raise InputError(f"{path}: id {several[0]} has several texts ({len(several)} have); that is for --cleaner coco")
+        raise InputError(
+            f"{path}: id {several[0]} has several texts ({len(several)} have); that is for "
+            "--cleaner coco; an id and its text are written {id: text}"
+        )
     return found
 
 
@@ -140,7 +147,7 @@ def refuse_copies(references: Sequence[str], texts: Sequence[str], table: Table)
 
 def _is_json(path: Path) -> bool:
     suffix = path.suffix.lower()
-    if suffix in (".json", ".jsonl", ".ndjson"):
+    if suffix in JSON_SUFFIXES:
         return True
     return suffix not in (".csv", ".tsv") and read_text(path).lstrip()[:1] in ("[", "{")
 
@@ -171,6 +178,29 @@ def text_column(table: Table, side: str, column: str = "") -> int:
         chosen = table.columns[place]
         print(f"note: {table.path}: {chosen!r} is read as the reports; it has {', '.join(others)} too", file=sys.stderr)
     return place
+
+
+def _of_split(table: Table, split: str) -> Table:
+    """The rows of one split, where a column tells several."""
+    place = table.find("split")
+    if place is None:
+        return table
+    kept = _rows_of_split(table.path, [row[place] for row in table.rows], split)
+    return Table(table.path, table.columns, [table.rows[row] for row in kept])
+
+
+def _rows_of_split(path: str, words: Sequence[str], split: str) -> Sequence[int]:
+    """The rows whose word is of ``split``; all where the words tell no splits, or one that is to be scored."""
+    splits = [split_of(word) for word in words]
+    found = dict.fromkeys(filter(None, splits))
+    if not found or (len(set(splits)) == 1 and split != "train"):
+        return range(len(words))
+    kept = [row for row, own in enumerate(splits) if own == split]
+    if not kept:
+        raise InputError(f"{path}: has no rows of split {split!r}; it has {', '.join(found)}")
+    if len(kept) < len(words):
+        print(f"note: {path}: {len(kept)} of {len(words)} records are of split {split}", file=sys.stderr)
+    return kept
 
 
 def _are_numbers(table: Table, place: int) -> bool:
@@ -254,33 +284,42 @@ class _Records:
     def _records(self, data: Any) -> Iterable[tuple[dict[str, str], list[str]]]:
         """(cells by column, texts) of each record."""
         if isinstance(data, Mapping):
-            if data and set(data) <= set(SPLITS):
-                if not isinstance(data.get(self.split), list):
+            if any(isinstance(value, str) for name, value in data.items() if plain(name) in self.names):
+                data = [data]  # a record, as JSON lines of one line have it
+            elif data and all(map(split_of, data)):
+                key = next((key for key in data if split_of(key) == self.split), "")
+                if not isinstance(data.get(key), list):
                     raise InputError(f"{self.path}: has no split {self.split!r}; it has {', '.join(data)}")
-                data = data[self.split]
+                data = data[key]
             elif isinstance(data.get("annotations"), list):  # COCO's references
                 data = [_without_number(item) for item in data["annotations"]]
             elif len(data) == 1 and isinstance(inner := next(iter(data.values())), list) and _are_objects(inner):
                 data = inner
-        if isinstance(data, list):
-            data = self._of_split(data)
         if isinstance(data, Mapping):
-            for key, item in data.items():
-                yield self._record(item, f"id {key}", key)
+            self._check_shape(data)
+            entries = [(f"id {key}", key, item) for key, item in data.items()]
         elif isinstance(data, list):
-            for number, item in enumerate(data, start=1):
-                yield self._record(item, f"record {number}", None)
+            entries = [(f"record {number}", None, item) for number, item in enumerate(data, start=1)]
         else:
             raise InputError(f"{self.path}: holds neither a list nor an object of reports")
+        if entries and _are_objects([item for _, _, item in entries]):
+            words = [str(item.get("split") or "") for _, _, item in entries]
+            entries = [entries[row] for row in _rows_of_split(self.path, words, self.split)]
+        for where, key, item in entries:
+            yield self._record(item, where, key)
 
-    def _of_split(self, data: list) -> list:
-        """Those of a list of all splits' records that are of the one that is read."""
-        named = [item.get("split") for item in data if isinstance(item, Mapping)]
-        if len(named) < len(data) or not set(named) <= set(SPLITS) or len(set(named)) < 2:
-            return data
-        found = [item for item in data if item["split"] == self.split]
-        print(f"note: {self.path}: {len(found)} of {len(data)} records are of split {self.split}", file=sys.stderr)
-        return found
+    def _check_shape(self, data: Mapping[str, Any]) -> None:
+        """InputError for an object whose keys are no ids: of pandas, or with several lists."""
+        lists = [value for value in data.values() if isinstance(value, list)]
+        of_pandas = {"columns", "data"} <= data.keys() or any(
+            plain(name) in self.names and isinstance(value, Mapping) for name, value in data.items()
+        )
+        if of_pandas or any(isinstance(entry, (Mapping, list)) for value in lists for entry in value):
+            raise InputError(
+                f"{self.path}: is an object with {', '.join(map(str, data))[:120]}, where ids of reports are expected; "
+                "an object of texts by id is read, a list of records (of pandas: orient='records'), such a list under "
+                "one key, and an annotation.json"
+            )
 
     def _record(self, item: Any, where: str, key: str | None) -> tuple[dict[str, str], list[str]]:
         cells = {} if key is None else {"id": key}

@@ -31,6 +31,9 @@ TEXT_NAMES = frozenset({*FIELDS["gts"], *FIELDS["res"], *FIELDS_OF_BOTH})
 MAX_BYTES = 2**30
 # What pandas, R and spreadsheets write for a cell without a value, in small letters.
 MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "nat"})
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_JSON = re.compile(r'\s*(?:\{\s*"|\[\s*[{"])')
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[^\S\n]*\n', re.IGNORECASE)  # Excel's first line, which is no row
 _MAX_NAME = 40  # letters of a column's name
 _SEPARATORS = {",": "','", ";": "';'", "\t": "tabs", "|": "'|'"}
 
@@ -60,8 +63,16 @@ def read_table(
     length are passed to it and left out.
     """
     path, text = str(path), read_text(path)
+    if Path(path).suffix.lower() in JSON_SUFFIXES or _JSON.match(text):
+        raise InputError(
+            f"{path}: is JSON, and a CSV file is read here; scripts/score.py reads reports in JSON, "
+            "scripts/label_reports.py an annotation.json"
+        )
     known = {*REPORT_COLUMNS, *ID_COLUMNS, *names}
-    separator = _separator(path, text, known)
+    if said := _SEPARATOR_LINE.match(text):
+        text, separator = text[said.end() :], said[1]
+    else:
+        separator = _separator(path, text, known)
     rows = list(_parse(path, text, separator))
     if not any(rows):
         raise InputError(f"{path}: the file is empty; a CSV file of reports is needed")

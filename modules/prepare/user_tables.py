@@ -72,7 +72,7 @@ def read_pairs(paths: Iterable[Path]) -> list[Row]:
         word, _, column = path.name.removesuffix(".tok").partition(".")
         if split_of(word) is None or not column:
             raise InputError(f"{path}: expected a name such as train.report.tok or validate.image.tok")
-        columns.setdefault(word, {})[column] = read_text(path).splitlines()
+        columns.setdefault(word, {})[column] = _lines(read_text(path))
     rows: list[Row] = []
     for word, found in columns.items():
         counts = {column: len(lines) for column, lines in found.items()}
@@ -99,9 +99,15 @@ def cell(row: Mapping[str, Any], column: str) -> Any:
     return found
 
 
+def _lines(text: str) -> list[str]:
+    """Lines as an editor counts them: other separators, such as U+2028, may stand inside a text."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def _tokens(path: Path, text: str) -> list[Row]:
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(_lines(text), start=1):
         match = _TOKEN.fullmatch(line)
         if line.strip() and match is None:
             raise InputError(f"{path}: line {number} is not image#number, a tab and a caption")

@@ -254,3 +254,57 @@ def test_references_are_not_scored_against_themselves(tmp_path):
     assert align(references, read_reports(tmp_path / "r.csv", "res", column="mine")).texts[0] == ["No edema is seen."]
     assert align(references, read_reports(tmp_path / "r.csv", "res", column="report")).texts == references.texts
     assert align(references, read_reports(tmp_path / "g.csv", "res")).texts == references.texts  # a perfect system
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.jsonl"])
+def test_one_record_is_no_object_of_texts_by_id(tmp_path, name):
+    (tmp_path / name).write_text('{"id": "a", "report": "Mild edema."}\n')
+    found = read_reports(tmp_path / name, "res")
+    assert (found.ids, found.texts) == (["a"], [["Mild edema."]])
+
+
+def test_words_of_pandas_are_no_patient_and_no_prior(tmp_path):
+    (tmp_path / "g.csv").write_text("id,subject_id,prior,report\na,nan,nan,x\nb,7,a,y\n")
+    found = read_reports(tmp_path / "g.csv", "gts")
+    assert (found.subjects, found.with_prior) == (["", "7"], [False, True])
+    rows = [{"id": "a", "subject_id": 7.0, "report": "x"}, {"id": "b", "subject_id": None, "report": "y"}]
+    (tmp_path / "g.json").write_text(json.dumps(rows))
+    assert read_reports(tmp_path / "g.json", "gts").subjects == ["7", ""]
+
+
+@pytest.mark.parametrize("form", ["csv", "list", "object", "annotation"])
+def test_of_all_splits_one_is_read_whatever_it_is_called(tmp_path, capsys, form):
+    rows = [{"id": str(n), "split": word, "report": f"r{n}"} for n, word in enumerate(["training", "test", "valid"])]
+    path = tmp_path / f"g.{'csv' if form == 'csv' else 'json'}"
+    content = {
+        "csv": "\n".join(["id,split,report", *(",".join(row.values()) for row in rows)]),
+        "list": json.dumps(rows),
+        "object": json.dumps({row["id"]: row for row in rows}),
+        "annotation": json.dumps({row["split"]: [row] for row in rows}),
+    }
+    path.write_text(content[form])
+    for split, text in (("train", "r0"), ("test", "r1"), ("val", "r2")):
+        assert read_reports(path, "gts", split=split).texts == [[text]]
+    assert form == "annotation" or capsys.readouterr().err.count("1 of 3 records are of split") == 3
+
+
+def test_held_out_reports_are_no_training_reports(tmp_path):
+    (tmp_path / "g.csv").write_text("id,split,report\na,test,x\n")
+    assert read_reports(tmp_path / "g.csv", "gts", split="val").texts == [["x"]]  # to be scored by choice
+    with pytest.raises(InputError, match="has no rows of split 'train'; it has test"):
+        read_reports(tmp_path / "g.csv", "gts", split="train")
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ({"images": [{"id": "a", "report": "x"}], "info": "v"}, "is an object with images, info, where ids"),
+        ({"columns": ["id", "report"], "index": [0], "data": [["a", "x"]]}, "orient='records'"),
+        ({"id": {"0": "a"}, "report": {"0": "x"}}, "orient='records'"),
+        ([["a", "x"], ["b", "y"]], "an id and its text are written {id: text}"),
+    ],
+)
+def test_other_shapes_of_json_are_named(tmp_path, content, cause):
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=cause):
+        read_reports(tmp_path / "r.json", "res")

@@ -34,6 +34,7 @@ def texts(table):
         "id,report\r1,Small effusion.\r2,Edema.\r",
         "id;report\n1;Small effusion.\n2;Edema.\n",
         "id\treport\n1\tSmall effusion.\n2\tEdema.\n",
+        "sep=;\r\nid;report\r\n1;Small effusion.\r\n2;Edema.\r\n",
         "id|report\n1|Small effusion.\n2|Edema.\n",
         "1;Small effusion.\n2;Edema.\n",
         "1,Small effusion.\n2,Edema.\n",
@@ -92,6 +93,10 @@ def test_what_is_not_plain_is_said(read, capsys):
         ("id,report\n1,Eff\0usion.\n", "holds NUL bytes"),
         ('id,report\n1,"Effusion.\n2,Edema.\n', "in row 2 or after it: a quotation mark is never closed"),
         ('id,report\n1,"The \\"egg shell\\" sign."\n', "a quotation mark inside a quoted cell must be doubled"),
+        (
+            '{"id": "a", "report": "the \\"egg shell\\" sign"}\n',
+            "is JSON, and a CSV file is read here; scripts/score.py",
+        ),
         ("id,report,split\n1,Effusion.\n", "row 1 has 2 cells where the header has 3"),
         ("small effusion, edema.\nno edema.\n", "quotation marks around reports with commas"),
         ("a secret finding, and more.\nb, c.\n", "names no column such as 'report' or 'id'"),

@@ -9,6 +9,7 @@ import pytest
 
 from modules.prepare.priors import moments
 from modules.prepare.table_columns import Preset, joined_tables
+from modules.prepare.user_tables import read_pairs, read_user_table
 from modules.runtime.errors import InputError
 from tests.prepare.test_prepare_table import COUNT, pictures, prepare, report, write_csv
 
@@ -401,3 +402,12 @@ def test_a_template_takes_columns_only(prepare, tmp_path):
         prepare([table], "--image", "{num:05d}.png")
     with pytest.raises(InputError, match="not a template of columns in braces"):
         prepare([table], "--image", "{{num}}.png")
+
+
+def test_a_line_ends_where_an_editor_ends_it(tmp_path):
+    for name, text in (("train.report.tok", "one\x85line\r\ntwo\u2028lines\n"), ("train.image.tok", "1.png\n2.png\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    rows = read_pairs([tmp_path / "train.report.tok", tmp_path / "train.image.tok"])
+    assert [row["report"] for row in rows] == ["one\x85line", "two\u2028lines"]
+    (tmp_path / "f.token").write_text("1.jpg#0\ta\u2028dog\n1.jpg#1\ta dog\n", encoding="utf-8")
+    assert read_user_table(tmp_path / "f.token")[0]["caption"] == ["a\u2028dog", "a dog"]
