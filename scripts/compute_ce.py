@@ -1,6 +1,6 @@
 """Clinical efficacy of generated reports: precision, recall and F1 of their CheXpert labels against the references'.
 
-Takes two CSV files, matched by their ids (columns id, dicom_id, image_id, image_path or study_id) or, where one has
+Takes two CSV files, matched by their ids (a column such as id or study_id, known by name or values) or, where one has
 none, row by row. Files with label columns (the CheXpert labeler's, CheXbert's, R2Gen's res_labeled.csv and
 gts_labeled.csv, scripts/label_reports.py's) are scored as they are; files of reports are labelled with our rules
 first, and the scores are then called ce_rule_*.

@@ -23,6 +23,7 @@ _ROW_NUMBERS = re.compile(r"(?:index|unnamed: .*|no\.?|nr\.?|row|#)?")  # of pan
 # Columns in which paired rows must agree; others, such as run_id, may tell of the file rather than of the study.
 _SAME_ON_BOTH = re.compile(r"id|image_path|accession|(?:study|subject|patient|image|dicom|case)[ _-]?(?:u?id)?")
 _NAMED, _OTHER, _NUMBERS = range(3)  # kinds of columns, the likeliest ids first
+_MISSING = MISSING | {""}
 _FEW = 3  # rows of which two columns of labels may have the same values by chance
 
 
@@ -87,16 +88,12 @@ def _columns(table: Table) -> list[_Column]:
         if name in TEXT_NAMES or name in found or not any(values):
             continue
         different = frozenset(values)
-        apart = len(different) == len(values) and not any(_is_missing(value) for value in different)
+        apart = len(different) == len(values) and _MISSING.isdisjoint(map(str.lower, different))
         is_named = name in ID_COLUMNS or _ID_NAME.fullmatch(name)
         kind = _NUMBERS if _ROW_NUMBERS.fullmatch(name) else _NAMED if is_named else _OTHER
         found[name] = _Column(name, kind, values, different if apart else None)
     first = {name: rank for rank, name in enumerate(ID_COLUMNS)}
     return sorted(found.values(), key=lambda column: (column.kind, first.get(column.name, len(first))))
-
-
-def _is_missing(value: str) -> bool:
-    return not value or value.lower() in MISSING
 
 
 def _same_values(columns: Sequence[_Column], others: Sequence[_Column]) -> list[_Pair]:
@@ -157,9 +154,14 @@ def _rows_by(pair: _Pair, path: str, other_path: str) -> list[int]:
         commonest, times = Counter(values).most_common(1)[0]
         if times > 1:
             raise InputError(f"{where}: id {commonest} is in {times} rows")
+    hint = _hint(ids, others)
+    if pair[0].name != pair[1].name:
+        hint += (
+            f"; ids are {pair[0].name!r} of {path} and {pair[1].name!r} of {other_path}: rename or remove what is none"
+        )
     for here, there, where in ((ids, others, other_path), (others, ids, path)):
         if missing := sorted(set(here) - set(there)):
-            raise InputError(f"{where}: no row with id {missing[0]} ({len(missing)} are missing){_hint(ids, others)}")
+            raise InputError(f"{where}: no row with id {missing[0]} ({len(missing)} are missing){hint}")
     places = {identity: row for row, identity in enumerate(others)}
     return [places[identity] for identity in ids]
 
@@ -195,7 +197,7 @@ def _row_by_row(
 def _check_agreement(column: _Column, other: _Column, rows: Sequence[int], agree, paths: tuple[str, str]) -> None:
     for row, paired in enumerate(rows):
         here, there = column.values[row], other.values[paired]
-        if not (_is_missing(here) or _is_missing(there) or agree(here, there)):
+        if not agree(here, there) and _MISSING.isdisjoint((here.lower(), there.lower())):
             raise InputError(
                 f"{paths[1]}: row {paired + 1} goes with row {row + 1} of {paths[0]} by the other "
                 f"columns of ids, but its {other.name} is {there[:80]}, not {here[:80]}; correct or remove one of them"
@@ -204,7 +206,7 @@ def _check_agreement(column: _Column, other: _Column, rows: Sequence[int], agree
 
 def _may_be_one(here: str, there: str) -> bool:
     """Whether two spellings may be of one id: 50414267.0 is 50414267, folders of paths differ, lists have one alike."""
-    return not _bare(here).isdisjoint(_bare(there))
+    return here == there or not _bare(here).isdisjoint(_bare(there))
 
 
 def _bare(identity: str) -> set[str]:
