@@ -22,7 +22,7 @@ from modules.flags import Parser
 from modules.labels.sentences import is_missing
 from modules.prepare.image_placing import WAYS, Placing, add_placing_flags, check_placing, keep_settings
 from modules.prepare.openi import OpeniStudy, annotation_record, order_of_views, place_images, read_openi
-from modules.prepare.prepared_folder import require_splits, write_prepared
+from modules.prepare.prepared_folder import write_prepared
 from modules.prepare.splits import read_split, seeded_split
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import check_annotation
@@ -174,10 +174,8 @@ def main() -> None:
         for identity, study in studies
     }
     check_annotation(path, records(chosen, orders), HINT)
-    require_splits(path, chosen)
     if arguments.images:
         chosen = without_missing_images(chosen, orders, arguments)
-        require_splits(path, chosen)
     annotation = records(chosen, orders)
     facts = {"name": "iu_xray", "language": "en", "licence": "CC BY-NC-ND 4.0"}
     images = arguments.out / "images" if arguments.images else None
@@ -188,6 +186,8 @@ def main() -> None:
     print(f"  left out: {without} without findings, {few} with findings and fewer than two images")
     for split in SPLITS:
         print(f"  {split:<6}{len(annotation[split]):>6} studies    (R2Gen: {R2GEN[split]})")
+    if empty := [split for split in SPLITS if not annotation[split]]:
+        print(f"warning: {path}: no study for {' and '.join(empty)}; training needs all three splits", file=sys.stderr)
     print(closing)
 
 
