@@ -425,10 +425,7 @@ def test_missing_findings_are_no_reports_and_an_image_is_one_view(tmp_path, monk
     studies = {study.number: study for study in read_openi(folder)}
     assert len(studies["1"].images) == 2 and len(studies["8"].images) == 1
     prepare(monkeypatch, "--reports", folder, "--out", tmp_path)
-    assert sorted(record["report"] for records in written(tmp_path).values() for record in records) == [
-        "Clear.",
-        "Edema.",
-    ]
+    assert sorted(record["report"] for own in written(tmp_path).values() for record in own) == ["Clear.", "Edema."]
     said = capsys.readouterr()
     assert "left out: 6 without findings, 1 with findings and fewer than two images" in said.out
     assert "no study for test; training needs all three splits" in said.err

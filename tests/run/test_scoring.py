@@ -108,7 +108,7 @@ def test_clinical_scores_of_another_language_are_null_with_the_reason():
 
 
 def test_no_best_epoch_is_sought_by_labels_that_mean_nothing():
-    studies = [SimpleNamespace(report=text) for text in SPANISH]
+    studies = [SimpleNamespace(id=text, report=text) for text in SPANISH]
     dataset = SimpleNamespace(studies=studies, samples=[(0, None), (1, None)], sample_id=str)
     with pytest.raises(InputError, match="--monitor_metric ce_rule_f1_macro.*read English.*BLEU_4"):
         Scoring(Config(monitor_metric="ce_rule_f1_macro_14_uncertain_negative"), torch.device("cpu"), [dataset])

@@ -40,6 +40,7 @@ def test_tables_of_the_evidence_can_be_planned(path, tmp_path):
     # The tables of a plan: one seed to tune with, six that count.
     assert len(table.seeds) == {
         "flickr8k": 6,
+        "flickr8k_weight": 6,
         "flickr8k_tuning": 1,
         "flickr8k_captioners": 1,
         "flickr8k_defaults": 1,
