@@ -106,7 +106,7 @@ class Objective(nn.Module):
         learned = FORMS[settings.contrastive_form].temperature
         self.temp_1 = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE), requires_grad=learned)
         if self.variant.own_harder_scale and self.uses_negatives:
-            self.temp_3 = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
+            self.temp_3 = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE), requires_grad=learned)
         if settings.contrastive_form == "sigmoid":
             self.contrastive_bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
         if settings.contrastive_targets == "text":
@@ -347,7 +347,9 @@ class Objective(nn.Module):
             )
             terms["contrastive"] = self._contrastive(batch, clip_scores(z, u, scale), scale, further=columns)
         else:
-            harder_scale = self.temp_3.reshape(()).exp() if self.variant.own_harder_scale else None
+            # A hinge of cosines divides by one scale what was multiplied by it.
+            apart = self.variant.own_harder_scale and FORMS[self.settings.contrastive_form].temperature
+            harder_scale = self.temp_3.reshape(()).exp() if apart else None
             scores = modified_scores(
                 z, u, negative_z, negative_u, harder, scale, harder_scale, self.variant.keep_off_diagonal
             )

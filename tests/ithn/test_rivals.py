@@ -256,6 +256,19 @@ def test_the_papers_triplet_is_the_hinge_of_eq_4(batch):
     assert float(found) == pytest.approx((sum(hinges) - hinges[4]) / 5, abs=1e-10)
 
 
+@pytest.mark.parametrize("form", ["triplet", "paper_triplet"])
+def test_hinges_know_no_temperature_in_the_released_variant_either(batch, form):
+    objective = build(strategy="ithn", ithn_variant="released", contrastive_form=form)
+    loss = objective(batch, 4)["loss"]
+    loss.backward()
+    # A trained parameter without a gradient ends a run of several processes.
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+    assert objective.temp_1.grad is None and objective.temp_3.grad is None
+    for name in ("temp_1", "temp_3"):
+        getattr(objective, name).data.add_(0.5)
+        torch.testing.assert_close(objective(batch, 4)["loss"], loss)
+
+
 @pytest.mark.parametrize("rival", RIVALS)
 def test_every_rival_reaches_every_parameter(batch, rival):
     objective = build(**RIVALS[rival])
