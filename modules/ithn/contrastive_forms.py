@@ -82,7 +82,7 @@ def _against(anchors: Anchors, options: FormOptions, weights: Tensor) -> Tensor:
     """-log of the partner's share beside its debiased negatives, of which each counts by its weight (B, M); (B,)."""
     # exp(100) is more than float32 holds, so everything is divided by the largest.
     largest = anchors.scores.masked_fill(~anchors.candidates, -math.inf).amax(1).detach()
-    largest = largest.where(anchors.candidates.any(1), 0.0)
+    largest = largest.where(anchors.candidates.any(1), anchors.own.detach())
     positive = (anchors.own - largest).exp()
     exponentials = (anchors.scores - largest.unsqueeze(1)).masked_fill(~anchors.negatives, -math.inf).exp()
     count = anchors.negatives.sum(1).to(anchors.scores.dtype)

@@ -111,6 +111,16 @@ def test_scores_of_the_largest_scale_are_finite(form):
     assert loss.isfinite() and scores.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("form", OF_ANCHORS)
+def test_a_sample_that_takes_no_part_leaves_gradients_finite_at_any_scale(form):
+    """The released variant has no cap of 1/tau: the score of a study without a negative may exceed 88."""
+    scores = torch.full((3, 3), 100.0, requires_grad=True)
+    rows = torch.tensor([True, True, False])
+    loss = contrastive_loss(scores, form, rows, scale=300.0, options=OPTIONS)
+    loss.backward()
+    assert loss.isfinite() and scores.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("form", "options"),
     [("debiased", FormOptions(positive_prior=0.0)), ("hardness_weighted", FormOptions(0.0, 0.0, 0.0))],
