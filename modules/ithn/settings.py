@@ -177,18 +177,28 @@ class ITHNSettings:
     @property
     def needs_labels(self) -> bool:
         """Whether the contrastive terms ask for the labels of every study."""
-        return self.contrastive_targets == "labels" or self.same_label_weight != 1
+        return self.ithn != "off" and (self.contrastive_targets == "labels" or self.same_label_weight != 1)
 
     @property
     def idle_options(self) -> dict[str, tuple[str, ...]]:
         """Settings without effect, by the choice that does not read them."""
-        own, queue = FORMS[self.contrastive_form].options, ("queue_size", "queue_hardest")
-        has_queue = self.strategy != OFF and STRATEGIES[self.strategy].has_queue
+        own = FORMS[self.contrastive_form].options
         return {
             f"--contrastive_form {self.contrastive_form}": tuple(name for name in OPTIONS if name not in own),
             "--contrastive_targets own": ("target_temperature",) if self.contrastive_targets == "own" else (),
-            f"--strategy {self.strategy}": () if has_queue else queue,
+            f"--strategy {self.strategy}": self._idle_of_strategy() if self.strategy != OFF else (),
         }
+
+    def _idle_of_strategy(self) -> tuple[str, ...]:
+        row = STRATEGIES[self.strategy]
+        read_by = {
+            ("queue_size", "queue_hardest"): row.has_queue,
+            ("num_neighbours",): row.draws_neighbour,
+            ("alpha",): self.strategy in SYNTHESISED,
+            ("cosine_weight", "detach_negative", "renormalise_negative"): row.synthesise is not None,
+            ("negatives_as",): row.synthesise is not None and not row.as_columns,
+        }
+        return tuple(name for names, read in read_by.items() if not read for name in names)
 
     @property
     def on_encoder(self) -> bool:
