@@ -31,7 +31,8 @@ class Shards:
         # Scalars cannot be cut: they are vectors of one number here, and the names say which.
         self.scalars = {name for name, value in module.named_parameters() if value.dim() == 0}
         for name in self.scalars:
-            self._replace(name, nn.Parameter(module.get_parameter(name).data.view(1)))
+            scalar = module.get_parameter(name)
+            self._replace(name, nn.Parameter(scalar.data.view(1), requires_grad=scalar.requires_grad))
         for value in module.parameters():
             value.data = value.data.contiguous()  # rows of channels-last weights do not lie together
         mesh = init_device_mesh(device.type, (distributed.world_size(),))

@@ -164,6 +164,26 @@ def test_two_processes_that_share_the_weights_are_one_that_has_them(tmp_path, op
     assert all(value.isfinite().all() for value in main["bad"]["weights"].values())
 
 
+def trained_parameters() -> dict:
+    """Which parameters are trained where they are shared out, and where they are whole again."""
+    settings = ITHNSettings(embedding_dim=5, strategy="contrastive", contrastive_form="triplet")
+    sizes = {"d_model": 8, "d_ff": 8, "num_heads": 2, "num_layers": 1}
+    backbone = EncoderDecoder(visual_extractor=Views(), num_ids=VOCABULARY, settings=Settings(**sizes))
+    objective = Objective(backbone, settings)
+    before = {name: value.requires_grad for name, value in objective.named_parameters()}
+    shards = Shards(objective, backbone.blocks(), device=CPU, dtype=torch.float32)
+    after = {name: value.requires_grad for name, value in objective.named_parameters()}
+    with shards.whole():
+        whole = {name: value.requires_grad for name, value in objective.named_parameters()}
+    return {"before": before, "after": after, "whole": whole}
+
+
+@pytest.mark.thorough
+def test_a_number_that_is_not_trained_is_not_trained_where_it_is_shared_out(tmp_path):
+    for found in run_together(trained_parameters, 2, tmp_path):
+        assert found["before"] == found["after"] == found["whole"] and not found["after"]["temp_1"]
+
+
 @pytest.mark.parametrize("other", ["compile", "self_critical", "sync_bn"])
 def test_what_does_not_go_together_is_refused(other):
     with pytest.raises(InputError, match=f"--shard_parameters true: does not go with --{other}; leave one of them out"):
