@@ -203,6 +203,14 @@ class Objective(nn.Module):
             with torch.no_grad():
                 self.temp_1.clamp_(max=self.variant.max_log_scale)
 
+    def forget_samples(self) -> bool:
+        """Forget what is kept of single training samples, whose numbers now mean others; whether anything was kept."""
+        kept = [memory.known for memory in (self.previous, self.queue) if memory is not None]
+        found = any(bool(known.any()) for known in kept)
+        for known in kept:
+            known.zero_()
+        return found
+
     # ---- 1. Teacher-forced passes
 
     def _teacher_forced(self, pair: Any, supervised_rows: int | None = None, features: Any = None) -> Any:

@@ -57,6 +57,7 @@ KEPT = (
     "self_critical",
     *sorted(settings_with("shapes")),
 )
+FORGOTTEN = "its samples' negatives of the epoch before (--previous_epoch_start, mochi_queue's queue) are forgotten"
 # Flags on which a validation score depends, and so the best one so far; not where files lie, nor what is drawn.
 JUDGED_BY = EXPORTED - TRAIN_ONLY - NO_EFFECT_ON_RESULTS - REMOTE - {"detection_features", "seed"} | {"eval_batches"}
 # Flags that decide which samples remain in a partly trained epoch.
@@ -202,6 +203,9 @@ def restore(trainer: Trainer, objective: Objective, source: Source, config: Conf
         _require_alike(trainer.state_dict(), state, ("scheduler", "scaler", "position", "best", "guard"))
         state["position"] = _position(config, source, data, trainer.loader.batch_sampler.shards_sha256)
         trainer.load_weights(content["objective"])
+        # Samples are known by their numbers in the annotation.
+        if content["annotation_sha256"] != data.annotation.sha256 and objective.forget_samples():
+            logger.warning("%s is not the annotation that %s began with: %s", config.ann_path, path, FORGOTTEN)
         trainer.load_state_dict(state)
         _require_shapes(trainer)
         now, then = (

@@ -14,7 +14,7 @@ from modules.runtime.errors import InputError
 from modules.runtime.stopping import GracefulShutdown, Stopped
 from modules.training.checkpoint import load_checkpoint
 from modules.training.checkpoint_folder import BEST, CURRENT, PREVIOUS
-from modules.training.trainer import Best
+from modules.training.trainer import Best, Trainer
 from tests.conftest import TINY
 from tests.data.test_shards import make
 
@@ -89,6 +89,26 @@ def run(demo, demo_index, tmp_path, monkeypatch):
         return tmp_path / name
 
     return train
+
+
+@pytest.mark.parametrize("kept", ["previous", "queue"])
+def test_samples_of_another_annotation_are_not_those_remembered(run, demo, tmp_path, monkeypatch, capfd, kept):
+    chosen = ["--strategy", "mochi_queue", "--previous_epoch_start", "false", "--queue_size", 8]
+    flags = ["--num_workers", 0, *(chosen if kept == "queue" else [])]
+    with pytest.raises(Stopped):
+        run("run", *flags, shutdown=StopAt(5))  # after the last step of the first epoch, before its validation
+    monkeypatch.setattr("modules.run.training._test_best", lambda *_: None)
+    monkeypatch.setattr("modules.run.data.HardNegativeIndex.check", lambda *_: None)
+    known = []
+    monkeypatch.setattr(Trainer, "train", lambda self: known.append(getattr(self.objective, kept).known.clone()))
+    run("run", *flags, "--resume", "auto")
+    annotation = json.loads((demo / "annotation.json").read_text())
+    annotation["train"].reverse()
+    (tmp_path / "annotation.json").write_text(json.dumps(annotation))
+    capfd.readouterr()
+    run("run", *flags, "--resume", "auto", "--ann_path", tmp_path / "annotation.json")
+    assert known[0].any() and not known[1].any()
+    assert "are forgotten" in "".join(capfd.readouterr())
 
 
 def assert_same(one, other, where=""):
