@@ -287,12 +287,13 @@ class Config(
     def dataset(self) -> DataSpec:
         """What is particular to the data set: its entry in the table of data sets, and the flags over it."""
         spec = DATASETS.get(self.dataset_name, OTHER)
+        captions = spec.captions if self.captions is None else self.captions
         return replace(
             spec,
             cleaner=self.cleaner or spec.cleaner,
             max_views=self.max_views or spec.max_views,
-            captions=spec.captions if self.captions is None else self.captions,
-            clinical=spec.clinical and is_english(self.language),
+            captions=captions,
+            clinical=spec.clinical and is_english(self.language) and not captions,  # the labels are of one report
         )
 
     @property
@@ -381,7 +382,8 @@ def _check_inputs(config: Config) -> None:
 def _check_scores(config: Config) -> None:
     for name in ("chexbert_path", "radgraph_path", "radeval"):
         if getattr(config, name) and not config.dataset.clinical:
-            raise InputError(f"--{name}: scores radiology reports, and --dataset_name {config.dataset_name} has none")
+            data = f"--dataset_name {config.dataset_name}{' with --captions true' if config.captions else ''}"
+            raise InputError(f"--{name}: scores radiology reports, and {data} has none")
     if config.monitor_metric.startswith("ce_") and not config.labels_by_rules:
         raise InputError(f"--monitor_metric {config.monitor_metric}: needs --clinical true and a radiology data set")
     if config.monitor_metric in (*NEED_JAVA, XPRONET_SUM.name) and not config.meteor:

@@ -11,6 +11,7 @@ from modules.config import Config
 from modules.data.annotations import frontal_first, read_annotation
 from modules.data.dataset_specs import CLEANER_NAMES, DATASETS, read_description, write_description
 from modules.data.tokenizers import CLEANERS
+from modules.evaluation.metric_table import CLINICAL_MONITORED
 from modules.flags import parse_flags, resolve_config
 from modules.inference.model_card import model_card
 from modules.run.testing import run_testing
@@ -45,6 +46,16 @@ def test_a_description_gives_defaults_that_flags_override(tmp_path):
     # A prepared data set of a known name keeps what is known of it.
     known = resolve_config(described(tmp_path, name="mimic_cxr", views=2) | {"backbone": "r2gen"})
     assert known.dataset == replace(DATASETS["mimic_cxr"], max_views=2) and known.max_seq_length == 100
+
+
+def test_captions_have_no_clinical_scores():
+    """A run on them trained to its end and failed in the labels of its test, which are those of one report."""
+    assert Config().labels_by_rules and not Config(captions=True).labels_by_rules
+    for flags in ({"monitor_metric": CLINICAL_MONITORED[0].name}, {"scst_reward": "clinical_f1"}):
+        with pytest.raises(InputError, match="clinical"):
+            Config(captions=True, **flags)
+    with pytest.raises(InputError, match="--chexbert_path: .* iu_xray with --captions true has none"):
+        Config(captions=True, chexbert_path="chexbert.pth")
 
 
 def test_a_model_keeps_its_reading_and_the_data_their_name(tmp_path):
