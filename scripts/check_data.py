@@ -116,7 +116,14 @@ def check_index(config: Config, annotation: Annotation, findings: Findings) -> N
 
     drawn = config.num_neighbours if config.strategy in DRAWING_NEIGHBOURS else 0
     path = config.negative_index
-    data_checks.check_index(annotation, findings, path=path, load=HardNegativeIndex.load, neighbours_drawn=drawn)
+    data_checks.check_index(
+        annotation,
+        findings,
+        path=path,
+        load=HardNegativeIndex.load,
+        neighbours_drawn=drawn,
+        reading=config.mining_flags,
+    )
 
 
 def check_label_files(config: Config, annotation: Annotation, findings: Findings) -> None:

@@ -153,3 +153,11 @@ class DataSettings:
         "what an unreadable image does: stop the run, or be replaced by another sample (the run stops above 1 %%)",
         choices=("stop", "skip"),
     )
+
+    @property
+    def mining_flags(self) -> dict[str, str]:
+        """The flags with which scripts/mine_hard_negatives.py reads the training samples that a run reads."""
+        flags = {"dataset_name": self.dataset_name, "report_sections": self.report_sections}
+        if self.captions is not None:
+            flags["captions"] = str(self.captions).lower()
+        return flags | ({"cleaner": self.cleaner} if self.cleaner else {})

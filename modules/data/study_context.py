@@ -75,7 +75,7 @@ def with_sections(annotation: Annotation, which: str) -> tuple[Annotation, int]:
         for split, studies in annotation.splits.items()
     }
     for split, studies in splits.items():
-        if not studies:
+        if annotation.splits[split] and not studies:
             raise InputError(
                 f"--report_sections {which}: {annotation.path}: no record of split '{split}' has "
                 f"{' or '.join(_named(which))} in its field 'sections'"

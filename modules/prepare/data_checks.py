@@ -290,14 +290,23 @@ def check_detections(annotation: Annotation, findings: Findings, *, file: str, m
 
 
 def check_index(
-    annotation: Annotation, findings: Findings, *, path: str, load: Callable[[str], Any], neighbours_drawn: int
+    annotation: Annotation,
+    findings: Findings,
+    *,
+    path: str,
+    load: Callable[[str], Any],
+    neighbours_drawn: int,
+    reading: Mapping[str, str],
 ) -> None:
-    """The hard-negative index that ``load`` reads: whole, of these training reports, with enough neighbours."""
+    """The hard-negative index that ``load`` reads: whole, of these training reports, with enough neighbours.
+
+    ``reading``: the flags with which mining reads the annotation likewise, for the line that says how to mine again.
+    """
     index = findings.attempt("index cannot be used", path, lambda: load(path))
     if index is None:
         return
     if not any(problem.split == "train" for problem in findings.problems):  # otherwise records are left out here
-        findings.attempt("index is of other reports", path, lambda: index.check(annotation))
+        findings.attempt("index is of other reports", path, lambda: index.check(annotation, reading))
     rows, width = index.neighbours.shape
     if width < neighbours_drawn:
         message = f"{width} neighbours per study, but --num_neighbours {neighbours_drawn}"

@@ -167,7 +167,7 @@ def hard_negatives(
         return config.strategy, None
     if config.negative_index:
         index = HardNegativeIndex.load(config.negative_index)
-        index.check(annotation)
+        index.check(annotation, config.mining_flags)
         return config.strategy, index
     if not in_annotation:
         raise InputError(

@@ -12,6 +12,8 @@ from safetensors.numpy import save_file
 
 from modules.config import Config
 from modules.data.annotations import read_annotation
+from modules.data.captions import split_captions
+from modules.data.study_context import with_sections
 from modules.flags import build_parser
 from modules.mining.index import HardNegativeIndex, group_ids, mine_neighbours
 from modules.runtime.errors import InputError
@@ -271,6 +273,29 @@ def test_index_of_other_reports_is_refused_with_the_command(mine):
     words = shlex.split(str(e.value).split("mine again: python scripts/mine_hard_negatives.py ")[1])
     given = dict(zip(words[::2], words[1::2], strict=True))
     assert (given["--out"], given["--report_sections"]) == ("my index.safetensors", "")
+
+
+def test_the_command_for_an_index_of_other_samples_mines_those_of_the_run(tmp_path, monkeypatch):
+    """It had the flags of the old index, and made an index again that the run refused."""
+    records = [
+        {"id": f"s{n}", "report": report, "sections": {"impression": f"{report} {n}"}, "image_path": ["a.png"]}
+        for n, report in enumerate(REPORTS)
+    ]
+    path, first, again = tmp_path / "annotation.json", tmp_path / "first.safetensors", tmp_path / "again.safetensors"
+    path.write_text(json.dumps({"train": records}))  # mining needs no other split
+
+    def mined(*argv):
+        monkeypatch.setattr(sys, "argv", ["mine", *map(str, argv)])
+        main()
+        return HardNegativeIndex.load(argv[argv.index("--out") + 1])
+
+    index = mined("--ann_path", path, "--out", first, "--text_encoder", "tfidf", "--device", "cpu", "--examples", 0)
+    config = Config(report_sections="impression", captions=True, cleaner="any")
+    samples = split_captions(with_sections(read_annotation(path, required_splits=("train",)), "impression")[0])
+    with pytest.raises(InputError, match="mine again: ") as e:
+        dataclasses.replace(index, path=str(again)).check(samples, config.mining_flags)
+    words = shlex.split(str(e.value).split("mine_hard_negatives.py ")[1])
+    mined(*words, "--device", "cpu", "--examples", 0).check(samples)
 
 
 @pytest.mark.parametrize(
