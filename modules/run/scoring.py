@@ -155,7 +155,8 @@ class Scoring:
         references = References(
             found.ids,
             words,
-            found.references,
+            # Captions are not cut, and their words are as they are: no <unk> of the vocabulary is among them.
+            found.references if captions is None else found.full_references,
             found.reports,
             # Whole references are labelled as in the annotation: cleaning removes commas, colons and slashes.
             labelled=words if captions is not None else words | {FULL: found.reports},

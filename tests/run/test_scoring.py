@@ -224,3 +224,15 @@ def test_names():
         "nll": 3,
         "BLEU_4_truncated": 0.1,
     }
+
+
+def test_captions_hold_no_unk_of_the_vocabulary(monkeypatch):
+    """Their scores read every word of them: a warning to read those against whole references had no object."""
+    monkeypatch.setattr("modules.run.scoring.ptb_tokenise", list)
+    found = dataclasses.replace(FOUND, references=["the <unk> ."] * 3)
+    with Scoring(Config(meteor=False, captions=True), torch.device("cpu")) as scoring:
+        scoring._captions = {name: [text] for name, text in zip(FOUND.ids, FULL_REFERENCES, strict=True)}
+        scoring._tokenised = scoring._captions
+        scored = scoring.test(found, {"model": GENERATED}, {})
+    assert scored.variety["references"]["unk_share"] == 0
+    assert not any("<unk>" in line for line in scored.warnings("model"))
