@@ -69,7 +69,6 @@ def model_card(content: Mapping[str, Any], results: Mapping[str, Any], facts: Ca
         "",
         f"Trained and tested on {facts.dataset}; language of the reports: {facts.language or 'not stated'}; licence of "
         f"the data: {facts.data_licence or 'not stated'}. The weights and the vocabulary come from its reports.",
-        *([f"Licence of the data: {config['data_licence']}"] if config.get("data_licence") else []),
         "",
         *_score_lines(results),
     ]
