@@ -11,7 +11,7 @@ writes next to them, add METEOR, clinical scores and the settings.
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modules.data.dataset_specs import DATASETS, OTHER
 from modules.data.report_tables import REPORT_COLUMNS, Table, read_rows, read_table
 from modules.data.row_matching import match_rows
-from modules.evaluation.metric_table import FULL, is_main
+from modules.evaluation.metric_table import FULL, is_main, smaller_is_better, tagged, untagged
 from modules.flags import Parser
 from modules.runtime.errors import InputError, run_entry_point
 from scripts.experiments.plan import NO_EFFECT_ON_RESULTS, read_json
@@ -168,10 +168,27 @@ def check_same_reports(folders: tuple[Folder, Folder], statistics: "list[ReportS
     )
 
 
+def left_out(values: Sequence[Mapping[str, float | None]], compared: set[str], tag: str, cut_alike: bool) -> list[str]:
+    """Which of the scores that both runs have are not ``compared``, a line for each reason."""
+    lines, both = [], {untagged(name, tag) for name in values[0].keys() & values[1].keys() - compared}
+    if not cut_alike:
+        lines.append(
+            "The runs cut references differently (--max_seq_length or vocabulary): only scores against whole "
+            "references are compared."
+        )
+    elif "nll" in both:
+        lines.append("nll is left out: it is of other tokens in each run (vocabulary or --max_seq_length).")
+    if unlike := sorted(name for name in both - {"nll"} if cut_alike or name.endswith(FULL)):
+        lines.append(
+            f"Left out are {len(unlike)} scores, such as {unlike[0]}: the runs labelled or counted the references in "
+            "other ways, as other versions of a labeler do; test both with one version."
+        )
+    return lines
+
+
 def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_scores: bool) -> "Comparison":
     """Everything that is shown. InputError for a score --by that is not there."""
     from modules.evaluation.bootstrap import compare, holm
-    from modules.evaluation.metric_table import smaller_is_better, tagged, untagged
     from modules.pages.comparison import Comparison, ReportPair, ScoreLine, rank, report_scores, settings_that_differ
 
     statistics, notes = statistics_of(folders)
@@ -179,14 +196,9 @@ def compare_folders(folders: tuple[Folder, Folder], *, by: str, show: int, all_s
     changes = compare(statistics[1:], statistics[:1])
     values, tag = [run.scores() for run in statistics], statistics[0].tag
     cut_alike = statistics[0].references == statistics[1].references
+    notes += left_out(values, set(changes), tag, cut_alike)
     if not cut_alike:
-        notes.append(
-            "The runs cut references differently (--max_seq_length or vocabulary): only scores against whole "
-            "references are compared."
-        )
         by = f"{by.removesuffix(FULL)}{FULL}"
-    elif tagged("nll", tag) in values[0].keys() & values[1].keys() - changes.keys():
-        notes.append("nll is left out: it is of other tokens in each run (vocabulary or --max_seq_length).")
     shown = [name for name in changes if all_scores or is_main(untagged(name, tag), cut_alike)]
     corrected = holm({name: changes[name].p for name in shown})
     lines = [ScoreLine(name, values[0][name], values[1][name], changes[name], corrected[name]) for name in shown]

@@ -102,8 +102,9 @@ def compare(
 
     Each p counts the observation itself, so none is below 1 / (R + 1); of one unit nothing can be tested, nor a score
     that counts so few reports that a resample has none of them. Scores on cut references are left out where the runs
-    cut differently (another vocabulary or --max_seq_length), nll where it is of other tokens. InputError where the
-    runs are not about the same test reports, or not equally many.
+    cut differently (another vocabulary or --max_seq_length), nll where it is of other tokens, and scores whose side of
+    the references was labelled or counted in another way. InputError where the runs are not about the same test
+    reports, or not equally many.
     """
     names = _comparable([*first, *second])
     if len(first) != len(second):
@@ -237,12 +238,26 @@ def _comparable(runs: Sequence[ReportStatistics]) -> list[str]:
         raise InputError("the runs were not tested on the same reports, in the same order: they cannot be compared")
     if len(tags := sorted({run.tag for run in runs})) > 1:
         raise InputError(f"runs whose scores have {' or '.join(map(repr, tags))} in their names cannot be compared")
+    if len(counts := sorted({len(run) for run in runs})) > 1:
+        raise InputError(f"the runs have {' and '.join(map(str, counts))} reports each: they cannot be compared")
     cut_alike = len({run.references for run in runs}) == 1
     columns = [run.columns() for run in runs]
     names = [name for name in columns[0] if all(name in own for own in columns)]
+    names = [name for name in names if len({own[name].shape for own in columns}) == 1 and _same_side(name, runs)]
     if not _same_targets(runs):
         names = [name for name in names if name != "nll"]
-    return [name for name in names if cut_alike or name.endswith(FULL) or name == "diversity"]
+    names = [name for name in names if cut_alike or name.endswith(FULL) or name == "diversity"]
+    if not names:
+        raise InputError("the runs have no score in common that can be compared")
+    return names
+
+
+def _same_side(name: str, runs: Sequence[ReportStatistics]) -> bool:
+    """Whether the references' side of the table ``name`` is the same in all runs: another version of a labeler gives
+    the same references other labels, and other rules count other reports.
+    """
+    sides = [run.reference_side(name) for run in runs]
+    return all(np.array_equal(sides[0], side) for side in sides)
 
 
 def _same_targets(runs: Sequence[ReportStatistics]) -> bool:

@@ -114,12 +114,26 @@ class ReportStatistics:
                         found.add(tagged(score, self.tag))
         return frozenset(found)
 
+    def reference_side(self, name: str) -> np.ndarray:
+        """What the column table ``name`` says of the references alone, (N, k): the classes that they state, or which
+        reports are counted; nothing, (N, 0), where it does not tell.
+        """
+        if _is_clinical(name):
+            counts = self._as_counted(name.replace(f"_{FREQUENT}_", "_"))
+            return (counts[:, 0] + counts[:, 2]) > 0
+        table = self.tables[name]
+        return table[:, :0] if name in ("nll", "diversity") else _counted(name, table)
+
     def _frequent(self, name: str) -> np.ndarray:
         """(C,) bool: the classes with MIN_POSITIVES reference positives for the clinical table ``name``."""
+        return frequent_classes(self._as_counted(name))
+
+    def _as_counted(self, name: str) -> np.ndarray:
+        """Outcomes (N, 3, C) of the policy that tells the reference positives of the clinical table ``name``."""
         start, mark, rest = name.partition("_uncertain_")
         policy = rest.removesuffix(FULL)
         counted = self.tables.get(f"{start}{mark}{counted_as(policy)}{rest.removeprefix(policy)}", self.tables[name])
-        return frequent_classes(counted.reshape(len(counted), 3, len(CLASSES)))
+        return counted.reshape(len(counted), 3, len(CLASSES))
 
     def scores(self, rows: np.ndarray | None = None) -> dict[str, float | None]:
         """The scores of the split, or of those reports that ``rows``, (N,) bool or (n,) indices, selects.
@@ -188,18 +202,22 @@ def join(parts: Sequence[ReportStatistics]) -> ReportStatistics:
         digest([], [part.references for part in parts]),
         digest([], [part.full_references for part in parts]),
         parts[0].tag,
-        _joined_numbers([part.studies for part in parts]),
-        _joined_numbers([part.patients for part in parts]),
+        _joined_numbers(parts, "studies"),
+        _joined_numbers(parts, "patients"),
         digest([], targets) if all(targets := [part.targets for part in parts]) else "",
     )
 
 
-def _joined_numbers(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """The numbers of all parts, none of which shares a study or patient with another."""
-    if any(part is None for part in parts):
+def _joined_numbers(parts: Sequence[ReportStatistics], level: str) -> np.ndarray | None:
+    """The numbers of all parts, none of which shares a study or patient with another; None where no part knows them.
+
+    In a part that does not know the level its studies, else its reports, are units of their own.
+    """
+    if all(getattr(part, level) is None for part in parts):
         return None
-    starts = np.cumsum([0, *(part.max(initial=-1) + 1 for part in parts[:-1])])
-    return np.concatenate([part + start for part, start in zip(parts, starts, strict=True)])
+    known = [part.units[1] if getattr(part, level) is None else getattr(part, level) for part in parts]
+    starts = np.cumsum([0, *(numbers.max(initial=-1) + 1 for numbers in known[:-1])])
+    return np.concatenate([numbers + start for numbers, start in zip(known, starts, strict=True)])
 
 
 def numbered(names: Sequence[str]) -> np.ndarray:

@@ -189,13 +189,16 @@ def units_of(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Numbers (N,) of the reports' studies, and of their patients: None where they are not known.
 
-    A report without a subject is its study's, and without a study its own.
+    A report without a subject is of the patient whom another report of its study names, else its study's, and without a
+    study its own.
     """
     studies = numbered(study_ids) if study_ids else None
     if not subject_ids or not any(subject_ids):
         return studies, None
     own = study_ids or [str(number) for number in range(len(subject_ids))]
-    pairs = zip(own, subject_ids, strict=True)
+    named = {study: subject for study, subject in zip(own, subject_ids, strict=True) if subject}
+    subjects = [subject or named.get(study) for study, subject in zip(own, subject_ids, strict=True)]
+    pairs = zip(own, subjects, strict=True)
     return studies, numbered([f"p{subject}" if subject else f"s{study}" for study, subject in pairs])
 
 

@@ -190,6 +190,40 @@ def test_nll_is_left_out_where_it_is_of_other_tokens():
     assert set(compare([run(5)], [run(6)], resamples=9)) == {"CIDEr"}
 
 
+def test_scores_whose_references_were_labelled_otherwise_are_left_out():
+    """Another version of a labeler: with equal reports the difference would be the references'."""
+    rng = np.random.default_rng(0)
+    labels, generated = (np.where(rng.random((60, 14)) < 0.3, 1.0, np.nan) for _ in range(2))
+    other = labels.copy()
+    other[:25, 0] = 1.0
+    rarer = labels.copy()
+    rarer[:, 1] = np.nan  # one class fewer has five positives
+    rouge = {"ROUGE_L": np.full((60, 1), 0.5)}
+    first, *others = (
+        ReportStatistics(clinical_tables(own, generated, "rule") | rouge, "cut", "whole")
+        for own in (labels, other, rarer)
+    )
+    for second in others:
+        assert list(compare([first], [second], resamples=50)) == ["ROUGE_L"]
+        assert list(intervals(first, second, resamples=50)) == ["ROUGE_L"]
+    assert "ce_rule_f1_micro_14_uncertain_ignored" in compare([first], [first], resamples=50)
+    counted = [
+        ReportStatistics({"comparison_rate": np.column_stack([row, row]), "ROUGE_L": np.ones((9, 1))}, "", "")
+        for row in (np.ones(9), np.arange(9) % 2)
+    ]
+    assert list(compare(counted[:1], counted[1:], resamples=50)) == ["ROUGE_L"]
+
+
+def test_runs_of_other_sizes_or_without_a_common_score_are_one_line():
+    with pytest.raises(InputError, match="the runs have 8 and 9 reports each"):
+        compare([means(np.ones(9))], [means(np.ones(8))])
+    with pytest.raises(InputError, match="no score in common"):
+        compare([means(np.ones(9))], [means(np.ones(9), name="CIDEr")])
+    wide = ReportStatistics({"ROUGE_L": np.ones((9, 2))}, "cut", "whole")
+    with pytest.raises(InputError, match="no score in common"):
+        compare([means(np.ones(9))], [wide])
+
+
 def test_resamples_without_a_counted_report_are_no_zeros():
     def run(said, counted):
         table = np.zeros((40, 2))

@@ -19,6 +19,7 @@ from modules.evaluation.report_statistics import (
     load_statistics,
     save_statistics,
 )
+from modules.evaluation.system_scorer import units_of
 from modules.labels.labeler import label_reports
 from modules.runtime.errors import InputError
 
@@ -83,6 +84,24 @@ def test_joining_keeps_what_all_parts_have_and_refuses_other_names(metrics):
     assert list(join([one, other]).tables) == list(join([other, one]).tables) == ["BLEU"]
     with pytest.raises(InputError, match="cannot be joined"):
         join([one, dataclasses.replace(one, tag="truncated_60")])
+
+
+def test_joining_keeps_the_patients_of_the_parts_that_know_them():
+    """One fold without a subject_id must not turn the others' reports into patients of their own."""
+    table = {"ROUGE_L": np.ones((4, 1))}
+    known = ReportStatistics(table, "", "", studies=np.arange(4), patients=np.array([0, 0, 1, 1]))
+    studies = ReportStatistics(table, "", "", studies=np.array([0, 0, 1, 2]))
+    nothing = ReportStatistics(table, "", "")
+    level, numbers = join([nothing, known, studies]).units
+    assert level == "patients" and numbers.tolist() == [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 8]
+    assert join([nothing, studies]).units[0] == "studies" and join([nothing, nothing]).units[0] == "reports"
+
+
+def test_a_report_without_a_subject_is_of_its_studys_patient():
+    studies, patients = units_of(["s1", "s1", "s2", "s3", "s3"], ["", "p1", "p1", "", ""])
+    assert patients.tolist() == [0, 0, 0, 1, 1] and studies.tolist() == [0, 0, 1, 2, 2]
+    assert units_of(None, ["p1", "", ""])[1].tolist() == [0, 1, 2]
+    assert units_of(["s1"], [""])[1] is None
 
 
 @pytest.mark.parametrize("rows", [[0, 0, 3, 1], [2], [4], [4, 4], [2, 4]])

@@ -206,6 +206,15 @@ def test_nll_of_other_tokens_is_left_out_with_a_note(runs):
         compared(runs, by="nll")
 
 
+def test_scores_of_references_labelled_otherwise_are_left_out_with_a_note(runs):
+    for path, counted in zip(runs, (np.ones(4), np.array([1.0, 0, 1, 1])), strict=True):
+        rate = {"comparison_rate_full": np.column_stack([counted, counted])}
+        keep_statistics(path, {"CIDEr": np.ones((4, 1))} | rate)
+    comparison = compared(runs, by="CIDEr")
+    assert [line.name for line in comparison.scores] == ["CIDEr"]
+    assert comparison.notes[0].startswith("Left out are 1 scores, such as comparison_rate_full:")
+
+
 def test_a_report_with_more_errors_has_not_gained(runs):
     for path, devices in zip(runs, ([0, 0, 1, 0], [3, 0, 0, 0]), strict=True):
         keep_statistics(path, {"hallucinated_devices_full": np.array(devices, dtype=float)[:, None]})
