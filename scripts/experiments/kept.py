@@ -30,7 +30,7 @@ from scripts.experiments.plan import (
     settings_of,
     shown,
 )
-from scripts.experiments.tables import STATISTICS
+from scripts.experiments.tables import MODEL, STATISTICS
 
 HISTORY, GENERATED = "history.json", "res.csv"
 DIGITS = 6  # of a score of one report
@@ -108,13 +108,15 @@ def pack(run: Run, keep: Path) -> Path:
 
 
 def read_kept(path: Path) -> dict[str, Any]:
-    """A kept run, with ``statistics`` as ReportStatistics by system; InputError for a file of another kind."""
+    """A kept run, with ``statistics`` as ReportStatistics by system; InputError for a damaged file or one of
+    another kind.
+    """
     try:
         content = read_json(path)
         units = {name: None if rows is None else np.array(rows) for name, rows in content["units"].items()}
         statistics = {
             system: ReportStatistics(
-                {name: np.array(columns).T for name, columns in tables.items()},
+                {name: _table(name, columns) for name, columns in tables.items()},
                 *content["references"],
                 content["tag"],
                 **units,
@@ -122,12 +124,39 @@ def read_kept(path: Path) -> dict[str, Any]:
             )
             for system, tables in content["statistics"].items()
         }
+        _require_whole(content, statistics)
         return {name: content[name] for name in ("settings", "provenance", "history", "scores", "variety", "texts")} | {
             "statistics": statistics,
             "synthetic": content.get("synthetic", False),  # older files do not say
         }
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: does not hold a run's numbers ({type(error).__name__}: {error})") from error
+
+
+def _table(name: str, columns: Any) -> np.ndarray:
+    """The table (N, k) of k columns; ValueError where they are not equally long or hold something else than numbers."""
+    table = np.array(columns).T
+    if table.ndim != 2 or table.dtype.kind not in "if":
+        raise ValueError(f"{name} is not a table of numbers")
+    return table
+
+
+def _require_whole(content: Mapping[str, Any], statistics: Mapping[str, ReportStatistics]) -> None:
+    """ValueError, KeyError or IndexError where a file that was edited or cut lacks something that is read later."""
+    for name, kind in {"settings": dict, "provenance": dict, "history": list, "tag": str}.items():
+        if not isinstance(content[name], kind):
+            raise ValueError(f"{name} is {type(content[name]).__name__}")
+    for values in (*content["scores"].values(), *content["variety"].values(), *content["history"]):
+        if _numbers(values) != values:
+            raise ValueError("a score is not a number")
+    found = statistics[MODEL]
+    counts = {len(table) for system in statistics.values() for table in system.tables.values()}
+    counts |= {len(numbers) for numbers in (found.studies, found.patients) if numbers is not None}
+    if not all(system.tables for system in statistics.values()):
+        raise ValueError("it has no tables")
+    if len(counts) != 1:
+        raise ValueError(f"its tables have {', '.join(map(str, sorted(counts)))} rows")
+    found.scores()  # of a table that lacks a column there are none
 
 
 def unpack(path: Path, folder: Path) -> None:

@@ -193,12 +193,18 @@ def _started_elsewhere(folder: Path, start: Path) -> bool:
 def comparable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the results depend on; what an older ``config`` lacks is as it was then."""
     known = {name: config.get(name, value) for name, value in OLDER_VALUES.items() if name not in NO_EFFECT_ON_RESULTS}
-    with contextlib.suppress(InputError):  # an older file may have what is refused now
-        used, _ = flags_in_effect(known, Config(**known | {"adam_betas": tuple(known["adam_betas"])}))
-        known = {name: used.get(name, OLDER_VALUES[name]) for name in known}
+    known |= {name: OLDER_VALUES[name] for name in idle_settings(known)}
     known["negative_index"] = Path(known["negative_index"]).name if known["ithn"] != "off" else ""
     known["feature_cache"] = bool(known["feature_cache"])  # a cache changes the samples, its folder does not
     return json.loads(json.dumps(known))  # tuples become lists, as in the files
+
+
+def idle_settings(known: Mapping[str, Any]) -> set[str]:
+    """The names of settings without effect beside the others, as those of the extractor are where it is frozen."""
+    with contextlib.suppress(InputError):  # an older file may have what is refused now
+        used, _ = flags_in_effect(known, Config(**known | {"adam_betas": tuple(known["adam_betas"])}))
+        return known.keys() - used.keys()
+    return set()
 
 
 def _state(folder: Path, wanted: Mapping[str, Any], weights: Path | None) -> tuple[str, str]:

@@ -5,9 +5,11 @@
 
 Each pair is compared over all seeds that both have, in a table with folds over all folds' test sets as one: the
 difference, its interval (--level) and p value, which know both other test images and other seeds, and Holm's correction
-over the pairs given. A pair is decided once all seeds of the table are there: a gain (or loss) where p after the
-correction is below 0.05 and the difference is at least the margin (of a score that should fall, a fall is a gain), no
-gain where the interval lies within the margin on both sides, else undecided.
+over the pairs given. Runs that differ in more than their seeds and their rows' flags are refused, and scores that have
+no interval elsewhere (macro averages over rare classes) have none here. A pair is decided once all seeds of the table
+are there: a gain (or loss) where p after the correction is below 0.05 and the difference is at least the margin (of a
+score that should fall, a fall is a gain), no gain where the interval lies within the margin on both sides, else
+undecided.
 
   python scripts/research/planned_comparisons.py experiments/evidence/flickr8k_tuning.json \\
       --kept experiments/evidence/flickr8k_tuning --validation
@@ -16,7 +18,9 @@ lists the score of every run on the validation split instead, by which settings 
 """
 
 import argparse
+import dataclasses
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +35,7 @@ from modules.flags import Parser, flags_in_effect, parse_flags, resolve_config
 from modules.runtime.errors import InputError, run_entry_point
 from modules.runtime.output_files import Output, check_outputs, contains
 from scripts.experiments.files import Table, read_table
+from scripts.experiments.plan import SCORING, comparable_settings, differences, idle_settings, settings_of, shown
 
 if TYPE_CHECKING:
     from modules.evaluation.report_statistics import ReportStatistics
@@ -39,6 +44,7 @@ Kept = Mapping[Path, Mapping[str, Any]]  # what read_kept found, by file: one fo
 Runs = Mapping[str, Mapping[int, Kept]]  # by row and seed
 HEAD = ("comparison", "seeds", "first", "second", "difference", "interval", "p", "p, Holm", "outcome")
 SIGNIFICANT = 0.05
+ANNOTATION = "annotation_sha256"
 MACHINES = {"negative_index", "feature_cache"}  # paths, which differ from machine to machine
 
 
@@ -77,8 +83,10 @@ class Comparison:
 
     def outcome(self, p_holm: float | None, margin: float) -> str:
         """What the plan calls it."""
-        if self.seeds < self.planned or p_holm is None:
+        if self.seeds < self.planned:
             return f"open: {self.seeds} of {self.planned} seeds"
+        if p_holm is None:
+            return "open: of one seed there is no test" if self.seeds == 1 else "open: nothing that can be tested"
         if p_holm < SIGNIFICANT and abs(self.difference) >= margin:
             return "gain" if (self.difference > 0) is not self.falls else "loss"
         return "no difference of that size" if -margin < self.interval[0] and self.interval[1] < margin else "undecided"
@@ -94,11 +102,12 @@ def kept_runs(table: Table, kept: Path) -> Runs:
     folds, found = Counter(row.whole for row in table.rows), {}
     for row in table.rows:
         given, _ = parse_flags(row.flags, "main_train.py", "")
-        given = json.loads(json.dumps(flags_in_effect(given, resolve_config(given))[0]))  # tuples become lists
+        resolved = {"resolved": comparable_settings(dataclasses.asdict(config := resolve_config(given)))}
+        given = json.loads(json.dumps(flags_in_effect(given, config)[0]))  # tuples become lists
         by_seed = found.setdefault(row.whole, {seed: {} for seed in table.seeds})
         for seed in table.seeds:
             if (path := kept_file(kept, row.name, seed)).is_file():
-                by_seed[seed][path] = read_kept(path)
+                by_seed[seed][path] = read_kept(path) | {"dataset": row.dataset, "given": given} | resolved
                 require_settings(path, by_seed[seed][path]["settings"], given | {"seed": seed})
     return {
         row: {seed: files for seed, files in by_seed.items() if len(files) == folds[row]}
@@ -111,6 +120,29 @@ def require_settings(path: Path, settings: Mapping[str, Any], wanted: Mapping[st
     for name in (wanted.keys() & settings.keys()) - MACHINES:
         if settings[name] != wanted[name]:
             raise InputError(f"{path}: made with --{name} {settings[name]}, where the table has {wanted[name]}")
+
+
+def require_alike(runs: Sequence[Kept]) -> None:
+    """Raise InputError where runs that are compared differ in more than their seeds and their rows' flags.
+
+    They are looked at fold by fold. What a data set's flags set is alike in all its runs of one model.
+    """
+    for (path, first), *others in zip(*(files.items() for files in runs), strict=True):
+        wanted = settings_of(first["settings"], first["provenance"])
+        for other, content in others:
+            found = settings_of(content["settings"], content["provenance"])
+            rows = [run["resolved"] for run in (first, content)]
+            free = {"seed", "precision", *MACHINES, *SCORING, *first["given"], *content["given"]}
+            free |= {name for name in rows[0] if rows[0][name] != rows[1][name]}
+            free |= set().union(*(idle_settings(comparable_settings(run["settings"])) for run in (first, content)))
+            if not found[ANNOTATION]:  # an older file does not say
+                free.add(ANNOTATION)
+            differing = [name for name in differences(found, wanted) if name not in free]
+            if found["model_name"] != wanted["model_name"] or content["dataset"] != first["dataset"]:
+                differing = [name for name in differing if name == ANNOTATION]
+            if differing:
+                how = shown(differing, found, wanted).replace(", now ", " and ")
+                raise InputError(f"{other} cannot be compared with {path}: {how}")
 
 
 def statistics_of(files: Kept) -> "ReportStatistics":
@@ -142,14 +174,22 @@ def compared(pair: str, runs: Runs, planned: int, score: str, level: float) -> C
     seeds = [seed for seed in runs[names[0]] if seed in runs[names[1]]]
     if not seeds:
         return Comparison(pair, 0, planned, float("nan"), float("nan"), (float("nan"),) * 2, None)
+    require_alike([runs[name][seed] for name in names for seed in seeds])
     sides = [[statistics_of(runs[name][seed]) for seed in seeds] for name in names]
+    for name, side in zip(names, sides, strict=True):
+        for seed, run in zip(seeds, side, strict=True):
+            value = run.scores().get(score, 0.0)  # what no run has is named below
+            if value is None or not math.isfinite(value):
+                raise InputError(f"--score {score}: {name} seed {seed} has none that is a finite number")
     changes = compare(*sides)
     if score not in changes:
         raise InputError(f"--score {score}: {pair} can be compared by {', '.join(changes)}")
     first, second = (sum(run.scores()[score] for run in side) / len(seeds) for side in sides)
     found = changes[score]
+    # As in every table, a score without a trustworthy interval has none.
+    interval = (math.nan, math.nan) if found.low is None else found.over_seeds(level)
     falls = smaller_is_better(score)
-    return Comparison(pair, len(seeds), planned, first, second, found.over_seeds(level), found.p_seeds, falls)
+    return Comparison(pair, len(seeds), planned, first, second, interval, found.p_seeds, falls)
 
 
 def table_of(comparisons: Sequence[Comparison], margin: float) -> list[str]:
@@ -164,9 +204,9 @@ def table_of(comparisons: Sequence[Comparison], margin: float) -> list[str]:
         p_holm = corrected[one.pair] if one.pair in done else None
         numbers = (f"{one.first:.3f}", f"{one.second:.3f}", f"{one.difference:+.3f}")
         texts = [p_text(value) for value in (one.p, p_holm)]
-        interval = f"{one.interval[0]:+.3f} to {one.interval[1]:+.3f}"
+        interval = "–" if math.isnan(one.interval[0]) else f"{one.interval[0]:+.3f} to {one.interval[1]:+.3f}"
         if not one.seeds:
-            numbers, interval = ("–",) * 3, "–"
+            numbers = ("–",) * 3
         label = one.pair.replace(":", " - ")
         rows.append((label, f"{one.seeds} of {one.planned}", *numbers, interval, *texts, one.outcome(p_holm, margin)))
     return ["| " + " | ".join(row) + " |" for row in rows]
@@ -181,16 +221,17 @@ def draw(
 
     figure = Figure(figsize=(11, 4), dpi=130, layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
-    names = [name for name, own in runs.items() if own]
+    scores = {name: [statistics_of(files).scores().get(score) for files in own.values()] for name, own in runs.items()}
+    names = [name for name, values in scores.items() if values and None not in values]
     for place, name in enumerate(names):
-        values = [statistics_of(files).scores()[score] for files in runs[name].values()]
+        values = scores[name]
         left.plot(values, [place] * len(values), "o", color="#4c78a8", alpha=0.6)
         left.plot(sum(values) / len(values), place, "|", color="black", markersize=18)
     left.set_yticks(range(len(names)), [f"{labels[name]} ({len(runs[name])})" for name in names])
     left.set_xlabel(f"{score} of each seed; bars: means")
     right.axvspan(-margin, margin, color="#dddddd")
     right.axvline(0, color="black", linewidth=0.8)
-    there = [one for one in found if one.seeds > 1]
+    there = [one for one in found if one.seeds > 1 and not math.isnan(one.interval[0])]
     for place, one in enumerate(there):
         right.plot(one.interval, [place, place], color="#e45756", linewidth=2)
         right.plot(one.difference, place, "o", color="#e45756")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from modules.evaluation.report_statistics import ReportStatistics, load_statistics, save_statistics
+from modules.evaluation.report_statistics import ReportStatistics, clinical_tables, load_statistics, save_statistics
 from modules.runtime.errors import InputError
 from scripts.experiments.files import choose, read_datasets, read_table
 from scripts.experiments.kept import counted, kept_file, pack_finished, restore
@@ -196,3 +196,98 @@ def test_numbers_count_where_the_annotation_that_names_the_index_is_not_there(ke
     wanted = {"negative_index": "a-tfidf-new.safetensors", "annotation_sha256": "", "files_sha256": {}}
     found = {"negative_index": kept, "annotation_sha256": "3e4a56df", "files_sha256": {}}
     assert differences(found, wanted) == ([] if same else ["negative_index"])
+
+
+def edit(files, name, change):
+    """Rewrite the kept file ``name`` after ``change`` has been made to its content."""
+    content = json.loads((path := files / "kept" / name).read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def set_table(columns):
+    return lambda content: content["statistics"]["model"].update(BLEU_4=columns)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_table([[0.1] * 59]),
+        set_table([[0.1] * 59 + [None]]),
+        set_table([[0.1] * 59 + ["0.1"]]),
+        set_table([0.1] * 60),
+        lambda content: content["statistics"]["model"].clear(),
+        lambda content: content["statistics"].pop("model"),
+        lambda content: content["statistics"]["model"].update(BLEU=[[1] * 60] * 4),
+        lambda content: content["units"].update(studies=[0] * 59),
+        lambda content: content.update(settings=None),
+        lambda content: content.update(tag=5),
+        lambda content: content.update(history=[1]),
+        lambda content: content["history"][0].update(val_CIDEr="high"),
+        lambda content: content["scores"]["model"].update(BLEU_4="high"),
+    ],
+)
+def test_a_damaged_file_is_one_line(files, monkeypatch, capsys, change):
+    pack_finished(planned(files), files / "kept")
+    edit(files, "ithn_2.json", change)
+    with pytest.raises(InputError, match=r"ithn_2.json: does not hold a run's numbers \(") as error:
+        compare(files, monkeypatch, capsys, "--compare", "ithn:base")
+    assert "\n" not in str(error.value)
+    shutil.rmtree(files / "out")
+    with pytest.raises(InputError, match=r"ithn_2.json: does not hold"):
+        restore(planned(files), files / "kept")
+
+
+def test_a_score_that_is_no_number_in_one_run_is_named(files, monkeypatch, capsys):
+    pack_finished(planned(files), files / "kept")
+    edit(files, "ithn_2.json", set_table([[0.1] * 59 + [float("nan")]]))
+    with pytest.raises(InputError, match="--score BLEU_4: ithn seed 2 has none that is a finite number"):
+        compare(files, monkeypatch, capsys, "--compare", "ithn:base")
+
+
+@pytest.mark.parametrize("name", ["ithn_2.json", "base_1.json", "both of ithn"])
+def test_runs_made_with_other_settings_are_not_compared(files, monkeypatch, capsys, name):
+    """Settings that no row gives come with the data set and --overrides, which the kept file alone knows."""
+    pack_finished(planned(files), files / "kept")
+    for changed in ("ithn_1.json", "ithn_2.json") if name == "both of ithn" else (name,):
+        edit(files, changed, lambda content: content["settings"].update(epochs=99))
+    with pytest.raises(InputError, match=r"cannot be compared with .*: epochs (2 and 99|99 and 2)"):
+        compare(files, monkeypatch, capsys, "--compare", "ithn:base")
+    pack_finished(planned(files), files / "kept")  # made with other settings than the table's: kept anew
+    edit(files, "base_2.json", lambda content: content["provenance"].update(annotation_sha256="0" * 64))
+    with pytest.raises(InputError, match="cannot be compared with .*: annotation_sha256 0000"):
+        compare(files, monkeypatch, capsys, "--compare", "ithn:base")
+    edit(files, "base_2.json", lambda content: content["provenance"].pop("annotation_sha256"))
+    assert compare(files, monkeypatch, capsys, "--compare", "ithn:base")  # an older file does not say
+
+
+def test_a_macro_average_over_rare_classes_has_no_interval_here_either(files, monkeypatch, capsys):
+    """Nor is it called equal by one."""
+    rng = np.random.default_rng(0)
+    labels = np.where(rng.random((60, 14)) < 0.03, 1.0, np.nan)
+    for run in planned(files):
+        path = run.folder / "statistics.npz"
+        system = load_statistics(path)["model"]
+        tables = system.tables | clinical_tables(labels, np.where(rng.random((60, 14)) < 0.03, 1.0, np.nan), "rule")
+        save_statistics(path, {"model": replace(system, tables=tables)})
+    pack_finished(planned(files), files / "kept")
+    flags = ("--margin", "0.9", "--compare", "ithn:base", "--figure", str(files / "a.png"), "--score")
+    [macro] = compare(files, monkeypatch, capsys, *flags, "ce_rule_f1_macro_14_uncertain_negative")
+    assert macro[5] == "–" and float(macro[6]) > 0 and macro[-1].startswith("undecided")
+    [micro] = compare(files, monkeypatch, capsys, *flags, "ce_rule_f1_micro_14_uncertain_negative")
+    assert " to " in micro[5] and micro[-1].startswith("no difference of that size")
+
+
+def test_a_row_without_the_score_is_left_out_of_the_figure(files, monkeypatch, capsys):
+    pack_finished(planned(files), files / "kept")
+    for seed in (1, 2):
+        edit(files, f"ithn_{seed}.json", lambda content: content["statistics"]["model"].pop("nll"))
+    figure = files / "a.png"
+    assert compare(files, monkeypatch, capsys, "--compare", "base:base", "--score", "nll", "--figure", str(figure))
+    assert figure.is_file()
+
+
+def test_what_cannot_be_tested_says_why():
+    one = planned_comparisons.Comparison("a:b", 1, 1, 0.5, 0.4, (0.0, 0.2), None)
+    assert one.outcome(None, 0.03) == "open: of one seed there is no test"
+    assert replace(one, seeds=3, planned=3).outcome(None, 0.03) == "open: nothing that can be tested"
