@@ -56,6 +56,15 @@ def test_the_smaller_weight():
         assert cells[1:] == written(runs[row]), row
 
 
+def test_the_captioners():
+    table_rows = json.loads((EVIDENCE / "flickr8k_captioners.json").read_text())["rows"]
+    rows = [row["name"] for row in table_rows if row["name"] != "short_float32"]  # whose table is the outcome's
+    found = table("experiments/flickr8k.md", "A captioner first")
+    assert len(found) == len(rows) + 1  # and a baseline
+    for row, cells in zip(rows, found, strict=False):
+        assert [cell.strip("*") for cell in cells[1:]] == written(kept("flickr8k_captioners")[row])[1:], row
+
+
 def test_what_stands_in_the_way():
     known = [written(runs) for runs in kept("flickr8k_defaults").values()]
     found = [
