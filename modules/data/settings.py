@@ -154,7 +154,6 @@ class DataSettings:
         choices=("stop", "skip"),
     )
 
-    @property
     def mining_flags(self) -> dict[str, str]:
         """The flags with which scripts/mine_hard_negatives.py reads the training samples that a run reads."""
         flags = {"dataset_name": self.dataset_name, "report_sections": self.report_sections}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shlex
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,13 +65,13 @@ class HardNegativeIndex:
             raise InputError(f"{path}: the hard-negative index is damaged; mine it again")
         return index
 
-    def check(self, annotation: Annotation, reading: Mapping[str, object] | None = None) -> None:
+    def check(self, annotation: Annotation, reading: Callable[[], Mapping[str, object]] = dict) -> None:
         """InputError unless this index was mined from the training reports of ``annotation``, in their order.
 
-        Its command mines as this index was, with the flags ``reading`` of the program that reads the annotation.
+        Its command mines as this index was, over which go the flags of ``reading()``, which read the annotation.
         """
         if self.metadata["train_sha256"] != annotation.train_sha256:
-            flags = {"ann_path": annotation.path, "out": self.path} | self.metadata["flags"] | dict(reading or {})
+            flags = {"ann_path": annotation.path, "out": self.path} | self.metadata["flags"] | dict(reading())
             words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
             command = shlex.join(["python", "scripts/mine_hard_negatives.py", *words])
             raise InputError(

@@ -296,11 +296,11 @@ def check_index(
     path: str,
     load: Callable[[str], Any],
     neighbours_drawn: int,
-    reading: Mapping[str, str],
+    reading: Callable[[], Mapping[str, str]],
 ) -> None:
     """The hard-negative index that ``load`` reads: whole, of these training reports, with enough neighbours.
 
-    ``reading``: the flags with which mining reads the annotation likewise, for the line that says how to mine again.
+    ``reading()``: the flags with which mining reads the annotation likewise, for the line on how to mine again.
     """
     index = findings.attempt("index cannot be used", path, lambda: load(path))
     if index is None:
